@@ -1,0 +1,110 @@
+package caddymodule
+
+import (
+	"encoding/json"
+	"math/rand/v2"
+	"net/http"
+	"strconv"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+)
+
+// An answer is how the gateway says an outcome to the client, in Rekall's error envelope.
+type answer struct {
+	status       int
+	code         string
+	message      string
+	authenticate string // WWW-Authenticate challenge (RFC 6750, section 3)
+}
+
+const realm = `Bearer realm="rekall"`
+
+func invalidToken(description string) string {
+	return realm + `, error="invalid_token", error_description="` + description + `"`
+}
+
+// answers has an entry for every outcome but Allowed. Malformed and Unknown say the same: the difference would tell a
+// guesser something and an honest client nothing.
+var answers = [apikey.OutcomeCount]answer{
+	apikey.Unavailable: {http.StatusServiceUnavailable, "AUTH_UNAVAILABLE", "The API key cannot be checked right now. Try again shortly.", ""},
+	apikey.Missing: {http.StatusUnauthorized, "API_KEY_MISSING",
+		"No API key given. Send it as 'Authorization: Bearer rk_…' or 'x-api-key: rk_…'.", realm},
+	apikey.Malformed: invalidKey,
+	apikey.Unknown:   invalidKey,
+	apikey.TokenType: {http.StatusUnauthorized, "TOKEN_TYPE_UNSUPPORTED",
+		"OAuth access tokens (rat_…) are not accepted here. Use an API key (rk_…).", invalidToken("an API key is required")},
+	apikey.Revoked: {http.StatusUnauthorized, "API_KEY_REVOKED",
+		"This API key has been revoked. Create a new one.", invalidToken("the API key has been revoked")},
+	apikey.Expired: {http.StatusUnauthorized, "API_KEY_EXPIRED",
+		"This API key has expired. Create a new one.", invalidToken("the API key has expired")},
+	apikey.Ambiguous: {http.StatusBadRequest, "API_KEY_AMBIGUOUS",
+		"The request carries different credentials in several places. Send one API key in one place.", ""},
+	apikey.PathInvalid: {http.StatusBadRequest, "PATH_INVALID",
+		"The request path is not in canonical form. Send it without '.', '..', empty segments, needless percent-encoding or an API key.", ""},
+	apikey.MethodInvalid: {http.StatusMethodNotAllowed, "METHOD_NOT_ALLOWED", "This request method is not supported.", ""},
+	apikey.Mismatch: {http.StatusForbidden, "SANDBOX_PRODUCTION_MISMATCH",
+		"This API key belongs to the other environment. Use a key of the environment that this address serves.", ""},
+	apikey.NotCovered: {http.StatusForbidden, "ROUTE_NOT_COVERED", "No scope covers this request, so no API key may send it.", ""},
+	apikey.Insufficient: {http.StatusForbidden, "SCOPE_INSUFFICIENT",
+		"This API key lacks the scope that the request needs.", realm + `, error="insufficient_scope"`},
+}
+
+var invalidKey = answer{http.StatusUnauthorized, "API_KEY_INVALID",
+	"This API key is not valid. Check that it was copied completely.", invalidToken("the API key is not valid")}
+
+// envelope is the body of every error (REKALL.md, "Answers").
+type envelope struct {
+	Error envelopeError `json:"error"`
+}
+
+type envelopeError struct {
+	Code      string            `json:"code"`
+	Message   string            `json:"message"`
+	Status    int               `json:"status"`
+	Details   map[string]string `json:"details"`
+	RequestID string            `json:"request_id"`
+}
+
+// write sends the answer. Nothing of the request is repeated in it but the request id.
+func (a answer) write(w http.ResponseWriter, requestID string, details map[string]string) {
+	if details == nil {
+		details = map[string]string{}
+	}
+	body, err := json.Marshal(envelope{envelopeError{a.code, a.message, a.status, details, requestID}})
+	if err != nil {
+		panic(err) // strings and a number always encode
+	}
+	body = append(body, '\n')
+	h := w.Header()
+	h["Content-Type"] = []string{"application/json"}
+	h["Content-Length"] = []string{strconv.Itoa(len(body))}
+	h["Cache-Control"] = []string{"no-store"}
+	h["X-Content-Type-Options"] = []string{"nosniff"}
+	h["X-Request-Id"] = []string{requestID}
+	if a.authenticate != "" {
+		h["Www-Authenticate"] = []string{a.authenticate}
+	}
+	switch a.status {
+	case http.StatusServiceUnavailable:
+		h["Retry-After"] = []string{"1"}
+	case http.StatusMethodNotAllowed:
+		h["Allow"] = []string{"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"}
+	}
+	w.WriteHeader(a.status)
+	_, _ = w.Write(body) // the client may be gone
+}
+
+// newRequestID returns "req_" and 20 characters, 119 random bits. It identifies and does not authorise, so the runtime's
+// generator is enough.
+func newRequestID() string {
+	const alphabet = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+	id := [24]byte{'r', 'e', 'q', '_'}
+	for half := range 2 {
+		random := rand.Uint64()
+		for i := range 10 {
+			id[4+10*half+i] = alphabet[random%62]
+			random /= 62
+		}
+	}
+	return string(id[:])
+}

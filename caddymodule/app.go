@@ -1,0 +1,150 @@
+// Package caddymodule puts the gateway into Caddy: the rekall app, the rekall_gateway and rekall_tls_only handlers, their
+// Caddyfile directives, admin routes, metrics and commands. It is a thin adapter; what it adapts lives in internal/.
+package caddymodule
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+// databaseVariable names the database where the configuration and the command line do not.
+const databaseVariable = "REKALL_DATABASE_URL"
+
+// maxStalenessLimit is the promise to users: a revocation holds within 60 seconds at every edge (REKALL.md, "Keys").
+const maxStalenessLimit = 60 * time.Second
+
+func init() { caddy.RegisterModule(App{}) }
+
+// App keeps this edge's copy of the key data true. Its handlers share it; it needs no configuration when
+// REKALL_DATABASE_URL is set.
+type App struct {
+	// Postgres connection URL. May contain placeholders, which keep its password out of the configuration. Default:
+	// {env.REKALL_DATABASE_URL}. Behind PgBouncer in transaction mode, add default_query_exec_mode=exec and switch
+	// listening off.
+	Database string `json:"database,omitempty"`
+
+	// How often the change feed is read. A change reaches this edge within this time, or at once where Postgres can
+	// notify it. Default: 1s.
+	Refresh caddy.Duration `json:"refresh,omitempty"`
+
+	// The age at which key data is no longer trusted. Beyond it each request asks Postgres, and is answered 503 if
+	// Postgres does not answer. Must be longer than refresh and shorter than 60s. Default: 30s.
+	MaxStaleness caddy.Duration `json:"max_staleness,omitempty"`
+
+	// How many keys are kept in memory. Default: 100000.
+	CacheSize int `json:"cache_size,omitempty"`
+
+	// Whether to do without LISTEN, which needs a session of its own: changes then arrive with the next refresh.
+	// Default: false.
+	ListenOff bool `json:"listen_off,omitempty"`
+
+	ctx     caddy.Context
+	runtime *runtime
+	poolKey string
+}
+
+// CaddyModule returns the Caddy module information.
+func (App) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "rekall", New: func() caddy.Module { return new(App) }}
+}
+
+// Provision checks the configuration and takes the runtime over from the configuration before this one, if its settings
+// are the same. It does not connect: validating a configuration must not need its database.
+func (a *App) Provision(ctx caddy.Context) error {
+	a.ctx = ctx
+	s, err := a.settings()
+	if err != nil {
+		return fmt.Errorf("rekall: %w", err)
+	}
+	a.poolKey = fmt.Sprintf("%+v", s)
+	value, _, err := runtimes.LoadOrNew(a.poolKey, func() (caddy.Destructor, error) { return newRuntime(s) })
+	if err != nil {
+		a.poolKey = ""
+		return fmt.Errorf("rekall: %w", err)
+	}
+	a.runtime = value.(*runtime)
+	return a.runtime.metrics.register(ctx.GetMetricsRegistry())
+}
+
+func (a *App) settings() (settings, error) {
+	s := settings{
+		refresh:      time.Duration(a.Refresh),
+		maxStaleness: time.Duration(a.MaxStaleness),
+		cacheSize:    a.CacheSize,
+		listen:       !a.ListenOff,
+	}
+	if s.refresh == 0 {
+		s.refresh = time.Second
+	}
+	if s.maxStaleness == 0 {
+		s.maxStaleness = 30 * time.Second
+	}
+	if s.cacheSize == 0 {
+		s.cacheSize = 100_000
+	}
+	switch {
+	case s.refresh < 10*time.Millisecond:
+		return s, errors.New("refresh must be at least 10ms")
+	case s.maxStaleness >= maxStalenessLimit:
+		return s, errors.New("max_staleness must be under 60s: revocations are promised within 60 seconds")
+	case s.maxStaleness <= s.refresh:
+		return s, errors.New("max_staleness must be longer than refresh, or no cached key is ever trusted")
+	case s.cacheSize < 0:
+		return s, errors.New("cache_size must be a positive number of keys")
+	}
+	database := a.Database
+	if database == "" {
+		database = os.Getenv(databaseVariable)
+	}
+	var err error
+	if s.database, err = caddy.NewReplacer().ReplaceOrErr(database, true, false); err != nil {
+		return s, fmt.Errorf("database: %w", err)
+	}
+	if s.database == "" {
+		return s, errors.New("no database: set database in the rekall global option, or " + databaseVariable)
+	}
+	return s, nil
+}
+
+// Start begins to follow the change feed. HTTP may be serving already: until the first sync each request asks Postgres.
+func (a *App) Start() error {
+	if app, err := a.ctx.App("http"); err == nil {
+		if err := checkRoutes(app.(*caddyhttp.App)); err != nil {
+			return err
+		}
+	}
+	a.runtime.start(a.ctx.Logger())
+	return nil
+}
+
+// Stop does nothing: requests may still be in flight, and the next configuration may share the runtime.
+func (a *App) Stop() error { return nil }
+
+// Cleanup gives the runtime back. Unlike Stop it also runs when provisioning failed.
+func (a *App) Cleanup() error {
+	if a.poolKey == "" {
+		return nil
+	}
+	_, err := runtimes.Delete(a.poolKey)
+	return err
+}
+
+// app returns the rekall app of the configuration being provisioned.
+func app(ctx caddy.Context) (*App, error) {
+	module, err := ctx.App("rekall")
+	if err != nil {
+		return nil, err
+	}
+	return module.(*App), nil
+}
+
+var (
+	_ caddy.App          = (*App)(nil)
+	_ caddy.Provisioner  = (*App)(nil)
+	_ caddy.CleanerUpper = (*App)(nil)
+)

@@ -1,0 +1,158 @@
+package caddymodule
+
+import (
+	"strconv"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/rekall-ai/gateway/internal/scoperule"
+)
+
+func init() {
+	httpcaddyfile.RegisterGlobalOption("rekall", parseApp)
+	httpcaddyfile.RegisterHandlerDirective("rekall_gateway", parseGateway)
+	httpcaddyfile.RegisterDirectiveOrder("rekall_gateway", httpcaddyfile.Before, "reverse_proxy")
+	httpcaddyfile.RegisterHandlerDirective("rekall_tls_only", parseTLSOnly)
+	// Before all that could answer or redirect: a redirect invites the client to send its key in the clear again.
+	httpcaddyfile.RegisterDirectiveOrder("rekall_tls_only", httpcaddyfile.Before, "redir")
+}
+
+// parseApp reads the global option:
+//
+//	rekall {
+//		database      <url>
+//		refresh       <duration>
+//		max_staleness <duration>
+//		cache_size    <keys>
+//		listen        on|off
+//	}
+func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
+	if existing != nil {
+		return nil, d.Err("rekall stands twice in the global options: merge the two blocks")
+	}
+	app := new(App)
+	d.Next()
+	if d.NextArg() {
+		return nil, d.ArgErr()
+	}
+	seen := map[string]bool{}
+	for d.NextBlock(0) {
+		option := d.Val()
+		if seen[option] {
+			return nil, d.Errf("%s is given twice", option)
+		}
+		seen[option] = true
+		var value string
+		if !d.AllArgs(&value) {
+			return nil, d.ArgErr()
+		}
+		var err error
+		switch option {
+		case "database":
+			app.Database = value
+		case "refresh":
+			app.Refresh, err = parseDuration(value)
+		case "max_staleness":
+			app.MaxStaleness, err = parseDuration(value)
+		case "cache_size":
+			if app.CacheSize, err = strconv.Atoi(value); err == nil && app.CacheSize <= 0 {
+				err = strconv.ErrRange
+			}
+		case "listen":
+			if value != "on" && value != "off" {
+				return nil, d.Err("listen must be on or off")
+			}
+			app.ListenOff = value == "off"
+		default:
+			return nil, d.Errf("unknown rekall option %q: use database, refresh, max_staleness, cache_size or listen", option)
+		}
+		if err != nil {
+			return nil, d.Errf("%s: %q is not usable: %v", option, value, err)
+		}
+	}
+	return httpcaddyfile.App{Name: "rekall", Value: caddyconfig.JSON(app, nil)}, nil
+}
+
+func parseDuration(s string) (caddy.Duration, error) {
+	d, err := caddy.ParseDuration(s)
+	if err == nil && d <= 0 {
+		err = strconv.ErrRange
+	}
+	return caddy.Duration(d), err
+}
+
+// parseGateway reads the directive:
+//
+//	rekall_gateway [<matcher>] {
+//		scope <scope> <method> <path>
+//		scopes report_only
+//		forward_credential
+//		production {
+//			<directives...>
+//		}
+//		sandbox {
+//			<directives...>
+//		}
+//	}
+func parseGateway(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
+	g := new(Gateway)
+	h.Next()
+	if h.NextArg() {
+		return nil, h.ArgErr()
+	}
+	for nesting := h.Nesting(); h.NextBlock(nesting); {
+		switch option := h.Val(); option {
+		case "production", "sandbox":
+			raw := &g.ProductionRaw
+			if option == "sandbox" {
+				raw = &g.SandboxRaw
+			}
+			if *raw != nil {
+				return nil, h.Errf("%s is given twice: merge the two blocks", option)
+			}
+			handlers, err := httpcaddyfile.ParseSegmentAsSubroute(h.WithDispenser(h.NewFromNextSegment()))
+			if err != nil {
+				return nil, err
+			}
+			*raw = caddyconfig.JSONModuleObject(handlers, "handler", "subroute", nil)
+		case "scope":
+			var rule ScopeRule
+			if !h.AllArgs(&rule.Scope, &rule.Method, &rule.Path) {
+				return nil, h.Err("scope takes three arguments: a scope, a method and a path, as in 'scope memories:read GET /v1/exports/*'")
+			}
+			if _, err := scoperule.ParseRule(rule.Scope, rule.Method, rule.Path); err != nil {
+				return nil, h.WrapErr(err)
+			}
+			g.ScopeRules = append(g.ScopeRules, rule)
+		case "scopes":
+			var mode string
+			if !h.AllArgs(&mode) || mode != "report_only" {
+				return nil, h.Err("scopes takes one argument: report_only")
+			}
+			g.ScopesReportOnly = true
+		case "forward_credential":
+			if h.NextArg() {
+				return nil, h.ArgErr()
+			}
+			g.ForwardCredential = true
+		default:
+			return nil, h.Errf("unknown option %q: use production, sandbox, scope, scopes or forward_credential", option)
+		}
+	}
+	if g.ProductionRaw == nil && g.SandboxRaw == nil {
+		return nil, h.Err("rekall_gateway needs a production block, a sandbox block, or both")
+	}
+	return g, nil
+}
+
+func parseTLSOnly(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
+	h.Next()
+	if h.NextArg() || h.NextBlock(h.Nesting()) {
+		return nil, h.Err("rekall_tls_only takes no arguments and no block")
+	}
+	return new(TLSOnly), nil
+}

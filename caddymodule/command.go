@@ -1,0 +1,236 @@
+package caddymodule
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+	"github.com/spf13/cobra"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+// Exit codes of the commands besides 0 and 1 (anything else that failed).
+const (
+	exitNotFound       = 3
+	exitAlreadyRevoked = 4
+)
+
+func init() {
+	caddycmd.RegisterCommand(caddycmd.Command{
+		Name:  "migrate",
+		Usage: "[--database <url>] [--json]",
+		Short: "Creates or updates Rekall's schema in Postgres",
+		Long:  "Creates the schema 'rekall' or brings it up to this version. Safe to repeat, and to run from several machines at once.",
+		CobraFunc: func(cmd *cobra.Command) {
+			cmd.Args = cobra.NoArgs
+			databaseFlags(cmd)
+			cmd.RunE = run(migrate)
+		},
+	})
+	caddycmd.RegisterCommand(caddycmd.Command{
+		Name:  "keys",
+		Usage: "create|list|revoke",
+		Short: "Manages API keys",
+		Long:  "Creates, lists and revokes API keys in Postgres. Edges follow on their own.",
+		CobraFunc: func(cmd *cobra.Command) {
+			cmd.Args = cobra.NoArgs
+			cmd.RunE = run(func(_ context.Context, cmd *cobra.Command, _ []string) error {
+				return errors.New("say what to do with keys: create, list or revoke (see --help)")
+			})
+			cmd.AddCommand(keysCreateCommand(), keysListCommand(), keysRevokeCommand())
+		},
+	})
+}
+
+func databaseFlags(cmd *cobra.Command) {
+	cmd.Flags().String("database", "", "Postgres connection URL (default: $"+databaseVariable+")")
+	cmd.Flags().Bool("json", false, "Print JSON")
+}
+
+// run adapts a command: its context ends with an interrupt, its error is one line on stderr, and its exit code says what
+// kind of error it was.
+func run(do func(context.Context, *cobra.Command, []string) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, args []string) error {
+		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+		defer stop()
+		err := do(ctx, cmd, args)
+		if err == nil {
+			return nil
+		}
+		cmd.SilenceErrors = true
+		fmt.Fprintln(cmd.ErrOrStderr(), "Error:", apikey.Redact(err.Error()))
+		code := 1
+		switch {
+		case errors.Is(err, keyadmin.ErrNotFound):
+			code = exitNotFound
+		case errors.Is(err, keyadmin.ErrAlreadyRevoked):
+			code = exitAlreadyRevoked
+		default:
+			return err
+		}
+		return caddycmd.WrapCommandFuncForCobra(func(caddycmd.Flags) (int, error) { return code, nil })(cmd, args)
+	}
+}
+
+func databaseURL(cmd *cobra.Command) (string, error) {
+	url, _ := cmd.Flags().GetString("database")
+	if url == "" {
+		url = os.Getenv(databaseVariable)
+	}
+	if url == "" {
+		return "", errors.New("no database: give --database or set " + databaseVariable)
+	}
+	return url, nil
+}
+
+func migrate(ctx context.Context, cmd *cobra.Command, _ []string) error {
+	url, err := databaseURL(cmd)
+	if err != nil {
+		return err
+	}
+	from, to, err := keystore.Migrate(ctx, url)
+	if err != nil {
+		return err
+	}
+	return show(cmd, map[string]int32{"from": from, "to": to}, func(w io.Writer) {
+		if from == to {
+			fmt.Fprintf(w, "Schema rekall is up to date (version %d).\n", to)
+			return
+		}
+		fmt.Fprintf(w, "Schema rekall migrated from version %d to %d.\n", from, to)
+	})
+}
+
+// admin runs do with the key administration of the command's database.
+func admin(do func(context.Context, *cobra.Command, []string, *keyadmin.Admin) error) func(*cobra.Command, []string) error {
+	return run(func(ctx context.Context, cmd *cobra.Command, args []string) error {
+		url, err := databaseURL(cmd)
+		if err != nil {
+			return err
+		}
+		store, err := keystore.Open(url, keystore.Options{ApplicationName: "rekall-gateway keys"})
+		if err != nil {
+			return err
+		}
+		defer store.Close()
+		return do(ctx, cmd, args, keyadmin.New(store))
+	})
+}
+
+func keysCreateCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:     "create --name <name> --scopes <scope,...> --environment production|sandbox",
+		Short:   "Creates a key and shows it once",
+		Example: "  rekall-gateway keys create --name 'Production Backend' --scopes memories:read,memories:write --environment production --expires-in 90d",
+		Args:    cobra.NoArgs,
+	}
+	databaseFlags(cmd)
+	cmd.Flags().String("name", "", "Name of the key, for people")
+	cmd.Flags().StringSlice("scopes", nil, "Scopes, separated by commas: "+strings.Join(apikey.ScopeNames(), ", "))
+	cmd.Flags().String("environment", "", "production or sandbox")
+	cmd.Flags().String("account", "default", "Account that owns the key")
+	cmd.Flags().String("expires-in", "", "How long the key lives, e.g. 90d, 2w or 12h (default: for ever)")
+	cmd.RunE = admin(func(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
+		flags := cmd.Flags()
+		var request keyadmin.CreateRequest
+		request.Name, _ = flags.GetString("name")
+		request.Scopes, _ = flags.GetStringSlice("scopes")
+		request.Environment, _ = flags.GetString("environment")
+		request.Account, _ = flags.GetString("account")
+		request.ExpiresIn, _ = flags.GetString("expires-in")
+		key, err := admin.Create(ctx, request)
+		if err != nil {
+			return flagNames(err)
+		}
+		return show(cmd, key, func(w io.Writer) {
+			fmt.Fprintf(w, "Created %s (%s, %s).\n\n  %s\n\nThis is the only time the key is shown. Store it now.\n",
+				key.ID, key.Environment, strings.Join(key.Scopes, " "), key.Key.Reveal())
+		})
+	})
+	return cmd
+}
+
+// flagNames makes an error about a field of the API speak of the flag instead.
+func flagNames(err error) error {
+	var invalid *keyadmin.InvalidError
+	if errors.As(err, &invalid) {
+		return fmt.Errorf("--%s %s", strings.ReplaceAll(invalid.Field, "_", "-"), invalid.Reason)
+	}
+	return err
+}
+
+func keysListCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "list", Short: "Lists keys", Args: cobra.NoArgs}
+	databaseFlags(cmd)
+	cmd.Flags().String("account", "", "Only keys of this account")
+	cmd.RunE = admin(func(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
+		account, _ := cmd.Flags().GetString("account")
+		keys := []keyadmin.Key{}
+		for request := (keyadmin.ListRequest{Account: account}); ; {
+			page, err := admin.List(ctx, request)
+			if err != nil {
+				return err
+			}
+			keys = append(keys, page.Keys...)
+			if page.NextCursor == "" {
+				break
+			}
+			request.Cursor = page.NextCursor
+		}
+		return show(cmd, keys, func(w io.Writer) {
+			if len(keys) == 0 {
+				fmt.Fprintln(w, "No keys. Make one with 'rekall-gateway keys create'.")
+				return
+			}
+			table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+			fmt.Fprintln(table, "ID\tNAME\tACCOUNT\tKEY\tSTATUS\tEXPIRES\tSCOPES")
+			for _, k := range keys {
+				expires := "never"
+				if k.ExpiresAt != nil {
+					expires = k.ExpiresAt.Format(time.RFC3339)
+				}
+				fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", k.ID, k.Name, k.Account, k.Masked, k.Status, expires, strings.Join(k.Scopes, " "))
+			}
+			_ = table.Flush()
+		})
+	})
+	return cmd
+}
+
+func keysRevokeCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "revoke <id>", Short: "Revokes a key for good", Args: cobra.ExactArgs(1)}
+	databaseFlags(cmd)
+	cmd.RunE = admin(func(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
+		key, err := admin.Revoke(ctx, args[0])
+		if err != nil {
+			return err
+		}
+		return show(cmd, key, func(w io.Writer) {
+			fmt.Fprintf(w, "Revoked %s. Every edge refuses it within 60 seconds.\n", key.ID)
+		})
+	})
+	return cmd
+}
+
+// show prints a result: JSON for programs, text for people.
+func show(cmd *cobra.Command, result any, text func(io.Writer)) error {
+	if asJSON, _ := cmd.Flags().GetBool("json"); !asJSON {
+		text(cmd.OutOrStdout())
+		return nil
+	}
+	encoder := json.NewEncoder(cmd.OutOrStdout())
+	encoder.SetIndent("", "  ")
+	return encoder.Encode(result)
+}

@@ -1,0 +1,68 @@
+package caddymodule
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/http"
+	"slices"
+	"sync"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/rekall-ai/gateway/internal/credential"
+)
+
+// door stands before Caddy's own handler and takes credentials out of each request.
+type door struct{ next http.Handler }
+
+func (d door) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	d.next.ServeHTTP(w, credential.AtDoor(r))
+}
+
+// guardDoor makes the server in which a handler is being provisioned take credentials out of each request before it
+// copies the request for its logs. A handler is too late: by then "X-Api-Key" and "?api_key=" stand in the copy.
+//
+// Caddy calls RegisterConnContext's function in the accept loop, before the first request of the first connection, with a
+// context that holds the *http.Server (documented by net/http). There the server's handler is wrapped, once.
+func guardDoor(ctx caddy.Context) error {
+	server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
+	if !ok {
+		return errors.New("not part of an http server: API keys could reach its logs")
+	}
+	if !onlyTCP(server) {
+		return errors.New("the server serves HTTP/3 only, where API keys could reach its logs: add h1 or h2 to its protocols")
+	}
+	var once sync.Once
+	server.RegisterConnContext(func(ctx context.Context, _ net.Conn) context.Context {
+		once.Do(func() {
+			inner := ctx.Value(http.ServerContextKey).(*http.Server)
+			// Each handler of ours in this server registers; in every accept loop the first of them comes first, so it
+			// alone writes.
+			if _, guarded := inner.Handler.(door); !guarded {
+				inner.Handler = door{inner.Handler}
+			}
+		})
+		return ctx
+	})
+	return nil
+}
+
+// onlyTCP takes HTTP/3 out of the server's protocols, whose own server has no such hook, and reports whether anything is
+// left.
+func onlyTCP(server *caddyhttp.Server) bool {
+	isH3 := func(protocol string) bool { return protocol == "h3" }
+	server.Protocols = slices.DeleteFunc(slices.Clone(server.Protocols), isH3)
+	for i, protocols := range server.ListenProtocols {
+		if protocols == nil {
+			continue
+		}
+		left := slices.DeleteFunc(slices.Clone(protocols), isH3)
+		if len(left) == 0 {
+			return false
+		}
+		server.ListenProtocols[i] = left
+	}
+	return len(server.Protocols) > 0
+}

@@ -1,0 +1,242 @@
+package caddymodule
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.uber.org/zap"
+	"golang.org/x/net/http/httpguts"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keycache"
+)
+
+// exchange is one request and its answer. It is the response writer of the environment's handlers, so that it has the
+// last word on the answer when the key ends half-way.
+type exchange struct {
+	caddyhttp.ResponseWriterWrapper
+	gateway     *Gateway
+	requestID   string
+	environment apikey.Environment // by the prefix of the key
+	record      *apikey.Record     // nil until found
+	required    apikey.Scopes      // what an Insufficient key lacks
+	outcome     apikey.Outcome
+	flight      keycache.Flight
+	ctx         context.Context // cancelled with a *keycache.Cut when the key ends
+	cancel      context.CancelCauseFunc
+	wroteHeader bool
+}
+
+func (x *exchange) count() { x.gateway.metrics.decisions[x.outcome][x.environment].Inc() }
+
+func (x *exchange) refuse(w http.ResponseWriter) error {
+	x.count()
+	a := answers[x.outcome]
+	var details map[string]string
+	if x.outcome == apikey.Insufficient {
+		details = map[string]string{"required_scope": x.required.String()}
+		a.authenticate += `, scope="` + x.required.String() + `"`
+	}
+	a.write(w, x.requestID, details)
+	return nil
+}
+
+func (x *exchange) unavailable(w http.ResponseWriter, err error) error {
+	x.outcome = apikey.Unavailable
+	x.gateway.logger.Debug("key cannot be checked", zap.String("request_id", x.requestID), zap.Error(err))
+	return x.refuse(w)
+}
+
+// placeholder resolves what logs and other handlers may know of the decision.
+func (x *exchange) placeholder(name string) (any, bool) {
+	switch name {
+	case "rekall.decision":
+		return x.outcome.String(), true
+	case "rekall.environment":
+		return x.environment.String(), true
+	case "http.auth.user.id", "rekall.key_id", "rekall.account", "rekall.scopes":
+	default:
+		return nil, false
+	}
+	if x.record == nil {
+		return "", name != "http.auth.user.id"
+	}
+	switch name {
+	case "rekall.account":
+		return x.record.Account, true
+	case "rekall.scopes":
+		return x.record.Scopes.String(), true
+	}
+	return x.record.ID, true
+}
+
+// identify replaces what the client says of itself with what the gateway knows.
+func (x *exchange) identify(r *http.Request) {
+	h := r.Header
+	for name := range h {
+		if isIdentity(name) {
+			delete(h, name)
+		}
+	}
+	delete(h, "X-Http-Method-Override")
+	delete(h, "X-Http-Method")
+	delete(h, "X-Method-Override")
+	restrictConnection(h)
+	// A trailer can carry an identity header past everything that looked at the headers.
+	r.Trailer = nil
+	delete(h, "Trailer")
+	h["X-Rekall-Key-Id"] = []string{x.record.ID}
+	h["X-Rekall-Account"] = []string{x.record.Account}
+	h["X-Rekall-Environment"] = []string{x.environment.String()}
+	h["X-Rekall-Scopes"] = []string{x.record.Scopes.String()}
+	h["X-Request-Id"] = []string{x.requestID}
+}
+
+// isIdentity reports whether a backend might read a header of this name as one of ours. Some frameworks fold '_' and '.'
+// into '-'.
+func isIdentity(name string) bool {
+	if len(name) < len("X-Rekall-") || name == "X-Rekall-Version" {
+		return false
+	}
+	if name[0] != 'X' && name[0] != 'x' {
+		return false
+	}
+	folded := strings.NewReplacer("_", "-", ".", "-").Replace(name)
+	return strings.EqualFold(folded[:len("X-Rekall-")], "X-Rekall-") || strings.EqualFold(folded, "X-Request-Id")
+}
+
+// restrictConnection leaves only the upgrade to WebSocket. "Connection: X-Rekall-Key-Id" would have the proxy strip our
+// header, and "Upgrade: h2c" would open a tunnel whose requests nobody checks.
+func restrictConnection(h http.Header) {
+	connection, ok := h["Connection"]
+	if !ok {
+		delete(h, "Upgrade")
+		return
+	}
+	upgrade := h["Upgrade"]
+	if len(upgrade) == 1 && strings.EqualFold(upgrade[0], "websocket") && httpguts.HeaderValuesContainsToken(connection, "upgrade") {
+		h["Connection"] = []string{"Upgrade"}
+		return
+	}
+	delete(h, "Connection")
+	delete(h, "Upgrade")
+	delete(h, "Http2-Settings")
+}
+
+// cutGrace is how long a client that does not read may hold up the end of a request that was cut.
+const cutGrace = time.Second
+
+// cut ends the request: it cancels the proxy's round trip, and unblocks a write to a client that does not read.
+func (x *exchange) cut(cause error) {
+	x.cancel(cause)
+	_ = http.NewResponseController(x.ResponseWriter).SetWriteDeadline(time.Now().Add(cutGrace)) // a hijacked connection has none
+}
+
+// cutOutcome returns why the request was cut, if it was.
+func (x *exchange) cutOutcome() (apikey.Outcome, bool) {
+	var cut *keycache.Cut
+	if errors.As(context.Cause(x.ctx), &cut) {
+		return cut.Outcome, true
+	}
+	return 0, false
+}
+
+// statusClientClosed is what Caddy's reverse proxy answers when the request's context is cancelled.
+const statusClientClosed = 499
+
+// WriteHeader passes the answer's header on, unless the request was cut before there was an answer: then the client gets
+// the refusal and not a 499.
+func (x *exchange) WriteHeader(status int) {
+	if status == statusClientClosed && !x.wroteHeader {
+		if outcome, ok := x.cutOutcome(); ok {
+			x.refuseCut(outcome)
+			return
+		}
+	}
+	if status >= 200 || status == http.StatusSwitchingProtocols {
+		x.wroteHeader = true
+		x.Header()["X-Request-Id"] = []string{x.requestID}
+	}
+	x.ResponseWriter.WriteHeader(status)
+}
+
+func (x *exchange) Write(p []byte) (int, error) {
+	if !x.wroteHeader {
+		x.WriteHeader(http.StatusOK)
+	}
+	return x.ResponseWriter.Write(p)
+}
+
+// ReadFrom keeps the fast path of the server's writer.
+func (x *exchange) ReadFrom(r io.Reader) (int64, error) {
+	if !x.wroteHeader {
+		x.WriteHeader(http.StatusOK)
+	}
+	return x.ResponseWriterWrapper.ReadFrom(r)
+}
+
+// FlushError sends what is buffered, the header included.
+func (x *exchange) FlushError() error {
+	if !x.wroteHeader {
+		x.WriteHeader(http.StatusOK)
+	}
+	return http.NewResponseController(x.ResponseWriter).Flush()
+}
+
+func (x *exchange) refuseCut(outcome apikey.Outcome) {
+	x.wroteHeader = true
+	x.outcome = outcome
+	// The connection's write deadline has been set; it must not serve another request.
+	x.Header().Set("Connection", "close")
+	answers[outcome].write(x.ResponseWriter, x.requestID, nil)
+}
+
+// finish turns what the environment's handlers returned into the gateway's own answer, where there is none yet.
+func (x *exchange) finish(err error) error {
+	if outcome, ok := x.cutOutcome(); ok {
+		if !x.wroteHeader {
+			x.refuseCut(outcome)
+		}
+		return nil
+	}
+	var failed caddyhttp.HandlerError
+	if err == nil || x.wroteHeader || !errors.As(err, &failed) {
+		return err
+	}
+	a := upstreamUnavailable
+	switch failed.StatusCode {
+	case http.StatusGatewayTimeout:
+		a.status = http.StatusGatewayTimeout
+	case http.StatusBadGateway, http.StatusServiceUnavailable:
+	default:
+		return err
+	}
+	x.gateway.logger.Error("upstream unavailable", zap.String("request_id", x.requestID),
+		zap.Stringer("environment", x.environment), zap.Error(failed.Err))
+	a.write(x.ResponseWriter, x.requestID, nil)
+	return nil
+}
+
+var upstreamUnavailable = answer{http.StatusBadGateway, "UPSTREAM_UNAVAILABLE",
+	"The API could not be reached. Try again shortly.", ""}
+
+// Hijack gives a WebSocket's connection to the proxy, wrapped so that a cut ends it with a close frame.
+func (x *exchange) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, rw, err := http.NewResponseController(x.ResponseWriter).Hijack()
+	if err != nil {
+		return nil, nil, err
+	}
+	return &webSocketConn{Conn: conn, exchange: x}, rw, nil
+}
+
+var (
+	_ http.Hijacker = (*exchange)(nil)
+	_ io.ReaderFrom = (*exchange)(nil)
+)

@@ -1,0 +1,238 @@
+package caddymodule
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/credential"
+	"github.com/rekall-ai/gateway/internal/keycache"
+	"github.com/rekall-ai/gateway/internal/scoperule"
+)
+
+func init() { caddy.RegisterModule(Gateway{}) }
+
+// Gateway checks the API key of each request and sends those it allows to the handlers of the key's environment. Nothing
+// else leads to them, and nothing behind the gateway runs for a request that it refused: it is the last handler of its
+// route, whatever follows it in the configuration.
+type Gateway struct {
+	// Handlers for requests with a production key (rk_…), usually a reverse proxy. Without it, production keys are
+	// answered 403 SANDBOX_PRODUCTION_MISMATCH.
+	ProductionRaw json.RawMessage `json:"production,omitempty" caddy:"namespace=http.handlers inline_key=handler"`
+
+	// Handlers for requests with a sandbox key (rk_test_…). Without it, sandbox keys are answered 403
+	// SANDBOX_PRODUCTION_MISMATCH. At least one of the two is required.
+	SandboxRaw json.RawMessage `json:"sandbox,omitempty" caddy:"namespace=http.handlers inline_key=handler"`
+
+	// Scope rules that add to the built-in table of Rekall's API. A rule with the method and path of a built-in one
+	// replaces it. A request that no rule covers is answered 403 ROUTE_NOT_COVERED.
+	ScopeRules []ScopeRule `json:"scope_rules,omitempty"`
+
+	// Whether requests that the scope rules would refuse are logged, counted and let pass, to meet live traffic with new
+	// rules. The key itself is checked all the same. Default: false.
+	ScopesReportOnly bool `json:"scopes_report_only,omitempty"`
+
+	// Whether the key is passed on to the backends, as "Authorization: Bearer", for those that still check it. Default:
+	// false.
+	ForwardCredential bool `json:"forward_credential,omitempty"`
+
+	production, sandbox caddyhttp.MiddlewareHandler
+	rules               *scoperule.Table
+	cache               *keycache.Cache
+	metrics             *metrics
+	logger              *zap.Logger
+}
+
+// ScopeRule says which scope a request needs.
+type ScopeRule struct {
+	// One of the 14 scopes, e.g. "memories:read".
+	Scope string `json:"scope"`
+
+	// The request method, in capitals. GET covers HEAD as well.
+	Method string `json:"method"`
+
+	// The request path. A segment ":name" matches any one segment; "*" as the last one matches all that remain.
+	Path string `json:"path"`
+}
+
+// CaddyModule returns the Caddy module information.
+func (Gateway) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "http.handlers.rekall_gateway", New: func() caddy.Module { return new(Gateway) }}
+}
+
+// Provision loads the handlers of both environments and the scope rules.
+func (g *Gateway) Provision(ctx caddy.Context) error {
+	g.logger = ctx.Logger()
+	if g.ProductionRaw == nil && g.SandboxRaw == nil {
+		return errors.New("rekall_gateway: give it a production block, a sandbox block, or both")
+	}
+	app, err := app(ctx)
+	if err != nil {
+		return err
+	}
+	g.cache, g.metrics = app.runtime.cache, app.runtime.metrics
+	if g.production, err = loadHandler(ctx, g, "ProductionRaw", g.ProductionRaw); err != nil {
+		return err
+	}
+	if g.sandbox, err = loadHandler(ctx, g, "SandboxRaw", g.SandboxRaw); err != nil {
+		return err
+	}
+	if g.rules, err = g.scopeTable(); err != nil {
+		return fmt.Errorf("rekall_gateway: %w", err)
+	}
+	if err := guardDoor(ctx); err != nil {
+		return fmt.Errorf("rekall_gateway: %w", err)
+	}
+	return nil
+}
+
+func loadHandler(ctx caddy.Context, g *Gateway, field string, raw json.RawMessage) (caddyhttp.MiddlewareHandler, error) {
+	if raw == nil {
+		return nil, nil
+	}
+	module, err := ctx.LoadModule(g, field)
+	if err != nil {
+		return nil, fmt.Errorf("rekall_gateway: load handlers: %w", err)
+	}
+	return module.(caddyhttp.MiddlewareHandler), nil
+}
+
+func (g *Gateway) scopeTable() (*scoperule.Table, error) {
+	rules := scoperule.Builtin()
+	for _, sr := range g.ScopeRules {
+		rule, err := scoperule.ParseRule(sr.Scope, sr.Method, sr.Path)
+		if err != nil {
+			return nil, fmt.Errorf("scope rule: %w", err)
+		}
+		rules = append(rules, rule)
+	}
+	return scoperule.New(rules...)
+}
+
+// maxFinds is how often a key is found again when it changes between being found and being tracked.
+const maxFinds = 3
+
+// ServeHTTP is the whole way of a request: credential, parse, find, decide, route.
+func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
+	cred := credential.Take(r)
+	x := &exchange{gateway: g, requestID: newRequestID(), environment: cred.Environment}
+	x.ResponseWriter = w
+	if repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
+		repl.Map(x.placeholder)
+	}
+	if x.outcome = parse(r, &cred); x.outcome != apikey.Allowed {
+		return x.refuse(w)
+	}
+	for range maxFinds {
+		found, err := g.cache.Find(r.Context(), cred.Digest)
+		if err != nil {
+			return x.unavailable(w, err)
+		}
+		x.record = found.Record
+		if x.outcome = g.decide(x, r, found); x.outcome != apikey.Allowed {
+			return x.refuse(w)
+		}
+		if done, err := x.route(r, found, &cred); done {
+			return err
+		}
+	}
+	return x.unavailable(w, errKeyChanging)
+}
+
+var errKeyChanging = errors.New("the key changed each time it was found")
+
+// parse decides what can be decided on the request alone.
+func parse(r *http.Request, cred *credential.Credential) apikey.Outcome {
+	switch {
+	case !scoperule.KnownMethod(r.Method):
+		return apikey.MethodInvalid
+	case cred.PathHeldKey || !scoperule.Canonical(r.URL.EscapedPath()):
+		return apikey.PathInvalid
+	}
+	switch cred.Kind {
+	case credential.Key:
+		return apikey.Allowed
+	case credential.None:
+		return apikey.Missing
+	case credential.Malformed:
+		return apikey.Malformed
+	case credential.Token:
+		return apikey.TokenType
+	case credential.Ambiguous:
+		return apikey.Ambiguous
+	}
+	return apikey.Unavailable
+}
+
+// decide decides on the key and on what the request wants with it.
+func (g *Gateway) decide(x *exchange, r *http.Request, found keycache.Found) apikey.Outcome {
+	if outcome := found.Record.Validity(found.Now); outcome != apikey.Allowed {
+		return outcome
+	}
+	// The prefix decides the environment. A row that says otherwise was imported wrongly, and is not to be believed.
+	if found.Record.Environment != x.environment || g.handler(x.environment) == nil {
+		return apikey.Mismatch
+	}
+	outcome := apikey.Allowed
+	required, covered := g.rules.Required(r.Method, r.URL.EscapedPath())
+	switch {
+	case !covered:
+		outcome = apikey.NotCovered
+	case !found.Record.Scopes.Has(required):
+		x.required, outcome = required, apikey.Insufficient
+	}
+	if outcome != apikey.Allowed && g.ScopesReportOnly {
+		g.metrics.reportOnly.WithLabelValues(outcome.String()).Inc()
+		g.logger.Warn("scope rules would refuse this request",
+			zap.Stringer("outcome", outcome), zap.String("method", r.Method), zap.String("path", r.URL.EscapedPath()),
+			zap.Stringer("required", x.required), zap.String("key_id", x.record.ID), zap.String("request_id", x.requestID))
+		return apikey.Allowed
+	}
+	return outcome
+}
+
+func (g *Gateway) handler(environment apikey.Environment) caddyhttp.MiddlewareHandler {
+	switch environment {
+	case apikey.Production:
+		return g.production
+	case apikey.Sandbox:
+		return g.sandbox
+	}
+	return nil
+}
+
+// route sends the request to the handlers of the key's environment, and follows it so that it ends with its key. It
+// reports false, having sent nothing, if the key has changed since it was found.
+func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential.Credential) (bool, error) {
+	ctx, cancel := context.WithCancelCause(r.Context())
+	defer cancel(nil)
+	x.ctx, x.cancel = ctx, cancel
+	if !x.gateway.cache.Track(&x.flight, found, x.cut) {
+		return false, nil
+	}
+	defer x.gateway.cache.Untrack(&x.flight)
+	x.count()
+	forwarded := r.WithContext(ctx)
+	x.identify(forwarded)
+	if x.gateway.ForwardCredential {
+		forwarded.Header["Authorization"] = []string{"Bearer " + cred.Reveal()}
+	}
+	return true, x.finish(x.gateway.handler(x.environment).ServeHTTP(x, forwarded, deadEnd))
+}
+
+// deadEnd ends the chain of an environment's handlers: there is nothing behind the gateway.
+var deadEnd = caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error {
+	return caddyhttp.Error(http.StatusBadGateway, errors.New("no handler of the environment answered the request"))
+})
+
+var (
+	_ caddy.Provisioner           = (*Gateway)(nil)
+	_ caddyhttp.MiddlewareHandler = (*Gateway)(nil)
+)

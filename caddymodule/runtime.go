@@ -1,0 +1,88 @@
+package caddymodule
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/keycache"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+// runtimes are shared by the configurations before and after a reload, so that a reload neither empties the cache nor
+// loses the streams that it must be able to cut.
+var runtimes = caddy.NewUsagePool()
+
+type settings struct {
+	database              string
+	refresh, maxStaleness time.Duration
+	cacheSize             int
+	listen                bool
+}
+
+// runtime outlives configurations: the store, the cache and the loops that keep it true.
+type runtime struct {
+	store   *keystore.Store
+	cache   *keycache.Cache
+	metrics *metrics
+	logger  atomic.Pointer[zap.Logger] // of the newest configuration: a reload closes the old one's writers
+
+	startOnce sync.Once
+	cancel    context.CancelFunc
+	ctx       context.Context
+	running   sync.WaitGroup
+}
+
+func newRuntime(s settings) (*runtime, error) {
+	store, err := keystore.Open(s.database, keystore.Options{})
+	if err != nil {
+		return nil, err
+	}
+	rt := &runtime{store: store}
+	rt.logger.Store(zap.NewNop())
+	rt.cache, err = keycache.New(store, keycache.Config{
+		Size: s.cacheSize, Refresh: s.refresh, MaxStaleness: s.maxStaleness, NoListen: !s.listen,
+		Logger: rt.logger.Load,
+	})
+	if err != nil {
+		store.Close()
+		return nil, err
+	}
+	rt.metrics = newMetrics(rt.cache)
+	rt.ctx, rt.cancel = context.WithCancel(context.Background())
+	return rt, nil
+}
+
+func (rt *runtime) start(logger *zap.Logger) {
+	rt.logger.Store(logger)
+	rt.startOnce.Do(func() { rt.running.Go(func() { rt.cache.Run(rt.ctx) }) })
+}
+
+// Destruct ends the runtime when no configuration uses it any longer. Requests of the last one may still be in flight:
+// they are followed, and cut when their key ends, until the last is done.
+func (rt *runtime) Destruct() error {
+	if caddy.Exiting() || rt.cache.InFlight() == 0 {
+		rt.close()
+		return nil
+	}
+	go func() {
+		const drainPoll = time.Second
+		for rt.cache.InFlight() > 0 {
+			time.Sleep(drainPoll)
+		}
+		rt.close()
+	}()
+	return nil
+}
+
+// close stops the loops before what they use.
+func (rt *runtime) close() {
+	rt.cancel()
+	rt.running.Wait()
+	rt.cache.Close()
+	rt.store.Close()
+}

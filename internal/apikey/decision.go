@@ -1,0 +1,76 @@
+package apikey
+
+import "time"
+
+// Record is what an edge knows of a key. It is immutable: a change makes a new one. It has no name and no key.
+type Record struct {
+	ID          string
+	Account     string
+	Digest      Digest
+	Environment Environment
+	Scopes      Scopes
+	ExpiresAt   time.Time // zero: never
+	RevokedAt   time.Time // zero: not revoked
+}
+
+// Outcome is the result of a decision: a closed set, which is also the label of rekall_decisions_total.
+type Outcome uint8
+
+// The outcomes. Only Allowed lets a request pass; the zero value does not.
+const (
+	Unavailable   Outcome = iota // nobody can tell: 503, never 401
+	Allowed                      // the key is good and has the scope
+	Missing                      // no credential in the request
+	Malformed                    // a credential that cannot be a key
+	TokenType                    // an OAuth access token, which the gateway does not check
+	Ambiguous                    // different credentials in several places
+	Unknown                      // Postgres has no such key
+	Revoked                      // revoked for good
+	Expired                      // past its expiry by Postgres's clock
+	Mismatch                     // no backend for the key's environment at this site
+	NotCovered                   // no scope rule covers the request
+	Insufficient                 // the key lacks the scope
+	PathInvalid                  // the path has more than one reading
+	MethodInvalid                // a method that no rule can cover: TRACE, CONNECT, unknown ones
+
+	OutcomeCount // the number of outcomes, for tables indexed by one
+)
+
+var outcomeNames = [OutcomeCount]string{
+	Unavailable: "unavailable", Allowed: "allowed", Missing: "missing", Malformed: "malformed", TokenType: "token_type",
+	Ambiguous: "ambiguous", Unknown: "unknown", Revoked: "revoked", Expired: "expired", Mismatch: "environment_mismatch",
+	NotCovered: "not_covered", Insufficient: "scope_insufficient", PathInvalid: "path_invalid", MethodInvalid: "method_invalid",
+}
+
+// String returns the outcome as metrics and logs write it.
+func (o Outcome) String() string {
+	if o >= OutcomeCount {
+		return "invalid"
+	}
+	return outcomeNames[o]
+}
+
+// Validity decides whether the key may be used at all at now, which must be a reading of Postgres's clock: an edge's own
+// clock must neither revive an expired key nor refuse a good one. A nil record is a key that Postgres does not know.
+func (r *Record) Validity(now time.Time) Outcome {
+	switch {
+	case r == nil:
+		return Unknown
+	case !r.RevokedAt.IsZero():
+		return Revoked
+	case !r.ExpiresAt.IsZero() && !now.Before(r.ExpiresAt):
+		return Expired
+	}
+	return Allowed
+}
+
+// Decide is Validity, then the scope.
+func (r *Record) Decide(now time.Time, required Scopes) Outcome {
+	if o := r.Validity(now); o != Allowed {
+		return o
+	}
+	if !r.Scopes.Has(required) {
+		return Insufficient
+	}
+	return Allowed
+}

@@ -1,0 +1,213 @@
+// Package apikey is the domain: what a Rekall API key looks like, the 14 scopes, what the gateway knows of a key, and the
+// pure decision on a request. It holds no key: a key exists only between the request (or the generator) and its digest.
+package apikey
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"strings"
+)
+
+const (
+	// Length of every key in bytes, prefix included (REKALL.md, "Keys").
+	Length = 48
+
+	// ProductionPrefix and SandboxPrefix begin every key of their environment. No production key can begin with the
+	// sandbox prefix, because '_' is not allowed after "rk_".
+	ProductionPrefix = "rk_"
+	SandboxPrefix    = "rk_test_"
+
+	// checksumLength is the number of characters at the end of a generated key that follow from the rest: a CRC-32 in
+	// base 62, so 6 characters hold all 32 bits. GitHub's token format uses the same construction.
+	checksumLength = 6
+
+	alphabet = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+)
+
+// ErrMalformed says that a string is not a key of either environment. It carries nothing of the string.
+var ErrMalformed = errors.New("malformed api key")
+
+// Environment is the half of Rekall that a key belongs to. The zero value is no environment.
+type Environment uint8
+
+// The two environments.
+const (
+	Production Environment = iota + 1
+	Sandbox
+)
+
+// String returns "production", "sandbox", or "none" for the zero value.
+func (e Environment) String() string {
+	switch e {
+	case Production:
+		return "production"
+	case Sandbox:
+		return "sandbox"
+	default:
+		return "none"
+	}
+}
+
+// ParseEnvironment is the inverse of String for the two environments.
+func ParseEnvironment(s string) (Environment, error) {
+	switch s {
+	case "production":
+		return Production, nil
+	case "sandbox":
+		return Sandbox, nil
+	}
+	return 0, fmt.Errorf("unknown environment %q: use production or sandbox", s)
+}
+
+func (e Environment) prefix() string {
+	if e == Sandbox {
+		return SandboxPrefix
+	}
+	return ProductionPrefix
+}
+
+// Digest is the SHA-256 of a whole key: all that is ever stored, compared or logged as "the key". A key has over 200
+// random bits, so a slow or salted hash would add cost to every request and nothing to an attacker's.
+type Digest [sha256.Size]byte
+
+// Hash returns the digest of a key.
+func Hash(key string) Digest {
+	var buffer [Length]byte // on the stack: a conversion would allocate on every request
+	if len(key) == Length {
+		copy(buffer[:], key)
+		return sha256.Sum256(buffer[:])
+	}
+	return sha256.Sum256([]byte(key))
+}
+
+// ParseDigest reads a digest written in hexadecimal.
+func ParseDigest(s string) (Digest, error) {
+	var d Digest
+	if hex.DecodedLen(len(s)) != len(d) {
+		return d, errors.New("digest must be 64 hexadecimal characters")
+	}
+	if _, err := hex.Decode(d[:], []byte(s)); err != nil {
+		return d, errors.New("digest must be 64 hexadecimal characters")
+	}
+	return d, nil
+}
+
+// Parse checks the shape of a key and returns its environment, or ErrMalformed. It does not check the checksum: keys made
+// before there was one are good keys.
+func Parse(s string) (Environment, error) {
+	if len(s) != Length || s[:len(ProductionPrefix)] != ProductionPrefix {
+		return 0, ErrMalformed
+	}
+	env, secret := Production, s[len(ProductionPrefix):]
+	if s[:len(SandboxPrefix)] == SandboxPrefix {
+		env, secret = Sandbox, s[len(SandboxPrefix):]
+	}
+	for i := range len(secret) {
+		if !alphanumeric(secret[i]) {
+			return 0, ErrMalformed
+		}
+	}
+	return env, nil
+}
+
+func alphanumeric(c byte) bool {
+	return '0' <= c && c <= '9' || 'A' <= c && c <= 'Z' || 'a' <= c && c <= 'z'
+}
+
+// Generate makes a new key: random characters from crypto/rand, each with the same probability, then the checksum.
+func Generate(env Environment) string {
+	body := env.prefix() + RandomText(Length-checksumLength-len(env.prefix()))
+	return string(appendChecksum([]byte(body)))
+}
+
+// RandomText returns n letters and digits from crypto/rand, all equally likely: 5.95 bits each.
+func RandomText(n int) string {
+	text := make([]byte, 0, n)
+	var random [64]byte
+	for len(text) < n {
+		rand.Read(random[:]) // never fails (crypto/rand, Go 1.24)
+		for _, b := range random {
+			// 248 is the largest multiple of 62 in a byte: a higher value would make the first characters likelier.
+			if b < 248 && len(text) < n {
+				text = append(text, alphabet[b%62])
+			}
+		}
+	}
+	return string(text)
+}
+
+// ChecksumValid tells a key that Generate made from a mistyped one. A key without a checksum is still acceptable to the
+// gateway; this is for people and secret scanners.
+func ChecksumValid(key string) bool {
+	if _, err := Parse(key); err != nil {
+		return false
+	}
+	body := []byte(key[:Length-checksumLength])
+	return string(appendChecksum(body)) == key
+}
+
+func appendChecksum(key []byte) []byte {
+	sum := crc32.ChecksumIEEE(key)
+	var digits [checksumLength]byte
+	for i := checksumLength - 1; i >= 0; i-- {
+		digits[i] = alphabet[sum%62]
+		sum /= 62
+	}
+	return append(key, digits[:]...)
+}
+
+// Mask shows what people may see of a key: its prefix and its Hint, "rk_test_…a1B2".
+func Mask(env Environment, hint string) string { return env.prefix() + "…" + hint }
+
+// Hint returns the last four characters of a key, which a list shows so that its owner can recognise it.
+func Hint(key string) string { return key[len(key)-4:] }
+
+// ContainsKey reports whether s has a substring shaped like a key, at any position.
+func ContainsKey(s string) bool {
+	start, _ := findKey(s)
+	return start >= 0
+}
+
+// Redact returns s with every substring shaped like a key replaced by its prefix and an ellipsis.
+func Redact(s string) string {
+	start, end := findKey(s)
+	if start < 0 {
+		return s
+	}
+	var b strings.Builder
+	for start >= 0 {
+		b.WriteString(s[:start])
+		b.WriteString(ProductionPrefix + "…")
+		s = s[end:]
+		start, end = findKey(s)
+	}
+	b.WriteString(s)
+	return b.String()
+}
+
+// findKey returns where the first key-shaped run begins and ends, or -1. The run is taken whole, past Length too: the
+// tail of an over-long run may be the tail of a key.
+func findKey(s string) (start, end int) {
+	for from := 0; ; {
+		i := strings.Index(s[from:], ProductionPrefix)
+		if i < 0 {
+			return -1, -1
+		}
+		start = from + i
+		end = start + len(ProductionPrefix)
+		if strings.HasPrefix(s[start:], SandboxPrefix) {
+			end = start + len(SandboxPrefix)
+		}
+		for end < len(s) && alphanumeric(s[end]) {
+			end++
+		}
+		if end-start >= Length {
+			return start, end
+		}
+		from = end
+	}
+}

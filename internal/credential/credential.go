@@ -1,0 +1,185 @@
+// Package credential finds the one credential in a request and takes it out, so that nothing after it (a log, a backend, a
+// trace) can see the key.
+//
+// It does so at two moments. AtDoor runs before the server copies a request for its logs, for every request of a listener,
+// also those of sites that have nothing to do with Rekall: it takes only what is unmistakably ours. Take runs in the
+// handler and takes whatever else stands where a credential belongs.
+package credential
+
+import (
+	"context"
+	"net/http"
+	"strings"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+)
+
+// Kind says what kind of credential a request presented.
+type Kind uint8
+
+// The kinds.
+const (
+	None      Kind = iota // no credential
+	Key                   // exactly one well-formed key, in one place or several
+	Malformed             // something that cannot be a key
+	Token                 // an OAuth access token (rat_…)
+	Ambiguous             // different credentials in several places
+)
+
+// tokenPrefix begins every OAuth access token of the same API (REKALL.md, "Passing a key").
+const tokenPrefix = "rat_"
+
+// Credential is what is left of the credentials in a request.
+type Credential struct {
+	Kind        Kind
+	Environment apikey.Environment // of a Key
+	Digest      apikey.Digest      // of a Key
+	PathHeldKey bool               // the path had a key in it: the request must not go on
+	raw         string
+}
+
+// Reveal returns the key itself, for backends that still check it, or "" if the Kind is not Key. It must go nowhere else.
+func (c *Credential) Reveal() string {
+	if c.Kind != Key {
+		return ""
+	}
+	return c.raw
+}
+
+// String shows nothing of the credential.
+func (Credential) String() string { return "[credential]" }
+
+// GoString shows nothing of the credential.
+func (Credential) GoString() string { return "[credential]" }
+
+// add combines a presented credential with those before it.
+func (c *Credential) add(presented string) {
+	kind := Malformed
+	environment, err := apikey.Parse(presented)
+	var digest apikey.Digest
+	switch {
+	case err == nil:
+		kind, digest = Key, apikey.Hash(presented)
+	case strings.HasPrefix(presented, tokenPrefix):
+		kind = Token
+	}
+	switch {
+	case c.Kind == None:
+		c.Kind, c.Environment, c.Digest, c.raw = kind, environment, digest, presented
+	case c.Kind != kind || c.Digest != digest:
+		*c = Credential{Kind: Ambiguous, PathHeldKey: c.PathHeldKey}
+	}
+}
+
+// addMalformed combines something that cannot be a credential, whatever it looks like.
+func (c *Credential) addMalformed() { c.add("") }
+
+// carrier brings a credential from the door to the handler. Being the context itself saves an allocation.
+type carrier struct {
+	context.Context
+	credential Credential
+}
+
+type carrierKey struct{}
+
+func (c *carrier) Value(key any) any {
+	if key == (carrierKey{}) {
+		return c
+	}
+	return c.Context.Value(key)
+}
+
+// AtDoor takes keys out of a request before anything can log it, and masks those in places where no credential belongs.
+// It changes r and returns it, or a copy that carries the credential.
+func AtDoor(r *http.Request) *http.Request {
+	var c Credential
+	found := c.takeHeaders(r.Header, mayBeKey)
+	found = c.takeQuery(r, mayBeKey) || found
+	found = c.maskPath(r) || found
+	maskHeaders(r)
+	if !found {
+		return r
+	}
+	return r.WithContext(&carrier{r.Context(), c})
+}
+
+// Take takes every credential that is left in the places where one belongs, and returns it combined with what the door
+// took: the request's Authorization headers of scheme Bearer, its X-Api-Key headers and its api_key parameters.
+func Take(r *http.Request) Credential {
+	var c Credential
+	if carried, ok := r.Context().Value(carrierKey{}).(*carrier); ok {
+		c = carried.credential
+	}
+	everything := func(string) bool { return true }
+	c.takeHeaders(r.Header, everything)
+	c.takeQuery(r, everything)
+	return c
+}
+
+// mayBeKey reports whether a value in a credential's place is Rekall's: it has a key's prefix, in any case.
+func mayBeKey(value string) bool {
+	for i := 0; i+2 < len(value); i++ {
+		if value[i]|0x20 == 'r' && value[i+1]|0x20 == 'k' && value[i+2] == '_' {
+			return true
+		}
+	}
+	return false
+}
+
+// takeHeaders takes the credentials that ours accepts out of the headers. It reports whether it took any.
+func (c *Credential) takeHeaders(h http.Header, ours func(string) bool) bool {
+	took := false
+	if values, ok := h["Authorization"]; ok {
+		left := values[:0]
+		for _, v := range values {
+			token, bearer := bearerToken(v)
+			switch {
+			case bearer && ours(token):
+				c.add(token)
+			case apikey.ContainsKey(v): // no scheme, or one that takes no key
+				c.addMalformed()
+			default:
+				left = append(left, v)
+			}
+		}
+		took = len(left) != len(values)
+		setOrDelete(h, "Authorization", left)
+	}
+	if values, ok := h["X-Api-Key"]; ok {
+		left := values[:0]
+		for _, v := range values {
+			v = strings.Trim(v, " \t")
+			switch {
+			case !ours(v):
+				left = append(left, v)
+			case v != "": // an empty header presents nothing
+				c.add(v)
+			}
+		}
+		took = took || len(left) != len(values)
+		setOrDelete(h, "X-Api-Key", left)
+	}
+	return took
+}
+
+func setOrDelete(h http.Header, name string, values []string) {
+	if len(values) == 0 {
+		delete(h, name)
+		return
+	}
+	h[name] = values
+}
+
+// bearerToken splits an Authorization value of scheme Bearer (RFC 6750, section 2.1; a scheme's case does not count).
+func bearerToken(value string) (token string, ok bool) {
+	value = strings.Trim(value, " \t")
+	const scheme = "bearer"
+	if len(value) < len(scheme) || !strings.EqualFold(value[:len(scheme)], scheme) {
+		return "", false
+	}
+	rest := value[len(scheme):]
+	if rest != "" && rest[0] != ' ' && rest[0] != '\t' {
+		return "", false
+	}
+	return strings.Trim(rest, " \t"), true
+}

@@ -1,0 +1,122 @@
+// Package pgtest gives tests a real Postgres: one server for a test process, a database for each test, nothing left behind.
+// Where there is no Postgres, tests fail; they never skip.
+package pgtest
+
+import (
+	"context"
+	"fmt"
+	"net/url"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv"
+)
+
+// serverVariable names a server to use instead of a private one. Its user must be allowed to create databases.
+const serverVariable = "REKALL_TEST_DATABASE_URL"
+
+const timeout = 60 * time.Second
+
+var shared struct {
+	once   sync.Once
+	server *devenv.Postgres
+	url    string
+	err    error
+}
+
+// Main runs a package's tests and stops the server that they used:
+//
+//	func TestMain(m *testing.M) { pgtest.Main(m) }
+func Main(m *testing.M) {
+	code := m.Run()
+	if shared.server != nil {
+		if err := shared.server.Stop(context.Background()); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = 1
+		}
+	}
+	os.Exit(code)
+}
+
+func serverURL(t testing.TB) string {
+	t.Helper()
+	shared.once.Do(func() {
+		if shared.url = os.Getenv(serverVariable); shared.url != "" {
+			return
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), timeout)
+		defer cancel()
+		if shared.server, shared.err = devenv.StartPostgres(ctx, devenv.PostgresOptions{
+			Settings: map[string]string{"max_connections": "300"},
+		}); shared.err == nil {
+			shared.url = shared.server.URL()
+		}
+	})
+	if shared.err != nil {
+		t.Fatal(shared.err)
+	}
+	return shared.url
+}
+
+// URL returns the URL of a new, empty database, which is dropped when the test ends.
+func URL(t testing.TB) string {
+	t.Helper()
+	server := serverURL(t)
+	name := "test_" + apikey.RandomText(16)
+	Exec(t, server, fmt.Sprintf(`create database %q template template0`, name))
+	t.Cleanup(func() { Exec(t, server, fmt.Sprintf(`drop database %q with (force)`, name)) })
+	return withDatabase(t, server, name)
+}
+
+func withDatabase(t testing.TB, server, name string) string {
+	t.Helper()
+	u, err := url.Parse(server)
+	if err != nil {
+		t.Fatalf("%s is not a URL", serverVariable)
+	}
+	u.Path = "/" + name
+	return u.String()
+}
+
+// Server starts a server of the test's own, to be paused or killed, and stops it when the test ends.
+func Server(t testing.TB) *devenv.Postgres {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	server, err := devenv.StartPostgres(ctx, devenv.PostgresOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := server.Stop(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	return server
+}
+
+// Exec runs a statement as psql would.
+func Exec(t testing.TB, databaseURL, sql string, args ...any) {
+	t.Helper()
+	if err := TryExec(databaseURL, sql, args...); err != nil {
+		t.Fatalf("%s: %v", sql, err)
+	}
+}
+
+// TryExec is Exec for statements that may fail.
+func TryExec(databaseURL, sql string, args ...any) error {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	conn, err := pgx.Connect(ctx, databaseURL)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = conn.Close(context.WithoutCancel(ctx)) }()
+	_, err = conn.Exec(ctx, sql, args...)
+	return err
+}

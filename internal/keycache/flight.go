@@ -1,0 +1,165 @@
+package keycache
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+)
+
+// Cut is the cause with which the context of a request in flight is cancelled when its key ends.
+type Cut struct {
+	// Outcome is why: Revoked, Expired, or Unavailable when nobody can tell any more.
+	Outcome apikey.Outcome
+}
+
+func (c *Cut) Error() string { return "request cut: key " + c.Outcome.String() }
+
+// Is makes the cut look like a client that went away. With any other cause Caddy's reverse_proxy books an upstream
+// failure, and with passive health checks revoking one key would take the upstream away from all others.
+func (c *Cut) Is(target error) bool { return target == context.Canceled }
+
+// Flight is a request in flight, kept in a list of its shard. The zero value is ready for Track.
+type Flight struct {
+	prev, next *Flight
+	digest     apikey.Digest
+	expiresAt  time.Time
+	vouchedAt  time.Time
+	cancel     context.CancelCauseFunc
+}
+
+const flightShards = 64
+
+// flights are the requests in flight, sharded by digest. The lists are independent of the cache, which may drop an entry
+// at any time; a revocation walks one of them.
+type flights [flightShards]struct {
+	mu   sync.Mutex
+	head Flight
+	n    int
+}
+
+// Track registers a request whose key was found to be good, so that cancel is called with a *Cut when the key is revoked,
+// expires, or cannot be vouched for any longer. It reports false if the key has changed since it was found: find it
+// again. After true, Untrack must follow.
+func (c *Cache) Track(f *Flight, found Found, cancel context.CancelCauseFunc) bool {
+	f.digest, f.expiresAt = found.Record.Digest, found.Record.ExpiresAt
+	f.vouchedAt, f.cancel = found.vouchedAt, cancel
+	c.flight.add(f)
+	// The sync publishes a state and then walks the flights. Either that walk meets this flight, or the state is here
+	// already.
+	if s := c.state.Load(); s != found.state && !s.usable(found.entry) {
+		c.Untrack(f)
+		return false
+	}
+	return true
+}
+
+// Untrack ends the tracking of a request.
+func (c *Cache) Untrack(f *Flight) { c.flight.remove(f) }
+
+// InFlight returns the number of tracked requests.
+func (c *Cache) InFlight() int {
+	n := 0
+	for i := range c.flight {
+		shard := &c.flight[i]
+		shard.mu.Lock()
+		n += shard.n
+		shard.mu.Unlock()
+	}
+	return n
+}
+
+func shardOf(d apikey.Digest) int { return int(d[24] % flightShards) }
+
+func (fs *flights) add(f *Flight) {
+	shard := &fs[shardOf(f.digest)]
+	shard.mu.Lock()
+	f.next = shard.head.next
+	f.prev = &shard.head
+	if f.next != nil {
+		f.next.prev = f
+	}
+	shard.head.next = f
+	shard.n++
+	shard.mu.Unlock()
+}
+
+func (fs *flights) remove(f *Flight) {
+	shard := &fs[shardOf(f.digest)]
+	shard.mu.Lock()
+	f.prev.next = f.next
+	if f.next != nil {
+		f.next.prev = f.prev
+	}
+	shard.n--
+	shard.mu.Unlock()
+}
+
+// each calls do for every flight of a shard, under its lock.
+func (fs *flights) each(shard int, do func(*Flight)) {
+	s := &fs[shard]
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for f := s.head.next; f != nil; f = f.next {
+		do(f)
+	}
+}
+
+// digests returns the keys in flight, each once.
+func (fs *flights) digests() []apikey.Digest {
+	seen := make(map[apikey.Digest]struct{})
+	for shard := range fs {
+		fs.each(shard, func(f *Flight) { seen[f.digest] = struct{}{} })
+	}
+	digests := make([]apikey.Digest, 0, len(seen))
+	for d := range seen {
+		digests = append(digests, d)
+	}
+	return digests
+}
+
+// apply tells the flights of a key that its row is now e.
+func (c *Cache) apply(e *entry, pgNow time.Time) {
+	var record *apikey.Record
+	if e.exists {
+		record = &e.record
+	}
+	outcome := record.Validity(pgNow)
+	c.flight.each(shardOf(e.record.Digest), func(f *Flight) {
+		switch {
+		case f.digest != e.record.Digest:
+		case outcome != apikey.Allowed:
+			c.cut(f, outcome)
+		default:
+			f.expiresAt = e.record.ExpiresAt
+		}
+	})
+}
+
+func (c *Cache) cut(f *Flight, outcome apikey.Outcome) {
+	c.counts.cuts.Add(1)
+	f.cancel(&Cut{Outcome: outcome})
+}
+
+// expire cuts the flights whose key has reached its expiry.
+func (c *Cache) expire(pgNow time.Time) {
+	for shard := range c.flight {
+		c.flight.each(shard, func(f *Flight) {
+			if !f.expiresAt.IsZero() && !pgNow.Before(f.expiresAt) {
+				c.cut(f, apikey.Expired)
+			}
+		})
+	}
+}
+
+// cutUnvouched cuts the flights that nothing younger than MaxStaleness vouches for.
+func (c *Cache) cutUnvouched(now time.Time) {
+	for shard := range c.flight {
+		c.flight.each(shard, func(f *Flight) {
+			if age(f.vouchedAt, now) >= c.cfg.MaxStaleness {
+				c.cut(f, apikey.Unavailable)
+			}
+		})
+	}
+}

@@ -1,0 +1,227 @@
+// Package keycache answers "what does Postgres know of this key?" from memory, and never from data older than a bound.
+//
+// Three rules make a cached answer safe, whatever the cache drops, delays or resurrects:
+//
+//   - Validate on read. The change feed publishes an immutable state: an epoch (one per sync), a horizon, and every key
+//     changed in an epoch after the horizon. An entry carries the epoch loaded before its row was read. It is usable only
+//     if that epoch is not before the horizon and no later epoch changed its key: then no change up to the state's epoch
+//     touched the row. Ristretto merely proposes entries.
+//   - Freshness. A state vouches for entries for MaxStaleness from the start of the sync that made it, on the larger of
+//     monotonic and wall time: a stalled Postgres, network or process stops the trust by itself. Past it only a row read
+//     now will do.
+//   - One server. Fills and feed must read the same Postgres: after a failover rows may be older than the feed's state. A
+//     row from another server than the state's waits for the next sync, which starts over with a new horizon.
+package keycache
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/dgraph-io/ristretto/v2"
+	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+// ErrUnavailable says that nobody can tell now: the data is too old and Postgres does not answer. It is never a verdict
+// on a key.
+var ErrUnavailable = errors.New("key data is unavailable")
+
+// Store is what the cache asks of Postgres. *keystore.Store is one.
+type Store interface {
+	Snapshot(ctx context.Context, since uint64) (keystore.Snapshot, error)
+	Lookup(ctx context.Context, digests []apikey.Digest) (keystore.Found, error)
+	Listen(ctx context.Context, wake func()) error
+}
+
+// Config of a Cache. Every field is required but NoListen.
+type Config struct {
+	Size         int                // keys held, at most
+	Refresh      time.Duration      // between two syncs
+	MaxStaleness time.Duration      // after which a sync vouches for nothing
+	NoListen     bool               // do not LISTEN for early wake-ups, e.g. behind PgBouncer
+	Logger       func() *zap.Logger // asked at each line: a config reload closes the old logger's writers
+}
+
+const (
+	// answerWithin bounds Find, so that a request is answered within 1 s even when Postgres hangs.
+	answerWithin = 900 * time.Millisecond
+
+	// absentSlots bounds the memory that unknown keys can take. They never enter the cache of known keys, so a flood
+	// of them evicts nothing.
+	absentSlots = 1 << 13
+)
+
+// Cache of key records, kept true by its own sync loop (Run) and asked by Find.
+type Cache struct {
+	cfg    Config
+	store  Store
+	state  atomic.Pointer[state]
+	known  *ristretto.Cache[[]byte, *entry]
+	absent [absentSlots]atomic.Pointer[entry]
+	loader *loader
+	flight flights
+	wake   chan struct{}
+	counts counts
+
+	closing sync.RWMutex // ristretto panics when Set races Close
+	closed  bool
+}
+
+// entry is a row, or the proven absence of one, as of an epoch.
+type entry struct {
+	record apikey.Record // Digest is set even if Postgres has no such key
+	exists bool
+	asOf   atomic.Uint64 // epoch loaded before the row was read, raised on each successful use
+	readAt time.Time     // when the row was asked for
+	pgNow  time.Time     // Postgres's clock when it answered
+}
+
+// Found is an answer of Find.
+type Found struct {
+	Record *apikey.Record // nil: Postgres has no such key
+	Now    time.Time      // Postgres's clock, which expiry follows
+
+	entry     *entry
+	state     *state
+	vouchedAt time.Time // start of the read or sync that vouches for Record
+}
+
+// New returns a cache that is empty and vouches for nothing until Run has synced once.
+func New(store Store, cfg Config) (*Cache, error) {
+	known, err := ristretto.NewCache(&ristretto.Config[[]byte, *entry]{
+		NumCounters: 10 * int64(cfg.Size), // ristretto's advice: ten per entry
+		MaxCost:     int64(cfg.Size),
+		BufferItems: 64,
+		// Cost counts keys. With the internal cost included, room for 10,000 keys would hold 175.
+		IgnoreInternalCost: true,
+		// A digest is already uniform. The conflict hash must not be 0, which switches the check off; the whole digest is
+		// compared in Find all the same.
+		KeyToHash: func(d []byte) (uint64, uint64) {
+			return binary.LittleEndian.Uint64(d), binary.LittleEndian.Uint64(d[8:]) | 1
+		},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("create cache: %w", err)
+	}
+	c := &Cache{cfg: cfg, store: store, known: known, wake: make(chan struct{}, 1)}
+	c.loader = newLoader(c)
+	c.state.Store(newState())
+	return c, nil
+}
+
+// Find returns what Postgres knows of the key with that digest, from data no older than MaxStaleness. Its only error
+// wraps ErrUnavailable; it comes within a second.
+func (c *Cache) Find(ctx context.Context, d apikey.Digest) (Found, error) {
+	now := time.Now()
+	s := c.state.Load()
+	if s.fresh(now, c.cfg.MaxStaleness) {
+		if e := c.cached(s, d, now); e != nil {
+			c.counts.hits.Add(1)
+			return found(e, s, s.pgTime(now), s.syncedAt), nil
+		}
+	}
+	c.counts.misses.Add(1)
+	return c.ask(ctx, d)
+}
+
+func found(e *entry, s *state, pgNow, vouchedAt time.Time) Found {
+	f := Found{Now: pgNow, entry: e, state: s, vouchedAt: vouchedAt}
+	if e.exists {
+		f.Record = &e.record
+	}
+	return f
+}
+
+// cached returns an entry that the fresh state s vouches for, or nil.
+func (c *Cache) cached(s *state, d apikey.Digest, now time.Time) *entry {
+	if e, ok := c.known.Get(d[:]); ok && e.record.Digest == d && s.usable(e) {
+		return e
+	}
+	if ch, ok := s.changes[d]; ok { // the feed itself brought the row
+		return ch.entry
+	}
+	// Absence is trusted for one tick only: a key created since then must work.
+	if e := c.absentSlot(d).Load(); e != nil && e.record.Digest == d && age(e.readAt, now) < c.cfg.Refresh && s.usable(e) {
+		return e
+	}
+	return nil
+}
+
+// ask reads the row from Postgres and keeps it.
+func (c *Cache) ask(ctx context.Context, d apikey.Digest) (Found, error) {
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
+	for {
+		s := c.state.Load()
+		e, err := c.loader.load(ctx, d, s.epoch)
+		if err == nil {
+			// The row was asked for moments ago; what can be wrong with it is a change that the feed has applied since,
+			// and a process that was stopped between the answer and now.
+			s = c.state.Load()
+			if s.usable(e) && age(e.readAt, time.Now()) < c.cfg.MaxStaleness {
+				return found(e, s, e.pgNow, e.readAt), nil
+			}
+			if err := ctx.Err(); err != nil {
+				return Found{}, fmt.Errorf("%w: %w", ErrUnavailable, err)
+			}
+			continue
+		}
+		if !errors.Is(err, errOtherServer) {
+			return Found{}, fmt.Errorf("%w: %w", ErrUnavailable, err)
+		}
+		c.Wake()
+		select {
+		case <-s.superseded:
+		case <-ctx.Done():
+			return Found{}, fmt.Errorf("%w: %w", ErrUnavailable, err)
+		}
+	}
+}
+
+// keep offers an entry to the cache. What the cache makes of it does not matter for safety.
+func (c *Cache) keep(e *entry) {
+	if !e.exists {
+		c.absentSlot(e.record.Digest).Store(e)
+		return
+	}
+	c.closing.RLock()
+	defer c.closing.RUnlock()
+	if !c.closed {
+		c.known.Set(e.record.Digest[:], e, 1)
+	}
+}
+
+func (c *Cache) absentSlot(d apikey.Digest) *atomic.Pointer[entry] {
+	return &c.absent[binary.LittleEndian.Uint16(d[16:])%absentSlots]
+}
+
+// Wake makes the sync loop read the feed now instead of at its next tick.
+func (c *Cache) Wake() {
+	select {
+	case c.wake <- struct{}{}:
+	default: // a wake-up is already waiting; the read that follows it sees everything committed by now
+	}
+}
+
+// Close releases the cache. Run must have returned.
+func (c *Cache) Close() {
+	c.closing.Lock()
+	defer c.closing.Unlock()
+	if !c.closed {
+		c.closed = true
+		c.known.Close()
+	}
+}
+
+// age is the time since a reading, on the clock that shows more of it: the monotonic clock stops while a machine is
+// suspended, the wall clock can be set back.
+func age(since, now time.Time) time.Duration {
+	return max(now.Sub(since), now.Round(0).Sub(since.Round(0)))
+}

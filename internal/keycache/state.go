@@ -1,0 +1,139 @@
+package keycache
+
+import (
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+// maxChanges is how many changed keys a state remembers. When there are more, the horizon moves up and entries that were
+// not used since then are read again.
+const maxChanges = 10_000
+
+// state is what the feed knows after a sync. It is immutable and replaced as a whole.
+type state struct {
+	epoch   uint64
+	horizon uint64
+	changes map[apikey.Digest]change // every key changed in an epoch after horizon
+	log     []epochChanges           // the same keys, oldest epoch first
+
+	server    keystore.Server
+	watermark uint64                   // every change stamped below it has been read
+	xmax      uint64                   // of the snapshot; it never falls on one server
+	window    map[apikey.Digest]uint64 // change stamps at or above the watermark that have been applied already
+
+	syncedAt   time.Time // start of the sync, both clocks; zero: never
+	pgNow      time.Time // Postgres's clock at that sync
+	superseded chan struct{}
+}
+
+// change is the latest change of a key: the epoch that brought it, and the row.
+type change struct {
+	epoch uint64
+	entry *entry
+}
+
+type epochChanges struct {
+	epoch   uint64
+	digests []apikey.Digest
+}
+
+func newState() *state { return &state{superseded: make(chan struct{})} }
+
+// fresh reports whether the sync that made s may still be trusted.
+func (s *state) fresh(now time.Time, maxStaleness time.Duration) bool {
+	return !s.syncedAt.IsZero() && age(s.syncedAt, now) < maxStaleness
+}
+
+// usable reports whether e is the row as of the epoch of s: it was read not before the horizon and its key has not
+// changed since. Success is remembered in e, so that an entry in use never falls behind the horizon.
+func (s *state) usable(e *entry) bool {
+	asOf := e.asOf.Load()
+	if asOf < s.horizon {
+		return false
+	}
+	if asOf >= s.epoch {
+		return true
+	}
+	if ch, ok := s.changes[e.record.Digest]; ok && ch.epoch > asOf {
+		return false
+	}
+	for asOf < s.epoch && !e.asOf.CompareAndSwap(asOf, s.epoch) {
+		asOf = e.asOf.Load()
+	}
+	return true
+}
+
+// pgTime is Postgres's clock at now: its reading at the sync plus the time since.
+func (s *state) pgTime(now time.Time) time.Time { return s.pgNow.Add(age(s.syncedAt, now)) }
+
+// sameServer reports whether snap continues s: the same server process and database, whose transaction ids have not gone
+// back. A failover, a promotion and a restored dump all show in one of these.
+func (s *state) sameServer(snap keystore.Snapshot) bool {
+	return s.server == snap.Server && snap.Xmax >= s.xmax
+}
+
+// restart returns the state after a sync that has nothing in common with s: no entry read before it is usable.
+func (s *state) restart(snap keystore.Snapshot, startedAt time.Time) *state {
+	return &state{
+		epoch: s.epoch + 1, horizon: s.epoch + 1,
+		server: snap.Server, watermark: snap.Xmin, xmax: snap.Xmax,
+		syncedAt: startedAt, pgNow: snap.Now, superseded: make(chan struct{}),
+	}
+}
+
+// next returns the state after a sync that continues s, and the keys changed in it.
+func (s *state) next(snap keystore.Snapshot, startedAt time.Time) (n *state, changed []*entry) {
+	n = &state{
+		epoch: s.epoch + 1, horizon: s.horizon, changes: s.changes, log: s.log,
+		server: snap.Server, watermark: snap.Xmin, xmax: snap.Xmax, window: make(map[apikey.Digest]uint64, len(snap.Changes)),
+		syncedAt: startedAt, pgNow: snap.Now, superseded: make(chan struct{}),
+	}
+	var digests []apikey.Digest
+	for _, ch := range snap.Changes {
+		d := ch.Record.Digest
+		n.window[d] = ch.Xid
+		// A long transaction anywhere in the cluster holds the watermark back, and the same rows come at each sync.
+		if s.window[d] == ch.Xid {
+			continue
+		}
+		e := &entry{record: *ch.Record, exists: true, readAt: startedAt, pgNow: snap.Now}
+		e.asOf.Store(n.epoch)
+		changed = append(changed, e)
+		digests = append(digests, d)
+	}
+	if len(changed) > 0 {
+		n.remember(changed, digests)
+	}
+	return n, changed
+}
+
+// remember adds the changes of epoch n and forgets the oldest epochs while there are too many.
+func (s *state) remember(changed []*entry, digests []apikey.Digest) {
+	total := len(digests)
+	for _, ec := range s.log {
+		total += len(ec.digests)
+	}
+	log := s.log
+	for len(log) > 0 && total > maxChanges {
+		total -= len(log[0].digests)
+		s.horizon = log[0].epoch
+		log = log[1:]
+	}
+	if total > maxChanges {
+		s.horizon, s.log, s.changes = s.epoch, nil, nil
+		return
+	}
+	s.log = append(log[:len(log):len(log)], epochChanges{s.epoch, digests})
+	old := s.changes
+	s.changes = make(map[apikey.Digest]change, total)
+	for _, ec := range log {
+		for _, d := range ec.digests {
+			s.changes[d] = old[d]
+		}
+	}
+	for _, e := range changed {
+		s.changes[e.record.Digest] = change{s.epoch, e}
+	}
+}

@@ -1,0 +1,42 @@
+package keycache
+
+import (
+	"sync/atomic"
+	"time"
+)
+
+type counts struct {
+	hits, misses, lookups, lookupErrors, syncs, syncErrors, listenErrors, cuts atomic.Uint64
+}
+
+// Status is what an operator may want to know of a cache at one moment.
+type Status struct {
+	Epoch    uint64        // syncs that were published
+	SyncedAt time.Time     // start of the last good sync; zero: never
+	Age      time.Duration // since then
+	Fresh    bool          // whether that sync still vouches for cached keys
+	InFlight int           // requests being tracked
+
+	Hits, Misses             uint64 // answers from memory, and those that asked Postgres
+	Lookups, LookupErrors    uint64 // statements
+	Syncs, SyncErrors        uint64
+	ListenErrors, StreamsCut uint64
+	Watermark                uint64 // every change stamped below it is applied
+}
+
+// Status returns the cache's state and counters.
+func (c *Cache) Status() Status {
+	s := c.state.Load()
+	st := Status{
+		Epoch: s.epoch, SyncedAt: s.syncedAt, InFlight: c.InFlight(), Watermark: s.watermark,
+		Hits: c.counts.hits.Load(), Misses: c.counts.misses.Load(),
+		Lookups: c.counts.lookups.Load(), LookupErrors: c.counts.lookupErrors.Load(),
+		Syncs: c.counts.syncs.Load(), SyncErrors: c.counts.syncErrors.Load(),
+		ListenErrors: c.counts.listenErrors.Load(), StreamsCut: c.counts.cuts.Load(),
+	}
+	if !s.syncedAt.IsZero() {
+		now := time.Now()
+		st.Age, st.Fresh = age(s.syncedAt, now), s.fresh(now, c.cfg.MaxStaleness)
+	}
+	return st
+}

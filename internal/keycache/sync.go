@@ -1,0 +1,208 @@
+package keycache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+)
+
+const (
+	// syncTimeout bounds one sync. A sync that takes longer would tell little that is fresh.
+	syncTimeout = 2 * time.Second
+
+	// wakeGap is the least time between two syncs, so that a storm of changes does not become a storm of statements.
+	wakeGap = 5 * time.Millisecond
+
+	listenRetryMin = 100 * time.Millisecond
+	listenRetryMax = 5 * time.Second
+)
+
+var errStandby = errors.New("database is a standby, which may be blind to changes")
+
+// Run keeps the cache true until ctx is done: it syncs every Refresh, at once when Postgres notifies of a change, and
+// watches the requests in flight. It must run once.
+func (c *Cache) Run(ctx context.Context) {
+	var wg sync.WaitGroup
+	wg.Go(func() { c.watch(ctx) })
+	if !c.cfg.NoListen {
+		wg.Go(func() { c.listen(ctx) })
+	}
+	c.syncLoop(ctx)
+	wg.Wait()
+}
+
+func (c *Cache) syncLoop(ctx context.Context) {
+	var s syncer
+	failing := false
+	for ctx.Err() == nil {
+		startedAt := time.Now()
+		err := s.sync(ctx, c)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil && !failing:
+			c.cfg.Logger().Error("key sync failed; cached keys are trusted until the data is too old",
+				zap.Duration("max_staleness", c.cfg.MaxStaleness), zap.Error(err))
+		case err == nil && failing:
+			c.cfg.Logger().Info("key sync works again")
+		}
+		failing = err != nil
+		if !pause(ctx, wakeGap, nil) || !pause(ctx, c.cfg.Refresh-time.Since(startedAt), c.wake) {
+			return
+		}
+	}
+}
+
+// pause waits for d, or less if woken. It reports false when ctx is done.
+func pause(ctx context.Context, d time.Duration, wake <-chan struct{}) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-wake:
+	case <-ctx.Done():
+		return false
+	}
+	return true
+}
+
+// syncer holds what one sync leaves to the next besides the published state.
+type syncer struct {
+	// unverified are the keys that were in flight when the feed started over: changes to them may have been missed, so
+	// their rows must be read again. vouchedAt is the last sync that vouched for them.
+	unverified []apikey.Digest
+	vouchedAt  time.Time
+}
+
+// sync reads the feed once and publishes what it says.
+func (s *syncer) sync(ctx context.Context, c *Cache) error {
+	ctx, cancel := context.WithTimeout(ctx, syncTimeout)
+	defer cancel()
+	c.counts.syncs.Add(1)
+	old, startedAt := c.state.Load(), time.Now()
+	snap, err := c.store.Snapshot(ctx, old.watermark)
+	if err != nil {
+		c.counts.syncErrors.Add(1)
+		return fmt.Errorf("read changes: %w", err)
+	}
+	if snap.Server.InRecovery {
+		c.counts.syncErrors.Add(1)
+		return errStandby
+	}
+	if old.syncedAt.IsZero() || !old.sameServer(snap) {
+		c.publish(old, old.restart(snap, startedAt))
+		c.cfg.Logger().Info("key sync starts over", zap.Bool("first", old.syncedAt.IsZero()))
+		// Flights that begin from here on are checked against the new state by Track.
+		s.unverified, s.vouchedAt = c.flight.digests(), old.syncedAt
+	} else {
+		n, changed := old.next(snap, startedAt)
+		c.publish(old, n)
+		for _, e := range changed {
+			if _, ok := c.known.Get(e.record.Digest[:]); ok {
+				c.keep(e) // thrift: a key in use needs no lookup after its change
+			}
+			c.apply(e, snap.Now)
+		}
+	}
+	if err := s.verify(ctx, c); err != nil {
+		c.counts.syncErrors.Add(1)
+		return fmt.Errorf("verify keys in flight: %w", err)
+	}
+	return nil
+}
+
+func (c *Cache) publish(old, n *state) {
+	c.state.Store(n)
+	close(old.superseded)
+}
+
+// verify reads the rows of the unverified keys and cuts the requests of those that ended. While that fails, they are cut
+// at the latest when the sync that last vouched for them is too old.
+func (s *syncer) verify(ctx context.Context, c *Cache) error {
+	for len(s.unverified) > 0 {
+		n := min(len(s.unverified), lookupBatch)
+		state := c.state.Load()
+		entries, err := c.read(ctx, s.unverified[:n], state.epoch)
+		if err != nil {
+			if age(s.vouchedAt, time.Now()) >= c.cfg.MaxStaleness {
+				c.cutKeys(s.unverified)
+				s.unverified = nil
+			}
+			return err
+		}
+		for _, e := range entries {
+			c.keep(e)
+			c.apply(e, e.pgNow)
+		}
+		s.unverified = s.unverified[n:]
+	}
+	return nil
+}
+
+func (c *Cache) cutKeys(digests []apikey.Digest) {
+	for _, d := range digests {
+		c.flight.each(shardOf(d), func(f *Flight) {
+			if f.digest == d {
+				c.cut(f, apikey.Unavailable)
+			}
+		})
+	}
+}
+
+// watch cuts the requests in flight whose key expires, and all that nobody vouches for any longer. It is not part of the
+// sync, which may be waiting for a Postgres that hangs.
+func (c *Cache) watch(ctx context.Context) {
+	interval := min(c.cfg.Refresh, time.Second)
+	stale := false
+	for pause(ctx, interval, nil) {
+		now := time.Now()
+		s := c.state.Load()
+		if s.fresh(now, c.cfg.MaxStaleness) {
+			stale = false
+			c.expire(s.pgTime(now))
+			continue
+		}
+		// When the wall clock was set forward or the process was stopped, the next sync clears it up at once: streams are
+		// cut on the second look.
+		if stale {
+			c.cutUnvouched(now)
+		}
+		stale = true
+		c.Wake()
+	}
+}
+
+// listen wakes the sync loop on notifications. It is never the only signal: the loop syncs every Refresh all the same.
+func (c *Cache) listen(ctx context.Context) {
+	delay := listenRetryMin
+	failing := false
+	for {
+		err := c.store.Listen(ctx, func() {
+			if failing {
+				c.cfg.Logger().Info("listening for changes again")
+			}
+			failing, delay = false, listenRetryMin
+			c.Wake()
+		})
+		if ctx.Err() != nil {
+			return
+		}
+		c.counts.listenErrors.Add(1)
+		if !failing {
+			failing = true
+			c.cfg.Logger().Warn("listening for changes failed; changes arrive with the next tick", zap.Error(err))
+		}
+		// Jitter keeps a fleet from coming back in step after an outage.
+		if !pause(ctx, delay/2+rand.N(delay), nil) {
+			return
+		}
+		delay = min(2*delay, listenRetryMax)
+	}
+}

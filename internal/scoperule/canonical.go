@@ -1,0 +1,78 @@
+package scoperule
+
+import (
+	"net/url"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+)
+
+// maxPath is the longest path in bytes that is decided on. Rekall's own are under 100.
+const maxPath = 2048
+
+// Canonical reports whether an escaped path has only one reading, whatever reads it. The gateway decides on the path as it
+// was sent and backends get it byte for byte; one that resolves "..", folds "//" or decodes "%2f" would serve another
+// request than the one that was decided on. Such paths are refused and never repaired. So is a path with a key in it.
+func Canonical(escaped string) bool {
+	if escaped == "" || escaped[0] != '/' || len(escaped) > maxPath {
+		return false
+	}
+	encoded := false
+	for i := 1; i < len(escaped); i++ {
+		switch c := escaped[i]; {
+		case c == '%':
+			if i+2 >= len(escaped) || !allowedEscape(escaped[i+1], escaped[i+2]) {
+				return false
+			}
+			encoded = true
+			i += 2
+		case c <= ' ' || c >= 0x7f || c == '\\' || c == ';' || c == '?' || c == '#':
+			return false
+		}
+	}
+	for rest, more := escaped[1:], true; more; {
+		var segment string
+		segment, rest, more = strings.Cut(rest, "/")
+		if segment == "" && more { // "//"; a single slash at the end is a path of its own
+			return false
+		}
+		// ".", ".." and, for file servers that drop trailing dots, "a."
+		if strings.HasSuffix(segment, ".") {
+			return false
+		}
+	}
+	if !encoded {
+		return !apikey.ContainsKey(escaped)
+	}
+	decoded, err := url.PathUnescape(escaped)
+	return err == nil && utf8.ValidString(decoded) && !apikey.ContainsKey(decoded)
+}
+
+// allowedEscape refuses escapes of what has a meaning in a path, and of what needs no escape: both have two readings.
+func allowedEscape(high, low byte) bool {
+	h, l := unhex(high), unhex(low)
+	if h < 0 || l < 0 {
+		return false
+	}
+	c := byte(h<<4 | l)
+	switch {
+	case c < ' ' || c == 0x7f:
+		return false
+	case '0' <= c && c <= '9' || 'A' <= c && c <= 'Z' || 'a' <= c && c <= 'z':
+		return false
+	}
+	return !strings.ContainsRune(`/\.%;?#-_~`, rune(c))
+}
+
+func unhex(c byte) int {
+	switch {
+	case '0' <= c && c <= '9':
+		return int(c - '0')
+	case 'a' <= c && c <= 'f':
+		return int(c-'a') + 10
+	case 'A' <= c && c <= 'F':
+		return int(c-'A') + 10
+	}
+	return -1
+}
