@@ -71,8 +71,10 @@ func (rt *runtime) Destruct() error {
 	}
 	go func() {
 		const drainPoll = time.Second
+		poll := time.NewTicker(drainPoll)
+		defer poll.Stop()
 		for rt.cache.InFlight() > 0 {
-			time.Sleep(drainPoll)
+			<-poll.C
 		}
 		rt.close()
 	}()

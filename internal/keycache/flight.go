@@ -137,9 +137,14 @@ func (c *Cache) apply(e *entry, pgNow time.Time) {
 	})
 }
 
+// cut cancels a flight, once. The caller holds the lock of its shard.
 func (c *Cache) cut(f *Flight, outcome apikey.Outcome) {
+	if f.cancel == nil {
+		return
+	}
 	c.counts.cuts.Add(1)
 	f.cancel(&Cut{Outcome: outcome})
+	f.cancel = nil
 }
 
 // expire cuts the flights whose key has reached its expiry.

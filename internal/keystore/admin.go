@@ -3,7 +3,6 @@ package keystore
 import (
 	"context"
 	"errors"
-	"fmt"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -11,13 +10,16 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 )
 
+// ErrNoRow says that there is no key with that id.
+var ErrNoRow = errors.New("no key with that id")
+
 // Row is a key as its owner sees it. Times are Postgres's.
 type Row struct {
 	ID          string
 	Account     string
 	Name        string
 	Environment string
-	Hint        *string // nil: unknown
+	Hint        string // the key's last four characters; empty: unknown
 	Scopes      []string
 	CreatedAt   time.Time
 	ExpiresAt   *time.Time // nil: never
@@ -25,17 +27,22 @@ type Row struct {
 	Now         time.Time  // the moment of the answer, by which the key is expired or not
 }
 
-// NewKey is a row to be inserted.
-type NewKey struct {
-	ID, Account, Name string
-	Environment       apikey.Environment
-	Digest            apikey.Digest
-	Hint              string
-	Scopes            apikey.Scopes
-	Lifetime          time.Duration // by Postgres's clock; 0: for ever
+const rowColumns = `id, account, name, environment, coalesce(hint, ''), scopes, created_at, expires_at, revoked_at, now()`
+
+// querier is a pool or a transaction.
+type querier interface {
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
 }
 
-const rowColumns = `id, account, name, environment, hint, scopes, created_at, expires_at, revoked_at, now()`
+// readRow runs a statement that returns rowColumns of at most one key.
+func readRow(ctx context.Context, db querier, sql string, args ...any) (Row, error) {
+	rows, _ := db.Query(ctx, sql, args...) // CollectExactlyOneRow returns its error
+	row, err := pgx.CollectExactlyOneRow(rows, scanRow)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return Row{}, ErrNoRow
+	}
+	return row, err
+}
 
 func scanRow(row pgx.CollectableRow) (Row, error) {
 	var r Row
@@ -43,79 +50,79 @@ func scanRow(row pgx.CollectableRow) (Row, error) {
 	return r, err
 }
 
+// NewKey is a row to be inserted.
+type NewKey struct {
+	ID, Account, Name string
+	Environment       apikey.Environment
+	Digest            apikey.Digest
+	Hint              string // empty: unknown
+	Scopes            apikey.Scopes
+	Lifetime          time.Duration // from now by Postgres's clock, in microseconds; 0: for ever
+}
+
 // Insert adds a key.
 func (s *Store) Insert(ctx context.Context, key NewKey) (Row, error) {
 	var lifetime *time.Duration
-	if key.Lifetime > 0 {
+	if key.Lifetime != 0 {
 		lifetime = &key.Lifetime
 	}
-	rows, err := s.pool.Query(ctx, `
+	row, err := readRow(ctx, s.pool, `
 insert into rekall.api_keys (id, account, name, environment, key_hash, hint, scopes, expires_at)
-values ($1, $2, $3, $4, $5, $6, $7, now() + $8::interval)
+values ($1, $2, $3, $4, $5, nullif($6, ''), $7, now() + $8::interval)
 returning `+rowColumns, key.ID, key.Account, key.Name, key.Environment.String(), key.Digest[:], key.Hint, key.Scopes.Names(), lifetime)
 	if err != nil {
-		return Row{}, fmt.Errorf("insert key: %w", err)
-	}
-	row, err := pgx.CollectExactlyOneRow(rows, scanRow)
-	if err != nil {
-		return Row{}, fmt.Errorf("insert key: %w", err)
+		return Row{}, failed("create key", err)
 	}
 	return row, nil
 }
 
-// Page says where a list goes on. The zero value is the beginning.
-type Page struct {
+// Get returns a key, or an error that wraps ErrNoRow.
+func (s *Store) Get(ctx context.Context, id string) (Row, error) {
+	row, err := readRow(ctx, s.pool, `select `+rowColumns+` from rekall.api_keys where id = $1`, id)
+	if err != nil {
+		return Row{}, failed("get key", err)
+	}
+	return row, nil
+}
+
+// Position is a key's place in a list. The zero value is the beginning.
+type Position struct {
 	CreatedAt time.Time
 	ID        string
 }
 
-// List returns up to limit keys, newest first, after a page's end. An empty account means all accounts.
-func (s *Store) List(ctx context.Context, account string, after Page, limit int) ([]Row, error) {
+// List returns up to limit keys that follow a position, newest first. An empty account means all accounts.
+func (s *Store) List(ctx context.Context, account string, after Position, limit int) ([]Row, error) {
 	var createdAt *time.Time
 	if after.ID != "" {
 		createdAt = &after.CreatedAt
 	}
-	rows, err := s.pool.Query(ctx, `
+	rows, _ := s.pool.Query(ctx, `
 select `+rowColumns+` from rekall.api_keys
 where ($1 = '' or account = $1) and ($2::timestamptz is null or (created_at, id) < ($2, $3))
-order by created_at desc, id desc limit $4`, account, createdAt, after.ID, limit)
-	if err != nil {
-		return nil, fmt.Errorf("list keys: %w", err)
-	}
+order by created_at desc, id desc limit $4`, account, createdAt, after.ID, limit) // CollectRows returns its error
 	list, err := pgx.CollectRows(rows, scanRow)
 	if err != nil {
-		return nil, fmt.Errorf("list keys: %w", err)
+		return nil, failed("list keys", err)
 	}
 	return list, nil
 }
 
-// ErrNoRow says that there is no key with that id.
-var ErrNoRow = errors.New("no such row")
-
-// Revoke revokes a key. It returns the row as it is now, and whether this call is what revoked it.
+// Revoke revokes a key for good. It returns the row as it is now, and whether this call is what revoked it; the error wraps
+// ErrNoRow if there is no such key.
 func (s *Store) Revoke(ctx context.Context, id string) (row Row, revoked bool, err error) {
 	err = pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
-		rows, err := tx.Query(ctx, `select `+rowColumns+` from rekall.api_keys where id = $1 for update`, id)
-		if err != nil {
-			return err
-		}
-		row, err = pgx.CollectExactlyOneRow(rows, scanRow)
-		if errors.Is(err, pgx.ErrNoRows) {
-			return ErrNoRow
-		}
+		// The lock makes one of two callers at the same time the one that revoked.
+		row, err = readRow(ctx, tx, `select `+rowColumns+` from rekall.api_keys where id = $1 for update`, id)
 		if err != nil || row.RevokedAt != nil {
 			return err
 		}
-		rows, err = tx.Query(ctx, `update rekall.api_keys set revoked_at = now() where id = $1 returning `+rowColumns, id)
-		if err != nil {
-			return err
-		}
-		row, err = pgx.CollectExactlyOneRow(rows, scanRow)
-		revoked = err == nil
+		revoked = true
+		row, err = readRow(ctx, tx, `update rekall.api_keys set revoked_at = now() where id = $1 returning `+rowColumns, id)
 		return err
 	})
 	if err != nil {
-		return Row{}, false, fmt.Errorf("revoke key: %w", err)
+		return Row{}, false, failed("revoke key", err)
 	}
 	return row, revoked, nil
 }

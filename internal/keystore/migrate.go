@@ -3,7 +3,6 @@ package keystore
 import (
 	"context"
 	"embed"
-	"errors"
 	"fmt"
 	"io/fs"
 	"time"
@@ -15,51 +14,86 @@ import (
 //go:embed migrations/*.sql
 var migrations embed.FS
 
-// ErrNewerSchema says that the database was migrated by a newer version of the gateway.
-var ErrNewerSchema = errors.New("database schema is newer than this binary: upgrade the binary")
+const (
+	versionTable = "rekall.schema_version"
 
-// Migrate creates the schema rekall or brings it up to this version, and returns the versions before and after. Several
-// may run at once: the first does the work under an advisory lock.
+	// migrateLock is the advisory lock of migrations: an arbitrary number. The migrator has a lock of its own, but the
+	// schema that holds its version table must exist before.
+	migrateLock = 7315026644159093
+
+	migrateConnectTimeout = 10 * time.Second
+)
+
+// NewerSchemaError says that the database was migrated by a newer version of the gateway.
+type NewerSchemaError struct {
+	Schema, Binary int32 // version of the database, and the newest that this binary knows
+}
+
+func (e *NewerSchemaError) Error() string {
+	return fmt.Sprintf("database schema is version %d, newer than this binary's %d: upgrade the binary", e.Schema, e.Binary)
+}
+
+// Migrate creates the schema rekall or brings it up to this binary's version, and returns the versions before and after. Any
+// number of processes may call it at once: one works, the others wait. It must not go through PgBouncer's transaction
+// pooling, which does not hold locks.
 func Migrate(ctx context.Context, url string) (from, to int32, err error) {
-	config, err := pgx.ParseConfig(url)
+	config, err := parse(url, migrateConnectTimeout)
 	if err != nil {
-		return 0, 0, errBadURL
+		return 0, 0, err
 	}
-	if config.ConnectTimeout == 0 {
-		config.ConnectTimeout = 10 * time.Second
-	}
-	conn, err := pgx.ConnectConfig(ctx, config)
+	conn, err := pgx.ConnectConfig(ctx, config.ConnConfig)
 	if err != nil {
-		return 0, 0, fmt.Errorf("migrate: %w", err)
+		return 0, 0, failed("migrate", err)
 	}
-	defer func() { _ = conn.Close(context.WithoutCancel(ctx)) }()
-	// The version table lives in the schema, so the schema comes first. Two sessions may both find it missing.
-	if _, err = conn.Exec(ctx, "select pg_advisory_lock(hashtext('rekall schema'))"); err != nil {
-		return 0, 0, fmt.Errorf("migrate: %w", err)
-	}
-	if _, err = conn.Exec(ctx, "create schema if not exists rekall"); err != nil {
-		return 0, 0, fmt.Errorf("create schema: %w", err)
-	}
-	migrator, err := migrate.NewMigrator(ctx, conn, "rekall.schema_version")
-	if err != nil {
-		return 0, 0, fmt.Errorf("migrate: %w", err)
-	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
+		defer cancel()
+		_ = conn.Close(ctx) // which releases the lock
+	}()
 	files, err := fs.Sub(migrations, "migrations")
 	if err != nil {
-		return 0, 0, fmt.Errorf("read migrations: %w", err)
+		return 0, 0, fmt.Errorf("migrate: %w", err)
 	}
-	if err = migrator.LoadMigrations(files); err != nil {
-		return 0, 0, fmt.Errorf("read migrations: %w", err)
-	}
-	if from, err = migrator.GetCurrentVersion(ctx); err != nil {
-		return 0, 0, fmt.Errorf("read schema version: %w", err)
-	}
-	to = int32(len(migrator.Migrations))
-	if from > to {
-		return from, to, fmt.Errorf("%w (schema version %d, binary %d)", ErrNewerSchema, from, to)
-	}
-	if err = migrator.Migrate(ctx); err != nil {
+	if from, to, err = migrateTo(ctx, conn, files); err != nil {
 		return from, from, fmt.Errorf("migrate: %w", err)
 	}
 	return from, to, nil
+}
+
+func migrateTo(ctx context.Context, conn *pgx.Conn, files fs.FS) (from, to int32, err error) {
+	if _, err = conn.Exec(ctx, "select pg_advisory_lock($1)", migrateLock); err != nil {
+		return 0, 0, err
+	}
+	if err = createSchema(ctx, conn); err != nil {
+		return 0, 0, err
+	}
+	migrator, err := migrate.NewMigrator(ctx, conn, versionTable)
+	if err != nil {
+		return 0, 0, err
+	}
+	if err = migrator.LoadMigrations(files); err != nil {
+		return 0, 0, err
+	}
+	if from, err = migrator.GetCurrentVersion(ctx); err != nil {
+		return 0, 0, err
+	}
+	to = int32(len(migrator.Migrations))
+	if from > to {
+		return from, to, &NewerSchemaError{Schema: from, Binary: to}
+	}
+	return from, to, migrator.Migrate(ctx)
+}
+
+// createSchema looks before it creates: IF NOT EXISTS demands the right to create schemas even where there is nothing to
+// do, and an administrator may have made the schema for a user without that right.
+func createSchema(ctx context.Context, conn *pgx.Conn) error {
+	var exists bool
+	if err := conn.QueryRow(ctx, "select exists (select from pg_namespace where nspname = 'rekall')").Scan(&exists); err != nil {
+		return err
+	}
+	if exists {
+		return nil
+	}
+	_, err := conn.Exec(ctx, "create schema rekall")
+	return err
 }

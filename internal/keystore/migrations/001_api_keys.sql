@@ -1,24 +1,28 @@
--- The keys. A row never holds a key, only its SHA-256, and never goes away: the change feed cannot see a DELETE.
+-- The keys. A row holds no key, only its SHA-256, and never goes away: the change feed cannot see a DELETE.
 
 create table rekall.api_keys (
 	id          text primary key check (id ~ '^key_[0-9A-Za-z]{22}$'),
-	account     text not null check (char_length(account) between 1 and 200),
-	name        text not null check (char_length(name) between 1 and 200 and name !~ '[[:cntrl:]]'),
+	-- The account travels in a header, which loses spaces at its ends: ' acme' must not become 'acme' at a backend.
+	account     text not null check (
+		char_length(account) between 1 and 200 and account !~ '[\u0001-\u001f\u007f-\u009f]' and account = btrim(account)),
+	name        text not null check (char_length(name) between 1 and 200 and name !~ '[\u0001-\u001f\u007f-\u009f]'),
 	environment text not null check (environment in ('production', 'sandbox')),
 	key_hash    bytea not null unique check (octet_length(key_hash) = 32),
 	-- The last four characters, by which its owner recognises a key. Unknown for keys that were imported as hashes.
 	hint        text check (hint ~ '^[0-9A-Za-z]{4}$'),
+	-- One dimension: the gateway could not read a matrix, and one unreadable row would stop the feed.
 	scopes      text[] not null check (
-		array_position(scopes, null) is null and scopes <@ array[
+		coalesce(array_ndims(scopes), 1) = 1 and scopes <@ array[
 			'memories:read', 'memories:write', 'memories:delete',
 			'entities:read', 'entities:write', 'entities:delete',
 			'relationships:read', 'relationships:write',
 			'workflows:read', 'workflows:write',
 			'agents:read', 'agents:write',
 			'hives:read', 'hives:write']),
-	created_at  timestamptz not null default now(),
-	expires_at  timestamptz check (isfinite(expires_at)),
-	revoked_at  timestamptz check (isfinite(revoked_at)),
+	-- Times within what the gateway can read: it would take the first moment of year 1 for "never", and not know infinity.
+	created_at  timestamptz not null default now() check (created_at between '1970-01-01 00:00Z' and '9999-12-31 00:00Z'),
+	expires_at  timestamptz check (expires_at between '1970-01-01 00:00Z' and '9999-12-31 00:00Z'),
+	revoked_at  timestamptz check (revoked_at between '1970-01-01 00:00Z' and '9999-12-31 00:00Z'),
 	-- The transaction that last changed the row, stamped by a trigger. The feed reads all rows at or above its watermark;
 	-- a timestamp or a sequence would lose changes that commit out of order.
 	change_xid  xid8 not null
@@ -37,7 +41,7 @@ begin
 		end if;
 		if (new.id, new.account, new.environment, new.key_hash, new.created_at)
 			is distinct from (old.id, old.account, old.environment, old.key_hash, old.created_at) then
-			raise exception 'id, account, environment, hash and creation of a key never change' using errcode = 'RK002';
+			raise exception 'id, account, environment, hash and creation time of a key never change' using errcode = 'RK002';
 		end if;
 	end if;
 	new.change_xid := pg_current_xact_id();
@@ -47,7 +51,7 @@ end $$;
 create function rekall.refuse_removal() returns trigger
 	language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
-	raise exception 'keys are never deleted: revoke them' using errcode = 'RK003';
+	raise exception 'keys are never deleted: revoke the key instead' using errcode = 'RK003';
 end $$;
 
 create function rekall.notify_key_change() returns trigger
@@ -76,7 +80,3 @@ alter table rekall.api_keys enable always trigger stamp;
 alter table rekall.api_keys enable always trigger refuse_delete;
 alter table rekall.api_keys enable always trigger refuse_truncate;
 alter table rekall.api_keys enable always trigger notify;
-
----- create above / drop below ----
-
-drop schema rekall cascade;

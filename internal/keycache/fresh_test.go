@@ -1,0 +1,309 @@
+package keycache
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+)
+
+func TestFreshnessEndsOnTheClockThatShowsMoreTime(t *testing.T) {
+	const bound = 30 * time.Second
+	synced := time.Now()
+	wallOnly := func(d time.Duration) time.Time { return synced.Round(0).Add(d) } // no monotonic reading: only the wall moved
+	for _, tc := range []struct {
+		name  string
+		now   time.Time
+		fresh bool
+	}{
+		{"just before the bound", synced.Add(bound - time.Nanosecond), true},
+		{"at the bound", synced.Add(bound), false},
+		{"machine suspended: only the wall clock moved", wallOnly(bound), false},
+		{"wall clock set back an hour: the monotonic clock counts", synced.Add(bound), false},
+	} {
+		s := &state{syncedAt: synced}
+		if got := s.fresh(tc.now, bound); got != tc.fresh {
+			t.Errorf("%s: fresh %v, want %v", tc.name, got, tc.fresh)
+		}
+	}
+	if newState().fresh(time.Now(), bound) {
+		t.Error("fresh before the first sync")
+	}
+}
+
+func TestExpiryFollowsPostgresClock(t *testing.T) {
+	synced := time.Now()
+	pgNow := synced.Add(-3 * time.Hour) // this edge's clock is three hours fast
+	s := &state{syncedAt: synced, pgNow: pgNow}
+	record := &apikey.Record{ExpiresAt: pgNow.Add(10 * time.Second)}
+	if got := record.Validity(s.pgTime(synced.Add(9 * time.Second))); got != apikey.Allowed {
+		t.Errorf("9s on: %v, want allowed", got)
+	}
+	if got := record.Validity(s.pgTime(synced.Add(10 * time.Second))); got != apikey.Expired {
+		t.Errorf("10s on: %v, want expired", got)
+	}
+}
+
+// TestStalledPostgresStopsTrustAtTheBound stops Postgres so that it hangs and does not refuse. While it does, each answer
+// must rest on data younger than MaxStaleness, and then there must be none.
+func TestStalledPostgresStopsTrustAtTheBound(t *testing.T) {
+	server := pgtest.Server(t)
+	db := newDatabase(t, server.URL())
+	core, logs := observer.New(zap.InfoLevel)
+	const bound = 1500 * time.Millisecond
+	c := newCache(t, db.store, func(cfg *Config) {
+		cfg.Refresh, cfg.MaxStaleness = 20*time.Millisecond, bound
+		cfg.Logger = func() *zap.Logger { return zap.New(core) }
+	})
+	run(t, c)
+	key, cold := db.create(t), db.create(t)
+	want(t, c, key.digest, apikey.Allowed)
+	eventually(t, "the key is in memory", func() bool {
+		before := c.Status().Lookups
+		want(t, c, key.digest, apikey.Allowed)
+		return c.Status().Lookups == before
+	})
+
+	server.Pause()
+	want(t, c, key.digest, apikey.Allowed) // a known key does not notice a short stall
+	want(t, c, cold.digest, apikey.Unavailable)
+	for {
+		began := time.Now()
+		found, err := c.Find(context.Background(), key.digest)
+		if err != nil {
+			if !errors.Is(err, ErrUnavailable) {
+				t.Fatal(err)
+			}
+			break
+		}
+		if a := age(found.vouchedAt, began); a >= bound {
+			t.Fatalf("an answer rested on data %v old, bound %v", a, bound)
+		}
+		if age(c.state.Load().syncedAt, began) > 10*bound {
+			t.Fatal("answers do not end")
+		}
+	}
+
+	server.Resume()
+	eventually(t, "the key works again", func() bool { return outcome(t, c, key.digest) == apikey.Allowed })
+	db.revoke(t, key)
+	eventually(t, "the revocation holds", func() bool { return outcome(t, c, key.digest) == apikey.Revoked })
+	eventually(t, "the log says that it is over", func() bool { return logs.FilterMessage("key sync works again").Len() == 1 })
+	if n := logs.FilterMessageSnippet("key sync failed").Len(); n != 1 {
+		t.Errorf("the log says %d times that the sync failed, want once", n)
+	}
+}
+
+func TestPostgresThatWasKilledIsTrustedAgainAfterItsRestart(t *testing.T) {
+	server := pgtest.Server(t)
+	db := newDatabase(t, server.URL())
+	c := newCache(t, db.store, func(cfg *Config) { cfg.Refresh = 20 * time.Millisecond; cfg.MaxStaleness = time.Second })
+	run(t, c)
+	key := db.create(t)
+	want(t, c, key.digest, apikey.Allowed)
+	server.Kill()
+	eventually(t, "nobody can tell", func() bool { return outcome(t, c, key.digest) == apikey.Unavailable })
+	if err := server.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the key works again", func() bool {
+		got := outcome(t, c, key.digest)
+		if got != apikey.Allowed && got != apikey.Unavailable {
+			t.Fatalf("outcome %v for a good key", got)
+		}
+		return got == apikey.Allowed
+	})
+}
+
+func TestNotificationBringsARevocationBeforeTheTick(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	c := newCache(t, db.store, func(cfg *Config) { cfg.Refresh = time.Hour - time.Second; cfg.MaxStaleness = time.Hour })
+	run(t, c)
+	key := db.create(t)
+	eventually(t, "the cache listens", func() bool { return c.Status().Syncs >= 2 })
+	want(t, c, key.digest, apikey.Allowed)
+	db.revoke(t, key)
+	eventually(t, "the revocation holds", func() bool { return outcome(t, c, key.digest) == apikey.Revoked })
+}
+
+func TestLostListenerIsReplaced(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	c := newCache(t, db.store, func(cfg *Config) { cfg.Refresh = time.Hour - time.Second; cfg.MaxStaleness = time.Hour })
+	run(t, c)
+	eventually(t, "the cache listens", func() bool { return c.Status().Syncs >= 2 })
+	db.exec(t, `select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and query = 'listen rekall_keys'`)
+	eventually(t, "the loss is noticed", func() bool { return c.Status().ListenErrors == 1 })
+	key := db.create(t)
+	want(t, c, key.digest, apikey.Allowed)
+	syncs := c.Status().Syncs
+	eventually(t, "it listens again", func() bool { return c.Status().Syncs > syncs })
+	db.revoke(t, key)
+	eventually(t, "the revocation holds", func() bool { return outcome(t, c, key.digest) == apikey.Revoked })
+}
+
+// track puts a request with the key in flight and returns the context that the cache cancels.
+func track(t *testing.T, c *Cache, key testKey) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithCancelCause(context.Background())
+	t.Cleanup(func() { cancel(nil) })
+	var f Flight
+	for {
+		found, err := c.Find(t.Context(), key.digest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.Track(&f, found, cancel) {
+			t.Cleanup(func() { c.Untrack(&f) })
+			return ctx
+		}
+	}
+}
+
+func wantCut(t *testing.T, ctx context.Context, why apikey.Outcome) {
+	t.Helper()
+	select {
+	case <-ctx.Done():
+	case <-time.After(20 * time.Second):
+		t.Fatal("the request was not cut")
+	}
+	var cut *Cut
+	if cause := context.Cause(ctx); !errors.As(cause, &cut) || cut.Outcome != why {
+		t.Errorf("cut because %v, want %v", cause, why)
+	}
+	if !errors.Is(context.Cause(ctx), context.Canceled) {
+		t.Error("the cut would be booked as a failure of the upstream")
+	}
+}
+
+func TestRequestInFlightIsCutWhenItsKeyIsRevoked(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	c, s := newCache(t, db.store, nil), new(syncer)
+	tick(t, s, c)
+	key, other := db.create(t), db.create(t)
+	cutMe, spareMe := track(t, c, key), track(t, c, other)
+	db.revoke(t, key)
+	tick(t, s, c)
+	wantCut(t, cutMe, apikey.Revoked)
+	if spareMe.Err() != nil {
+		t.Error("the request of another key was cut")
+	}
+}
+
+func TestRequestInFlightIsCutWhenItsKeyExpires(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	c := newCache(t, db.store, func(cfg *Config) { cfg.Refresh = 20 * time.Millisecond })
+	run(t, c)
+	key := db.create(t)
+	ctx := track(t, c, key)
+	db.exec(t, "update rekall.api_keys set expires_at = now() + interval '200 ms' where id = $1", key.id)
+	wantCut(t, ctx, apikey.Expired)
+}
+
+func TestRequestInFlightIsCutWhenNobodyCanTell(t *testing.T) {
+	server := pgtest.Server(t)
+	db := newDatabase(t, server.URL())
+	c := newCache(t, db.store, func(cfg *Config) { cfg.Refresh = 20 * time.Millisecond; cfg.MaxStaleness = 300 * time.Millisecond })
+	run(t, c)
+	ctx := track(t, c, db.create(t))
+	server.Pause()
+	wantCut(t, ctx, apikey.Unavailable)
+}
+
+func TestRequestInFlightOfAKeyRevokedWhileTheFeedStartsOverIsCut(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	store := &hookedStore{Store: db.store}
+	c, s := newCache(t, store, nil), new(syncer)
+	tick(t, s, c)
+	key, other := db.create(t), db.create(t)
+	cutMe, spareMe := track(t, c, key), track(t, c, other)
+	db.revoke(t, key)
+	// The feed stands on a server that has nothing to tell about the past.
+	old := *c.state.Load()
+	old.server.SystemID++
+	old.superseded = make(chan struct{})
+	c.state.Store(&old)
+	tick(t, s, c)
+	wantCut(t, cutMe, apikey.Revoked)
+	if spareMe.Err() != nil {
+		t.Error("the request of a good key was cut")
+	}
+}
+
+func TestKeyThatChangedBetweenFindAndTrackIsFoundAgain(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	c, s := newCache(t, db.store, nil), new(syncer)
+	tick(t, s, c)
+	key := db.create(t)
+	found, err := c.Find(t.Context(), key.digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	db.revoke(t, key)
+	tick(t, s, c)
+	var f Flight
+	if c.Track(&f, found, func(error) {}) {
+		t.Error("a request was let go with a key revoked since it was found")
+	}
+	if n := c.InFlight(); n != 0 {
+		t.Errorf("%d requests in flight, want none", n)
+	}
+}
+
+func TestFlightsAreCountedInEveryOrderOfEnding(t *testing.T) {
+	var c Cache
+	var fs [5]Flight
+	for _, order := range [][]int{{0, 1, 2, 3, 4}, {4, 3, 2, 1, 0}, {2, 0, 4, 1, 3}} {
+		for i := range fs {
+			fs[i] = Flight{}
+			c.flight.add(&fs[i])
+		}
+		for ended, i := range order {
+			c.Untrack(&fs[i])
+			if n := c.InFlight(); n != len(fs)-ended-1 {
+				t.Fatalf("order %v: %d in flight after %d ended", order, n, ended+1)
+			}
+		}
+	}
+}
+
+func BenchmarkFindKnownKey(b *testing.B) {
+	db := newDatabase(b, pgtest.URL(b))
+	c := newCache(b, db.store, func(cfg *Config) { cfg.MaxStaleness = time.Hour })
+	if err := new(syncer).sync(context.Background(), c); err != nil {
+		b.Fatal(err)
+	}
+	key := db.create(b)
+	want(b, c, key.digest, apikey.Allowed)
+	c.known.Wait()
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := c.Find(context.Background(), key.digest); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkTrack(b *testing.B) {
+	db := newDatabase(b, pgtest.URL(b))
+	c := newCache(b, db.store, func(cfg *Config) { cfg.MaxStaleness = time.Hour })
+	key := db.create(b)
+	found, err := c.Find(context.Background(), key.digest)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		ctx, cancel := context.WithCancelCause(context.Background())
+		var f Flight
+		c.Track(&f, found, cancel)
+		c.Untrack(&f)
+		cancel(nil)
+		_ = ctx
+	}
+}

@@ -1,0 +1,517 @@
+package keycache
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"os"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+func TestMain(m *testing.M) { pgtest.Main(m) }
+
+// database is a migrated database with the means to change keys in it.
+type database struct {
+	url   string
+	store *keystore.Store
+	admin *keyadmin.Admin
+	pool  *pgxpool.Pool
+}
+
+func newDatabase(t testing.TB, url string) *database {
+	t.Helper()
+	if _, _, err := keystore.Migrate(t.Context(), url); err != nil {
+		t.Fatal(err)
+	}
+	store, err := keystore.Open(url, keystore.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(store.Close)
+	pool, err := pgxpool.New(t.Context(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(pool.Close)
+	return &database{url, store, keyadmin.New(store), pool}
+}
+
+type testKey struct {
+	id     string
+	digest apikey.Digest
+}
+
+func (db *database) create(t testing.TB) testKey {
+	t.Helper()
+	key, err := db.admin.Create(context.Background(), keyadmin.CreateRequest{
+		Name: "test", Account: "test", Environment: "production", Scopes: []string{"memories:read"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return testKey{key.ID, apikey.Hash(key.Key.Reveal())}
+}
+
+func (db *database) exec(t testing.TB, sql string, args ...any) {
+	t.Helper()
+	if _, err := db.pool.Exec(context.Background(), sql, args...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (db *database) revoke(t testing.TB, key testKey) {
+	t.Helper()
+	db.exec(t, "update rekall.api_keys set revoked_at = now() where id = $1", key.id)
+}
+
+func newCache(t testing.TB, store Store, change func(*Config)) *Cache {
+	t.Helper()
+	cfg := Config{Size: 1000, Refresh: time.Second, MaxStaleness: 30 * time.Second, Logger: zap.NewNop}
+	if change != nil {
+		change(&cfg)
+	}
+	c, err := New(store, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	return c
+}
+
+// run runs the cache's loops until the test ends.
+func run(t testing.TB, c *Cache) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		c.Run(ctx)
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-done
+	})
+}
+
+func tick(t testing.TB, s *syncer, c *Cache) {
+	t.Helper()
+	if err := s.sync(context.Background(), c); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// outcome is what a request with that key would get.
+func outcome(t testing.TB, c *Cache, d apikey.Digest) apikey.Outcome {
+	t.Helper()
+	found, err := c.Find(context.Background(), d)
+	if err != nil {
+		if !errors.Is(err, ErrUnavailable) {
+			t.Fatalf("Find: %v, want an error that wraps ErrUnavailable", err)
+		}
+		return apikey.Unavailable
+	}
+	return found.Record.Validity(found.Now)
+}
+
+func want(t testing.TB, c *Cache, d apikey.Digest, wanted apikey.Outcome) {
+	t.Helper()
+	if got := outcome(t, c, d); got != wanted {
+		t.Fatalf("outcome %v, want %v", got, wanted)
+	}
+}
+
+func eventually(t testing.TB, what string, condition func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(20 * time.Second)
+	for !condition() {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within 20s: %s", what)
+		}
+		<-time.After(2 * time.Millisecond)
+	}
+}
+
+func TestKnownKeyIsAskedOfPostgresOnce(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	c, s := newCache(t, db.store, nil), new(syncer)
+	tick(t, s, c)
+	key := db.create(t)
+	want(t, c, key.digest, apikey.Allowed)
+	c.known.Wait()
+	for range 10 {
+		want(t, c, key.digest, apikey.Allowed)
+		tick(t, s, c)
+	}
+	if n := c.Status().Lookups; n != 1 {
+		t.Errorf("%d lookups, want 1", n)
+	}
+}
+
+func TestRevokedAndExpiredKeysAreRefusedAfterTheTick(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	c, s := newCache(t, db.store, nil), new(syncer)
+	tick(t, s, c)
+	revoked, expired, renamed := db.create(t), db.create(t), db.create(t)
+	for _, key := range []testKey{revoked, expired, renamed} {
+		want(t, c, key.digest, apikey.Allowed)
+	}
+	c.known.Wait()
+	db.revoke(t, revoked)
+	db.exec(t, "update rekall.api_keys set expires_at = now() where id = $1", expired.id)
+	db.exec(t, "update rekall.api_keys set name = 'other' where id = $1", renamed.id)
+	tick(t, s, c)
+	want(t, c, revoked.digest, apikey.Revoked)
+	want(t, c, expired.digest, apikey.Expired)
+	want(t, c, renamed.digest, apikey.Allowed)
+}
+
+func TestUnknownKeyIsRememberedForOneTickAndNotLonger(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	c, s := newCache(t, db.store, func(cfg *Config) { cfg.Refresh = time.Hour }), new(syncer)
+	tick(t, s, c)
+	unknown := apikey.Hash(apikey.Generate(apikey.Production))
+	want(t, c, unknown, apikey.Unknown)
+	want(t, c, unknown, apikey.Unknown)
+	if n := c.Status().Lookups; n != 1 {
+		t.Errorf("%d lookups within a tick, want 1", n)
+	}
+	c.cfg.Refresh = 0 // a tick has passed
+	want(t, c, unknown, apikey.Unknown)
+	if n := c.Status().Lookups; n != 2 {
+		t.Errorf("%d lookups after a tick, want 2", n)
+	}
+}
+
+func TestKeyCreatedAfterItWasUnknownWorksAfterTheTick(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	c, s := newCache(t, db.store, func(cfg *Config) { cfg.Refresh = time.Hour }), new(syncer)
+	tick(t, s, c)
+	secret := apikey.Generate(apikey.Production)
+	want(t, c, apikey.Hash(secret), apikey.Unknown)
+	if _, err := db.store.Insert(t.Context(), keystore.NewKey{
+		ID: "key_" + apikey.RandomText(22), Account: "a", Name: "n", Environment: apikey.Production,
+		Digest: apikey.Hash(secret), Hint: apikey.Hint(secret), Scopes: apikey.MemoriesRead,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	tick(t, s, c)
+	want(t, c, apikey.Hash(secret), apikey.Allowed)
+}
+
+func TestConcurrentMissesOfOneKeyAreOneLookup(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	store := &hookedStore{Store: db.store}
+	c, s := newCache(t, store, nil), new(syncer)
+	tick(t, s, c)
+	key := db.create(t)
+	release := make(chan struct{})
+	store.afterLookup = func() { <-release }
+	var wg sync.WaitGroup
+	const requests = 50
+	for range requests {
+		wg.Go(func() { want(t, c, key.digest, apikey.Allowed) })
+	}
+	eventually(t, "all requests wait", func() bool { return c.Status().Misses == requests })
+	close(release)
+	wg.Wait()
+	if n := store.lookups.Load(); n > 2 { // one that they share, and perhaps one for those that came after it
+		t.Errorf("%d lookups for %d requests", n, requests)
+	}
+}
+
+func TestMissesAreReadInBatches(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	store := &hookedStore{Store: db.store}
+	c, s := newCache(t, store, nil), new(syncer)
+	tick(t, s, c)
+	release := make(chan struct{})
+	store.afterLookup = func() { <-release }
+	var wg sync.WaitGroup
+	const requests = 400
+	for range requests {
+		wg.Go(func() { want(t, c, apikey.Hash(apikey.Generate(apikey.Production)), apikey.Unknown) })
+	}
+	eventually(t, "all requests wait", func() bool { return c.Status().Misses == requests })
+	close(release)
+	wg.Wait()
+	if n := store.lookups.Load(); n > maxLookups+requests/lookupBatch+2 {
+		t.Errorf("%d lookups for %d keys", n, requests)
+	}
+}
+
+// hookedStore is the real store with a place to stand between an answer and its arrival.
+type hookedStore struct {
+	Store
+	lookups     atomic.Int64
+	afterLookup func()
+	change      func(*keystore.Snapshot)
+}
+
+func (s *hookedStore) Lookup(ctx context.Context, digests []apikey.Digest) (keystore.Found, error) {
+	s.lookups.Add(1)
+	found, err := s.Store.Lookup(ctx, digests)
+	if s.afterLookup != nil {
+		s.afterLookup()
+	}
+	return found, err
+}
+
+func (s *hookedStore) Snapshot(ctx context.Context, since uint64) (keystore.Snapshot, error) {
+	snap, err := s.Store.Snapshot(ctx, since)
+	if s.change != nil {
+		s.change(&snap)
+	}
+	return snap, err
+}
+
+func TestFillThatRacesARevocationIsNotBelieved(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	store := &hookedStore{Store: db.store}
+	c, s := newCache(t, store, nil), new(syncer)
+	key := db.create(t) // before the feed begins, which would bring the row itself
+	tick(t, s, c)
+	store.afterLookup = func() { // the good row is on its way when the revocation commits and the feed applies it
+		store.afterLookup = nil
+		db.revoke(t, key)
+		tick(t, s, c)
+	}
+	want(t, c, key.digest, apikey.Revoked)
+	c.known.Wait()
+	want(t, c, key.digest, apikey.Revoked)
+}
+
+func TestFeedThatStartsOverTrustsNoEarlierEntry(t *testing.T) {
+	for name, change := range map[string]func(*keystore.Snapshot){
+		"another cluster":                func(s *keystore.Snapshot) { s.Server.SystemID++ },
+		"a restarted server":             func(s *keystore.Snapshot) { s.Server.StartedAt++ },
+		"another database":               func(s *keystore.Snapshot) { s.Server.Database++ },
+		"transaction ids that went back": func(s *keystore.Snapshot) { s.Xmax = 1 },
+	} {
+		t.Run(name, func(t *testing.T) {
+			db := newDatabase(t, pgtest.URL(t))
+			store := &hookedStore{Store: db.store}
+			c, s := newCache(t, store, nil), new(syncer)
+			key := db.create(t)
+			tick(t, s, c)
+			want(t, c, key.digest, apikey.Allowed)
+			c.known.Wait()
+			db.revoke(t, key)
+			store.change = func(snap *keystore.Snapshot) {
+				snap.Changes = nil // the new server's feed does not tell of the change
+				change(snap)
+			}
+			tick(t, s, c)
+			if s := c.state.Load(); s.usable(mustCached(t, c, key.digest)) {
+				t.Error("an entry from before is still usable")
+			}
+		})
+	}
+}
+
+func mustCached(t *testing.T, c *Cache, d apikey.Digest) *entry {
+	t.Helper()
+	e, ok := c.known.Get(d[:])
+	if !ok {
+		t.Fatal("the key is not cached")
+	}
+	return e
+}
+
+func TestRowFromAnotherServerThanTheFeedsIsNotBelieved(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	store := &hookedStore{Store: db.store}
+	c, s := newCache(t, store, nil), new(syncer)
+	store.change = func(snap *keystore.Snapshot) { snap.Server.StartedAt-- }
+	tick(t, s, c)
+	key := db.create(t)
+	want(t, c, key.digest, apikey.Unavailable)
+	store.change = nil
+	tick(t, s, c)
+	want(t, c, key.digest, apikey.Allowed)
+}
+
+func TestStandbyIsRefused(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	store := &hookedStore{Store: db.store, change: func(s *keystore.Snapshot) { s.Server.InRecovery = true }}
+	c := newCache(t, store, nil)
+	if err := new(syncer).sync(t.Context(), c); !errors.Is(err, errStandby) {
+		t.Errorf("sync with a standby: %v, want errStandby", err)
+	}
+	if c.Status().Fresh {
+		t.Error("fresh after a sync with a standby")
+	}
+}
+
+func TestManyChangesMoveTheHorizonAndLoseNone(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	c, s := newCache(t, db.store, nil), new(syncer)
+	tick(t, s, c)
+	key, quiet := db.create(t), db.create(t)
+	want(t, c, key.digest, apikey.Allowed)
+	want(t, c, quiet.digest, apikey.Allowed)
+	c.known.Wait()
+	db.revoke(t, key)
+	db.exec(t, `insert into rekall.api_keys (id, account, name, environment, key_hash, scopes)
+		select 'key_' || lpad(n::text, 22, '0'), 'a', 'n', 'production', sha256(n::text::bytea), '{}'
+		from generate_series(1, $1::int) n`, maxChanges+1)
+	tick(t, s, c)
+	if st := c.state.Load(); st.horizon != st.epoch || len(st.changes) != 0 {
+		t.Errorf("horizon %d of epoch %d with %d changes kept", st.horizon, st.epoch, len(st.changes))
+	}
+	want(t, c, key.digest, apikey.Revoked)
+	want(t, c, quiet.digest, apikey.Allowed)
+}
+
+func TestRowsThatALongTransactionMakesTheFeedRepeatAreAppliedOnce(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	c, s := newCache(t, db.store, nil), new(syncer)
+	tick(t, s, c)
+	tx, err := db.pool.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tx.Rollback(context.Background()) }()
+	if _, err := tx.Exec(t.Context(), "select pg_current_xact_id()"); err != nil {
+		t.Fatal(err)
+	}
+	db.create(t)
+	tick(t, s, c)
+	first := len(c.state.Load().log)
+	tick(t, s, c)
+	tick(t, s, c)
+	if again := len(c.state.Load().log); again != first || first != 1 {
+		t.Errorf("epochs with changes: %d, then %d; want 1", first, again)
+	}
+}
+
+// slot holds a key that is replaced when it has ended.
+type slot struct {
+	mu  sync.Mutex
+	key testKey
+}
+
+func (s *slot) get() apikey.Digest {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.key.digest
+}
+
+// TestInterleavingNeverAllowsARevokedKey creates, revokes, expires, finds, evicts and syncs at random: once the feed has
+// applied a revocation, no Find that begins afterwards may allow the key.
+func TestInterleavingNeverAllowsARevokedKey(t *testing.T) {
+	duration := 5 * time.Second
+	if s := os.Getenv("REKALL_STRESS"); s != "" {
+		var err error
+		if duration, err = time.ParseDuration(s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	db := newDatabase(t, pgtest.URL(t))
+	c, s := newCache(t, db.store, func(cfg *Config) { cfg.Size = 40; cfg.Refresh = 20 * time.Millisecond }), new(syncer)
+	tick(t, s, c)
+
+	const universe = 80
+	var recent [32]atomic.Pointer[apikey.Digest] // keys that ended a moment ago
+	var slots [universe]slot
+	var applied sync.Map // digest of keys whose end the feed has applied
+	for i := range slots {
+		slots[i].key = db.create(t)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), duration)
+	defer cancel()
+	var finds, ends, wrong atomic.Int64
+	var wg sync.WaitGroup
+	var pendingMu sync.Mutex
+	var pending []apikey.Digest
+
+	for range 2 { // ends keys and makes others
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				sl := &slots[rand.IntN(universe)]
+				sl.mu.Lock()
+				key := sl.key
+				sl.mu.Unlock()
+				// A fill that races the end of its key is the case that naive caches get wrong for good.
+				racing, raced := context.WithCancel(ctx)
+				wg.Go(func() {
+					for racing.Err() == nil {
+						c.known.Del(key.digest[:])
+						outcome(t, c, key.digest)
+					}
+				})
+				if rand.IntN(2) == 0 {
+					db.exec(t, "update rekall.api_keys set revoked_at = now() where id = $1 and revoked_at is null", key.id)
+				} else {
+					db.exec(t, "update rekall.api_keys set expires_at = now() where id = $1", key.id)
+				}
+				ends.Add(1)
+				pendingMu.Lock()
+				pending = append(pending, key.digest)
+				pendingMu.Unlock()
+				recent[rand.IntN(len(recent))].Store(&key.digest)
+				raced()
+				<-time.After(time.Duration(rand.IntN(3)) * time.Millisecond)
+				fresh := db.create(t)
+				sl.mu.Lock()
+				sl.key = fresh
+				sl.mu.Unlock()
+			}
+		})
+	}
+	wg.Go(func() { // syncs
+		for ctx.Err() == nil {
+			pendingMu.Lock()
+			committed := pending
+			pending = nil
+			pendingMu.Unlock()
+			if err := s.sync(context.Background(), c); err != nil {
+				t.Error(err)
+				return
+			}
+			for _, d := range committed {
+				applied.Store(d, true)
+			}
+		}
+	})
+	wg.Go(func() { // evicts
+		for ctx.Err() == nil {
+			d := slots[rand.IntN(universe)].get()
+			c.known.Del(d[:])
+			<-time.After(100 * time.Microsecond)
+		}
+	})
+	for range 6 { // finds
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				d := slots[rand.IntN(universe)].get()
+				if p := recent[rand.IntN(len(recent))].Load(); p != nil && rand.IntN(2) == 0 {
+					d = *p
+				}
+				_, over := applied.Load(d)
+				if got := outcome(t, c, d); over && got == apikey.Allowed {
+					wrong.Add(1)
+				}
+				finds.Add(1)
+			}
+		})
+	}
+	wg.Wait()
+	t.Logf("%d finds, %d ends, %d syncs, %d lookups", finds.Load(), ends.Load(), c.Status().Syncs, c.Status().Lookups)
+	if wrong.Load() > 0 {
+		t.Errorf("%d finds allowed a key whose end the feed had applied", wrong.Load())
+	}
+	if ends.Load() < 100 {
+		t.Errorf("only %d keys ended: the test showed little", ends.Load())
+	}
+}

@@ -1,0 +1,167 @@
+package keystore
+
+import (
+	"context"
+	"errors"
+	"strconv"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+)
+
+// Server identifies what the feed is read from. A change of any field means that the past is not to be relied on.
+type Server struct {
+	SystemID   int64  // of the cluster
+	StartedAt  int64  // of the postmaster, in microseconds since 1970: catches a rewind that left all else as it was
+	InRecovery bool   // a standby, whose replay may be paused while it looks healthy
+	Database   uint32 // oid
+}
+
+// Change is a key whose row changed, and the transaction that stamped it.
+type Change struct {
+	Record *apikey.Record
+	Xid    uint64
+}
+
+// Snapshot is one reading of the change feed: all of it as of one moment of the server.
+type Snapshot struct {
+	Server  Server
+	Xmin    uint64    // every transaction below it had ended: the watermark to read from next
+	Xmax    uint64    // no transaction at or above it had ended; never falls while Server stays the same
+	Now     time.Time // the server's clock
+	Changes []Change  // in no order
+}
+
+// recordColumns are what a row receives.
+const recordColumns = `k.id, k.account, k.key_hash, k.environment, k.scopes, k.expires_at, k.revoked_at`
+
+// snapshotSQL is one statement, so that watermark and rows belong to the same snapshot. A change that commits later has a
+// transaction id at or above the watermark and comes with a later reading, however late it commits.
+//
+// Rows at or above xmax were stamped by another cluster, from which they were restored: this one's ids are not that far.
+// Without the upper bound every reading would return them all until they are.
+const snapshotSQL = `
+with s as materialized (
+	select pg_snapshot_xmin(pg_current_snapshot()) as xmin, pg_snapshot_xmax(pg_current_snapshot()) as xmax,
+		clock_timestamp() as now, (select system_identifier from pg_control_system()) as system_id,
+		pg_postmaster_start_time() as started_at, pg_is_in_recovery() as in_recovery,
+		(select oid from pg_database where datname = current_database()) as database
+)
+select s.xmin, s.xmax, s.now, s.system_id, s.started_at, s.in_recovery, s.database, k.change_xid, ` + recordColumns + `
+from s left join rekall.api_keys k on k.change_xid >= $1::text::xid8 and k.change_xid < s.xmax`
+
+// noRows is above every transaction id.
+const noRows = "18446744073709551615"
+
+// Snapshot reads the feed: every row stamped at or after since. With since 0 it reads no rows, only where the feed stands.
+func (s *Store) Snapshot(ctx context.Context, since uint64) (Snapshot, error) {
+	from := noRows
+	if since > 0 {
+		from = strconv.FormatUint(since, 10)
+	}
+	var (
+		snap    Snapshot
+		started time.Time
+		xid     *uint64
+		key     row
+	)
+	targets := append([]any{&snap.Xmin, &snap.Xmax, &snap.Now, &snap.Server.SystemID, &started, &snap.Server.InRecovery,
+		&snap.Server.Database, &xid}, key.targets()...)
+	rows, _ := s.pool.Query(ctx, snapshotSQL, from) // ForEachRow returns its error
+	_, err := pgx.ForEachRow(rows, targets, func() error {
+		if xid == nil {
+			return nil // nothing changed
+		}
+		record, err := key.record()
+		if err != nil {
+			return err
+		}
+		snap.Changes = append(snap.Changes, Change{Record: record, Xid: *xid})
+		return nil
+	})
+	if err != nil {
+		return Snapshot{}, failed("read change feed", err)
+	}
+	snap.Server.StartedAt = started.UnixMicro()
+	return snap, nil
+}
+
+// Found is the answer to a lookup, and the server that gave it.
+type Found struct {
+	StartedAt  int64            // as in Server
+	InRecovery bool             // as in Server
+	Now        time.Time        // the server's clock
+	Records    []*apikey.Record // of the keys that exist, in no order
+}
+
+const lookupSQL = `
+with s as materialized (
+	select pg_postmaster_start_time() as started_at, pg_is_in_recovery() as in_recovery, clock_timestamp() as now
+)
+select s.started_at, s.in_recovery, s.now, ` + recordColumns + `
+from s left join rekall.api_keys k on k.key_hash = any($1::bytea[])`
+
+// Lookup reads the rows of the keys with these digests, in one statement.
+func (s *Store) Lookup(ctx context.Context, digests []apikey.Digest) (Found, error) {
+	hashes := make([][]byte, len(digests))
+	for i := range digests {
+		hashes[i] = digests[i][:]
+	}
+	var (
+		found   Found
+		started time.Time
+		key     row
+	)
+	targets := append([]any{&started, &found.InRecovery, &found.Now}, key.targets()...)
+	rows, _ := s.pool.Query(ctx, lookupSQL, hashes) // ForEachRow returns its error
+	_, err := pgx.ForEachRow(rows, targets, func() error {
+		if key.id == nil {
+			return nil // no key matched
+		}
+		record, err := key.record()
+		if err != nil {
+			return err
+		}
+		found.Records = append(found.Records, record)
+		return nil
+	})
+	if err != nil {
+		return Found{}, failed("look up keys", err)
+	}
+	found.StartedAt = started.UnixMicro()
+	return found, nil
+}
+
+// row receives recordColumns, all null where the join found no key.
+type row struct {
+	id, account, environment *string
+	hash                     []byte
+	scopes                   []string
+	expiresAt, revokedAt     *time.Time
+}
+
+func (r *row) targets() []any {
+	return []any{&r.id, &r.account, &r.hash, &r.environment, &r.scopes, &r.expiresAt, &r.revokedAt}
+}
+
+func (r *row) record() (*apikey.Record, error) {
+	environment, err := apikey.ParseEnvironment(*r.environment)
+	if err != nil {
+		return nil, err
+	}
+	record := &apikey.Record{
+		ID: *r.id, Account: *r.account, Environment: environment, Scopes: apikey.KnownScopes(r.scopes),
+	}
+	if copy(record.Digest[:], r.hash) != len(record.Digest) {
+		return nil, errors.New("stored hash is not a SHA-256")
+	}
+	if r.expiresAt != nil {
+		record.ExpiresAt = *r.expiresAt
+	}
+	if r.revokedAt != nil {
+		record.RevokedAt = *r.revokedAt
+	}
+	return record, nil
+}
