@@ -179,8 +179,9 @@ func (d *dev) startGateway() error {
 		return fmt.Errorf("make a storage directory: %w", err)
 	}
 	d.stops = append(d.stops, func(context.Context) error { return os.RemoveAll(storage) })
-	if err := os.Setenv(databaseVariable, d.database); err != nil {
-		return err
+	// Caddy notes its instance's id below this folder.
+	if err := errors.Join(os.Setenv("XDG_DATA_HOME", storage), os.Setenv(databaseVariable, d.database)); err != nil {
+		return fmt.Errorf("configure the gateway: %w", err)
 	}
 	host, port, _ := net.SplitHostPort(d.listen)
 	caddyfile := fmt.Sprintf(`{

@@ -16,10 +16,12 @@ const (
 	// Length of every key in bytes, prefix included (REKALL.md, "Keys").
 	Length = 48
 
-	// ProductionPrefix and SandboxPrefix begin every key of their environment. No production key can begin with the
-	// sandbox prefix, because '_' is not allowed after "rk_".
+	// ProductionPrefix begins every production key.
 	ProductionPrefix = "rk_"
-	SandboxPrefix    = "rk_test_"
+
+	// SandboxPrefix begins every sandbox key. No production key can begin with it, because '_' is not allowed after
+	// "rk_".
+	SandboxPrefix = "rk_test_"
 
 	// checksumLength is the number of characters at the end of a generated key that follow from the rest: a CRC-32 in
 	// base 62, so 6 characters hold all 32 bits. GitHub's token format uses the same construction.

@@ -32,7 +32,7 @@ var shared struct {
 // Main runs a package's tests and stops the server that they used:
 //
 //	func TestMain(m *testing.M) { pgtest.Main(m) }
-func Main(m *testing.M) {
+func Main(m interface{ Run() int }) {
 	code := m.Run()
 	if shared.server != nil {
 		if err := shared.server.Stop(context.Background()); err != nil {

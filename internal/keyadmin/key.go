@@ -1,0 +1,73 @@
+package keyadmin
+
+import (
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+// Status of a key.
+type Status string
+
+// The statuses. A revoked key that has also expired is revoked.
+const (
+	Active  Status = "active"
+	Expired Status = "expired"
+	Revoked Status = "revoked"
+)
+
+// Key is a key as the API shows it. Times are Postgres's, in UTC.
+type Key struct {
+	ID          string     `json:"id"`
+	Key         Secret     `json:"key,omitempty"` // the key itself: only in the answer to Create
+	Name        string     `json:"name"`
+	Account     string     `json:"account"`
+	Environment string     `json:"environment"`
+	Scopes      []string   `json:"scopes"`
+	Masked      string     `json:"masked"` // prefix and last four characters, "rk_test_…a1B2"
+	Status      Status     `json:"status"` // when it was read
+	CreatedAt   time.Time  `json:"created_at"`
+	ExpiresAt   *time.Time `json:"expires_at"` // null: never
+	RevokedAt   *time.Time `json:"revoked_at"` // null: not revoked
+}
+
+// Secret is a key. Only Reveal and JSON show it: a log line or an error made from it, or from what contains it, does not.
+type Secret string
+
+// Reveal returns the key, to be shown to its owner once.
+func (s Secret) Reveal() string { return string(s) }
+
+// Format writes a placeholder for every verb. With String alone, %d would show the key.
+func (Secret) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "[api key]") }
+
+func fromRow(row keystore.Row) Key {
+	key := Key{
+		ID: row.ID, Name: row.Name, Account: row.Account, Environment: row.Environment, Scopes: row.Scopes,
+		Status: status(row), CreatedAt: row.CreatedAt.UTC(), ExpiresAt: utc(row.ExpiresAt), RevokedAt: utc(row.RevokedAt),
+	}
+	if environment, err := apikey.ParseEnvironment(row.Environment); err == nil {
+		key.Masked = apikey.Mask(environment, row.Hint)
+	}
+	return key
+}
+
+func status(row keystore.Row) Status {
+	switch {
+	case row.RevokedAt != nil:
+		return Revoked
+	case row.ExpiresAt != nil && !row.Now.Before(*row.ExpiresAt):
+		return Expired
+	}
+	return Active
+}
+
+func utc(t *time.Time) *time.Time {
+	if t == nil {
+		return nil
+	}
+	u := t.UTC()
+	return &u
+}

@@ -1,0 +1,278 @@
+package keystore_test
+
+import (
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+const revokeSQL = `update rekall.api_keys set revoked_at = now() where id = $1`
+
+// change returns what a snapshot says of a key, or nil.
+func change(snap keystore.Snapshot, key keystore.NewKey) *apikey.Record {
+	for _, ch := range snap.Changes {
+		if ch.Record.ID == key.ID {
+			return ch.Record
+		}
+	}
+	return nil
+}
+
+func revokedIn(snap keystore.Snapshot, key keystore.NewKey) bool {
+	record := change(snap, key)
+	return record != nil && !record.RevokedAt.IsZero()
+}
+
+// A feed that asked for rows above the greatest stamp it has seen would take second's stamp as its cursor and never see
+// first, whose stamp is smaller and whose commit is later.
+func TestChangeThatCommitsOutOfOrderIsNotLost(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	first, second := insert(t, store), insert(t, store)
+	start := snapshot(t, store, 0)
+
+	slow, quick := connect(t, databaseURL), connect(t, databaseURL)
+	exec(t, slow, "begin")
+	exec(t, slow, revokeSQL, first.ID)
+	exec(t, quick, revokeSQL, second.ID)
+
+	between := snapshot(t, store, start.Xmin)
+	if !revokedIn(between, second) || revokedIn(between, first) {
+		t.Fatalf("before the slow commit: %+v", between.Changes)
+	}
+	exec(t, slow, "commit")
+	after := snapshot(t, store, between.Xmin)
+	if !revokedIn(after, first) {
+		t.Fatalf("the slow transaction's change is lost: %+v", after.Changes)
+	}
+	end := snapshot(t, store, after.Xmin)
+	if again := snapshot(t, store, end.Xmin); len(again.Changes) != 0 {
+		t.Errorf("changes come again with nothing in flight: %+v", again.Changes)
+	}
+}
+
+// A savepoint has a transaction id of its own, above the watermark that the transaction around it holds back.
+func TestChangeInSavepointIsNotLost(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	key := insert(t, store)
+	start := snapshot(t, store, 0)
+	conn := connect(t, databaseURL)
+	exec(t, conn, "begin")
+	exec(t, conn, "savepoint a")
+	exec(t, conn, revokeSQL, key.ID)
+	exec(t, conn, "release a")
+	between := snapshot(t, store, start.Xmin)
+	exec(t, conn, "commit")
+	if !revokedIn(snapshot(t, store, between.Xmin), key) {
+		t.Error("the change is lost")
+	}
+}
+
+func TestChangeTypedIntoPsqlIsInTheFeed(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	key := insert(t, store)
+	start := snapshot(t, store, 0)
+	pgtest.Exec(t, databaseURL, `UPDATE rekall.api_keys SET revoked_at = now() WHERE id = '`+key.ID+`'`)
+	snap := snapshot(t, store, start.Xmin)
+	if !revokedIn(snap, key) {
+		t.Fatalf("changes %+v", snap.Changes)
+	}
+	if xid := snap.Changes[0].Xid; xid < start.Xmin || xid >= snap.Xmax {
+		t.Errorf("stamp %d is not from %d to %d", xid, start.Xmin, snap.Xmax)
+	}
+}
+
+// What a logical replication worker writes is written under this role.
+func TestReplicaRoleIsStampedAndRefusedToo(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	key := insert(t, store)
+	start := snapshot(t, store, 0)
+	conn := connect(t, databaseURL)
+	exec(t, conn, "set session_replication_role = replica")
+	exec(t, conn, revokeSQL, key.ID)
+	if !revokedIn(snapshot(t, store, start.Xmin), key) {
+		t.Error("the change is not in the feed")
+	}
+	for _, sql := range refused {
+		if _, err := conn.Exec(t.Context(), sql); err == nil {
+			t.Errorf("%s: not refused", sql)
+		}
+	}
+}
+
+func TestStampCannotBeChosen(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	key := insert(t, store)
+	start := snapshot(t, store, 0)
+	pgtest.Exec(t, databaseURL, `update rekall.api_keys set change_xid = '3', name = 'x' where id = $1`, key.ID)
+	if change(snapshot(t, store, start.Xmin), key) == nil {
+		t.Error("a change with a stamp of its own is lost")
+	}
+}
+
+func TestSnapshotFromZeroReadsNoRows(t *testing.T) {
+	store := open(t, database(t), keystore.Options{})
+	insert(t, store)
+	before := time.Now().Add(-time.Hour)
+	snap := snapshot(t, store, 0)
+	if len(snap.Changes) != 0 {
+		t.Errorf("changes %+v", snap.Changes)
+	}
+	if snap.Xmin == 0 || snap.Xmax < snap.Xmin || snap.Now.Before(before) || snap.Server.InRecovery ||
+		snap.Server.SystemID == 0 || snap.Server.StartedAt == 0 || snap.Server.Database == 0 {
+		t.Errorf("snapshot %+v", snap)
+	}
+}
+
+func TestServerTellsDatabasesAndRestartsApart(t *testing.T) {
+	server := pgtest.Server(t)
+	pgtest.Exec(t, server.URL(), "create database other")
+	otherURL := strings.Replace(server.URL(), "/postgres?", "/other?", 1)
+	var servers [2]keystore.Server
+	for i, databaseURL := range []string{server.URL(), otherURL} {
+		if _, _, err := keystore.Migrate(t.Context(), databaseURL); err != nil {
+			t.Fatal(err)
+		}
+		servers[i] = snapshot(t, open(t, databaseURL, keystore.Options{}), 0).Server
+	}
+	if servers[0] == servers[1] {
+		t.Error("two databases of a cluster look the same")
+	}
+	store := open(t, server.URL(), keystore.Options{})
+	if again := snapshot(t, store, 0).Server; again != servers[0] {
+		t.Errorf("%+v, then %+v", servers[0], again)
+	}
+	if err := server.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	restarted := snapshot(t, open(t, server.URL(), keystore.Options{}), 0).Server
+	if restarted.StartedAt <= servers[0].StartedAt || restarted.SystemID != servers[0].SystemID {
+		t.Errorf("%+v, restarted %+v", servers[0], restarted)
+	}
+}
+
+// Without the upper bound of the statement all restored keys would come with every reading, until the new cluster has made
+// as many transactions as the old one had.
+func TestRestoredRowsDoNotFloodTheFeed(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	key := insert(t, store)
+	pgtest.Exec(t, databaseURL, `
+		alter table rekall.api_keys disable trigger stamp;
+		update rekall.api_keys set change_xid = '900000000000';
+		alter table rekall.api_keys enable always trigger stamp`)
+	start := snapshot(t, store, 0)
+	if snap := snapshot(t, store, start.Xmin); len(snap.Changes) != 0 {
+		t.Fatalf("changes %+v", snap.Changes)
+	}
+	if _, _, err := store.Revoke(t.Context(), key.ID); err != nil {
+		t.Fatal(err)
+	}
+	if !revokedIn(snapshot(t, store, start.Xmin), key) {
+		t.Error("a change to a restored key is lost")
+	}
+}
+
+func TestFeedIsReadByIndex(t *testing.T) {
+	databaseURL := database(t)
+	conn := connect(t, databaseURL)
+	exec(t, conn, `
+		insert into rekall.api_keys (id, account, name, environment, key_hash, scopes)
+		select 'key_' || lpad(i::text, 22, '0'), 'acme', 'Key', 'sandbox', sha256(i::text::bytea), '{}'
+		from generate_series(1, 20000) i`)
+	store := open(t, databaseURL, keystore.Options{})
+	watermark := snapshot(t, store, 0).Xmin
+	for _, analyzed := range []bool{false, true} {
+		if analyzed {
+			exec(t, conn, "analyze rekall.api_keys")
+		}
+		for _, mode := range []string{"force_custom_plan", "force_generic_plan"} {
+			exec(t, conn, "set plan_cache_mode = "+mode)
+			if plan := explain(t, conn, keystore.SnapshotSQL, watermark); !strings.Contains(plan, "api_keys_change_xid") {
+				t.Errorf("analyzed %v, %s:\n%s", analyzed, mode, plan)
+			}
+		}
+	}
+}
+
+func explain(t *testing.T, conn *pgx.Conn, sql string, watermark uint64) string {
+	t.Helper()
+	exec(t, conn, "prepare feed (text) as "+sql)
+	defer exec(t, conn, "deallocate feed")
+	rows, _ := conn.Query(t.Context(), "explain execute feed ('"+strconv.FormatUint(watermark, 10)+"')")
+	lines, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Join(lines, "\n")
+}
+
+func TestScopeOfNewerVersionGrantsNothing(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	key := insert(t, store)
+	pgtest.Exec(t, databaseURL, `
+		alter table rekall.api_keys drop constraint api_keys_scopes_check;
+		update rekall.api_keys set scopes = '{memories:read,memories:publish}'`)
+	found, err := store.Lookup(t.Context(), []apikey.Digest{key.Digest})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := found.Records[0].Scopes; got != apikey.MemoriesRead {
+		t.Errorf("scopes %s", got)
+	}
+}
+
+func TestLookupFindsABatchAndOnlyThat(t *testing.T) {
+	store := open(t, database(t), keystore.Options{})
+	want := map[apikey.Digest]keystore.NewKey{}
+	digests := []apikey.Digest{newKey().Digest}
+	for range 300 {
+		key := insert(t, store)
+		want[key.Digest] = key
+		digests = append(digests, key.Digest)
+	}
+	insert(t, store)
+	server := snapshot(t, store, 0).Server
+	found, err := store.Lookup(t.Context(), digests)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(found.Records) != len(want) {
+		t.Errorf("%d records, want %d", len(found.Records), len(want))
+	}
+	for _, record := range found.Records {
+		key, ok := want[record.Digest]
+		if !ok || *record != (apikey.Record{ID: key.ID, Account: key.Account, Digest: key.Digest, Environment: key.Environment, Scopes: key.Scopes}) {
+			t.Errorf("record %+v of %+v", record, key)
+		}
+	}
+	if found.StartedAt != server.StartedAt || found.InRecovery {
+		t.Errorf("server started at %d, the feed's at %d", found.StartedAt, server.StartedAt)
+	}
+}
+
+func TestLookupOfUnknownKeysNamesTheServer(t *testing.T) {
+	store := open(t, database(t), keystore.Options{})
+	server := snapshot(t, store, 0)
+	for _, digests := range [][]apikey.Digest{nil, {newKey().Digest}} {
+		found, err := store.Lookup(t.Context(), digests)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(found.Records) != 0 || found.StartedAt != server.Server.StartedAt || found.Now.Before(server.Now) {
+			t.Errorf("found %+v", found)
+		}
+	}
+}

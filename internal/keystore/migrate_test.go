@@ -1,0 +1,151 @@
+package keystore_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/url"
+	"strings"
+	"sync"
+	"testing"
+	"testing/fstest"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+func TestMigrateTwiceDoesNothingTheSecondTime(t *testing.T) {
+	databaseURL := pgtest.URL(t)
+	from, to, err := keystore.Migrate(t.Context(), databaseURL)
+	if err != nil || from != 0 || to < 1 {
+		t.Fatalf("first: from %d to %d, %v", from, to, err)
+	}
+	key := insert(t, open(t, databaseURL, keystore.Options{}))
+	again, same, err := keystore.Migrate(t.Context(), databaseURL)
+	if err != nil || again != to || same != to {
+		t.Fatalf("second: from %d to %d, %v", again, same, err)
+	}
+	if _, err := open(t, databaseURL, keystore.Options{}).Get(t.Context(), key.ID); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestMigrationsAtOnceRunOnce(t *testing.T) {
+	databaseURL := pgtest.URL(t)
+	const processes = 8
+	var wg sync.WaitGroup
+	fresh := make(chan int32, processes)
+	for range processes {
+		wg.Go(func() {
+			from, _, err := keystore.Migrate(t.Context(), databaseURL)
+			if err != nil {
+				t.Error(err)
+			}
+			fresh <- from
+		})
+	}
+	wg.Wait()
+	close(fresh)
+	worked := 0
+	for from := range fresh {
+		if from == 0 {
+			worked++
+		}
+	}
+	if worked != 1 {
+		t.Errorf("%d of %d migrated", worked, processes)
+	}
+}
+
+func TestNewerSchemaIsRefusedUntouched(t *testing.T) {
+	databaseURL := pgtest.URL(t)
+	_, to, err := keystore.Migrate(t.Context(), databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pgtest.Exec(t, databaseURL, `update rekall.schema_version set version = 77`)
+	_, _, err = keystore.Migrate(t.Context(), databaseURL)
+	var newer *keystore.NewerSchemaError
+	if !errors.As(err, &newer) || newer.Schema != 77 || newer.Binary != to {
+		t.Fatalf("got %v", err)
+	}
+	want := fmt.Sprintf("database schema is version 77, newer than this binary's %d: upgrade the binary", to)
+	if !strings.HasSuffix(err.Error(), want) {
+		t.Errorf("got %q, want %q", err, want)
+	}
+	var version int
+	if err := connect(t, databaseURL).QueryRow(t.Context(), `select version from rekall.schema_version`).Scan(&version); err != nil || version != 77 {
+		t.Errorf("version %d, %v", version, err)
+	}
+}
+
+func TestFailedMigrationLeavesNothingHalfDone(t *testing.T) {
+	databaseURL := database(t)
+	first, err := fs.ReadFile(keystore.Migrations, "migrations/001_api_keys.sql")
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := fstest.MapFS{
+		"001_api_keys.sql": {Data: first},
+		"002_broken.sql":   {Data: []byte(`create table rekall.half (id int); select 1/0;`)},
+	}
+	if _, _, err := keystore.MigrateTo(t.Context(), connect(t, databaseURL), files); err == nil {
+		t.Fatal("a broken migration succeeded")
+	}
+	var version, tables int
+	conn := connect(t, databaseURL)
+	if err := conn.QueryRow(t.Context(), `select (select version from rekall.schema_version),
+		(select count(*) from pg_tables where tablename = 'half')`).Scan(&version, &tables); err != nil {
+		t.Fatal(err)
+	}
+	if version != 1 || tables != 0 {
+		t.Errorf("version %d, %d tables", version, tables)
+	}
+}
+
+func TestMigrateNeedsNoRightToCreateSchemasWhereOneIsGiven(t *testing.T) {
+	databaseURL := pgtest.URL(t)
+	role := "gateway_" + strings.ToLower(apikey.RandomText(8))
+	password := apikey.RandomText(20)
+	pgtest.Exec(t, databaseURL, fmt.Sprintf(`create role %s login password '%s'; create schema rekall authorization %s`, role, password, role))
+	t.Cleanup(func() {
+		pgtest.Exec(t, databaseURL, fmt.Sprintf(`drop owned by %s cascade; drop role %s`, role, role))
+	})
+	u, err := url.Parse(databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.User = url.UserPassword(role, password)
+	if _, _, err := keystore.Migrate(t.Context(), u.String()); err != nil {
+		t.Fatal(err)
+	}
+	// The role that owns the schema, and is no superuser, can do all that the gateway does.
+	store := open(t, u.String(), keystore.Options{})
+	start := snapshot(t, store, 0)
+	key := insert(t, store)
+	if _, revoked, err := store.Revoke(t.Context(), key.ID); err != nil || !revoked {
+		t.Errorf("revoked %v, %v", revoked, err)
+	}
+	if !revokedIn(snapshot(t, store, start.Xmin), key) {
+		t.Error("the change is not in the feed")
+	}
+}
+
+func TestDatabaseWithoutSchemaSaysWhatToRun(t *testing.T) {
+	store := open(t, pgtest.URL(t), keystore.Options{})
+	calls := map[string]func(context.Context) error{
+		"Snapshot": func(ctx context.Context) error { _, err := store.Snapshot(ctx, 0); return err },
+		"Lookup":   func(ctx context.Context) error { _, err := store.Lookup(ctx, nil); return err },
+		"Insert":   func(ctx context.Context) error { _, err := store.Insert(ctx, newKey()); return err },
+		"Get":      func(ctx context.Context) error { _, err := store.Get(ctx, newKey().ID); return err },
+		"List":     func(ctx context.Context) error { _, err := store.List(ctx, "", keystore.Position{}, 1); return err },
+		"Revoke":   func(ctx context.Context) error { _, _, err := store.Revoke(ctx, newKey().ID); return err },
+	}
+	for name, call := range calls {
+		if err := call(t.Context()); !errors.Is(err, keystore.ErrNotMigrated) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}

@@ -1,0 +1,141 @@
+package keystore_test
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+// refused are the statements that nobody may get through on a revoked key.
+var refused = []string{
+	`update rekall.api_keys set revoked_at = null`,
+	`update rekall.api_keys set revoked_at = revoked_at + interval '1 second'`,
+	`update rekall.api_keys set key_hash = sha256('other')`,
+	`update rekall.api_keys set id = 'key_0000000000000000000000'`,
+	`update rekall.api_keys set account = 'other'`,
+	`update rekall.api_keys set environment = 'production'`,
+	`update rekall.api_keys set created_at = created_at - interval '1 day'`,
+	`delete from rekall.api_keys`,
+	`truncate rekall.api_keys`,
+	`truncate rekall.api_keys cascade`,
+	`insert into rekall.api_keys select * from rekall.api_keys on conflict (id) do update set revoked_at = null`,
+}
+
+func TestSuperuserCannotReviveMoveOrRemoveAKey(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	key := insert(t, store)
+	if _, _, err := store.Revoke(t.Context(), key.ID); err != nil {
+		t.Fatal(err)
+	}
+	before, err := store.Get(t.Context(), key.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, sql := range refused {
+		err := pgtest.TryExec(databaseURL, sql)
+		var pgErr *pgconn.PgError
+		if !errors.As(err, &pgErr) || !strings.HasPrefix(pgErr.Code, "RK00") {
+			t.Errorf("%s: %v", sql, err)
+		}
+	}
+	after, err := store.Get(t.Context(), key.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !after.RevokedAt.Equal(*before.RevokedAt) || after.Account != before.Account {
+		t.Errorf("before %+v, after %+v", before, after)
+	}
+	pgtest.Exec(t, databaseURL, `update rekall.api_keys set name = 'Renamed', expires_at = now(), scopes = '{}'`)
+}
+
+func TestChecksHoldWhatTheGatewayAssumes(t *testing.T) {
+	databaseURL := database(t)
+	conn := connect(t, databaseURL)
+	good := map[string]string{
+		"id": `'key_0123456789abcdefABCDEF'`, "account": `'acme'`, "name": `'Backend'`, "environment": `'sandbox'`,
+		"key_hash": `sha256('x')`, "hint": `'a1B2'`, "scopes": `array['memories:read']`,
+		"created_at": `now()`, "expires_at": `null`, "revoked_at": `null`,
+	}
+	try := func(column, value string) error {
+		columns, values := []string{}, []string{}
+		for c, v := range good {
+			if c == column {
+				v = value
+			}
+			columns, values = append(columns, c), append(values, v)
+		}
+		_, err := conn.Exec(t.Context(), `begin; insert into rekall.api_keys (`+strings.Join(columns, ", ")+
+			`) values (`+strings.Join(values, ", ")+`); rollback`)
+		if err != nil {
+			exec(t, conn, "rollback")
+		}
+		return err
+	}
+	for column, values := range map[string][]string{
+		"id":          {`'key_0123456789'`, `'key_0123456789abcdefABCDE_'`, `'id__0123456789abcdefABCDEF'`, `E'key_0123456789abcdefABCDEF\n'`, `null`},
+		"account":     {`''`, `repeat('a', 201)`, `E'a\nb'`, `E'a\u0085b'`, `' acme'`, `'acme '`, `null`},
+		"name":        {`''`, `repeat('a', 201)`, `E'a\tb'`, `E'a\x7fb'`, `null`},
+		"environment": {`'staging'`, `''`, `'Sandbox'`, `null`},
+		"key_hash":    {`'\x00'`, `sha512('x')`, `''`, `null`},
+		"hint":        {`'abc'`, `'abcde'`, `'ab_d'`, `E'abc\n'`, `''`},
+		"scopes": {`array['memories:publish']`, `array['memories:read', null]`, `array[array['memories:read'], array['memories:write']]`,
+			`array['']`, `array['Memories:read']`, `null`},
+		"created_at": {`'infinity'`, `'-infinity'`, `'0001-01-01 00:00Z'`, `'10000-01-01'`, `null`},
+		"expires_at": {`'infinity'`, `'-infinity'`, `'0001-01-01 00:00Z'`, `'10000-01-01'`},
+		"revoked_at": {`'infinity'`, `'-infinity'`, `'0001-01-01 00:00Z'`, `'10000-01-01'`},
+	} {
+		for _, value := range values {
+			if err := try(column, value); err == nil {
+				t.Errorf("%s accepts %s", column, value)
+			}
+		}
+	}
+	for column, values := range map[string][]string{
+		"account":    {`repeat('ä', 200)`, `'a b'`},
+		"name":       {`'Prüfung 👩‍💻'`, `repeat('ä', 200)`},
+		"hint":       {`null`},
+		"scopes":     {`'{}'`, `array['memories:read', 'hives:write']`},
+		"expires_at": {`now()`, `'1970-01-01 00:00Z'`},
+		"revoked_at": {`now()`},
+	} {
+		for _, value := range values {
+			if err := try(column, value); err != nil {
+				t.Errorf("%s refuses %s: %v", column, value, err)
+			}
+		}
+	}
+}
+
+func TestHashAndIDAreUnique(t *testing.T) {
+	store := open(t, database(t), keystore.Options{})
+	key := insert(t, store)
+	sameHash, sameID := newKey(), newKey()
+	sameHash.Digest, sameID.ID = key.Digest, key.ID
+	for name, key := range map[string]keystore.NewKey{"hash": sameHash, "id": sameID} {
+		if _, err := store.Insert(t.Context(), key); err == nil {
+			t.Errorf("a second key with the same %s was stored", name)
+		}
+	}
+}
+
+// An operator may name the gateway's functions' helpers in a schema of his own, and an attacker who can create objects may
+// too: triggers must not follow the caller's search_path.
+func TestTriggersIgnoreTheCallersSearchPath(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	key := insert(t, store)
+	start := snapshot(t, store, 0)
+	conn := connect(t, databaseURL)
+	exec(t, conn, `create schema evil; create function evil.pg_current_xact_id() returns xid8 language sql as $$ select '3'::xid8 $$`)
+	exec(t, conn, `set search_path = evil, pg_catalog`)
+	exec(t, conn, revokeSQL, key.ID)
+	if !revokedIn(snapshot(t, store, start.Xmin), key) {
+		t.Error("the stamp came from another schema")
+	}
+}

@@ -1,0 +1,271 @@
+package test
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+)
+
+// cli runs the binary with a database and returns what it printed and its exit code.
+func cli(t *testing.T, database string, args ...string) (stdout, stderr string, code int) {
+	t.Helper()
+	cmd := exec.Command(binary, args...)
+	cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+database)
+	var out, errOut bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	if err := cmd.Run(); err != nil && cmd.ProcessState == nil {
+		t.Fatal(err)
+	}
+	return out.String(), errOut.String(), cmd.ProcessState.ExitCode()
+}
+
+func TestKeysAreCreatedListedAndRevokedFromTheCommandLine(t *testing.T) {
+	database := pgtest.URL(t)
+	for range 2 { // the second time there is nothing to do
+		if _, stderr, code := cli(t, database, "migrate", "--json"); code != 0 {
+			t.Fatal(stderr)
+		}
+	}
+	stdout, stderr, code := cli(t, database, "keys", "create", "--name", "Production Backend", "--scopes", "memories:read,memories:write",
+		"--environment", "production", "--expires-in", "90d", "--json")
+	if code != 0 {
+		t.Fatal(stderr)
+	}
+	var created keyadmin.Key
+	if err := json.Unmarshal([]byte(stdout), &created); err != nil {
+		t.Fatal(err)
+	}
+	if !apikey.ChecksumValid(created.Key.Reveal()) || created.ExpiresAt.Sub(created.CreatedAt) != 90*24*time.Hour {
+		t.Errorf("created %+v", created)
+	}
+	for _, args := range [][]string{{"keys", "list"}, {"keys", "list", "--json"}} {
+		stdout, stderr, code := cli(t, database, args...)
+		if code != 0 || !strings.Contains(stdout, created.ID) || !strings.Contains(stdout, "Production Backend") {
+			t.Errorf("%v: %d %s %s", args, code, stdout, stderr)
+		}
+		if apikey.ContainsKey(stdout) {
+			t.Errorf("%v shows the key", args)
+		}
+	}
+	if stdout, stderr, code := cli(t, database, "keys", "revoke", created.ID); code != 0 || !strings.Contains(stdout, created.ID) {
+		t.Errorf("revoke: %d %s", code, stderr)
+	}
+	for _, tc := range []struct {
+		id   string
+		code int
+		say  string
+	}{
+		{created.ID, 4, "already revoked"},
+		{"key_0000000000000000000000", 3, "no such key"},
+		{created.Key.Reveal(), 3, "no such key"}, // a key pasted in place of its id
+	} {
+		stdout, stderr, code := cli(t, database, "keys", "revoke", tc.id)
+		if code != tc.code || !strings.Contains(stderr, tc.say) || strings.Count(stderr, "\n") != 1 || stdout != "" {
+			t.Errorf("revoke again: %d %q, want %d and one line with %q", code, stderr, tc.code, tc.say)
+		}
+		if apikey.ContainsKey(stderr) {
+			t.Error("the error repeats the key")
+		}
+	}
+}
+
+func TestWrongInputIsOneLineAndChangesNothing(t *testing.T) {
+	database := pgtest.URL(t)
+	if _, stderr, code := cli(t, database, "migrate"); code != 0 {
+		t.Fatal(stderr)
+	}
+	good := []string{"keys", "create", "--name", "n", "--scopes", "memories:read", "--environment", "production"}
+	for name, args := range map[string][]string{
+		"no name":             {"keys", "create", "--scopes", "memories:read", "--environment", "production"},
+		"no scopes":           {"keys", "create", "--name", "n", "--environment", "production"},
+		"unknown scope":       append(good[:4:4], "--scopes", "memories:raed", "--environment", "production"),
+		"unknown environment": append(good[:6:6], "--environment", "live"),
+		"bad expiry":          append(good[:len(good):len(good)], "--expires-in", "soon"),
+		"past expiry":         append(good[:len(good):len(good)], "--expires-in", "-1h"),
+		"unknown flag":        append(good[:len(good):len(good)], "--bogus"),
+		"an argument":         append(good[:len(good):len(good)], "extra"),
+		"no subcommand":       {"keys"},
+		"bad database":        append(good[:len(good):len(good)], "--database", "postgres://u:secret@127.0.0.1:notaport/db"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			stdout, stderr, code := cli(t, database, args...)
+			if code == 0 || stdout != "" || strings.Count(strings.TrimSpace(stderr), "\n") != 0 || strings.TrimSpace(stderr) == "" {
+				t.Errorf("exit %d, stdout %q, stderr %q", code, stdout, stderr)
+			}
+			if strings.Contains(stderr, "secret") {
+				t.Error("the error shows the database's password")
+			}
+		})
+	}
+	if stdout, _, _ := cli(t, database, "keys", "list", "--json"); strings.TrimSpace(stdout) != "[]" {
+		t.Errorf("keys were created: %s", stdout)
+	}
+	if _, stderr, code := cli(t, "", "keys", "list"); code == 0 || !strings.Contains(stderr, "--database") {
+		t.Errorf("without a database: %d %q", code, stderr)
+	}
+	if _, stderr, code := cli(t, pgtest.URL(t), "keys", "list"); code == 0 || !strings.Contains(stderr, "migrate") {
+		t.Errorf("before migrate: %d %q", code, stderr)
+	}
+}
+
+// TestDevPrintsLinesThatWorkAndLeavesNothing pastes what dev prints, as its user does.
+func TestDevPrintsLinesThatWorkAndLeavesNothing(t *testing.T) {
+	home := t.TempDir()
+	out := new(log)
+	cmd := exec.Command(binary, "dev", "--listen", fmt.Sprintf("127.0.0.1:%d", freePort(t)))
+	cmd.Env = append(os.Environ(), "HOME="+home, "TMPDIR="+home, "XDG_CONFIG_HOME=", "XDG_DATA_HOME=")
+	cmd.Stdout, cmd.Stderr = out, out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- cmd.Wait() }()
+	stop := func() error {
+		_ = cmd.Process.Signal(os.Interrupt)
+		select {
+		case err := <-done:
+			return err
+		case <-time.After(30 * time.Second):
+			_ = cmd.Process.Kill()
+			return fmt.Errorf("dev did not end: %w", <-done)
+		}
+	}
+	stopped := false
+	t.Cleanup(func() {
+		if !stopped {
+			_ = stop()
+		}
+	})
+	eventually(t, "dev is ready", func() bool {
+		select {
+		case err := <-done:
+			t.Fatalf("dev ended: %v\n%s", err, out)
+		default:
+		}
+		return strings.Contains(out.String(), "Ready.")
+	})
+
+	lines := regexp.MustCompile(`(?m)^  (curl .*|'.*' keys revoke .*)$`).FindAllStringSubmatch(out.String(), -1)
+	if len(lines) != 5 {
+		t.Fatalf("dev printed %d lines to paste, want 5:\n%s", len(lines), out)
+	}
+	paste := func(line string) string {
+		output, err := exec.Command("sh", "-c", line).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%s: %v\n%s", apikey.Redact(line), err, output)
+		}
+		return string(output)
+	}
+	for i, wanted := range [][]string{{" 200 ", `"backend": "production"`}, {" 200 ", `"backend": "sandbox"`}, {" 401 ", "API_KEY_MISSING"},
+		{" 403 ", "memories:delete"}, {"Revoked key_"}} {
+		output := paste(lines[i][1])
+		for _, w := range wanted {
+			if !strings.Contains(output, w) {
+				t.Errorf("line %d printed no %q:\n%s", i+1, w, output)
+			}
+		}
+	}
+	eventually(t, "the revocation holds", func() bool { return strings.Contains(paste(lines[0][1]), "API_KEY_REVOKED") })
+
+	database := regexp.MustCompile(`postgres://\S+`).FindString(out.String())
+	stopped = true
+	if err := stop(); err != nil {
+		t.Errorf("dev ended with %v\n%s", err, out)
+	}
+	if err := pgtest.TryExec(database, "select 1"); err == nil {
+		t.Error("the database outlived dev")
+	}
+	if left, _ := filepath.Glob(filepath.Join(home, "*")); len(left) > 0 {
+		t.Errorf("dev left %v", left)
+	}
+	if left, _ := filepath.Glob(filepath.Join(home, ".*", "*")); len(left) > 0 {
+		t.Errorf("dev left %v", left)
+	}
+}
+
+func TestDevRefusesWrongFlagsBeforeItStartsAnything(t *testing.T) {
+	taken := newRig(t).production.Address()
+	for name, args := range map[string][]string{
+		"not an address":      {"--listen", "nowhere"},
+		"a taken port":        {"--listen", taken},
+		"not a URL":           {"--production", "localhost:3000"},
+		"a URL with a path":   {"--sandbox", "http://127.0.0.1:3000/v1"},
+		"two databases":       {"--data", "x", "--database", "postgres://127.0.0.1/x"},
+		"an unreachable one":  {"--database", "postgres://127.0.0.1:1/x?sslmode=disable"},
+		"an unknown argument": {"now"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, stderr, code := cli(t, "", append([]string{"dev"}, args...)...)
+			if code == 0 || strings.Count(strings.TrimSpace(stderr), "\n") != 0 {
+				t.Errorf("exit %d, %q", code, stderr)
+			}
+		})
+	}
+}
+
+// TestDevKeepsItsDataAndFrontsYourBackends starts dev twice on one folder.
+func TestDevKeepsItsDataAndFrontsYourBackends(t *testing.T) {
+	r := newRig(t)
+	data := filepath.Join(t.TempDir(), "data")
+	if err := os.Chmod(filepath.Dir(filepath.Dir(data)), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	var keys int
+	for run := range 2 {
+		out := new(log)
+		port := freePort(t)
+		cmd := exec.Command(binary, "dev", "--data", data, "--listen", fmt.Sprintf("127.0.0.1:%d", port), "--production", r.production.URL())
+		cmd.Stdout, cmd.Stderr = out, out
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "dev is ready", func() bool { return strings.Contains(out.String(), "Ready.") })
+		key := regexp.MustCompile(`production key +(\S+)`).FindStringSubmatch(out.String())[1]
+		before := r.production.Requests()
+		do(t, "GET", fmt.Sprintf("http://127.0.0.1:%d/v1/memories", port), http.Header{"X-Api-Key": {key}}, nil).wantCode(t, 200, "")
+		if r.production.Requests() != before+1 {
+			t.Error("the request did not reach the given backend")
+		}
+		stdout, _, _ := cli(t, regexp.MustCompile(`postgres://\S+`).FindString(out.String()), "keys", "list", "--json")
+		var list []keyadmin.Key
+		if err := json.Unmarshal([]byte(stdout), &list); err != nil {
+			t.Fatal(err)
+		}
+		if run == 1 && len(list) <= keys {
+			t.Errorf("%d keys after the second start, %d after the first", len(list), keys)
+		}
+		keys = len(list)
+		_ = cmd.Process.Signal(syscall.SIGTERM)
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("dev ended with %v\n%s", err, out)
+		}
+	}
+}
+
+func TestExampleFileIsFormattedAdaptsAndValidates(t *testing.T) {
+	database := "postgres://nobody@127.0.0.1:1/none" // validating needs no database
+	if stdout, stderr, code := cli(t, database, "fmt", "--diff", "../Caddyfile.example"); code != 0 || strings.Contains(stdout, "\n-") {
+		t.Errorf("fmt: %d %s %s", code, stdout, stderr)
+	}
+	home := t.TempDir()
+	for _, command := range []string{"adapt", "validate"} {
+		cmd := exec.Command(binary, command, "--config", "../Caddyfile.example", "--adapter", "caddyfile")
+		cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+database, "HOME="+home)
+		if output, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("%s: %v\n%s", command, err, output)
+		}
+	}
+}

@@ -1,0 +1,368 @@
+package test
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+// binary is the gateway under test, built once.
+var binary string
+
+func TestMain(m *testing.M) {
+	dir, err := os.MkdirTemp("", "rekall-test-")
+	if err != nil {
+		panic(err)
+	}
+	binary = filepath.Join(dir, "rekall-gateway")
+	build := exec.Command("go", append(append([]string{"build"}, raceFlag...), "-o", binary, "../cmd/rekall-gateway")...)
+	build.Stdout, build.Stderr = os.Stderr, os.Stderr
+	if err := build.Run(); err != nil {
+		fmt.Fprintln(os.Stderr, "build the gateway:", err)
+		os.Exit(1)
+	}
+	pgtest.Main(cleanedUp{m, dir})
+}
+
+// cleanedUp removes the built binary after the tests.
+type cleanedUp struct {
+	m   *testing.M
+	dir string
+}
+
+func (c cleanedUp) Run() int {
+	defer func() { _ = os.RemoveAll(c.dir) }()
+	return c.m.Run()
+}
+
+// rig is a database and two backends, for one or several gateways in front of them.
+type rig struct {
+	t                   *testing.T
+	database            string
+	admin               *keyadmin.Admin
+	production, sandbox *devenv.Backend
+}
+
+func newRig(t *testing.T) *rig {
+	t.Helper()
+	return newRigOn(t, pgtest.URL(t))
+}
+
+func newRigOn(t *testing.T, database string) *rig {
+	t.Helper()
+	if _, _, err := keystore.Migrate(t.Context(), database); err != nil {
+		t.Fatal(err)
+	}
+	store, err := keystore.Open(database, keystore.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(store.Close)
+	r := &rig{t: t, database: database, admin: keyadmin.New(store)}
+	r.production, r.sandbox = r.backend("production"), r.backend("sandbox")
+	return r
+}
+
+func (r *rig) backend(name string) *devenv.Backend {
+	r.t.Helper()
+	b, err := devenv.StartBackend(context.Background(), name, "127.0.0.1:0")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Cleanup(func() { _ = b.Stop(context.Background()) })
+	return b
+}
+
+// key creates a key; environment is "production" or "sandbox".
+func (r *rig) key(environment string, scopes ...string) keyadmin.Key {
+	r.t.Helper()
+	key, err := r.admin.Create(context.Background(), keyadmin.CreateRequest{
+		Name: "test", Account: "acme", Environment: environment, Scopes: scopes,
+	})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return key
+}
+
+func (r *rig) revoke(id string) {
+	r.t.Helper()
+	if _, err := r.admin.Revoke(context.Background(), id); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// gateway is a running gateway process.
+type gateway struct {
+	t     *testing.T
+	admin string // address of its admin endpoint
+	http  string // base URL
+	log   *log
+	cmd   *exec.Cmd
+	done  chan struct{}
+	file  string
+}
+
+// log collects a process's output.
+type log struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (l *log) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(p)
+}
+
+func (l *log) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
+}
+
+func freePort(t *testing.T) int {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	return l.Addr().(*net.TCPAddr).Port
+}
+
+const standardSite = `
+http://:PORT {
+	bind 127.0.0.1
+	log
+	rekall_gateway {
+		production {
+			reverse_proxy PRODUCTION
+		}
+		sandbox {
+			reverse_proxy SANDBOX
+		}
+	}
+}
+`
+
+// start runs a gateway whose Caddyfile has the sites given. In it PORT, ADMIN, PRODUCTION and SANDBOX stand for addresses;
+// options go into the rekall block.
+func (r *rig) start(sites string, options ...string) *gateway {
+	r.t.Helper()
+	g := r.prepare(sites, options...)
+	g.run(r.database)
+	g.waitReady()
+	return g
+}
+
+func (r *rig) prepare(sites string, options ...string) *gateway {
+	r.t.Helper()
+	dir := r.t.TempDir()
+	port, admin := freePort(r.t), freePort(r.t)
+	text := fmt.Sprintf(`{
+	admin 127.0.0.1:%d
+	persist_config off
+	auto_https disable_redirects
+	skip_install_trust
+	storage file_system %q
+	log {
+		level DEBUG
+	}
+	grace_period 2s
+	rekall {
+		database {env.REKALL_DATABASE_URL}
+		%s
+	}
+}
+%s`, admin, dir, strings.Join(options, "\n\t\t"), sites)
+	text = strings.NewReplacer("PORT", fmt.Sprint(port), "ADMIN", fmt.Sprintf("127.0.0.1:%d", admin),
+		"PRODUCTION", r.production.Address(), "SANDBOX", r.sandbox.Address()).Replace(text)
+	g := &gateway{
+		t: r.t, admin: fmt.Sprintf("http://127.0.0.1:%d", admin), http: fmt.Sprintf("http://127.0.0.1:%d", port),
+		log: new(log), file: filepath.Join(dir, "Caddyfile"),
+	}
+	if err := os.WriteFile(g.file, []byte(text), 0o600); err != nil {
+		r.t.Fatal(err)
+	}
+	return g
+}
+
+func (g *gateway) run(database string) {
+	g.t.Helper()
+	g.cmd = exec.Command(binary, "run", "--config", g.file, "--adapter", "caddyfile")
+	g.cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+database, "HOME="+filepath.Dir(g.file), "GORACE=halt_on_error=1")
+	g.cmd.Stdout, g.cmd.Stderr = g.log, g.log
+	if err := g.cmd.Start(); err != nil {
+		g.t.Fatal(err)
+	}
+	g.done = make(chan struct{})
+	go func() {
+		defer close(g.done)
+		_ = g.cmd.Wait()
+	}()
+	g.t.Cleanup(func() {
+		_ = g.cmd.Process.Signal(syscall.SIGCONT)
+		_ = g.cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-g.done:
+		case <-time.After(20 * time.Second):
+			_ = g.cmd.Process.Kill()
+			<-g.done
+			g.t.Error("the gateway did not end")
+		}
+		if strings.Contains(g.log.String(), "DATA RACE") {
+			g.t.Errorf("the gateway has a data race:\n%s", g.log)
+		}
+		if g.t.Failed() {
+			g.t.Logf("log of the gateway:\n%s", tail(g.log.String(), 6000))
+		}
+	})
+}
+
+func tail(s string, n int) string { return s[max(0, len(s)-n):] }
+
+func (g *gateway) waitReady() {
+	g.t.Helper()
+	eventually(g.t, "the gateway is ready", func() bool {
+		select {
+		case <-g.done:
+			g.t.Fatalf("the gateway ended:\n%s", g.log)
+		default:
+		}
+		resp, err := http.Get(g.admin + "/rekall/ready")
+		if err != nil {
+			return false
+		}
+		_ = resp.Body.Close()
+		return resp.StatusCode == http.StatusOK
+	})
+}
+
+func eventually(t testing.TB, what string, condition func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(30 * time.Second)
+	for !condition() {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within 30s: %s", what)
+		}
+		<-time.After(5 * time.Millisecond)
+	}
+}
+
+// client makes a connection for each request, so that one test's connection is not another's.
+var client = &http.Client{
+	Timeout:       30 * time.Second,
+	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	Transport: &http.Transport{
+		DisableKeepAlives: true,
+		TLSClientConfig:   &tls.Config{InsecureSkipVerify: true}, // certificates of the test's own Caddy
+		ForceAttemptHTTP2: true,
+	},
+}
+
+// reply is an answer of the gateway or of a backend behind it.
+type reply struct {
+	*http.Response
+	body string
+}
+
+func bearer(key keyadmin.Key) http.Header {
+	return http.Header{"Authorization": {"Bearer " + key.Key.Reveal()}}
+}
+
+// do sends a request to the gateway.
+func (g *gateway) do(method, path string, header http.Header) reply {
+	g.t.Helper()
+	return do(g.t, method, g.http+path, header, nil)
+}
+
+func do(t testing.TB, method, url string, header http.Header, body io.Reader) reply {
+	t.Helper()
+	req, err := http.NewRequest(method, url, body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, values := range header {
+		req.Header[name] = values
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		t.Fatalf("%s %s: %v", method, apikey.Redact(url), err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	content, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return reply{resp, string(content)}
+}
+
+// code is the error code in the answer, or "" if a backend answered.
+func (r reply) code(t testing.TB) string {
+	t.Helper()
+	var e struct {
+		Error struct {
+			Code      string            `json:"code"`
+			Message   string            `json:"message"`
+			Status    int               `json:"status"`
+			Details   map[string]string `json:"details"`
+			RequestID string            `json:"request_id"`
+		} `json:"error"`
+	}
+	if err := json.Unmarshal([]byte(r.body), &e); err != nil {
+		t.Fatalf("the answer is not JSON: %d %q", r.StatusCode, r.body)
+	}
+	if e.Error.Code == "" {
+		return ""
+	}
+	if e.Error.Status != r.StatusCode || e.Error.Message == "" || e.Error.Details == nil ||
+		!strings.HasPrefix(e.Error.RequestID, "req_") || e.Error.RequestID != r.Header.Get("X-Request-Id") {
+		t.Errorf("envelope %s does not fit status %d, X-Request-Id %q", r.body, r.StatusCode, r.Header.Get("X-Request-Id"))
+	}
+	if r.Header.Get("Cache-Control") != "no-store" || r.Header.Get("Content-Type") != "application/json" {
+		t.Errorf("%s: Cache-Control %q, Content-Type %q", e.Error.Code, r.Header.Get("Cache-Control"), r.Header.Get("Content-Type"))
+	}
+	challenge := r.Header.Get("Www-Authenticate")
+	if wanted := r.StatusCode == 401 || e.Error.Code == "SCOPE_INSUFFICIENT"; wanted != strings.HasPrefix(challenge, `Bearer realm="rekall"`) {
+		t.Errorf("%s: WWW-Authenticate %q", e.Error.Code, challenge)
+	}
+	return e.Error.Code
+}
+
+// wantCode checks status and error code; code "" wants an answer of a backend.
+func (r reply) wantCode(t testing.TB, status int, code string) {
+	t.Helper()
+	if got := r.code(t); r.StatusCode != status || got != code {
+		t.Errorf("answer %d %s, want %d %s", r.StatusCode, got, status, code)
+	}
+}
+
+// echo is what the backend says that it received.
+func (r reply) echo(t testing.TB) devenv.EchoData {
+	t.Helper()
+	var e devenv.Echo
+	if err := json.Unmarshal([]byte(r.body), &e); err != nil || e.Data.Backend == "" {
+		t.Fatalf("not a backend's answer: %d %q", r.StatusCode, r.body)
+	}
+	return e.Data
+}
