@@ -8,6 +8,8 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -32,6 +34,10 @@ type exchange struct {
 	ctx         context.Context // cancelled with a *keycache.Cut when the key ends
 	cancel      context.CancelCauseFunc
 	wroteHeader bool
+	ended       atomic.Bool // cut: nothing more is to be written
+
+	mu   sync.Mutex // guards done
+	done bool
 }
 
 func (x *exchange) count() { x.gateway.metrics.decisions[x.outcome][x.environment].Inc() }
@@ -133,10 +139,37 @@ func restrictConnection(h http.Header) {
 // cutGrace is how long a client that does not read may hold up the end of a request that was cut.
 const cutGrace = time.Second
 
-// cut ends the request: it cancels the proxy's round trip, and unblocks a write to a client that does not read.
+// cut ends the request: it cancels the proxy's round trip, and later unblocks a write to a client that does not read.
 func (x *exchange) cut(cause error) {
+	x.ended.Store(true)
 	x.cancel(cause)
-	_ = http.NewResponseController(x.ResponseWriter).SetWriteDeadline(time.Now().Add(cutGrace)) // a hijacked connection has none
+	time.AfterFunc(cutGrace, x.unblock)
+}
+
+// unblock ends a write that began before the cut. It sets the deadline on the server's own writer: Caddy's wrappers keep
+// deadlines too, and not for use by another goroutine.
+func (x *exchange) unblock() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.done { // the writer belongs to another request by now
+		return
+	}
+	writer := x.ResponseWriter
+	for {
+		wrapper, ok := writer.(interface{ Unwrap() http.ResponseWriter })
+		if !ok {
+			break
+		}
+		writer = wrapper.Unwrap()
+	}
+	_ = http.NewResponseController(writer).SetWriteDeadline(time.Now()) // a hijacked connection is closed by its own
+}
+
+// end says that the handlers have returned.
+func (x *exchange) end() {
+	x.mu.Lock()
+	x.done = true
+	x.mu.Unlock()
 }
 
 // cutOutcome returns why the request was cut, if it was.
@@ -171,6 +204,9 @@ func (x *exchange) Write(p []byte) (int, error) {
 	if !x.wroteHeader {
 		x.WriteHeader(http.StatusOK)
 	}
+	if x.ended.Load() {
+		return 0, context.Cause(x.ctx)
+	}
 	return x.ResponseWriter.Write(p)
 }
 
@@ -193,8 +229,6 @@ func (x *exchange) FlushError() error {
 func (x *exchange) refuseCut(outcome apikey.Outcome) {
 	x.wroteHeader = true
 	x.outcome = outcome
-	// The connection's write deadline has been set; it must not serve another request.
-	x.Header().Set("Connection", "close")
 	answers[outcome].write(x.ResponseWriter, x.requestID, nil)
 }
 

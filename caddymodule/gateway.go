@@ -217,6 +217,7 @@ func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential
 	if !x.gateway.cache.Track(&x.flight, found, x.cut) {
 		return false, nil
 	}
+	defer x.end()
 	defer x.gateway.cache.Untrack(&x.flight)
 	x.count()
 	forwarded := r.WithContext(ctx)

@@ -22,7 +22,7 @@ import (
 // cli runs the binary with a database and returns what it printed and its exit code.
 func cli(t *testing.T, database string, args ...string) (stdout, stderr string, code int) {
 	t.Helper()
-	cmd := exec.Command(binary, args...)
+	cmd := exec.Command(program, args...)
 	cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+database)
 	var out, errOut bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errOut
@@ -125,7 +125,7 @@ func TestWrongInputIsOneLineAndChangesNothing(t *testing.T) {
 func TestDevPrintsLinesThatWorkAndLeavesNothing(t *testing.T) {
 	home := t.TempDir()
 	out := new(log)
-	cmd := exec.Command(binary, "dev", "--listen", fmt.Sprintf("127.0.0.1:%d", freePort(t)))
+	cmd := exec.Command(program, "dev", "--listen", fmt.Sprintf("127.0.0.1:%d", freePort(t)))
 	cmd.Env = append(os.Environ(), "HOME="+home, "TMPDIR="+home, "XDG_CONFIG_HOME=", "XDG_DATA_HOME=")
 	cmd.Stdout, cmd.Stderr = out, out
 	if err := cmd.Start(); err != nil {
@@ -227,7 +227,7 @@ func TestDevKeepsItsDataAndFrontsYourBackends(t *testing.T) {
 	for run := range 2 {
 		out := new(log)
 		port := freePort(t)
-		cmd := exec.Command(binary, "dev", "--data", data, "--listen", fmt.Sprintf("127.0.0.1:%d", port), "--production", r.production.URL())
+		cmd := exec.Command(program, "dev", "--data", data, "--listen", fmt.Sprintf("127.0.0.1:%d", port), "--production", r.production.URL())
 		cmd.Stdout, cmd.Stderr = out, out
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
@@ -262,7 +262,7 @@ func TestExampleFileIsFormattedAdaptsAndValidates(t *testing.T) {
 	}
 	home := t.TempDir()
 	for _, command := range []string{"adapt", "validate"} {
-		cmd := exec.Command(binary, command, "--config", "../Caddyfile.example", "--adapter", "caddyfile")
+		cmd := exec.Command(program, command, "--config", "../Caddyfile.example", "--adapter", "caddyfile")
 		cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+database, "HOME="+home)
 		if output, err := cmd.CombinedOutput(); err != nil {
 			t.Errorf("%s: %v\n%s", command, err, output)

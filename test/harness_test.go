@@ -18,23 +18,22 @@ import (
 	"testing"
 	"time"
 
-	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
-// binary is the gateway under test, built once.
-var binary string
+// program is the gateway under test, built once.
+var program string
 
 func TestMain(m *testing.M) {
 	dir, err := os.MkdirTemp("", "rekall-test-")
 	if err != nil {
 		panic(err)
 	}
-	binary = filepath.Join(dir, "rekall-gateway")
-	build := exec.Command("go", append(append([]string{"build"}, raceFlag...), "-o", binary, "../cmd/rekall-gateway")...)
+	program = filepath.Join(dir, "rekall-gateway")
+	build := exec.Command("go", append(append([]string{"build"}, raceFlag...), "-o", program, "../cmd/rekall-gateway")...)
 	build.Stdout, build.Stderr = os.Stderr, os.Stderr
 	if err := build.Run(); err != nil {
 		fmt.Fprintln(os.Stderr, "build the gateway:", err)
@@ -209,7 +208,7 @@ func (r *rig) prepare(sites string, options ...string) *gateway {
 
 func (g *gateway) run(database string) {
 	g.t.Helper()
-	g.cmd = exec.Command(binary, "run", "--config", g.file, "--adapter", "caddyfile")
+	g.cmd = exec.Command(program, "run", "--config", g.file, "--adapter", "caddyfile")
 	g.cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+database, "HOME="+filepath.Dir(g.file), "GORACE=halt_on_error=1")
 	g.cmd.Stdout, g.cmd.Stderr = g.log, g.log
 	if err := g.cmd.Start(); err != nil {
@@ -298,23 +297,28 @@ func (g *gateway) do(method, path string, header http.Header) reply {
 
 func do(t testing.TB, method, url string, header http.Header, body io.Reader) reply {
 	t.Helper()
-	req, err := http.NewRequest(method, url, body)
+	answer, err := send(method, url, header, body)
 	if err != nil {
 		t.Fatal(err)
+	}
+	return answer
+}
+
+func send(method, url string, header http.Header, body io.Reader) (reply, error) {
+	req, err := http.NewRequest(method, url, body)
+	if err != nil {
+		return reply{}, err
 	}
 	for name, values := range header {
 		req.Header[name] = values
 	}
 	resp, err := client.Do(req)
 	if err != nil {
-		t.Fatalf("%s %s: %v", method, apikey.Redact(url), err)
+		return reply{}, err
 	}
 	defer func() { _ = resp.Body.Close() }()
 	content, err := io.ReadAll(resp.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return reply{resp, string(content)}
+	return reply{resp, string(content)}, err
 }
 
 // code is the error code in the answer, or "" if a backend answered.

@@ -191,8 +191,8 @@ func Redact(s string) string {
 	return b.String()
 }
 
-// findKey returns where the first key-shaped run begins and ends, or -1. The run is taken whole, past Length too: the
-// tail of an over-long run may be the tail of a key.
+// findKey returns where the first key-shaped run begins and ends, or -1. Once there is one, all that adjoins it is taken
+// with it: it may be the rest of a longer secret, or another key.
 func findKey(s string) (start, end int) {
 	for from := 0; ; {
 		i := strings.Index(s[from:], ProductionPrefix)
@@ -200,16 +200,20 @@ func findKey(s string) (start, end int) {
 			return -1, -1
 		}
 		start = from + i
-		end = start + len(ProductionPrefix)
+		from = start + len(ProductionPrefix)
+		end = from
 		if strings.HasPrefix(s[start:], SandboxPrefix) {
 			end = start + len(SandboxPrefix)
 		}
 		for end < len(s) && alphanumeric(s[end]) {
 			end++
 		}
-		if end-start >= Length {
-			return start, end
+		if end-start < Length {
+			continue
 		}
-		from = end
+		for end < len(s) && (alphanumeric(s[end]) || s[end] == '_') {
+			end++
+		}
+		return start, end
 	}
 }

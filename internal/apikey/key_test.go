@@ -336,3 +336,15 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+func TestRedactLeavesNothingOfAKeyThatAdjoinsOtherText(t *testing.T) {
+	p, s := apikey.Generate(apikey.Production), apikey.Generate(apikey.Sandbox)
+	for _, text := range []string{"rk_" + p, "mark_" + p, "rk_test_" + s, "rk_abc" + p, p + p, p + s, p + "_x", p + "_" + p} {
+		if !apikey.ContainsKey(text) {
+			t.Errorf("no key found in a text of %d characters with one", len(text))
+		}
+		if left := apikey.Redact(text); strings.Contains(left, p[3:]) || strings.Contains(left, s[8:]) {
+			t.Errorf("a key is left in %d characters", len(left))
+		}
+	}
+}

@@ -8,6 +8,8 @@ package credential
 
 import (
 	"context"
+	"fmt"
+	"io"
 	"net/http"
 	"strings"
 
@@ -35,7 +37,7 @@ type Credential struct {
 	Environment apikey.Environment // of a Key
 	Digest      apikey.Digest      // of a Key
 	PathHeldKey bool               // the path had a key in it: the request must not go on
-	raw         string
+	raw         *string            // of a Key; behind a pointer, which formatting does not follow
 }
 
 // Reveal returns the key itself, for backends that still check it, or "" if the Kind is not Key. It must go nowhere else.
@@ -43,14 +45,11 @@ func (c *Credential) Reveal() string {
 	if c.Kind != Key {
 		return ""
 	}
-	return c.raw
+	return *c.raw
 }
 
-// String shows nothing of the credential.
-func (Credential) String() string { return "[credential]" }
-
-// GoString shows nothing of the credential.
-func (Credential) GoString() string { return "[credential]" }
+// Format writes a placeholder for every verb.
+func (Credential) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "[credential]") }
 
 // add combines a presented credential with those before it.
 func (c *Credential) add(presented string) {
@@ -65,7 +64,11 @@ func (c *Credential) add(presented string) {
 	}
 	switch {
 	case c.Kind == None:
-		c.Kind, c.Environment, c.Digest, c.raw = kind, environment, digest, presented
+		c.Kind, c.Environment, c.Digest = kind, environment, digest
+		if kind == Key {
+			raw := presented
+			c.raw = &raw
+		}
 	case c.Kind != kind || c.Digest != digest:
 		*c = Credential{Kind: Ambiguous, PathHeldKey: c.PathHeldKey}
 	}
@@ -96,7 +99,7 @@ func AtDoor(r *http.Request) *http.Request {
 	found := c.takeHeaders(r.Header, mayBeKey)
 	found = c.takeQuery(r, mayBeKey) || found
 	found = c.maskPath(r) || found
-	maskHeaders(r)
+	maskRest(r)
 	if !found {
 		return r
 	}
@@ -148,12 +151,12 @@ func (c *Credential) takeHeaders(h http.Header, ours func(string) bool) bool {
 	if values, ok := h["X-Api-Key"]; ok {
 		left := values[:0]
 		for _, v := range values {
-			v = strings.Trim(v, " \t")
+			presented := strings.Trim(v, " \t")
 			switch {
-			case !ours(v):
+			case !ours(presented):
 				left = append(left, v)
-			case v != "": // an empty header presents nothing
-				c.add(v)
+			case presented != "": // an empty header presents nothing
+				c.add(presented)
 			}
 		}
 		took = took || len(left) != len(values)

@@ -79,16 +79,39 @@ func worthCutting(query string) bool {
 	return false
 }
 
+// unescape decodes what is validly percent-encoded and leaves the rest: one bad escape must not hide a key beside it.
 func unescape(s string) string {
-	if u, err := url.QueryUnescape(s); err == nil {
-		return u
+	if !strings.ContainsAny(s, "%+") {
+		return s
 	}
-	return s
+	b := make([]byte, 0, len(s))
+	for i := 0; i < len(s); i++ {
+		switch {
+		case s[i] == '%' && i+2 < len(s) && hex(s[i+1]) >= 0 && hex(s[i+2]) >= 0:
+			b = append(b, byte(hex(s[i+1])<<4|hex(s[i+2])))
+			i += 2
+		case s[i] == '+':
+			b = append(b, ' ')
+		default:
+			b = append(b, s[i])
+		}
+	}
+	return string(b)
+}
+
+func hex(c byte) int {
+	switch {
+	case '0' <= c && c <= '9':
+		return int(c - '0')
+	case 'a' <= c|0x20 && c|0x20 <= 'f':
+		return int(c|0x20-'a') + 10
+	}
+	return -1
 }
 
 // maskPath masks a key in the path, which must not be logged and not be forwarded either. It reports whether there was one.
 func (c *Credential) maskPath(r *http.Request) bool {
-	if !apikey.ContainsKey(r.URL.Path) && !apikey.ContainsKey(r.URL.RawPath) && !apikey.ContainsKey(r.URL.Opaque) {
+	if !holdsKey(r.URL.Path) && !holdsKey(r.URL.RawPath) && !holdsKey(r.URL.Opaque) {
 		return false
 	}
 	c.PathHeldKey = true
@@ -97,46 +120,41 @@ func (c *Credential) maskPath(r *http.Request) bool {
 	return true
 }
 
-// maskHeaders masks keys in all places that may reach a log and hold no credential.
-func maskHeaders(r *http.Request) {
+// maskRest masks keys in all places that may reach a log and hold no credential.
+func maskRest(r *http.Request) {
+	r.Method = mask(r.Method) // any token is a method to the server
 	for name, values := range r.Header {
-		if apikey.ContainsKey(name) {
+		if likeKey(name) {
 			delete(r.Header, name)
 			continue
 		}
 		for i, v := range values {
-			if len(v) >= apikey.Length {
-				values[i] = maskValue(v)
-			}
+			values[i] = mask(v)
 		}
 	}
 	for name := range r.Trailer {
-		if name == "Authorization" || name == "X-Api-Key" || apikey.ContainsKey(name) {
+		if name == "Authorization" || name == "X-Api-Key" || likeKey(name) {
 			delete(r.Trailer, name)
 		}
 	}
-	if len(r.Host) >= apikey.Length {
-		r.Host = apikey.Redact(r.Host)
-	}
-	if r.URL.User != nil && apikey.ContainsKey(r.URL.User.String()) {
-		r.URL.User = nil
-		r.RequestURI = r.URL.RequestURI()
-	}
-	if len(r.URL.Host) >= apikey.Length && apikey.ContainsKey(r.URL.Host) {
-		r.URL.Host = apikey.Redact(r.URL.Host)
+	r.Host = mask(r.Host)
+	if (r.URL.User != nil && holdsKey(r.URL.User.String())) || holdsKey(r.URL.Host) {
+		r.URL.User, r.URL.Host = nil, mask(r.URL.Host)
 		r.RequestURI = r.URL.RequestURI()
 	}
 }
 
-// maskValue masks keys in a header's value, percent-encoded ones too: a Referer repeats the URL of another request.
-func maskValue(v string) string {
-	if apikey.ContainsKey(v) {
-		v = apikey.Redact(v)
+// likeKey reports whether a header's name may be a key. The server has changed the case of its letters.
+func likeKey(name string) bool { return len(name) >= apikey.Length && mayBeKey(name) }
+
+// holdsKey reports whether there is a key in s, percent-encoded or not: a Referer repeats the URL of another request.
+func holdsKey(s string) bool {
+	return len(s) >= apikey.Length && (apikey.ContainsKey(s) || strings.IndexByte(s, '%') >= 0 && apikey.ContainsKey(unescape(s)))
+}
+
+func mask(s string) string {
+	if !holdsKey(s) {
+		return s
 	}
-	if strings.IndexByte(v, '%') >= 0 {
-		if u := unescape(v); apikey.ContainsKey(u) {
-			return apikey.Redact(u)
-		}
-	}
-	return v
+	return apikey.Redact(unescape(s))
 }

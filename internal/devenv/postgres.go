@@ -51,6 +51,9 @@ type Postgres struct {
 // readyPoll is how often the server's pid file is looked at while it starts.
 const readyPoll = 10 * time.Millisecond
 
+// initdbPatience is how long an interrupted initdb may take to clean up.
+const initdbPatience = 10 * time.Second
+
 // StartPostgres makes a database cluster, or opens the one that Dir keeps, and starts it. As root it runs the server as
 // user postgres, or nobody, since Postgres refuses root.
 func StartPostgres(ctx context.Context, options PostgresOptions) (_ *Postgres, err error) {
@@ -129,10 +132,20 @@ func (p *Postgres) initialise(ctx context.Context) error {
 	}
 	cmd := p.command(ctx, "initdb", "-D", p.data, "-U", "postgres", "-A", "scram-sha-256", "--pwfile="+passwordFile,
 		"-E", "UTF8", "--locale=C", "--no-sync", "--no-instructions")
-	if output, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("initdb: %w: %s", err, bytes.TrimSpace(output))
+	// Interrupted, it waits for its children and removes what it made. Killed, it would leave half a cluster.
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGINT) }
+	cmd.WaitDelay = initdbPatience
+	output, err := cmd.CombinedOutput()
+	if err == nil {
+		return nil
 	}
-	return nil
+	if _, statErr := os.Stat(p.data); errors.Is(statErr, os.ErrNotExist) {
+		_ = os.Remove(passwordFile) // or the directory would seem to hold other files
+	}
+	if ctx.Err() != nil {
+		return fmt.Errorf("initdb: %w", ctx.Err())
+	}
+	return fmt.Errorf("initdb: %w: %s", err, bytes.TrimSpace(output))
 }
 
 func (p *Postgres) command(ctx context.Context, name string, args ...string) *exec.Cmd {
@@ -174,7 +187,8 @@ func (p *Postgres) startOnce(ctx context.Context) error {
 	args := []string{"-D", p.data, "-k", p.dir, "-p", strconv.Itoa(p.Port), "-c", "listen_addresses=127.0.0.1"}
 	settings := map[string]string{"shared_buffers": "32MB"}
 	if p.temporary {
-		settings["fsync"], settings["synchronous_commit"], settings["full_page_writes"] = "off", "off", "off"
+		// Not synchronous_commit: without it Kill would undo what was committed just before.
+		settings["fsync"], settings["full_page_writes"] = "off", "off"
 	}
 	for name, value := range p.settings {
 		settings[name] = value
@@ -288,11 +302,17 @@ func (p *Postgres) signalAll(signal syscall.Signal) {
 		return // its pid may belong to another process by now
 	default:
 	}
+	// The postmaster must not fork another child meanwhile, and must live for its children to be known as its own.
+	first, last := signal, syscall.Signal(0)
+	if signal == syscall.SIGKILL {
+		first, last = syscall.SIGSTOP, signal
+	}
 	pid := proc.cmd.Process.Pid
-	_ = proc.cmd.Process.Signal(signal) // first: it must not fork another child meanwhile
+	_ = proc.cmd.Process.Signal(first)
 	for _, child := range children(pid) {
 		_ = syscall.Kill(child, signal)
 	}
+	_ = proc.cmd.Process.Signal(last)
 }
 
 func children(parent int) (pids []int) {

@@ -2,7 +2,9 @@ package keystore_test
 
 import (
 	"errors"
+	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -41,6 +43,18 @@ func TestExpiryIsComputedByPostgres(t *testing.T) {
 		}
 		if got := row.ExpiresAt.Sub(row.CreatedAt); got != lifetime {
 			t.Errorf("lifetime %v, want %v", got, lifetime)
+		}
+	}
+}
+
+func TestErrorsShowNoArguments(t *testing.T) {
+	store := open(t, database(t), keystore.Options{})
+	const private = "Project Nightfall"
+	for _, name := range []string{private + "\n", private + "\x00", private + "\xff"} {
+		key := newKey()
+		key.Name = name
+		if _, err := store.Insert(t.Context(), key); err == nil || strings.Contains(fmt.Sprintf("%v %+v", err, err), private) {
+			t.Errorf("name %q: %v", name, err)
 		}
 	}
 }

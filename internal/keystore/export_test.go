@@ -3,7 +3,10 @@ package keystore
 import "github.com/jackc/pgx/v5/pgxpool"
 
 // What the tests look at besides the package's API.
-const SnapshotSQL = snapshotSQL
+const (
+	SnapshotSQL = snapshotSQL
+	LookupSQL   = lookupSQL
+)
 
 var (
 	MigrateTo  = migrateTo

@@ -3,9 +3,11 @@ package keystore_test
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"net/url"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -172,7 +174,7 @@ func TestPgBouncerModePreparesNothing(t *testing.T) {
 	ctx := t.Context()
 	start := snapshot(t, store, 0)
 	key := newKey()
-	key.Lifetime = 1
+	key.Lifetime = time.Hour
 	if _, err := store.Insert(ctx, key); err != nil {
 		t.Fatal(err)
 	}
@@ -202,5 +204,31 @@ func TestPgBouncerModePreparesNothing(t *testing.T) {
 	}
 	if prepared != 0 {
 		t.Errorf("%d prepared statements", prepared)
+	}
+}
+
+func TestCallsEndWithTheirContextThoughTheServerHangs(t *testing.T) {
+	server := pgtest.Server(t)
+	if _, _, err := keystore.Migrate(t.Context(), server.URL()); err != nil {
+		t.Fatal(err)
+	}
+	store := open(t, server.URL(), keystore.Options{})
+	key := insert(t, store)
+	server.Pause()
+	defer server.Resume()
+	for range 6 { // more than there are connections
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		_, lookupErr := store.Lookup(ctx, []apikey.Digest{key.Digest})
+		_, snapshotErr := store.Snapshot(ctx, 1)
+		cancel()
+		if !errors.Is(lookupErr, context.DeadlineExceeded) || !errors.Is(snapshotErr, context.DeadlineExceeded) {
+			t.Errorf("Lookup: %v, Snapshot: %v", lookupErr, snapshotErr)
+		}
+	}
+	server.Resume()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	if found, err := store.Lookup(ctx, []apikey.Digest{key.Digest}); err != nil || len(found.Records) != 1 {
+		t.Errorf("after the pause: %+v, %v", found, err)
 	}
 }

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"testing/fstest"
 
+	"github.com/jackc/pgx/v5"
+
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keystore"
@@ -34,18 +36,30 @@ func TestMigrateTwiceDoesNothingTheSecondTime(t *testing.T) {
 
 func TestMigrationsAtOnceRunOnce(t *testing.T) {
 	databaseURL := pgtest.URL(t)
+	files, err := fs.Sub(keystore.Migrations, "migrations")
+	if err != nil {
+		t.Fatal(err)
+	}
 	const processes = 8
 	var wg sync.WaitGroup
+	start := make(chan struct{})
 	fresh := make(chan int32, processes)
 	for range processes {
+		conn, err := pgx.Connect(t.Context(), databaseURL)
+		if err != nil {
+			t.Fatal(err)
+		}
 		wg.Go(func() {
-			from, _, err := keystore.Migrate(t.Context(), databaseURL)
+			defer func() { _ = conn.Close(context.WithoutCancel(t.Context())) }()
+			<-start // connecting takes longer than migrating, and would put them in a row
+			from, _, err := keystore.MigrateTo(t.Context(), conn, files)
 			if err != nil {
 				t.Error(err)
 			}
 			fresh <- from
 		})
 	}
+	close(start)
 	wg.Wait()
 	close(fresh)
 	worked := 0

@@ -1,0 +1,110 @@
+package caddymodule
+
+import (
+	"bytes"
+	"encoding/json"
+	"flag"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+
+	_ "github.com/caddyserver/caddy/v2/modules/standard"
+)
+
+var update = flag.Bool("update", false, "write the golden files")
+
+const separator = "----------\n"
+
+// TestCaddyfileAdapts compares each Caddyfile below testdata with the JSON, or the error, that stands under it.
+func TestCaddyfileAdapts(t *testing.T) {
+	files, err := filepath.Glob("testdata/adapt/*.caddyfiletest")
+	if err != nil || len(files) == 0 {
+		t.Fatal("no golden files", err)
+	}
+	for _, file := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".caddyfiletest"), func(t *testing.T) {
+			content, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			input, golden, _ := strings.Cut(string(content), separator)
+			got := adapted(t, input)
+			if bad := strings.HasPrefix(filepath.Base(file), "bad_"); bad == strings.HasPrefix(got, "{") {
+				t.Errorf("the file's name says otherwise:\n%s", got)
+			}
+			if *update {
+				if err := os.WriteFile(file, []byte(input+separator+got), 0o644); err != nil {
+					t.Fatal(err)
+				}
+				return
+			}
+			if got != golden {
+				t.Errorf("got\n%s\nwant\n%s", got, golden)
+			}
+		})
+	}
+}
+
+func adapted(t *testing.T, caddyfile string) string {
+	t.Helper()
+	config, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(caddyfile), map[string]any{"filename": "Caddyfile"})
+	if err != nil {
+		return err.Error() + "\n"
+	}
+	var indented bytes.Buffer
+	if err := json.Indent(&indented, config, "", "\t"); err != nil {
+		t.Fatal(err)
+	}
+	return indented.String() + "\n"
+}
+
+// validate provisions a configuration as "rekall-gateway validate" does.
+func validate(t *testing.T, caddyfile string) error {
+	t.Helper()
+	config, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(caddyfile), map[string]any{"filename": "Caddyfile"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var c caddy.Config
+	if err := json.Unmarshal(config, &c); err != nil {
+		t.Fatal(err)
+	}
+	return caddy.Validate(&c)
+}
+
+func TestContradictorySettingsAreRefusedWithTheReason(t *testing.T) {
+	t.Setenv(databaseVariable, "")
+	site := "\nhttp://127.0.0.1:1 {\nrekall_gateway {\nproduction {\nrespond 200\n}\n}\n}\n"
+	for name, tc := range map[string]struct{ options, reason string }{
+		"no database":                   {"refresh 1s", "set database"},
+		"a placeholder that is not set": {"database {env.REKALL_NO_SUCH_VARIABLE}", "REKALL_NO_SUCH_VARIABLE"},
+		"a bad URL":                     {"database postgres://user:hunter2@host:notaport/db", "database URL"},
+		"60 s":                          {"database postgres://h/d\nmax_staleness 60s", "60 seconds"},
+		"not longer than refresh":       {"database postgres://h/d\nrefresh 10s\nmax_staleness 10s", "longer than refresh"},
+		"a refresh that is too short":   {"database postgres://h/d\nrefresh 1ms", "at least 10ms"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			err := validate(t, "{\nadmin off\nrekall {\n"+tc.options+"\n}\n}\n"+site)
+			if err == nil || !strings.Contains(err.Error(), tc.reason) {
+				t.Errorf("error %v, want one with %q", err, tc.reason)
+			}
+			if err != nil && strings.Contains(err.Error(), "hunter2") {
+				t.Error("the error shows the password")
+			}
+		})
+	}
+}
+
+func TestServerThatOnlySpeaksHTTP3IsRefused(t *testing.T) {
+	t.Setenv(databaseVariable, "postgres://h/d")
+	for _, directive := range []string{"rekall_gateway {\nproduction {\nrespond 200\n}\n}", "rekall_tls_only"} {
+		err := validate(t, "{\nadmin off\nauto_https off\nservers {\nprotocols h3\n}\n}\nhttps://127.0.0.1:1 {\n"+directive+"\n}\n")
+		if err == nil || !strings.Contains(err.Error(), "HTTP/3") {
+			t.Errorf("error %v, want one about HTTP/3", err)
+		}
+	}
+}

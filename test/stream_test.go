@@ -1,0 +1,280 @@
+package test
+
+import (
+	"bufio"
+	"context"
+	"crypto/sha1"
+	"encoding/base64"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+)
+
+// open sends a request whose answer goes on, and returns it once its first bytes are here.
+func (g *gateway) open(method, path string, header http.Header, body io.Reader) *http.Response {
+	g.t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	g.t.Cleanup(cancel)
+	req, err := http.NewRequestWithContext(ctx, method, g.http+path, body)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	req.Header = header
+	resp, err := (&http.Client{Transport: client.Transport}).Do(req)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	g.t.Cleanup(func() { _ = resp.Body.Close() })
+	if _, err := io.ReadFull(resp.Body, make([]byte, 1)); err != nil {
+		g.t.Fatalf("the stream has not begun: %d %v", resp.StatusCode, err)
+	}
+	return resp
+}
+
+// ends reads a stream until it ends, which must not look like a good end.
+func ends(t *testing.T, resp *http.Response) {
+	t.Helper()
+	done := make(chan error, 1)
+	go func() {
+		_, err := io.Copy(io.Discard, resp.Body)
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		if err == nil {
+			t.Error("the stream ended as if it were complete")
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("the stream was not cut")
+	}
+}
+
+// async sends a request and returns a function that waits for its answer.
+func async(t *testing.T, method, url string, header http.Header, body io.Reader) func() reply {
+	t.Helper()
+	type result struct {
+		reply reply
+		err   error
+	}
+	done := make(chan result, 1)
+	go func() {
+		answer, err := send(method, url, header, body)
+		done <- result{answer, err}
+	}()
+	return func() reply {
+		t.Helper()
+		r := <-done
+		if r.err != nil {
+			t.Fatal(r.err)
+		}
+		return r.reply
+	}
+}
+
+func demo(key keyadmin.Key, behaviour string) http.Header {
+	h := bearer(key)
+	h.Set("X-Demo", behaviour)
+	return h
+}
+
+func TestStreamsEndWithTheirKeyAndOthersGoOn(t *testing.T) {
+	r := newRig(t)
+	g := r.start(standardSite)
+	key, other := r.key("production", "memories:read", "memories:write"), r.key("production", "memories:read")
+	events := g.open("GET", "/v1/memories", demo(key, "sse"), nil)
+	download := g.open("GET", "/v1/memories", demo(key, "download"), nil)
+	spared := g.open("GET", "/v1/memories", demo(other, "sse"), nil)
+	waiting := async(t, "GET", g.http+"/v1/memories", demo(key, "hang"), nil)
+	upload, uploaded := io.Pipe()
+	uploading := async(t, "POST", g.http+"/v1/memories", bearer(key), upload)
+	go func() {
+		for {
+			if _, err := uploaded.Write(make([]byte, 1024)); err != nil {
+				return
+			}
+			<-time.After(10 * time.Millisecond)
+		}
+	}()
+	t.Cleanup(func() { _ = uploaded.CloseWithError(io.ErrUnexpectedEOF) })
+	eventually(t, "all five requests are open", func() bool { return r.production.Open() == 5 })
+
+	r.revoke(key.ID)
+	ends(t, events)
+	ends(t, download)
+	waiting().wantCode(t, http.StatusUnauthorized, "API_KEY_REVOKED")
+	uploading().wantCode(t, http.StatusUnauthorized, "API_KEY_REVOKED")
+	eventually(t, "the backend is rid of them", func() bool { return r.production.Open() == 1 })
+	if _, err := io.ReadFull(spared.Body, make([]byte, 64)); err != nil {
+		t.Errorf("the stream of another key ended: %v", err)
+	}
+}
+
+func TestStreamEndsWhenItsKeyExpires(t *testing.T) {
+	r := newRig(t)
+	g := r.start(standardSite, "refresh 50ms")
+	key := r.key("production", "memories:read")
+	stream := g.open("GET", "/v1/memories", demo(key, "sse"), nil)
+	pgtest.Exec(t, r.database, "update rekall.api_keys set expires_at = now() + interval '300 ms' where id = $1", key.ID)
+	ends(t, stream)
+	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 401, "API_KEY_EXPIRED")
+}
+
+// TestCutIsNotBookedAsTheBackendsFailure: with passive health checks, one failure would take the backend from all keys.
+func TestCutIsNotBookedAsTheBackendsFailure(t *testing.T) {
+	r := newRig(t)
+	g := r.start(strings.Replace(standardSite, "reverse_proxy PRODUCTION",
+		"reverse_proxy PRODUCTION {\nfail_duration 1m\nmax_fails 1\n}", 1))
+	key, other := r.key("production", "memories:read"), r.key("production", "memories:read")
+	waiting := async(t, "GET", g.http+"/v1/memories", demo(key, "hang"), nil)
+	eventually(t, "the request is open", func() bool { return r.production.Open() == 1 })
+	r.revoke(key.ID)
+	waiting().wantCode(t, http.StatusUnauthorized, "API_KEY_REVOKED")
+	g.do("GET", "/v1/memories", bearer(other)).wantCode(t, http.StatusOK, "")
+}
+
+// TestDownloadToAClientThatDoesNotReadIsCut: the proxy is blocked in a write then, which a cancelled context does not end.
+func TestDownloadToAClientThatDoesNotReadIsCut(t *testing.T) {
+	r := newRig(t)
+	g := r.start(standardSite)
+	key := r.key("production", "memories:read")
+	g.open("GET", "/v1/memories", demo(key, "download"), nil)
+	eventually(t, "the download is open", func() bool { return r.production.Open() == 1 })
+	r.revoke(key.ID)
+	eventually(t, "the backend is rid of it", func() bool { return r.production.Open() == 0 })
+}
+
+func TestReloadKeepsTheCacheAndTheStreamsThatItCanStillCut(t *testing.T) {
+	r := newRig(t)
+	g := r.start(standardSite)
+	key, streaming := r.key("production", "memories:read"), r.key("production", "memories:read")
+	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 200, "")
+	stream := g.open("GET", "/v1/memories", demo(streaming, "sse"), nil)
+	lookups := g.status().Lookups
+	for range 3 {
+		g.reload()
+		g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 200, "")
+	}
+	if now := g.status().Lookups; now != lookups {
+		t.Errorf("%d lookups after reloads, %d before: the cache was lost", now, lookups)
+	}
+	if _, err := io.ReadFull(stream.Body, make([]byte, 64)); err != nil {
+		t.Fatalf("the stream did not survive: %v", err)
+	}
+	r.revoke(streaming.ID)
+	ends(t, stream)
+	metrics := do(t, "GET", g.admin+"/metrics", nil, nil).body
+	if !strings.Contains(metrics, `rekall_decisions_total{environment="production",outcome="allowed"} 5`) {
+		t.Error("the counters did not survive")
+	}
+}
+
+// webSocketBackend is a server that upgrades, and then sends what the test tells it to.
+func webSocketBackend(t *testing.T, send func(net.Conn)) string {
+	t.Helper()
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		sum := sha1.Sum([]byte(r.Header.Get("Sec-Websocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
+		conn, rw, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer func() { _ = conn.Close() }()
+		_, _ = fmt.Fprintf(rw, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n",
+			base64.StdEncoding.EncodeToString(sum[:]))
+		_ = rw.Flush()
+		send(conn)
+	}))
+	t.Cleanup(server.Close)
+	return strings.TrimPrefix(server.URL, "http://")
+}
+
+// openWebSocket does the handshake over a connection of its own.
+func (g *gateway) openWebSocket(header http.Header) (net.Conn, *bufio.Reader, *http.Response) {
+	g.t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(g.http, "http://"))
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	g.t.Cleanup(func() { _ = conn.Close() })
+	req, _ := http.NewRequest("GET", g.http+"/v1/memories", nil)
+	req.Header = header
+	req.Header.Set("Connection", "Upgrade")
+	req.Header.Set("Upgrade", "websocket")
+	req.Header.Set("Sec-WebSocket-Version", "13")
+	req.Header.Set("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ==")
+	if err := req.Write(conn); err != nil {
+		g.t.Fatal(err)
+	}
+	_ = conn.SetReadDeadline(time.Now().Add(20 * time.Second))
+	reader := bufio.NewReader(conn)
+	resp, err := http.ReadResponse(reader, req)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	return conn, reader, resp
+}
+
+func TestWebSocketGetsACloseFrameBetweenTwoFrames(t *testing.T) {
+	r := newRig(t)
+	for name, tc := range map[string]struct {
+		sent  []byte
+		close bool
+	}{
+		"after a whole frame":      {[]byte{0x81, 5, 'h', 'e', 'l', 'l', 'o'}, true},
+		"after a long frame":       {append([]byte{0x82, 126, 0x01, 0x00}, make([]byte, 256)...), true},
+		"before any frame":         {nil, true},
+		"in the middle of a frame": {[]byte{0x81, 5, 'h', 'e'}, false},
+		"in a header":              {[]byte{0x82, 126, 0x01}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			hold := make(chan struct{})
+			t.Cleanup(func() { close(hold) })
+			backend := webSocketBackend(t, func(conn net.Conn) {
+				_, _ = conn.Write(tc.sent)
+				<-hold
+			})
+			g := r.start(strings.Replace(standardSite, "PRODUCTION", backend, 1))
+			key := r.key("production", "memories:read")
+			_, reader, resp := g.openWebSocket(bearer(key))
+			if resp.StatusCode != http.StatusSwitchingProtocols {
+				t.Fatalf("answer %d", resp.StatusCode)
+			}
+			if _, err := io.ReadFull(reader, make([]byte, len(tc.sent))); err != nil {
+				t.Fatal(err)
+			}
+			r.revoke(key.ID)
+			rest, err := io.ReadAll(reader)
+			if err != nil && !errors.Is(err, io.EOF) && !strings.Contains(err.Error(), "reset") {
+				t.Fatal(err)
+			}
+			if !tc.close {
+				if len(rest) > 0 {
+					t.Errorf("% x was sent into the middle of a frame", rest)
+				}
+				return
+			}
+			if len(rest) < 4 || rest[0] != 0x88 || int(rest[1]) != len(rest)-2 || binary.BigEndian.Uint16(rest[2:]) != 1008 {
+				t.Errorf("% x is not a close frame with code 1008", rest)
+			}
+		})
+	}
+}
+
+func TestRefusedWebSocketIsNotUpgraded(t *testing.T) {
+	r := newRig(t)
+	g := r.start(standardSite)
+	_, _, resp := g.openWebSocket(http.Header{"X-Api-Key": {"rk_wrong"}})
+	if resp.StatusCode != http.StatusUnauthorized {
+		t.Errorf("answer %d", resp.StatusCode)
+	}
+}
