@@ -43,6 +43,12 @@ type App struct {
 	// Default: false.
 	ListenOff bool `json:"listen_off,omitempty"`
 
+	// The name of this edge, in "rekall-gateway edges list" and in confirmations of a revocation. Default: the host name.
+	EdgeName string `json:"edge_name,omitempty"`
+
+	// Where this edge is, for people. Default: none.
+	EdgeRegion string `json:"edge_region,omitempty"`
+
 	ctx     caddy.Context
 	runtime *runtime
 	poolKey string
@@ -77,6 +83,8 @@ func (a *App) settings() (settings, error) {
 		maxStaleness: time.Duration(a.MaxStaleness),
 		cacheSize:    a.CacheSize,
 		listen:       !a.ListenOff,
+		edgeName:     a.EdgeName,
+		edgeRegion:   a.EdgeRegion,
 	}
 	if s.refresh == 0 {
 		s.refresh = time.Second
@@ -96,6 +104,12 @@ func (a *App) settings() (settings, error) {
 		return s, errors.New("max_staleness must be longer than refresh, or no cached key is ever trusted")
 	case s.cacheSize < 0:
 		return s, errors.New("cache_size must be a positive number of keys")
+	}
+	if s.edgeName == "" {
+		var err error
+		if s.edgeName, err = os.Hostname(); err != nil {
+			return s, fmt.Errorf("find the host name: %w; set edge", err)
+		}
 	}
 	database := a.Database
 	if database == "" {

@@ -29,6 +29,7 @@ func init() {
 //		max_staleness <duration>
 //		cache_size    <keys>
 //		listen        on|off
+//		edge          <name> [<region>]
 //	}
 func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 	if existing != nil {
@@ -46,6 +47,17 @@ func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 			return nil, d.Errf("%s is given twice", option)
 		}
 		seen[option] = true
+		if option == "edge" {
+			switch args := d.RemainingArgs(); len(args) {
+			case 2:
+				app.EdgeName, app.EdgeRegion = args[0], args[1]
+			case 1:
+				app.EdgeName = args[0]
+			default:
+				return nil, d.Err("edge takes a name and, if you like, a region")
+			}
+			continue
+		}
 		var value string
 		if !d.AllArgs(&value) {
 			return nil, d.ArgErr()
@@ -68,7 +80,7 @@ func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 			}
 			app.ListenOff = value == "off"
 		default:
-			return nil, d.Errf("unknown rekall option %q: use database, refresh, max_staleness, cache_size or listen", option)
+			return nil, d.Errf("unknown rekall option %q: use database, refresh, max_staleness, cache_size, listen or edge", option)
 		}
 		if err != nil {
 			return nil, d.Errf("%s: %q is not usable: %v", option, value, err)

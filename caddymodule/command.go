@@ -52,6 +52,18 @@ func init() {
 			cmd.AddCommand(keysCreateCommand(), keysListCommand(), keysRevokeCommand())
 		},
 	})
+	caddycmd.RegisterCommand(caddycmd.Command{
+		Name:  "edges",
+		Usage: "list",
+		Short: "Shows the gateways that are running",
+		CobraFunc: func(cmd *cobra.Command) {
+			cmd.Args = cobra.NoArgs
+			cmd.RunE = run(func(context.Context, *cobra.Command, []string) error {
+				return errors.New("say what to do with edges: list (see --help)")
+			})
+			cmd.AddCommand(edgesListCommand())
+		},
+	})
 }
 
 func databaseFlags(cmd *cobra.Command) {
@@ -212,13 +224,62 @@ func keysListCommand() *cobra.Command {
 func keysRevokeCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "revoke <id>", Short: "Revokes a key for good", Args: cobra.ExactArgs(1)}
 	databaseFlags(cmd)
+	cmd.Flags().Bool("wait", false, "Wait until no edge allows the key any longer, and show each with its delay")
 	cmd.RunE = admin(func(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
 		key, err := admin.Revoke(ctx, args[0])
 		if err != nil {
 			return err
 		}
-		return show(cmd, key, func(w io.Writer) {
-			fmt.Fprintf(w, "Revoked %s. Every edge refuses it within 60 seconds.\n", key.ID)
+		if wait, _ := cmd.Flags().GetBool("wait"); !wait {
+			return show(cmd, key, func(w io.Writer) {
+				fmt.Fprintf(w, "Revoked %s. Every edge refuses it within 60 seconds.\n", key.ID)
+			})
+		}
+		return waitRevoked(ctx, cmd, admin, key)
+	})
+	return cmd
+}
+
+func waitRevoked(ctx context.Context, cmd *cobra.Command, admin *keyadmin.Admin, key keyadmin.Key) error {
+	asJSON, _ := cmd.Flags().GetBool("json")
+	confirmations := []keyadmin.Confirmation{}
+	err := admin.WaitRevoked(ctx, key.ID, func(c keyadmin.Confirmation) {
+		confirmations = append(confirmations, c)
+		if asJSON {
+			return
+		}
+		how := fmt.Sprintf("confirmed after %.3fs", c.DelaySeconds)
+		if !c.Confirmed {
+			how = "did not confirm: fail-closed, it trusts no key that it has not asked about"
+		}
+		fmt.Fprintf(cmd.OutOrStdout(), "%s %s: %s\n", c.Name, c.Region, how)
+	})
+	if err != nil {
+		return fmt.Errorf("key %s is revoked, but the edges could not be watched: %w", key.ID, err)
+	}
+	return show(cmd, struct {
+		keyadmin.Key
+		Edges []keyadmin.Confirmation `json:"edges"`
+	}{key, confirmations}, func(w io.Writer) {
+		fmt.Fprintf(w, "Revoked %s. No edge allows it (%d edges).\n", key.ID, len(confirmations))
+	})
+}
+
+func edgesListCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "list", Short: "Lists edges", Args: cobra.NoArgs}
+	databaseFlags(cmd)
+	cmd.RunE = admin(func(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
+		edges, err := admin.Edges(ctx)
+		if err != nil {
+			return err
+		}
+		return show(cmd, edges, func(w io.Writer) {
+			table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+			fmt.Fprintln(table, "NAME\tREGION\tVERSION\tSTATUS\tLAST SYNC\tLAG")
+			for _, e := range edges {
+				fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%.1fs\n", e.Name, e.Region, e.Version, e.Status, e.LastSyncAt.Format(time.RFC3339), e.LagSeconds)
+			}
+			_ = table.Flush()
 		})
 	})
 	return cmd

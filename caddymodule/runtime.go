@@ -2,6 +2,7 @@ package caddymodule
 
 import (
 	"context"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -9,6 +10,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"go.uber.org/zap"
 
+	"github.com/rekall-ai/gateway/internal/edge"
 	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
@@ -22,14 +24,16 @@ type settings struct {
 	refresh, maxStaleness time.Duration
 	cacheSize             int
 	listen                bool
+	edgeName, edgeRegion  string
 }
 
 // runtime outlives configurations: the store, the cache and the loops that keep it true.
 type runtime struct {
-	store   *keystore.Store
-	cache   *keycache.Cache
-	metrics *metrics
-	logger  atomic.Pointer[zap.Logger] // of the newest configuration: a reload closes the old one's writers
+	store    *keystore.Store
+	cache    *keycache.Cache
+	reporter *edge.Reporter
+	metrics  *metrics
+	logger   atomic.Pointer[zap.Logger] // of the newest configuration: a reload closes the old one's writers
 
 	startOnce sync.Once
 	cancel    context.CancelFunc
@@ -44,9 +48,12 @@ func newRuntime(s settings) (*runtime, error) {
 	}
 	rt := &runtime{store: store}
 	rt.logger.Store(zap.NewNop())
+	rt.reporter = edge.NewReporter(store, edge.Identity{
+		Name: s.edgeName, Region: s.edgeRegion, Version: version(), MaxStaleness: s.maxStaleness,
+	}, rt.logger.Load)
 	rt.cache, err = keycache.New(store, keycache.Config{
 		Size: s.cacheSize, Refresh: s.refresh, MaxStaleness: s.maxStaleness, NoListen: !s.listen,
-		Logger: rt.logger.Load,
+		Changed: rt.reporter.Changed, Logger: rt.logger.Load,
 	})
 	if err != nil {
 		store.Close()
@@ -57,9 +64,27 @@ func newRuntime(s settings) (*runtime, error) {
 	return rt, nil
 }
 
+// version is that of our module in this binary, whoever built it.
+func version() string {
+	const module = "github.com/rekall-ai/gateway"
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	for _, dep := range append(info.Deps, &info.Main) {
+		if dep.Path == module {
+			return dep.Version
+		}
+	}
+	return "unknown"
+}
+
 func (rt *runtime) start(logger *zap.Logger) {
 	rt.logger.Store(logger)
-	rt.startOnce.Do(func() { rt.running.Go(func() { rt.cache.Run(rt.ctx) }) })
+	rt.startOnce.Do(func() {
+		rt.running.Go(func() { rt.cache.Run(rt.ctx) })
+		rt.running.Go(func() { rt.reporter.Run(rt.ctx, rt.cache.Applied) })
+	})
 }
 
 // Destruct ends the runtime when no configuration uses it any longer. Requests of the last one may still be in flight:

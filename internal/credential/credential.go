@@ -10,6 +10,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"strings"
 
@@ -28,8 +29,16 @@ const (
 	Ambiguous             // different credentials in several places
 )
 
-// tokenPrefix begins every OAuth access token of the same API (REKALL.md, "Passing a key").
-const tokenPrefix = "rat_"
+const (
+	// tokenPrefix begins every OAuth access token of the same API (REKALL.md, "Passing a key").
+	tokenPrefix = "rat_"
+
+	// tokenCharacters are all that a Bearer token may consist of (RFC 6750, section 2.1).
+	tokenCharacters = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-._~+/="
+
+	// placeholder is all that formatting, JSON and logs show of a credential.
+	placeholder = "[credential]"
+)
 
 // Credential is what is left of the credentials in a request.
 type Credential struct {
@@ -49,7 +58,13 @@ func (c *Credential) Reveal() string {
 }
 
 // Format writes a placeholder for every verb.
-func (Credential) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "[credential]") }
+func (Credential) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, placeholder) }
+
+// MarshalJSON writes a placeholder.
+func (Credential) MarshalJSON() ([]byte, error) { return []byte(`"` + placeholder + `"`), nil }
+
+// LogValue logs a placeholder.
+func (Credential) LogValue() slog.Value { return slog.StringValue(placeholder) }
 
 // add combines a presented credential with those before it.
 func (c *Credential) add(presented string) {
@@ -59,8 +74,8 @@ func (c *Credential) add(presented string) {
 	switch {
 	case err == nil:
 		kind, digest = Key, apikey.Hash(presented)
-	case strings.HasPrefix(presented, tokenPrefix):
-		kind = Token
+	case strings.HasPrefix(presented, tokenPrefix) && strings.Trim(presented, tokenCharacters) == "":
+		kind = Token // and not a list that begins with one
 	}
 	switch {
 	case c.Kind == None:
@@ -120,13 +135,23 @@ func Take(r *http.Request) Credential {
 }
 
 // mayBeKey reports whether a value in a credential's place is Rekall's: it has a key's prefix, in any case.
-func mayBeKey(value string) bool {
-	for i := 0; i+2 < len(value); i++ {
-		if value[i]|0x20 == 'r' && value[i+1]|0x20 == 'k' && value[i+2] == '_' {
+func mayBeKey(value string) bool { return containsFold(value, apikey.ProductionPrefix) }
+
+// containsFold reports whether s has word, which must have an underscore, in any case. Underscores are rare in what is not
+// ours, so this costs little more than looking for them.
+func containsFold(s, word string) bool {
+	before := strings.IndexByte(word, '_')
+	for i := 0; ; i++ {
+		next := strings.IndexByte(s[i:], '_')
+		if next < 0 {
+			return false
+		}
+		i += next
+		start := i - before
+		if start >= 0 && start+len(word) <= len(s) && strings.EqualFold(s[start:start+len(word)], word) {
 			return true
 		}
 	}
-	return false
 }
 
 // takeHeaders takes the credentials that ours accepts out of the headers. It reports whether it took any.

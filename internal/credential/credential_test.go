@@ -2,13 +2,16 @@ package credential_test
 
 import (
 	"bufio"
+	"bytes"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -20,23 +23,29 @@ import (
 // dump writes out everything of a request that a log or a backend may see.
 func dump(r *http.Request) string {
 	var b strings.Builder
-	for _, s := range []string{r.Method, r.RequestURI, r.URL.String(), r.URL.Path, r.URL.RawPath, r.URL.Opaque, r.Host} {
-		b.WriteString(s + "\n")
+	for _, s := range []string{r.Method, r.RequestURI, r.URL.String(), r.URL.RawPath, r.URL.Opaque, r.URL.RawQuery, r.Host} {
+		b.WriteString(s + "\n" + decoded(s) + "\n")
 	}
-	query, _ := url.ParseQuery(strings.ReplaceAll(r.URL.RawQuery, ";", "&"))
-	for _, values := range []map[string][]string{query, r.Header} {
-		for _, name := range slices.Sorted(maps.Keys(values)) {
+	b.WriteString(r.URL.Path + "\n")
+	for _, headers := range []http.Header{r.Header, r.Trailer} {
+		for _, name := range slices.Sorted(maps.Keys(headers)) {
 			b.WriteString(name + "\n")
-			for _, v := range values[name] {
-				decoded, _ := url.QueryUnescape(v)
-				b.WriteString(v + "\n" + decoded + "\n")
+			for _, v := range headers[name] {
+				b.WriteString(v + "\n" + decoded(v) + "\n")
 			}
 		}
 	}
-	for name := range r.Trailer {
-		b.WriteString(name + "\n")
-	}
 	return b.String()
+}
+
+var escape = regexp.MustCompile(`%[0-9A-Fa-f]{2}`)
+
+// decoded decodes the escapes in s that can be decoded.
+func decoded(s string) string {
+	return escape.ReplaceAllStringFunc(s, func(e string) string {
+		b, _ := hex.DecodeString(e[1:])
+		return string(b)
+	})
 }
 
 func checkNoKey(t testing.TB, r *http.Request, keys ...string) {
@@ -157,6 +166,9 @@ func TestEveryWayOfPassingACredentialHasItsKind(t *testing.T) {
 		{name: "Bearer and a raw key", headers: authorization("Bearer "+key, key), want: credential.Ambiguous},
 		{name: "token", headers: authorization("Bearer rat_abc"), want: credential.Token},
 		{name: "token as long as a key", headers: authorization("Bearer rat_" + key[4:]), want: credential.Token},
+		{name: "list of tokens", headers: authorization("Bearer rat_abc, Bearer rat_abc"), want: credential.Malformed},
+		{name: "list of a token and a key", headers: authorization("Bearer rat_abc," + key), want: credential.Malformed},
+		{name: "token with a control character", headers: authorization("Bearer rat_a\x01bc"), want: credential.Malformed},
 		{name: "key and token", headers: authorization("Bearer "+key, "Bearer rat_abc"), want: credential.Ambiguous},
 		{name: "token and key", headers: authorization("Bearer rat_abc", "Bearer "+key), want: credential.Ambiguous},
 		{name: "key and token in x-api-key", headers: http.Header{"Authorization": {"Bearer " + key}, "X-Api-Key": {"rat_abc"}}, want: credential.Ambiguous},
@@ -283,6 +295,20 @@ func TestAllPairsOfPlacesAgreeOrAreAmbiguous(t *testing.T) {
 	}
 }
 
+func TestAFoldedHeaderLineIsOneValue(t *testing.T) { // obs-fold, RFC 9112, section 5.2
+	key := apikey.Generate(apikey.Production)
+	for _, way := range ways {
+		r, c := way.take(read(t, "GET /v1/memories HTTP/1.1", "Host: h", "Authorization: Bearer\r\n\t "+key))
+		checkKey(t, c, key)
+		checkNoKey(t, r, key)
+		r, c = way.take(read(t, "GET /v1/memories HTTP/1.1", "Host: h", "Authorization: Bearer "+key[:20]+"\r\n "+key[20:]))
+		checkKind(t, c, credential.Malformed)
+		if len(r.Header) != 0 {
+			t.Errorf("left: %q", r.Header)
+		}
+	}
+}
+
 func TestHeaderNamesAreFoundInWhateverCaseTheyAreSent(t *testing.T) {
 	key := apikey.Generate(apikey.Production)
 	for _, line := range []string{
@@ -398,8 +424,14 @@ func TestACredentialShowsNoKeyUnlessAskedToRevealIt(t *testing.T) {
 				}
 			}
 			j, err := json.Marshal(v)
-			if err != nil || strings.Contains(string(j), key[3:]) {
-				t.Errorf("the JSON of a %T shows the key: %s, %v", v, j, err)
+			if err != nil || !strings.Contains(string(j), `"[credential]"`) || strings.Contains(string(j), key[3:]) {
+				t.Errorf("the JSON of a %T shows more than a placeholder: %s, %v", v, j, err)
+			}
+			var log bytes.Buffer
+			slog.New(slog.NewTextHandler(&log, nil)).Info("m", "v", v)
+			slog.New(slog.NewJSONHandler(&log, nil)).Info("m", "v", v)
+			if strings.Contains(log.String(), key[3:]) || strings.Contains(log.String(), hex.EncodeToString(c.Digest[:4])) {
+				t.Errorf("the log of a %T shows more than a placeholder: %s", v, log.String())
 			}
 		}
 	}
@@ -441,6 +473,10 @@ func ordinaryRequests() []*http.Request {
 			"Referer": {"https://app.example.com/dashboard/settings/overview?tab=general"},
 		}),
 		request("/", http.Header{"Authorization": {"Basic dXNlcjpwYXNz"}}),
+		request("/caf%C3%A9?q=a%20b%2Fc&url=https%3A%2F%2Fh.example%2Fx%3Fy%3D1&next_page=%7B%7D&zz=%zz", http.Header{
+			"Cookie":  {"session=" + strings.Repeat("%7B%22a%22%3A1%7D", 10)},
+			"Referer": {"https://app.example.com/search?query=one%20and%20two%20and%20three%20and%20four&network_id=1"},
+		}),
 	}
 }
 

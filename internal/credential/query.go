@@ -16,15 +16,16 @@ const parameter = "api_key"
 // any. Whatever it leaves stays byte for byte and in order.
 func (c *Credential) takeQuery(r *http.Request, ours func(string) bool) bool {
 	query, took := c.cutQuery(r.URL.RawQuery, ours)
-	if query == r.URL.RawQuery && !took {
+	if query == r.URL.RawQuery {
 		return false
 	}
 	r.URL.RawQuery, r.URL.ForceQuery = query, false
-	target, _, _ := strings.Cut(r.RequestURI, "?")
-	if query != "" {
-		target += "?" + query
+	if target, _, ok := strings.Cut(r.RequestURI, "?"); ok {
+		if query != "" {
+			target += "?" + query
+		}
+		r.RequestURI = target
 	}
-	r.RequestURI = target
 	return took
 }
 
@@ -34,7 +35,7 @@ func (c *Credential) cutQuery(query string, ours func(string) bool) (left string
 	}
 	var b strings.Builder
 	b.Grow(len(query))
-	separator := ""
+	separator := "" // between what is written and what comes next
 	// Backends differ on whether ';' separates parameters: split on both.
 	for more := true; more; {
 		pair, next := query, ""
@@ -42,41 +43,30 @@ func (c *Credential) cutQuery(query string, ours func(string) bool) (left string
 		if more = i >= 0; more {
 			pair, next, query = query[:i], query[i:i+1], query[i+1:]
 		}
-		rawName, rawValue, _ := strings.Cut(pair, "=")
-		name, value := unescape(rawName), unescape(rawValue)
-		switch {
-		case strings.EqualFold(name, parameter) && ours(value):
-			took = true
-			if value != "" { // an empty parameter presents nothing
-				c.add(value)
+		name, value, _ := strings.Cut(pair, "=")
+		if strings.EqualFold(unescape(name), parameter) {
+			if value = unescape(value); ours(value) {
+				took = true
+				if value != "" { // an empty parameter presents nothing
+					c.add(value)
+				}
+				if separator != "" && next == "&" { // its neighbours stay apart for those who split on '&' only
+					separator = next
+				}
+				continue
 			}
-		case apikey.ContainsKey(name) || apikey.ContainsKey(value):
-			b.WriteString(separator + url.QueryEscape(apikey.Redact(name)) + "=" + url.QueryEscape(apikey.Redact(value)))
-			separator = next
-		default:
-			b.WriteString(separator)
-			b.WriteString(pair)
-			separator = next
 		}
+		b.WriteString(separator)
+		b.WriteString(pair)
+		separator = next
 	}
-	return b.String(), took
+	return mask(b.String(), url.QueryEscape), took
 }
 
 // worthCutting is the quick look that spares ordinary queries the rest: no key and no api_key can be in a query without one
 // of these.
 func worthCutting(query string) bool {
-	if query == "" {
-		return false
-	}
-	if strings.IndexByte(query, '%') >= 0 || mayBeKey(query) {
-		return true
-	}
-	for i := 0; i+len(parameter) <= len(query); i++ {
-		if query[i]|0x20 == 'a' && strings.EqualFold(query[i:i+len(parameter)], parameter) {
-			return true
-		}
-	}
-	return false
+	return mayBeKey(query) || containsFold(query, parameter) || escapesWord(query)
 }
 
 // unescape decodes what is validly percent-encoded and leaves the rest: one bad escape must not hide a key beside it.
@@ -86,17 +76,23 @@ func unescape(s string) string {
 	}
 	b := make([]byte, 0, len(s))
 	for i := 0; i < len(s); i++ {
-		switch {
-		case s[i] == '%' && i+2 < len(s) && hex(s[i+1]) >= 0 && hex(s[i+2]) >= 0:
-			b = append(b, byte(hex(s[i+1])<<4|hex(s[i+2])))
-			i += 2
-		case s[i] == '+':
-			b = append(b, ' ')
-		default:
-			b = append(b, s[i])
+		c, size := decode(s[i:])
+		if size == 1 && c == '+' {
+			c = ' '
 		}
+		b = append(b, c)
+		i += size - 1
 	}
 	return string(b)
+}
+
+// decode returns the first byte of s, which must not be empty, and how many bytes it is written with: three if it is
+// percent-encoded.
+func decode(s string) (c byte, size int) {
+	if s[0] == '%' && len(s) > 2 && hex(s[1]) >= 0 && hex(s[2]) >= 0 {
+		return byte(hex(s[1])<<4 | hex(s[2])), 3
+	}
+	return s[0], 1
 }
 
 func hex(c byte) int {
@@ -109,27 +105,51 @@ func hex(c byte) int {
 	return -1
 }
 
+// escapesWord reports whether s has an escape of a letter, a digit or an underscore. They need none, so that ordinary
+// clients do not escape them; but without one, what s decodes to has no word that s has not.
+func escapesWord(s string) bool {
+	for {
+		i := strings.IndexByte(s, '%')
+		if i < 0 {
+			return false
+		}
+		c, size := decode(s[i:])
+		if word(c) {
+			return true
+		}
+		s = s[i+size:]
+	}
+}
+
+// word reports whether c is one of the characters that keys consist of.
+func word(c byte) bool {
+	return c == '_' || '0' <= c && c <= '9' || 'a' <= c|0x20 && c|0x20 <= 'z'
+}
+
 // maskPath masks a key in the path, which must not be logged and not be forwarded either. It reports whether there was one.
 func (c *Credential) maskPath(r *http.Request) bool {
 	if !holdsKey(r.URL.Path) && !holdsKey(r.URL.RawPath) && !holdsKey(r.URL.Opaque) {
 		return false
 	}
 	c.PathHeldKey = true
-	r.URL.Path, r.URL.RawPath, r.URL.Opaque = apikey.Redact(r.URL.Path), "", ""
+	r.URL.Path, r.URL.RawPath, r.URL.Opaque = maskText(r.URL.Path), "", ""
 	r.RequestURI = r.URL.RequestURI()
 	return true
 }
 
 // maskRest masks keys in all places that may reach a log and hold no credential.
 func maskRest(r *http.Request) {
-	r.Method = mask(r.Method) // any token is a method to the server
+	r.Method = maskText(r.Method) // any token is a method to the server
 	for name, values := range r.Header {
 		if likeKey(name) {
 			delete(r.Header, name)
 			continue
 		}
 		for i, v := range values {
-			values[i] = mask(v)
+			if name == "Referer" {
+				v = cutReferer(v)
+			}
+			values[i] = maskText(v)
 		}
 	}
 	for name := range r.Trailer {
@@ -137,24 +157,70 @@ func maskRest(r *http.Request) {
 			delete(r.Trailer, name)
 		}
 	}
-	r.Host = mask(r.Host)
+	r.Host = maskText(r.Host)
 	if (r.URL.User != nil && holdsKey(r.URL.User.String())) || holdsKey(r.URL.Host) {
-		r.URL.User, r.URL.Host = nil, mask(r.URL.Host)
+		r.URL.User, r.URL.Host = nil, maskText(r.URL.Host)
 		r.RequestURI = r.URL.RequestURI()
 	}
 }
 
-// likeKey reports whether a header's name may be a key. The server has changed the case of its letters.
-func likeKey(name string) bool { return len(name) >= apikey.Length && mayBeKey(name) }
-
-// holdsKey reports whether there is a key in s, percent-encoded or not: a Referer repeats the URL of another request.
-func holdsKey(s string) bool {
-	return len(s) >= apikey.Length && (apikey.ContainsKey(s) || strings.IndexByte(s, '%') >= 0 && apikey.ContainsKey(unescape(s)))
+// cutReferer takes the api_key parameters out of a Referer, mistyped keys included: it repeats the URL of another request.
+func cutReferer(referer string) string {
+	page, query, _ := strings.Cut(referer, "?")
+	var discarded Credential
+	left, took := discarded.cutQuery(query, mayBeKey)
+	switch {
+	case !took:
+		return referer
+	case left == "":
+		return page
+	}
+	return page + "?" + left
 }
 
-func mask(s string) string {
+// likeKey reports whether a header's name may be a key. The server has changed the case of its letters.
+func likeKey(name string) bool {
+	return len(name) >= apikey.Length && apikey.ContainsKey(strings.ToLower(name))
+}
+
+// holdsKey reports whether there is a key in s, percent-encoded or not.
+func holdsKey(s string) bool {
+	return len(s) >= apikey.Length && (apikey.ContainsKey(s) || escapesWord(s) && apikey.ContainsKey(unescape(s)))
+}
+
+func maskText(s string) string { return mask(s, func(masked string) string { return masked }) }
+
+// mask replaces keys in s, percent-encoded or not, by what write makes of their mask, and leaves everything else byte for
+// byte: decoded, it could end a header's line. A key stands in one run of letters, digits, underscores and their escapes.
+func mask(s string, write func(masked string) string) string {
 	if !holdsKey(s) {
 		return s
 	}
-	return apikey.Redact(unescape(s))
+	var b strings.Builder
+	for s != "" {
+		n := runLength(s)
+		if run := unescape(s[:n]); apikey.ContainsKey(run) {
+			b.WriteString(write(apikey.Redact(run)))
+		} else {
+			b.WriteString(s[:n])
+		}
+		if n < len(s) { // what ended the run
+			b.WriteByte(s[n])
+			n++
+		}
+		s = s[n:]
+	}
+	return b.String()
+}
+
+func runLength(s string) int {
+	n := 0
+	for n < len(s) {
+		c, size := decode(s[n:])
+		if !word(c) {
+			break
+		}
+		n += size
+	}
+	return n
 }

@@ -30,7 +30,9 @@ func TestOtherQueryParametersStayByteForByteAndInOrder(t *testing.T) {
 		{"a=%e9%E9&b=%zz&c=%&d=%4&api_key=K", "a=%e9%E9&b=%zz&c=%&d=%4"},
 		{"a=é&b=\xff&api_key=K", "a=é&b=\xff"},
 		{"a=1;b=2&api_key=K", "a=1;b=2"},
-		{"a=1;api_key=K&b=2", "a=1;b=2"},
+		{"a=1;api_key=K&b=2", "a=1&b=2"}, // to those who split on '&' only, b is a parameter before and after
+		{"a=1;api_key=K;api_key=K&b=2;c=3", "a=1&b=2;c=3"},
+		{"api_key=K;a=1&b=2", "a=1&b=2"},
 		{"a=1&api_key=K;b=2", "a=1&b=2"},
 		{"a=1;api_key=K;b=2", "a=1;b=2"},
 		{";api_key=K", ""},
@@ -209,15 +211,61 @@ func TestAKeyWhereNoCredentialBelongsIsMaskedAndPresentsNothing(t *testing.T) {
 func TestMaskingAHeaderLeavesTheRestOfItsValue(t *testing.T) {
 	key := apikey.Generate(apikey.Production)
 	r := credential.AtDoor(request("/", http.Header{
-		"Cookie": {"a=b; key=" + key + "; c=d", "e=f"}, "Referer": {"https://h/p?api_key=" + key + "&a=1"}, "X-Long": {strings.Repeat("%41 ", 30)},
+		"Cookie": {"a=b; key=" + key + "; c=d", "e=f"}, "X-Encoded": {"%0d%0aa=%zz+%72k_" + key[3:] + "%0D%0AX-Evil:+1"}, "X-Long": {strings.Repeat("%41 ", 30)},
 	}))
-	for name, want := range map[string]string{"Cookie": "a=b; key=rk_…; c=d", "Referer": "https://h/p?api_key=rk_…&a=1", "X-Long": strings.Repeat("%41 ", 30)} {
+	for name, want := range map[string]string{
+		"Cookie": "a=b; key=rk_…; c=d", "X-Encoded": "%0d%0aa=%zz+rk_…%0D%0AX-Evil:+1", "X-Long": strings.Repeat("%41 ", 30),
+	} {
 		if got := r.Header.Get(name); got != want {
 			t.Errorf("%s: %q, want %q", name, got, want)
 		}
 	}
 	if got := r.Header["Cookie"]; len(got) != 2 || got[1] != "e=f" {
 		t.Errorf("Cookie: %q", got)
+	}
+}
+
+func TestTheRefererLosesItsKeyEvenAMistypedOne(t *testing.T) {
+	key := apikey.Generate(apikey.Production)
+	for _, tt := range []struct{ referer, want string }{ // K is the key
+		{"https://h/p?api_key=K", "https://h/p"},
+		{"https://h/p?api_key=K&a=%41", "https://h/p?a=%41"},
+		{"https://h/p?a=1&API%5fKEY=%72K2&b=2", "https://h/p?a=1&b=2"},
+		{"https://h/p?a=1&api_key=rk_tooshort", "https://h/p?a=1"},
+		{"https://h/p?a=1&api_key=RK_ABC#x", "https://h/p?a=1"},
+		{"https://h/p?token=K", "https://h/p?token=rk_…"},
+		{"https://h/K?api_key=K", "https://h/rk_…"},
+		{"https://h/p?api_key=abc", "https://h/p?api_key=abc"},
+		{"https://h/p?", "https://h/p?"},
+		{"api_key=rk_no-query", "api_key=rk_no-query"},
+	} {
+		referer := strings.NewReplacer("K2", key[1:], "?token=K", "?token="+key, "=K", "="+key, "/K", "/"+key).Replace(tt.referer)
+		r := credential.AtDoor(request("/", http.Header{"Referer": {referer}}))
+		got, _ := url.PathUnescape(r.Header.Get("Referer"))
+		if want, _ := url.PathUnescape(tt.want); got != want {
+			t.Errorf("%q became %q, want %q", tt.referer, got, want)
+		}
+		checkKind(t, credential.Take(r), credential.None)
+	}
+}
+
+func TestAHeaderWithALongNameIsKeptUnlessItIsLikeAKey(t *testing.T) {
+	for _, name := range []string{"X-Network_configuration-Of-The-Deployment-In-Region-One", "X-Work_test_" + strings.Repeat("a", 39)} {
+		r := credential.AtDoor(request("/", http.Header{name: {"a"}}))
+		if len(r.Header) != 1 {
+			t.Errorf("%s was dropped", name)
+		}
+	}
+}
+
+func TestARequestWithoutTargetTextGetsNone(t *testing.T) { // RequestURI is what a server received; elsewhere it is empty
+	key := apikey.Generate(apikey.Production)
+	r := request("/?a=1&api_key="+key, nil)
+	r.RequestURI = ""
+	c := credential.Take(r)
+	checkKey(t, c, key)
+	if r.RequestURI != "" || r.URL.RawQuery != "a=1" {
+		t.Errorf("left %q, %q", r.RequestURI, r.URL.RawQuery)
 	}
 }
 
@@ -284,14 +332,18 @@ func FuzzAtDoor(f *testing.F) {
 	f.Add(uint8(9), true, "x=%zz", "&api_key=rat_1")
 	f.Add(uint8(11), false, "%20", "%zz")
 	f.Add(uint8(17), true, "a=%41&b=", "%20")
+	f.Add(uint8(18), true, "rk_", "%0d%0a%zz")
+	f.Add(uint8(9), false, "mark_%72", "%5f")
+	f.Add(uint8(20), false, "%2572k_", "_rk_test_")
 	f.Fuzz(func(t *testing.T, place uint8, test bool, before, after string) {
 		planted := key
 		if test {
 			planted = sandbox
 		}
 		line := places[int(place)%len(places)]
+		const other = "left%20+al%6fne"
 		plant := func(s string) *http.Request {
-			raw := strings.ReplaceAll(fmt.Sprintf(line, s), "\n", "\r\n") + "\r\nHost: h.example\r\n\r\n"
+			raw := strings.ReplaceAll(fmt.Sprintf(line, s), "\n", "\r\n") + "\r\nHost: h.example\r\nX-Other: " + other + "\r\n\r\n"
 			r, err := http.ReadRequest(bufio.NewReader(strings.NewReader(raw)))
 			if err != nil {
 				return nil // a server would not get further with it
@@ -306,6 +358,9 @@ func FuzzAtDoor(f *testing.F) {
 			secret := planted[8:] // the prefix is no secret
 			if d := dump(r); strings.Contains(d, secret) || apikey.ContainsKey(d) {
 				t.Fatalf("a key is left in the request:\n%s", d)
+			}
+			if got := r.Header["X-Other"]; len(got) == 0 || got[len(got)-1] != other {
+				t.Fatalf("another header became %q", got)
 			}
 			credential.Take(r)
 			if d := dump(r); strings.Contains(d, secret) {

@@ -40,12 +40,13 @@ type Store interface {
 	Listen(ctx context.Context, wake func()) error
 }
 
-// Config of a Cache. Every field is required but NoListen.
+// Config of a Cache. Every field is required but NoListen and Changed.
 type Config struct {
 	Size         int                // keys held, at most
 	Refresh      time.Duration      // between two syncs
 	MaxStaleness time.Duration      // after which a sync vouches for nothing
 	NoListen     bool               // do not LISTEN for early wake-ups, e.g. behind PgBouncer
+	Changed      func()             // called after changes were applied; must not block; may be nil
 	Logger       func() *zap.Logger // asked at each line: a config reload closes the old logger's writers
 }
 
@@ -60,15 +61,16 @@ const (
 
 // Cache of key records, kept true by its own sync loop (Run) and asked by Find.
 type Cache struct {
-	cfg    Config
-	store  Store
-	state  atomic.Pointer[state]
-	known  *ristretto.Cache[[]byte, *entry]
-	absent [absentSlots]atomic.Pointer[entry]
-	loader *loader
-	flight flights
-	wake   chan struct{}
-	counts counts
+	cfg     Config
+	store   Store
+	state   atomic.Pointer[state]
+	known   *ristretto.Cache[[]byte, *entry]
+	absent  [absentSlots]atomic.Pointer[entry]
+	loader  *loader
+	flight  flights
+	wake    chan struct{}
+	counts  counts
+	applied atomic.Pointer[Applied]
 
 	closing sync.RWMutex // ristretto panics when Set races Close
 	closed  bool
@@ -113,6 +115,7 @@ func New(store Store, cfg Config) (*Cache, error) {
 	c := &Cache{cfg: cfg, store: store, known: known, wake: make(chan struct{}, 1)}
 	c.loader = newLoader(c)
 	c.state.Store(newState())
+	c.applied.Store(new(Applied))
 	return c, nil
 }
 

@@ -24,6 +24,15 @@ type Status struct {
 	Watermark                uint64 // every change stamped below it is applied
 }
 
+// Applied is what the cache has read of the feed.
+type Applied struct {
+	At       time.Time // start of the sync, by Postgres's clock
+	Snapshot string    // that it read, as pg_snapshot; empty: none yet
+}
+
+// Applied returns the last sync that was applied, to the requests in flight too.
+func (c *Cache) Applied() Applied { return *c.applied.Load() }
+
 // Status returns the cache's state and counters.
 func (c *Cache) Status() Status {
 	s := c.state.Load()

@@ -96,6 +96,7 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 		c.counts.syncErrors.Add(1)
 		return errStandby
 	}
+	news := true
 	if old.syncedAt.IsZero() || !old.sameServer(snap) {
 		c.publish(old, old.restart(snap, startedAt))
 		c.cfg.Logger().Info("key sync starts over", zap.Bool("first", old.syncedAt.IsZero()))
@@ -104,6 +105,7 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 	} else {
 		n, changed := old.next(snap, startedAt)
 		c.publish(old, n)
+		news = len(changed) > 0
 		for _, e := range changed {
 			if _, ok := c.known.Get(e.record.Digest[:]); ok {
 				c.keep(e) // thrift: a key in use needs no lookup after its change
@@ -114,6 +116,11 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 	if err := s.verify(ctx, c); err != nil {
 		c.counts.syncErrors.Add(1)
 		return fmt.Errorf("verify keys in flight: %w", err)
+	}
+	// Only now: a confirmed change has also reached the requests in flight.
+	c.applied.Store(&Applied{At: snap.Now, Snapshot: snap.Text})
+	if news && c.cfg.Changed != nil {
+		c.cfg.Changed()
 	}
 	return nil
 }

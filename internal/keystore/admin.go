@@ -24,10 +24,11 @@ type Row struct {
 	CreatedAt   time.Time
 	ExpiresAt   *time.Time // nil: never
 	RevokedAt   *time.Time // nil: not revoked
+	ChangeXid   uint64     // transaction that last changed the row
 	Now         time.Time  // the moment of the answer, by which the key is expired or not
 }
 
-const rowColumns = `id, account, name, environment, coalesce(hint, ''), scopes, created_at, expires_at, revoked_at, now()`
+const rowColumns = `id, account, name, environment, coalesce(hint, ''), scopes, created_at, expires_at, revoked_at, change_xid, now()`
 
 // querier is a pool or a transaction.
 type querier interface {
@@ -46,7 +47,7 @@ func readRow(ctx context.Context, db querier, sql string, args ...any) (Row, err
 
 func scanRow(row pgx.CollectableRow) (Row, error) {
 	var r Row
-	err := row.Scan(&r.ID, &r.Account, &r.Name, &r.Environment, &r.Hint, &r.Scopes, &r.CreatedAt, &r.ExpiresAt, &r.RevokedAt, &r.Now)
+	err := row.Scan(&r.ID, &r.Account, &r.Name, &r.Environment, &r.Hint, &r.Scopes, &r.CreatedAt, &r.ExpiresAt, &r.RevokedAt, &r.ChangeXid, &r.Now)
 	return r, err
 }
 

@@ -1,0 +1,103 @@
+// Package edge makes a running gateway visible to the others: who it is, and the last change that it has applied. With it a
+// revocation can be proved, edge by edge.
+package edge
+
+import (
+	"context"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keycache"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+const (
+	// reportEvery is how often an edge reports when nothing changes: a write every five seconds.
+	reportEvery = 5 * time.Second
+
+	// reportGap is the least time between two reports, so that a storm of changes costs twenty writes a second at most.
+	reportGap = 50 * time.Millisecond
+
+	// forgetAfter is when the others drop an edge that went away without a word.
+	forgetAfter = 10 * time.Minute
+
+	reportTimeout = 2 * time.Second
+)
+
+// Identity of an edge.
+type Identity struct {
+	Name, Region, Version string
+	MaxStaleness          time.Duration
+}
+
+// Reporter writes this edge's row.
+type Reporter struct {
+	store   *keystore.Store
+	edge    keystore.Edge
+	logger  func() *zap.Logger
+	changed chan struct{}
+}
+
+// NewReporter returns a reporter for a new instance of an edge. logger is asked at each line.
+func NewReporter(store *keystore.Store, id Identity, logger func() *zap.Logger) *Reporter {
+	return &Reporter{store: store, logger: logger, changed: make(chan struct{}, 1), edge: keystore.Edge{
+		Instance: apikey.RandomText(22), Name: id.Name, Region: id.Region, Version: id.Version,
+		MaxStaleness: id.MaxStaleness, StartedAt: time.Now(),
+	}}
+}
+
+// Changed asks for a report now. It does not block.
+func (r *Reporter) Changed() {
+	select {
+	case r.changed <- struct{}{}:
+	default:
+	}
+}
+
+// Run reports what applied returns until ctx is done, and then removes the edge's row.
+func (r *Reporter) Run(ctx context.Context, applied func() keycache.Applied) {
+	ticker := time.NewTicker(reportEvery)
+	defer ticker.Stop()
+	failing := false
+	for {
+		err := r.report(ctx, applied())
+		switch {
+		case err != nil && ctx.Err() == nil && !failing:
+			r.logger().Warn("edge cannot report; others will call it fail-closed", zap.Error(err))
+		case err == nil && failing:
+			r.logger().Info("edge reports again")
+		}
+		failing = err != nil
+		select {
+		case <-time.After(reportGap):
+		case <-ctx.Done():
+		}
+		select {
+		case <-r.changed:
+		case <-ticker.C:
+		case <-ctx.Done():
+			r.remove(context.WithoutCancel(ctx))
+			return
+		}
+	}
+}
+
+func (r *Reporter) report(ctx context.Context, applied keycache.Applied) error {
+	if applied.Snapshot == "" {
+		return nil // not synced yet: there is nothing to tell
+	}
+	ctx, cancel := context.WithTimeout(ctx, reportTimeout)
+	defer cancel()
+	edge := r.edge
+	edge.SyncedAt, edge.Applied = applied.At, applied.Snapshot
+	return r.store.ReportEdge(ctx, edge, forgetAfter)
+}
+
+// remove takes the edge off the list when it stops in good order. If that fails, the others forget it.
+func (r *Reporter) remove(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, reportTimeout)
+	defer cancel()
+	_ = r.store.RemoveEdge(ctx, r.edge.Instance)
+}

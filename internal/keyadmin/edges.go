@@ -1,0 +1,113 @@
+package keyadmin
+
+import (
+	"context"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+// EdgeStatus says how an edge stands to the data that it decides on.
+type EdgeStatus string
+
+// The statuses.
+const (
+	// Live edges have reported within their max_staleness.
+	Live EdgeStatus = "live"
+
+	// FailClosed edges have not: by their own rule they trust no cached key any longer.
+	FailClosed EdgeStatus = "fail-closed"
+)
+
+// Edge is a gateway as operators see it.
+type Edge struct {
+	Name       string     `json:"name"`
+	Region     string     `json:"region"`
+	Version    string     `json:"version"`
+	Instance   string     `json:"instance"`
+	Status     EdgeStatus `json:"status"`
+	LastSyncAt time.Time  `json:"last_sync_at"`
+	LagSeconds float64    `json:"lag_seconds"` // since its last report
+}
+
+// Edges lists the edges that are running, and those that went silent a short while ago.
+func (a *Admin) Edges(ctx context.Context) ([]Edge, error) {
+	seen, err := a.store.Edges(ctx, 0)
+	if err != nil {
+		return nil, err
+	}
+	edges := make([]Edge, 0, len(seen))
+	for _, e := range seen {
+		edges = append(edges, fromSeen(e))
+	}
+	return edges, nil
+}
+
+func fromSeen(e keystore.SeenEdge) Edge {
+	edge := Edge{
+		Name: e.Name, Region: e.Region, Version: e.Version, Instance: e.Instance, Status: Live,
+		LastSyncAt: e.SyncedAt.UTC(), LagSeconds: e.Silence.Seconds(),
+	}
+	if e.Silence > e.MaxStaleness {
+		edge.Status = FailClosed
+	}
+	return edge
+}
+
+// Confirmation says that an edge no longer allows a revoked key, and how it is known.
+type Confirmation struct {
+	Edge
+
+	// Confirmed: the edge has applied the revocation. Otherwise, with status fail-closed, its max_staleness has passed
+	// since the revocation: it refuses what it has not heard of.
+	Confirmed bool `json:"confirmed"`
+
+	// DelaySeconds is from the revocation to the edge's report of it; 0 if not confirmed.
+	DelaySeconds float64 `json:"delay_seconds"`
+}
+
+// confirmPoll is how often the edges are looked at while they confirm.
+const confirmPoll = 20 * time.Millisecond
+
+// WaitRevoked waits until every edge that knew the key may no longer allow it: it has confirmed the revocation, or its
+// max_staleness has passed since. progress is called once for each edge. It ends within 60 seconds, or with ctx.
+func (a *Admin) WaitRevoked(ctx context.Context, id string, progress func(Confirmation)) error {
+	row, err := a.store.Get(ctx, id)
+	if err != nil {
+		return err
+	}
+	done := make(map[string]bool)
+	ticker := time.NewTicker(confirmPoll)
+	defer ticker.Stop()
+	for began := time.Now(); ; {
+		seen, err := a.store.Edges(ctx, row.ChangeXid)
+		if err != nil {
+			return err
+		}
+		waiting := 0
+		for _, e := range seen {
+			c := Confirmation{Edge: fromSeen(e), Confirmed: e.Applied}
+			switch {
+			case done[e.Instance]:
+				continue
+			case e.Applied:
+				c.DelaySeconds = max(0, e.SeenAt.Sub(*row.RevokedAt).Seconds())
+			case time.Since(began) > e.MaxStaleness:
+				c.Status = FailClosed
+			default:
+				waiting++
+				continue
+			}
+			done[e.Instance] = true
+			progress(c)
+		}
+		if waiting == 0 {
+			return nil
+		}
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}

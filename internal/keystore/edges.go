@@ -1,0 +1,69 @@
+package keystore
+
+import (
+	"context"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// Edge is a running gateway, as it reports itself.
+type Edge struct {
+	Instance     string // random, one for each process
+	Name         string
+	Region       string
+	Version      string
+	MaxStaleness time.Duration
+	StartedAt    time.Time // by the edge's clock
+	SyncedAt     time.Time // start of its last sync, by Postgres's clock
+	Applied      string    // the snapshot that it read, as pg_snapshot
+}
+
+// ReportEdge writes an edge's row, and removes the rows of edges that have not been seen for forgetAfter.
+func (s *Store) ReportEdge(ctx context.Context, e Edge, forgetAfter time.Duration) error {
+	_, err := s.pool.Exec(ctx, `
+with gone as (delete from rekall.edges where seen_at < now() - $9::interval and instance <> $1)
+insert into rekall.edges (instance, name, region, version, max_staleness, started_at, synced_at, applied, seen_at)
+values ($1, $2, $3, $4, $5, $6, $7, $8::text::pg_snapshot, clock_timestamp())
+on conflict (instance) do update set synced_at = excluded.synced_at, applied = excluded.applied, seen_at = excluded.seen_at`,
+		e.Instance, e.Name, e.Region, e.Version, e.MaxStaleness, e.StartedAt, e.SyncedAt, e.Applied, forgetAfter)
+	if err != nil {
+		return failed("report edge", err)
+	}
+	return nil
+}
+
+// RemoveEdge removes the row of an edge that stops.
+func (s *Store) RemoveEdge(ctx context.Context, instance string) error {
+	if _, err := s.pool.Exec(ctx, `delete from rekall.edges where instance = $1`, instance); err != nil {
+		return failed("remove edge", err)
+	}
+	return nil
+}
+
+// SeenEdge is an edge as the others see it. Durations are by Postgres's clock.
+type SeenEdge struct {
+	Instance, Name, Region, Version string
+	MaxStaleness                    time.Duration
+	SyncedAt                        time.Time
+	SeenAt                          time.Time
+	Silence                         time.Duration // since its last report
+	Applied                         bool          // whether it has applied the transaction that was asked about
+}
+
+// Edges returns all edges, and which of them have applied the transaction xid (0: none is asked about).
+func (s *Store) Edges(ctx context.Context, xid uint64) ([]SeenEdge, error) {
+	rows, _ := s.pool.Query(ctx, `
+select instance, name, region, version, max_staleness, synced_at, seen_at, clock_timestamp() - seen_at,
+	pg_visible_in_snapshot($1::xid8, applied)
+from rekall.edges order by name, instance`, xid) // CollectRows returns its error
+	edges, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (SeenEdge, error) {
+		var e SeenEdge
+		err := row.Scan(&e.Instance, &e.Name, &e.Region, &e.Version, &e.MaxStaleness, &e.SyncedAt, &e.SeenAt, &e.Silence, &e.Applied)
+		return e, err
+	})
+	if err != nil {
+		return nil, failed("list edges", err)
+	}
+	return edges, nil
+}

@@ -1,0 +1,67 @@
+package test
+
+import (
+	"encoding/json"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+)
+
+func (r *rig) edges() []keyadmin.Edge {
+	r.t.Helper()
+	edges, err := r.admin.Edges(r.t.Context())
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return edges
+}
+
+func TestRevocationIsConfirmedByEveryEdgeAndTheSilentOneIsNamed(t *testing.T) {
+	r := newRig(t)
+	north := r.start(standardSite, "edge north eu", "max_staleness 3s")
+	r.start(standardSite, "edge south eu", "max_staleness 3s")
+	silent := r.start(standardSite, "edge silent us", "max_staleness 3s")
+	eventually(t, "all edges are listed", func() bool { return len(r.edges()) == 3 })
+
+	key := r.key("production", "memories:read")
+	north.do("GET", "/v1/memories", bearer(key)).wantCode(t, 200, "")
+	if err := silent.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	stdout, stderr, code := cli(t, r.database, "keys", "revoke", key.ID, "--wait", "--json")
+	if code != 0 {
+		t.Fatal(stderr)
+	}
+	var result struct {
+		Edges []keyadmin.Confirmation `json:"edges"`
+	}
+	if err := json.Unmarshal([]byte(stdout), &result); err != nil {
+		t.Fatal(err)
+	}
+	got := map[string]keyadmin.Confirmation{}
+	for _, c := range result.Edges {
+		got[c.Name] = c
+	}
+	if len(got) != 3 || !got["north"].Confirmed || !got["south"].Confirmed || got["silent"].Confirmed || got["silent"].Status != keyadmin.FailClosed {
+		t.Errorf("confirmations %+v", got)
+	}
+	north.do("GET", "/v1/memories", bearer(key)).wantCode(t, 401, "API_KEY_REVOKED")
+
+	stdout, stderr, code = cli(t, r.database, "edges", "list")
+	if code != 0 || !strings.Contains(stdout, "fail-closed") || strings.Count(stdout, " live ") != 2 {
+		t.Errorf("edges list: %d %s %s", code, stdout, stderr)
+	}
+	_ = silent.cmd.Process.Signal(syscall.SIGCONT)
+	eventually(t, "the silent edge is live again", func() bool {
+		for _, e := range r.edges() {
+			if e.Status != keyadmin.Live {
+				return false
+			}
+		}
+		return true
+	})
+	_ = silent.cmd.Process.Signal(syscall.SIGTERM)
+	eventually(t, "an edge that stops drops out", func() bool { return len(r.edges()) == 2 })
+}
