@@ -28,6 +28,11 @@ type App struct {
 	// listening off.
 	Database string `json:"database,omitempty"`
 
+	// Connection URL of a hot standby that the change feed and the keys are read from, to spare the primary. Its replay lag
+	// counts as age of the data. Keys that it does not know, and this edge's reports, still need the primary. Default:
+	// database.
+	ReadDatabase string `json:"read_database,omitempty"`
+
 	// How often the change feed is read. A change reaches this edge within this time, or at once where Postgres can
 	// notify it. Default: 1s.
 	Refresh caddy.Duration `json:"refresh,omitempty"`
@@ -118,6 +123,9 @@ func (a *App) settings() (settings, error) {
 	var err error
 	if s.database, err = caddy.NewReplacer().ReplaceOrErr(database, true, false); err != nil {
 		return s, fmt.Errorf("database: %w", err)
+	}
+	if s.readDatabase, err = caddy.NewReplacer().ReplaceOrErr(a.ReadDatabase, true, false); err != nil {
+		return s, fmt.Errorf("read_database: %w", err)
 	}
 	if s.database == "" {
 		return s, errors.New("no database: set database in the rekall global option, or " + databaseVariable)

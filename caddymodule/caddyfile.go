@@ -25,6 +25,7 @@ func init() {
 //
 //	rekall {
 //		database      <url>
+//		read_database <url>
 //		refresh       <duration>
 //		max_staleness <duration>
 //		cache_size    <keys>
@@ -66,6 +67,8 @@ func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 		switch option {
 		case "database":
 			app.Database = value
+		case "read_database":
+			app.ReadDatabase = value
 		case "refresh":
 			app.Refresh, err = parseDuration(value)
 		case "max_staleness":
@@ -80,7 +83,7 @@ func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 			}
 			app.ListenOff = value == "off"
 		default:
-			return nil, d.Errf("unknown rekall option %q: use database, refresh, max_staleness, cache_size, listen or edge", option)
+			return nil, d.Errf("unknown rekall option %q: use database, read_database, refresh, max_staleness, cache_size, listen or edge", option)
 		}
 		if err != nil {
 			return nil, d.Errf("%s: %q is not usable: %v", option, value, err)

@@ -277,7 +277,11 @@ func edgesListCommand() *cobra.Command {
 			table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 			fmt.Fprintln(table, "NAME\tREGION\tVERSION\tSTATUS\tLAST SYNC\tLAG")
 			for _, e := range edges {
-				fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%.1fs\n", e.Name, e.Region, e.Version, e.Status, e.LastSyncAt.Format(time.RFC3339), e.LagSeconds)
+				lastSync := "never"
+				if e.LastSyncAt != nil {
+					lastSync = e.LastSyncAt.Format(time.RFC3339)
+				}
+				fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%.1fs\n", e.Name, e.Region, e.Version, e.Status, lastSync, e.LagSeconds)
 			}
 			_ = table.Flush()
 		})

@@ -2,6 +2,7 @@ package caddymodule
 
 import (
 	"context"
+	"fmt"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
@@ -21,6 +22,7 @@ var runtimes = caddy.NewUsagePool()
 
 type settings struct {
 	database              string
+	readDatabase          string // a standby's; empty: database
 	refresh, maxStaleness time.Duration
 	cacheSize             int
 	listen                bool
@@ -30,6 +32,7 @@ type settings struct {
 // runtime outlives configurations: the store, the cache and the loops that keep it true.
 type runtime struct {
 	store    *keystore.Store
+	standby  *keystore.Store // nil: reads go to store
 	cache    *keycache.Cache
 	reporter *edge.Reporter
 	metrics  *metrics
@@ -42,6 +45,7 @@ type runtime struct {
 }
 
 func newRuntime(s settings) (*runtime, error) {
+	instance := edge.NewInstance()
 	store, err := keystore.Open(s.database, keystore.Options{})
 	if err != nil {
 		return nil, err
@@ -49,14 +53,24 @@ func newRuntime(s settings) (*runtime, error) {
 	rt := &runtime{store: store}
 	rt.logger.Store(zap.NewNop())
 	rt.reporter = edge.NewReporter(store, edge.Identity{
-		Name: s.edgeName, Region: s.edgeRegion, Version: version(), MaxStaleness: s.maxStaleness,
+		Instance: instance, Name: s.edgeName, Region: s.edgeRegion, Version: version(), MaxStaleness: s.maxStaleness,
 	}, rt.logger.Load)
-	rt.cache, err = keycache.New(store, keycache.Config{
+	config := keycache.Config{
 		Size: s.cacheSize, Refresh: s.refresh, MaxStaleness: s.maxStaleness, NoListen: !s.listen,
 		Changed: rt.reporter.Changed, Logger: rt.logger.Load,
-	})
+	}
+	var reads keycache.Store = store
+	if s.readDatabase != "" {
+		if rt.standby, err = keystore.Open(s.readDatabase, keystore.Options{Instance: instance}); err != nil {
+			store.Close()
+			return nil, fmt.Errorf("read_database: %w", err)
+		}
+		reads = keystore.NewStandby(rt.standby, store)
+		config.NoListen, config.SentAt = true, rt.reporter.SentAt // a standby has no LISTEN
+	}
+	rt.cache, err = keycache.New(reads, config)
 	if err != nil {
-		store.Close()
+		rt.closeStores()
 		return nil, err
 	}
 	rt.metrics = newMetrics(rt.cache)
@@ -111,5 +125,12 @@ func (rt *runtime) close() {
 	rt.cancel()
 	rt.running.Wait()
 	rt.cache.Close()
+	rt.closeStores()
+}
+
+func (rt *runtime) closeStores() {
+	if rt.standby != nil {
+		rt.standby.Close()
+	}
 	rt.store.Close()
 }

@@ -331,6 +331,9 @@ func FuzzParse(f *testing.F) {
 		}
 		text := before + key + after
 		secret := key[len(prefixOf(env)):]
+		if strings.Contains(before+" "+after, secret) {
+			return // without its prefix nobody can know it for one
+		}
 		if redacted := apikey.Redact(text); strings.Contains(redacted, secret) || apikey.ContainsKey(redacted) || !apikey.ContainsKey(text) {
 			t.Fatalf("Redact(%q) = %q", text, redacted)
 		}

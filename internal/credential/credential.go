@@ -134,25 +134,21 @@ func Take(r *http.Request) Credential {
 	return c
 }
 
-// mayBeKey reports whether a value in a credential's place is Rekall's: it has a key's prefix, in any case.
-func mayBeKey(value string) bool { return containsFold(value, apikey.ProductionPrefix) }
-
-// containsFold reports whether s has word, which must have an underscore, in any case. Underscores are rare in what is not
-// ours, so this costs little more than looking for them.
-func containsFold(s, word string) bool {
-	before := strings.IndexByte(word, '_')
-	for i := 0; ; i++ {
-		next := strings.IndexByte(s[i:], '_')
-		if next < 0 {
-			return false
-		}
-		i += next
-		start := i - before
-		if start >= 0 && start+len(word) <= len(s) && strings.EqualFold(s[start:start+len(word)], word) {
+// mayBeKey reports whether a value in a credential's place is Rekall's: it has a key in it, or the beginning of one, in any
+// case, with nothing of a token before it. "rk_" alone would be too little: one in a hundred JWTs has it by chance, and the
+// door would take it from sites that have nothing to do with Rekall.
+func mayBeKey(value string) bool {
+	const prefix = apikey.ProductionPrefix
+	for i := 0; i+len(prefix) <= len(value); i++ {
+		if strings.EqualFold(value[i:i+len(prefix)], prefix) && (i == 0 || !base64URL(value[i-1])) {
 			return true
 		}
 	}
+	return apikey.ContainsKey(value)
 }
+
+// base64URL reports whether c is one of the characters of a JWT.
+func base64URL(c byte) bool { return word(c) || c == '-' || c == '.' }
 
 // takeHeaders takes the credentials that ours accepts out of the headers. It reports whether it took any.
 func (c *Credential) takeHeaders(h http.Header, ours func(string) bool) bool {

@@ -10,6 +10,7 @@ import (
 	"maps"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"reflect"
 	"regexp"
 	"slices"
@@ -348,6 +349,43 @@ func TestTheDoorTakesOnlyWhatIsOursAndTheHandlerTheRest(t *testing.T) {
 		checkKind(t, credential.Take(r), tt.want)
 		if len(r.Header) != 0 || strings.Contains(r.RequestURI, "api_key") {
 			t.Errorf("%q %q: left %q %q", tt.headers, tt.query, r.Header, r.RequestURI)
+		}
+	}
+}
+
+func TestTheDoorLeavesSecretsOfOthersThatOnlyLookLikeOurs(t *testing.T) {
+	for _, secret := range []string{
+		"network_1", "sk_work_abc", "eyJhbGciOiJIUzI1NiJ9.eyJSk_oRk_IjoxfQ.c2lnbmF0dXJl", "eyJhbGciOiJIUzI1NiJ9.e30.Rk_c2lnbmF0dXJl", "a-rk_b", "_rk_",
+	} {
+		for _, r := range []*http.Request{
+			request("/", http.Header{"Authorization": {"Bearer " + secret}}),
+			request("/", http.Header{"X-Api-Key": {secret}}),
+			request("/?a=1&api_key="+secret, nil),
+		} {
+			before := snapshot(r)
+			if got := credential.AtDoor(r); got != r || !same(r, before) {
+				t.Errorf("%q was taken from %s %q", secret, before.RequestURI, before.Header)
+			}
+			checkKind(t, credential.Take(r), credential.Malformed)
+		}
+	}
+}
+
+func TestTheDoorTakesMistypedKeys(t *testing.T) {
+	key := apikey.Generate(apikey.Production)
+	for _, secret := range []string{
+		key[:47], "RK_" + key[3:], "Rk_", `"` + key[:40], "'rk_x'", "x,rk_y", "Bearer rk_x", "é" + key[:20], "\x00rk_x", "x" + key, "key=rk_x", "a/rk_x",
+	} {
+		for _, r := range []*http.Request{
+			request("/", http.Header{"Authorization": {"Bearer " + secret}}),
+			request("/", http.Header{"X-Api-Key": {secret}}),
+			request("/?api_key="+url.QueryEscape(secret), nil),
+		} {
+			r = credential.AtDoor(r)
+			if len(r.Header) != 0 || r.RequestURI != "/" {
+				t.Errorf("%q is left", apikey.Redact(secret))
+			}
+			checkKind(t, credential.Take(r), credential.Malformed)
 		}
 	}
 }

@@ -66,7 +66,24 @@ func (c *Credential) cutQuery(query string, ours func(string) bool) (left string
 // worthCutting is the quick look that spares ordinary queries the rest: no key and no api_key can be in a query without one
 // of these.
 func worthCutting(query string) bool {
-	return mayBeKey(query) || containsFold(query, parameter) || escapesWord(query)
+	return escapesWord(query) || apikey.ContainsKey(query) || namesParameter(query)
+}
+
+// namesParameter reports whether the parameter's name stands anywhere in the query. Underscores are rare in queries, so this
+// costs little more than looking for them.
+func namesParameter(query string) bool {
+	before := strings.IndexByte(parameter, '_')
+	for i := 0; ; i++ {
+		next := strings.IndexByte(query[i:], '_')
+		if next < 0 {
+			return false
+		}
+		i += next
+		start := i - before
+		if start >= 0 && start+len(parameter) <= len(query) && strings.EqualFold(query[start:start+len(parameter)], parameter) {
+			return true
+		}
+	}
 }
 
 // unescape decodes what is validly percent-encoded and leaves the rest: one bad escape must not hide a key beside it.

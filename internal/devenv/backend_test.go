@@ -106,7 +106,12 @@ func TestStreamsRunUntilTheClientGoes(t *testing.T) {
 			}
 			// More than one write, and more than any buffer holds of a download.
 			if demo == "sse" {
-				lines := bufio.NewScanner(response.Body)
+				events := bufio.NewReader(response.Body)
+				// Sent at once: what waits for a full buffer comes by the thousand.
+				if _, err := events.Peek(1); err != nil || events.Buffered() > 1000 {
+					t.Fatalf("%d bytes at first, %v", events.Buffered(), err)
+				}
+				lines := bufio.NewScanner(events)
 				for range 3 {
 					if !lines.Scan() || lines.Text() != "data: tick" || !lines.Scan() || lines.Text() != "" {
 						t.Fatalf("event %q, %v", lines.Text(), lines.Err())

@@ -227,7 +227,11 @@ func (p *Postgres) ready(pid int) bool {
 		return false
 	}
 	lines := strings.Split(string(content), "\n")
-	return len(lines) > 7 && lines[0] == strconv.Itoa(pid) && strings.TrimSpace(lines[7]) == "ready"
+	if len(lines) < 8 || lines[0] != strconv.Itoa(pid) {
+		return false
+	}
+	status := strings.TrimSpace(lines[7])
+	return status == "ready" || status == "standby"
 }
 
 // URL of the database "postgres" as its superuser.

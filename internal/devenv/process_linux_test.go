@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/jackc/pgx/v5"
@@ -61,6 +62,13 @@ func processes(t *testing.T, dir string) (pids []int) {
 
 func noProcesses(t *testing.T, dir string) {
 	t.Helper()
+	t.Cleanup(func() {
+		if t.Failed() { // leave nothing behind all the same
+			for _, pid := range processes(t, dir) {
+				_ = syscall.Kill(pid, syscall.SIGKILL)
+			}
+		}
+	})
 	eventually(t, "no process left in "+dir, func() bool { return len(processes(t, dir)) == 0 })
 }
 

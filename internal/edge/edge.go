@@ -4,6 +4,7 @@ package edge
 
 import (
 	"context"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -14,7 +15,8 @@ import (
 )
 
 const (
-	// reportEvery is how often an edge reports when nothing changes: a write every five seconds.
+	// reportEvery is how often an edge reports when nothing changes, unless its max_staleness is short: a write every five
+	// seconds.
 	reportEvery = 5 * time.Second
 
 	// reportGap is the least time between two reports, so that a storm of changes costs twenty writes a second at most.
@@ -24,13 +26,20 @@ const (
 	forgetAfter = 10 * time.Minute
 
 	reportTimeout = 2 * time.Second
+
+	// rememberBeats is how many reports' times are kept: those of the last minutes, older than any that counts.
+	rememberBeats = 64
 )
 
 // Identity of an edge.
 type Identity struct {
+	Instance              string // NewInstance's
 	Name, Region, Version string
 	MaxStaleness          time.Duration
 }
+
+// NewInstance returns a random name for one running edge.
+func NewInstance() string { return apikey.RandomText(22) }
 
 // Reporter writes this edge's row.
 type Reporter struct {
@@ -38,12 +47,15 @@ type Reporter struct {
 	edge    keystore.Edge
 	logger  func() *zap.Logger
 	changed chan struct{}
+
+	mu     sync.Mutex
+	sentAt map[uint64]time.Time // of the last reports
 }
 
 // NewReporter returns a reporter for a new instance of an edge. logger is asked at each line.
 func NewReporter(store *keystore.Store, id Identity, logger func() *zap.Logger) *Reporter {
-	return &Reporter{store: store, logger: logger, changed: make(chan struct{}, 1), edge: keystore.Edge{
-		Instance: apikey.RandomText(22), Name: id.Name, Region: id.Region, Version: id.Version,
+	return &Reporter{store: store, logger: logger, changed: make(chan struct{}, 1), sentAt: make(map[uint64]time.Time), edge: keystore.Edge{
+		Instance: id.Instance, Name: id.Name, Region: id.Region, Version: id.Version,
 		MaxStaleness: id.MaxStaleness, StartedAt: time.Now(),
 	}}
 }
@@ -58,7 +70,7 @@ func (r *Reporter) Changed() {
 
 // Run reports what applied returns until ctx is done, and then removes the edge's row.
 func (r *Reporter) Run(ctx context.Context, applied func() keycache.Applied) {
-	ticker := time.NewTicker(reportEvery)
+	ticker := time.NewTicker(min(reportEvery, r.edge.MaxStaleness/4))
 	defer ticker.Stop()
 	failing := false
 	for {
@@ -84,14 +96,29 @@ func (r *Reporter) Run(ctx context.Context, applied func() keycache.Applied) {
 	}
 }
 
+// SentAt returns when a report was sent, if it was a recent one of this edge. A database in which it can be read shows all
+// that was committed before.
+func (r *Reporter) SentAt(beat uint64) (time.Time, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	at, ok := r.sentAt[beat]
+	return at, ok
+}
+
+func (r *Reporter) nextBeat() uint64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.edge.Beat++
+	r.sentAt[r.edge.Beat] = time.Now()
+	delete(r.sentAt, r.edge.Beat-rememberBeats)
+	return r.edge.Beat
+}
+
 func (r *Reporter) report(ctx context.Context, applied keycache.Applied) error {
-	if applied.Snapshot == "" {
-		return nil // not synced yet: there is nothing to tell
-	}
 	ctx, cancel := context.WithTimeout(ctx, reportTimeout)
 	defer cancel()
 	edge := r.edge
-	edge.SyncedAt, edge.Applied = applied.At, applied.Snapshot
+	edge.Beat, edge.SyncedAt, edge.Applied = r.nextBeat(), applied.At, applied.Snapshot
 	return r.store.ReportEdge(ctx, edge, forgetAfter)
 }
 

@@ -26,8 +26,8 @@ type Edge struct {
 	Version    string     `json:"version"`
 	Instance   string     `json:"instance"`
 	Status     EdgeStatus `json:"status"`
-	LastSyncAt time.Time  `json:"last_sync_at"`
-	LagSeconds float64    `json:"lag_seconds"` // since its last report
+	LastSyncAt *time.Time `json:"last_sync_at"` // null: never
+	LagSeconds float64    `json:"lag_seconds"`  // since its last report
 }
 
 // Edges lists the edges that are running, and those that went silent a short while ago.
@@ -46,7 +46,7 @@ func (a *Admin) Edges(ctx context.Context) ([]Edge, error) {
 func fromSeen(e keystore.SeenEdge) Edge {
 	edge := Edge{
 		Name: e.Name, Region: e.Region, Version: e.Version, Instance: e.Instance, Status: Live,
-		LastSyncAt: e.SyncedAt.UTC(), LagSeconds: e.Silence.Seconds(),
+		LastSyncAt: utc(e.SyncedAt), LagSeconds: e.Silence.Seconds(),
 	}
 	if e.Silence > e.MaxStaleness {
 		edge.Status = FailClosed

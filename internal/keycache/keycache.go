@@ -40,14 +40,17 @@ type Store interface {
 	Listen(ctx context.Context, wake func()) error
 }
 
-// Config of a Cache. Every field is required but NoListen and Changed.
+// Config of a Cache. NoListen, SentAt and Changed may be left out.
 type Config struct {
-	Size         int                // keys held, at most
-	Refresh      time.Duration      // between two syncs
-	MaxStaleness time.Duration      // after which a sync vouches for nothing
-	NoListen     bool               // do not LISTEN for early wake-ups, e.g. behind PgBouncer
-	Changed      func()             // called after changes were applied; must not block; may be nil
-	Logger       func() *zap.Logger // asked at each line: a config reload closes the old logger's writers
+	Size         int           // keys held, at most
+	Refresh      time.Duration // between two syncs
+	MaxStaleness time.Duration // after which a sync vouches for nothing
+	NoListen     bool          // do not LISTEN for early wake-ups, e.g. behind PgBouncer
+	// SentAt makes the store a standby's, which may lag: a sync then vouches for no more than the last report of this edge
+	// that the standby has replayed. SentAt returns when that report was sent. Nil: the store is the primary's.
+	SentAt  func(beat uint64) (time.Time, bool)
+	Changed func()             // called after changes were applied; must not block; may be nil
+	Logger  func() *zap.Logger // asked at each line: a config reload closes the old logger's writers
 }
 
 const (
@@ -168,8 +171,15 @@ func (c *Cache) ask(ctx context.Context, d apikey.Digest) (Found, error) {
 			// The row was asked for moments ago; what can be wrong with it is a change that the feed has applied since,
 			// and a process that was stopped between the answer and now.
 			s = c.state.Load()
-			if s.usable(e) && age(e.readAt, time.Now()) < c.cfg.MaxStaleness {
-				return found(e, s, e.pgNow, e.readAt), nil
+			now, vouchedAt := time.Now(), e.readAt
+			if c.cfg.SentAt != nil { // a standby's row is as old as the standby
+				vouchedAt = s.syncedAt
+				if !s.fresh(now, c.cfg.MaxStaleness) {
+					return Found{}, fmt.Errorf("%w: %w", ErrUnavailable, errBlind)
+				}
+			}
+			if s.usable(e) && age(vouchedAt, now) < c.cfg.MaxStaleness {
+				return found(e, s, e.pgNow, vouchedAt), nil
 			}
 			if err := ctx.Err(); err != nil {
 				return Found{}, fmt.Errorf("%w: %w", ErrUnavailable, err)

@@ -138,6 +138,9 @@ func (c *Cache) read(ctx context.Context, digests []apikey.Digest, epoch uint64)
 		c.counts.lookupErrors.Add(1)
 		return nil, err
 	}
+	if found.InRecovery && c.cfg.SentAt == nil {
+		return nil, errStandby
+	}
 	s := c.state.Load()
 	if !s.syncedAt.IsZero() && (found.StartedAt != s.server.StartedAt || found.InRecovery != s.server.InRecovery) {
 		return nil, errOtherServer

@@ -23,8 +23,9 @@ type state struct {
 	xmax      uint64                   // of the snapshot; it never falls on one server
 	window    map[apikey.Digest]uint64 // change stamps at or above the watermark that have been applied already
 
-	syncedAt   time.Time // start of the sync, both clocks; zero: never
-	pgNow      time.Time // Postgres's clock at that sync
+	syncedAt   time.Time // what the sync vouches from, both clocks: its start, unless a standby lags; zero: never
+	readAt     time.Time // start of the sync, both clocks
+	pgNow      time.Time // Postgres's clock at readAt
 	superseded chan struct{}
 }
 
@@ -66,7 +67,7 @@ func (s *state) usable(e *entry) bool {
 }
 
 // pgTime is Postgres's clock at now: its reading at the sync plus the time since.
-func (s *state) pgTime(now time.Time) time.Time { return s.pgNow.Add(age(s.syncedAt, now)) }
+func (s *state) pgTime(now time.Time) time.Time { return s.pgNow.Add(age(s.readAt, now)) }
 
 // sameServer reports whether snap continues s: the same server process and database, whose transaction ids have not gone
 // back. A failover, a promotion and a restored dump all show in one of these.
@@ -75,20 +76,20 @@ func (s *state) sameServer(snap keystore.Snapshot) bool {
 }
 
 // restart returns the state after a sync that has nothing in common with s: no entry read before it is usable.
-func (s *state) restart(snap keystore.Snapshot, startedAt time.Time) *state {
+func (s *state) restart(snap keystore.Snapshot, readAt, vouchedAt time.Time) *state {
 	return &state{
 		epoch: s.epoch + 1, horizon: s.epoch + 1,
 		server: snap.Server, watermark: snap.Xmin, xmax: snap.Xmax,
-		syncedAt: startedAt, pgNow: snap.Now, superseded: make(chan struct{}),
+		syncedAt: vouchedAt, readAt: readAt, pgNow: snap.Now, superseded: make(chan struct{}),
 	}
 }
 
 // next returns the state after a sync that continues s, and the keys changed in it.
-func (s *state) next(snap keystore.Snapshot, startedAt time.Time) (n *state, changed []*entry) {
+func (s *state) next(snap keystore.Snapshot, readAt, vouchedAt time.Time) (n *state, changed []*entry) {
 	n = &state{
 		epoch: s.epoch + 1, horizon: s.horizon, changes: s.changes, log: s.log,
 		server: snap.Server, watermark: snap.Xmin, xmax: snap.Xmax, window: make(map[apikey.Digest]uint64, len(snap.Changes)),
-		syncedAt: startedAt, pgNow: snap.Now, superseded: make(chan struct{}),
+		syncedAt: vouchedAt, readAt: readAt, pgNow: snap.Now, superseded: make(chan struct{}),
 	}
 	var digests []apikey.Digest
 	for _, ch := range snap.Changes {
@@ -98,7 +99,7 @@ func (s *state) next(snap keystore.Snapshot, startedAt time.Time) (n *state, cha
 		if s.window[d] == ch.Xid {
 			continue
 		}
-		e := &entry{record: *ch.Record, exists: true, readAt: startedAt, pgNow: snap.Now}
+		e := &entry{record: *ch.Record, exists: true, readAt: readAt, pgNow: snap.Now}
 		e.asOf.Store(n.epoch)
 		changed = append(changed, e)
 		digests = append(digests, d)

@@ -11,6 +11,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
 const (
@@ -24,7 +25,10 @@ const (
 	listenRetryMax = 5 * time.Second
 )
 
-var errStandby = errors.New("database is a standby, which may be blind to changes")
+var (
+	errStandby = errors.New("database is a standby, which may be blind to changes: name the primary, and the standby as read_database")
+	errBlind   = errors.New("the standby has not replayed a recent report of this edge")
+)
 
 // Run keeps the cache true until ctx is done: it syncs every Refresh, at once when Postgres notifies of a change, and
 // watches the requests in flight. It must run once.
@@ -92,18 +96,19 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 		c.counts.syncErrors.Add(1)
 		return fmt.Errorf("read changes: %w", err)
 	}
-	if snap.Server.InRecovery {
+	vouchedAt, err := c.vouchedAt(snap, startedAt)
+	if err != nil {
 		c.counts.syncErrors.Add(1)
-		return errStandby
+		return err
 	}
 	news := true
 	if old.syncedAt.IsZero() || !old.sameServer(snap) {
-		c.publish(old, old.restart(snap, startedAt))
+		c.publish(old, old.restart(snap, startedAt, vouchedAt))
 		c.cfg.Logger().Info("key sync starts over", zap.Bool("first", old.syncedAt.IsZero()))
 		// Flights that begin from here on are checked against the new state by Track.
 		s.unverified, s.vouchedAt = c.flight.digests(), old.syncedAt
 	} else {
-		n, changed := old.next(snap, startedAt)
+		n, changed := old.next(snap, startedAt, vouchedAt)
 		c.publish(old, n)
 		news = len(changed) > 0
 		for _, e := range changed {
@@ -123,6 +128,22 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 		c.cfg.Changed()
 	}
 	return nil
+}
+
+// vouchedAt returns the moment up to which a reading shows all changes. A primary shows them all when the reading starts. A
+// standby may lag, or have its replay paused and look healthy: it shows those before the last report of ours that it has.
+func (c *Cache) vouchedAt(snap keystore.Snapshot, startedAt time.Time) (time.Time, error) {
+	if c.cfg.SentAt == nil {
+		if snap.Server.InRecovery {
+			return time.Time{}, errStandby
+		}
+		return startedAt, nil
+	}
+	sentAt, ok := c.cfg.SentAt(snap.Beat)
+	if !ok || age(sentAt, startedAt) >= c.cfg.MaxStaleness {
+		return time.Time{}, errBlind
+	}
+	return sentAt, nil
 }
 
 func (c *Cache) publish(old, n *state) {

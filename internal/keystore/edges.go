@@ -15,18 +15,24 @@ type Edge struct {
 	Version      string
 	MaxStaleness time.Duration
 	StartedAt    time.Time // by the edge's clock
-	SyncedAt     time.Time // start of its last sync, by Postgres's clock
-	Applied      string    // the snapshot that it read, as pg_snapshot
+	Beat         uint64    // counts its reports
+	SyncedAt     time.Time // start of its last sync, by Postgres's clock; zero: none yet
+	Applied      string    // the snapshot that it read, as pg_snapshot; empty: none yet
 }
 
 // ReportEdge writes an edge's row, and removes the rows of edges that have not been seen for forgetAfter.
 func (s *Store) ReportEdge(ctx context.Context, e Edge, forgetAfter time.Duration) error {
+	var syncedAt *time.Time
+	if !e.SyncedAt.IsZero() {
+		syncedAt = &e.SyncedAt
+	}
 	_, err := s.pool.Exec(ctx, `
 with gone as (delete from rekall.edges where seen_at < now() - $9::interval and instance <> $1)
-insert into rekall.edges (instance, name, region, version, max_staleness, started_at, synced_at, applied, seen_at)
-values ($1, $2, $3, $4, $5, $6, $7, $8::text::pg_snapshot, clock_timestamp())
-on conflict (instance) do update set synced_at = excluded.synced_at, applied = excluded.applied, seen_at = excluded.seen_at`,
-		e.Instance, e.Name, e.Region, e.Version, e.MaxStaleness, e.StartedAt, e.SyncedAt, e.Applied, forgetAfter)
+insert into rekall.edges (instance, name, region, version, max_staleness, started_at, synced_at, applied, beat, seen_at)
+values ($1, $2, $3, $4, $5, $6, $7, nullif($8, '')::pg_snapshot, $10, clock_timestamp())
+on conflict (instance) do update set synced_at = excluded.synced_at, applied = excluded.applied, beat = excluded.beat,
+	seen_at = excluded.seen_at`,
+		e.Instance, e.Name, e.Region, e.Version, e.MaxStaleness, e.StartedAt, syncedAt, e.Applied, forgetAfter, e.Beat)
 	if err != nil {
 		return failed("report edge", err)
 	}
@@ -45,7 +51,7 @@ func (s *Store) RemoveEdge(ctx context.Context, instance string) error {
 type SeenEdge struct {
 	Instance, Name, Region, Version string
 	MaxStaleness                    time.Duration
-	SyncedAt                        time.Time
+	SyncedAt                        *time.Time // nil: never
 	SeenAt                          time.Time
 	Silence                         time.Duration // since its last report
 	Applied                         bool          // whether it has applied the transaction that was asked about
@@ -55,7 +61,7 @@ type SeenEdge struct {
 func (s *Store) Edges(ctx context.Context, xid uint64) ([]SeenEdge, error) {
 	rows, _ := s.pool.Query(ctx, `
 select instance, name, region, version, max_staleness, synced_at, seen_at, clock_timestamp() - seen_at,
-	pg_visible_in_snapshot($1::xid8, applied)
+	coalesce(pg_visible_in_snapshot($1::xid8, applied), false)
 from rekall.edges order by name, instance`, xid) // CollectRows returns its error
 	edges, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (SeenEdge, error) {
 		var e SeenEdge

@@ -31,6 +31,7 @@ type Snapshot struct {
 	Xmin    uint64    // every transaction below it had ended: the watermark to read from next
 	Xmax    uint64    // no transaction at or above it had ended; never falls while Server stays the same
 	Now     time.Time // the server's clock
+	Beat    uint64    // the last report that Options.Instance has made, as far as this server knows
 	Text    string    // the snapshot itself, as pg_snapshot
 	Changes []Change  // in no order
 }
@@ -46,11 +47,11 @@ const recordColumns = `k.id, k.account, k.key_hash, k.environment, k.scopes, k.e
 const snapshotSQL = `
 with s as materialized (
 	select pg_snapshot_xmin(pg_current_snapshot()) as xmin, pg_snapshot_xmax(pg_current_snapshot()) as xmax,
-		pg_current_snapshot()::text as snapshot, clock_timestamp() as now, (select system_identifier from pg_control_system()) as system_id,
+		pg_current_snapshot()::text as snapshot, coalesce((select beat from rekall.edges where instance = $2), 0) as beat, clock_timestamp() as now, (select system_identifier from pg_control_system()) as system_id,
 		pg_postmaster_start_time() as started_at, pg_is_in_recovery() as in_recovery,
 		(select oid from pg_database where datname = current_database()) as database
 )
-select s.xmin, s.xmax, s.snapshot, s.now, s.system_id, s.started_at, s.in_recovery, s.database, k.change_xid, ` + recordColumns + `
+select s.xmin, s.xmax, s.snapshot, s.beat, s.now, s.system_id, s.started_at, s.in_recovery, s.database, k.change_xid, ` + recordColumns + `
 from s left join rekall.api_keys k on k.change_xid >= $1::text::xid8 and k.change_xid < s.xmax`
 
 // noRows is above every transaction id.
@@ -68,9 +69,9 @@ func (s *Store) Snapshot(ctx context.Context, since uint64) (Snapshot, error) {
 		xid     *uint64
 		key     row
 	)
-	targets := append([]any{&snap.Xmin, &snap.Xmax, &snap.Text, &snap.Now, &snap.Server.SystemID, &started, &snap.Server.InRecovery,
+	targets := append([]any{&snap.Xmin, &snap.Xmax, &snap.Text, &snap.Beat, &snap.Now, &snap.Server.SystemID, &started, &snap.Server.InRecovery,
 		&snap.Server.Database, &xid}, key.targets()...)
-	rows, _ := s.pool.Query(ctx, snapshotSQL, from) // ForEachRow returns its error
+	rows, _ := s.pool.Query(ctx, snapshotSQL, from, s.instance) // ForEachRow returns its error
 	_, err := pgx.ForEachRow(rows, targets, func() error {
 		if xid == nil {
 			return nil // nothing changed

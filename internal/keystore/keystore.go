@@ -33,12 +33,14 @@ const (
 type Options struct {
 	MaxConns        int32  // connections at most, besides the one that Listen makes; default 4
 	ApplicationName string // as pg_stat_activity shows it, if the URL names none; default "rekall-gateway"
+	Instance        string // of the edge whose reports Snapshot looks for; default none
 	PgBouncer       bool   // no prepared statements, which PgBouncer's transaction pooling loses
 }
 
 // Store is a pool of connections to the Postgres that holds the keys. Its methods may be called concurrently.
 type Store struct {
-	pool *pgxpool.Pool
+	pool     *pgxpool.Pool
+	instance string
 }
 
 // Open returns a store that connects when it is first used. url is a Postgres URL or connection string; a connect_timeout
@@ -66,7 +68,7 @@ func Open(url string, options Options) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open database: %w", err)
 	}
-	return &Store{pool: pool}, nil
+	return &Store{pool: pool, instance: options.Instance}, nil
 }
 
 // parse reads a database URL. Nothing of it may stand in the error.

@@ -27,8 +27,8 @@ func Canonical(escaped string) bool {
 			}
 			encoded = true
 			i += 2
-		case c <= ' ' || c >= 0x7f || c == '\\' || c == ';' || c == '?' || c == '#':
-			return false
+		case c <= ' ' || c >= 0x7f || strings.IndexByte("\\;?#\"<>^`{|}", c) >= 0:
+			return false // has a meaning, or would be sent on percent-encoded (RFC 3986, section 3.3)
 		}
 	}
 	for rest, more := escaped[1:], true; more; {
@@ -49,7 +49,8 @@ func Canonical(escaped string) bool {
 	return err == nil && utf8.ValidString(decoded) && !apikey.ContainsKey(decoded)
 }
 
-// allowedEscape refuses escapes of what has a meaning in a path, and of what needs no escape: both have two readings.
+// allowedEscape refuses escapes of what has a meaning in a path, and of what needs no escape: both have two readings. So has
+// a space: Windows drops it from the end of a name, which makes "..%20" a "..".
 func allowedEscape(high, low byte) bool {
 	h, l := unhex(high), unhex(low)
 	if h < 0 || l < 0 {
@@ -57,7 +58,7 @@ func allowedEscape(high, low byte) bool {
 	}
 	c := byte(h<<4 | l)
 	switch {
-	case c < ' ' || c == 0x7f:
+	case c <= ' ' || c == 0x7f:
 		return false
 	case '0' <= c && c <= '9' || 'A' <= c && c <= 'Z' || 'a' <= c && c <= 'z':
 		return false

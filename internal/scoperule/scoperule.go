@@ -14,7 +14,8 @@ import (
 type Rule struct {
 	Scope  apikey.Scopes
 	Method string
-	// Pattern of the path: a segment ":name" matches any one segment, "*" as the last segment one or more.
+	// Pattern of the path: a segment ":name" matches any one segment, "*" as the last segment one or more. All else is
+	// matched as it stands: the case of letters counts, and a slash at the end makes another path.
 	Pattern string
 }
 
@@ -92,26 +93,37 @@ func checkPattern(pattern string) error {
 	if !strings.HasPrefix(pattern, "/") {
 		return errors.New("must begin with a slash")
 	}
+	if len(pattern) > maxPath {
+		return fmt.Errorf("must not be longer than %d bytes: no request could match it", maxPath)
+	}
 	segments := strings.Split(pattern[1:], "/")
 	for i, segment := range segments {
+		last := i == len(segments)-1
 		switch {
-		case segment == "*":
-			if i != len(segments)-1 {
-				return errors.New("must have * as its last segment only; use :name for one segment")
-			}
-		case segment == "" && i != len(segments)-1:
+		case segment == "*" && !last:
+			return errors.New("must have * as its last segment only; use :name for one segment")
+		case segment == "*", segment == "" && last:
+		case segment == "":
 			return errors.New("must not have an empty segment")
-		case segment == ":":
-			return errors.New("must give the parameter a name, as in /v1/memories/:id")
-		case strings.HasPrefix(segment, ":"):
+		case segment[0] == ':':
+			if segment == ":" || strings.Trim(segment[1:], unreserved) != "" {
+				return errors.New("must give each parameter a name of letters and digits, as in /v1/memories/:id")
+			}
 		case strings.ContainsAny(segment, "*:"):
 			return errors.New("must have * and :name as whole segments only")
+		case strings.Trim(segment, unreserved) != "":
+			// A request could write any other character in a second way, "@" as "%40", and so escape this rule for a
+			// less specific one.
+			return errors.New("must have only letters, digits and -._~ in its fixed segments; use :name for others")
 		case !Canonical("/" + segment):
 			return errors.New("must be written as a canonical request path: no request could match it")
 		}
 	}
 	return nil
 }
+
+// unreserved are the characters of a path that can be written in one way only, because Canonical refuses their escapes.
+const unreserved = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-._~"
 
 // Table finds the rule of a request. It is immutable and safe for concurrent use.
 type Table struct {
@@ -131,11 +143,11 @@ type node struct {
 func New(rules ...Rule) (*Table, error) {
 	t := &Table{methods: make(map[string]*node)}
 	for _, rule := range rules {
-		if rule.Scope == 0 || !KnownMethod(rule.Method) {
-			return nil, fmt.Errorf("rule for %q has no scope or an unknown method", rule.Pattern)
+		if rule.Scope == 0 || !apikey.AllScopes.Has(rule.Scope) || !KnownMethod(rule.Method) {
+			return nil, fmt.Errorf("rule for %q has no known scope or an unknown method", apikey.Redact(rule.Pattern))
 		}
 		if err := checkPattern(rule.Pattern); err != nil {
-			return nil, fmt.Errorf("path %q %w", rule.Pattern, err)
+			return nil, fmt.Errorf("path %q %w", apikey.Redact(rule.Pattern), err)
 		}
 		root, ok := t.methods[rule.Method]
 		if !ok {

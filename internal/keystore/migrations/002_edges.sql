@@ -10,8 +10,10 @@ create table rekall.edges (
 	started_at    timestamptz not null,
 	-- When this row was last written, by the database's clock.
 	seen_at       timestamptz not null default now(),
-	-- When the last sync began, by the database's clock.
-	synced_at     timestamptz not null,
+	-- A number that the edge counts up at each report. Seen again on a standby, it tells how far that one has replayed.
+	beat          bigint not null check (beat > 0),
+	-- When the last sync began, by the database's clock. Null: there was none yet.
+	synced_at     timestamptz,
 	-- The snapshot that the last sync read: a change is applied if its transaction is visible in it.
-	applied       pg_snapshot not null
+	applied       pg_snapshot
 );

@@ -1,0 +1,41 @@
+package keystore
+
+import (
+	"context"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+)
+
+// Standby reads from a hot standby, and asks the primary only about keys that the standby does not know: they may have been
+// created a moment ago, and absence must be proved.
+type Standby struct {
+	*Store
+	primary *Store
+}
+
+// NewStandby returns a Standby. Both stores remain the caller's, to be closed.
+func NewStandby(standby, primary *Store) *Standby { return &Standby{standby, primary} }
+
+// Lookup reads the rows of the keys with these digests. The server fields of the answer are the standby's.
+func (s *Standby) Lookup(ctx context.Context, digests []apikey.Digest) (Found, error) {
+	found, err := s.Store.Lookup(ctx, digests)
+	if err != nil || len(found.Records) == len(digests) {
+		return found, err
+	}
+	known := make(map[apikey.Digest]bool, len(found.Records))
+	for _, r := range found.Records {
+		known[r.Digest] = true
+	}
+	var unknown []apikey.Digest
+	for _, d := range digests {
+		if !known[d] {
+			unknown = append(unknown, d)
+		}
+	}
+	newer, err := s.primary.Lookup(ctx, unknown)
+	if err != nil {
+		return Found{}, err
+	}
+	found.Records = append(found.Records, newer.Records...)
+	return found, nil
+}

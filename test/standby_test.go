@@ -1,0 +1,76 @@
+package test
+
+import (
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+)
+
+// TestStandbyWhoseReplayIsPausedIsNotTrusted: it answers every question, and looks healthy.
+func TestStandbyWhoseReplayIsPausedIsNotTrusted(t *testing.T) {
+	primary := pgtest.Server(t)
+	r := newRigOn(t, primary.URL())
+	standby, err := primary.StartStandby(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = standby.Stop(t.Context()) })
+	g := r.start(standardSite, "read_database "+standby.URL(), "refresh 100ms", "max_staleness 3s")
+
+	good, bad := r.key("production", "memories:read"), r.key("production", "memories:read")
+	g.do("GET", "/v1/memories", bearer(good)).wantCode(t, 200, "") // its first request, replayed or not
+	g.do("GET", "/v1/memories", bearer(bad)).wantCode(t, 200, "")
+	gone := r.key("production", "memories:read")
+	g.do("GET", "/v1/memories", bearer(gone)).wantCode(t, 200, "")
+	r.revoke(gone.ID)
+	eventually(t, "a revocation arrives by replication", func() bool {
+		return g.do("GET", "/v1/memories", bearer(gone)).code(t) == "API_KEY_REVOKED"
+	})
+
+	pgtest.Exec(t, standby.URL(), "select pg_wal_replay_pause()")
+	r.revoke(bad.ID)
+	revoked := time.Now()
+	eventually(t, "nobody can tell", func() bool {
+		began := time.Now()
+		answer := g.do("GET", "/v1/memories", bearer(bad))
+		if answer.StatusCode == http.StatusOK && began.Sub(revoked) > 3*time.Second {
+			t.Fatal("a revoked key was let in past the bound")
+		}
+		return answer.StatusCode == http.StatusServiceUnavailable
+	})
+	g.do("GET", "/v1/memories", bearer(good)).wantCode(t, 503, "AUTH_UNAVAILABLE")
+
+	pgtest.Exec(t, standby.URL(), "select pg_wal_replay_resume()")
+	eventually(t, "the good key works again", func() bool {
+		code := g.do("GET", "/v1/memories", bearer(good)).code(t)
+		if code != "" && code != "AUTH_UNAVAILABLE" {
+			t.Fatalf("a good key got %s", code)
+		}
+		return code == ""
+	})
+	eventually(t, "the revocation arrives", func() bool {
+		return g.do("GET", "/v1/memories", bearer(bad)).code(t) == "API_KEY_REVOKED"
+	})
+}
+
+func TestStandbyAsTheOnlyDatabaseIsRefused(t *testing.T) {
+	primary := pgtest.Server(t)
+	r := newRigOn(t, primary.URL())
+	key := r.key("production", "memories:read")
+	standby, err := primary.StartStandby(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = standby.Stop(t.Context()) })
+	g := r.prepare(standardSite)
+	g.run(standby.URL())
+	eventually(t, "the gateway serves", func() bool {
+		_, err := client.Get(g.admin + "/rekall/live")
+		return err == nil
+	})
+	eventually(t, "it says why", func() bool { return strings.Contains(g.log.String(), "database is a standby") })
+	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 503, "AUTH_UNAVAILABLE")
+}
