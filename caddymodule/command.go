@@ -1,6 +1,7 @@
 package caddymodule
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -289,13 +290,20 @@ func edgesListCommand() *cobra.Command {
 	return cmd
 }
 
-// show prints a result: JSON for programs, text for people.
+// show prints a result: JSON for programs, text for people. A key that could not be printed is lost, so it says if it failed.
 func show(cmd *cobra.Command, result any, text func(io.Writer)) error {
-	if asJSON, _ := cmd.Flags().GetBool("json"); !asJSON {
-		text(cmd.OutOrStdout())
-		return nil
+	out := bufio.NewWriter(cmd.OutOrStdout())
+	if asJSON, _ := cmd.Flags().GetBool("json"); asJSON {
+		encoder := json.NewEncoder(out)
+		encoder.SetIndent("", "  ")
+		if err := encoder.Encode(result); err != nil {
+			return fmt.Errorf("print the result: %w", err)
+		}
+	} else {
+		text(out)
 	}
-	encoder := json.NewEncoder(cmd.OutOrStdout())
-	encoder.SetIndent("", "  ")
-	return encoder.Encode(result)
+	if err := out.Flush(); err != nil {
+		return fmt.Errorf("print the result: %w", err)
+	}
+	return nil
 }

@@ -121,6 +121,24 @@ func TestWrongInputIsOneLineAndChangesNothing(t *testing.T) {
 	}
 }
 
+func TestKeyThatCouldNotBePrintedIsAnError(t *testing.T) {
+	database := pgtest.URL(t)
+	if _, stderr, code := cli(t, database, "migrate"); code != 0 {
+		t.Fatal(stderr)
+	}
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = full.Close() }()
+	cmd := exec.Command(program, "keys", "create", "--name", "n", "--scopes", "memories:read", "--environment", "production")
+	cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+database)
+	cmd.Stdout = full
+	if err := cmd.Run(); err == nil {
+		t.Error("the only copy of a key was lost, and the command said that all was well")
+	}
+}
+
 // TestDevPrintsLinesThatWorkAndLeavesNothing pastes what dev prints, as its user does.
 func TestDevPrintsLinesThatWorkAndLeavesNothing(t *testing.T) {
 	home := t.TempDir()

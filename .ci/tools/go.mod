@@ -1,3 +1,5 @@
+// The tools of .ci/run and xcaddy.mk, in a module of their own: their requirements stay out of the product's.
+// From the repository's root: go tool -modfile=.ci/tools/go.mod golangci-lint run
 module github.com/rekall-ai/gateway/tools
 
 go 1.26.0

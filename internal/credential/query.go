@@ -19,7 +19,7 @@ func (c *Credential) takeQuery(r *http.Request, ours func(string) bool) bool {
 	if query == r.URL.RawQuery {
 		return false
 	}
-	r.URL.RawQuery, r.URL.ForceQuery = query, false
+	r.URL.RawQuery = query
 	if target, _, ok := strings.Cut(r.RequestURI, "?"); ok {
 		if query != "" {
 			target += "?" + query
@@ -163,10 +163,13 @@ func maskRest(r *http.Request) {
 			continue
 		}
 		for i, v := range values {
+			masked := v
 			if name == "Referer" {
-				v = cutReferer(v)
+				masked = cutReferer(v)
 			}
-			values[i] = maskText(v)
+			if masked = maskText(masked); masked != v { // a write for each header would cost more than the search
+				values[i] = masked
+			}
 		}
 	}
 	for name := range r.Trailer {

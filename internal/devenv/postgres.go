@@ -241,6 +241,9 @@ func (p *Postgres) URL() string {
 	return u.String()
 }
 
+// SetPassword says that the superuser's password has been changed.
+func (p *Postgres) SetPassword(password string) { p.password = password }
+
 // Stop shuts the server down, gently at first, and removes a temporary directory. It may be called again.
 func (p *Postgres) Stop(ctx context.Context) error {
 	p.Resume()
@@ -288,7 +291,14 @@ func (p *Postgres) stopServer(ctx context.Context, signals ...syscall.Signal) {
 }
 
 // Pause stops the server and all its backends, so that it hangs and does not refuse.
-func (p *Postgres) Pause() { p.signalAll(syscall.SIGSTOP) }
+func (p *Postgres) Pause() {
+	p.signalAll(syscall.SIGSTOP)
+	poll := time.NewTicker(readyPoll)
+	defer poll.Stop()
+	for p.anyRunning() { // a process stops when it next leaves the kernel
+		<-poll.C
+	}
+}
 
 // Resume undoes Pause.
 func (p *Postgres) Resume() { p.signalAll(syscall.SIGCONT) }
@@ -319,18 +329,46 @@ func (p *Postgres) signalAll(signal syscall.Signal) {
 	_ = proc.cmd.Process.Signal(last)
 }
 
+// anyRunning reports whether the server or a child of it is neither stopped nor gone.
+func (p *Postgres) anyRunning() bool {
+	p.mu.Lock()
+	proc := p.proc
+	p.mu.Unlock()
+	if proc == nil {
+		return false
+	}
+	server := proc.cmd.Process.Pid
+	return slices.ContainsFunc(processes(), func(q processStatus) bool {
+		return (q.pid == server || q.parent == server) && !strings.HasPrefix(q.state, "T") && !strings.HasPrefix(q.state, "Z")
+	})
+}
+
 func children(parent int) (pids []int) {
-	output, err := exec.Command("ps", "-A", "-o", "pid=,ppid=").Output()
+	for _, p := range processes() {
+		if p.parent == parent {
+			pids = append(pids, p.pid)
+		}
+	}
+	return pids
+}
+
+type processStatus struct {
+	pid, parent int
+	state       string
+}
+
+func processes() (all []processStatus) {
+	output, err := exec.Command("ps", "-A", "-o", "pid=,ppid=,stat=").Output()
 	if err != nil {
 		return nil
 	}
 	for line := range strings.Lines(string(output)) {
-		var pid, ppid int
-		if n, _ := fmt.Sscan(line, &pid, &ppid); n == 2 && ppid == parent {
-			pids = append(pids, pid)
+		var p processStatus
+		if n, _ := fmt.Sscan(line, &p.pid, &p.parent, &p.state); n == 3 {
+			all = append(all, p)
 		}
 	}
-	return pids
+	return all
 }
 
 // process is a child that a thread of ours guards: where the kernel can, it is signalled when that thread dies, and the

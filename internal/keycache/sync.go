@@ -184,23 +184,28 @@ func (c *Cache) cutKeys(digests []apikey.Digest) {
 	}
 }
 
+// watchInterval is the longest time between two looks at the requests in flight.
+const watchInterval = 250 * time.Millisecond
+
 // watch cuts the requests in flight whose key expires, and all that nobody vouches for any longer. It is not part of the
 // sync, which may be waiting for a Postgres that hangs.
 func (c *Cache) watch(ctx context.Context) {
-	interval := min(c.cfg.Refresh, time.Second)
+	interval := min(c.cfg.Refresh, watchInterval)
 	stale := false
 	for pause(ctx, interval, nil) {
 		now := time.Now()
 		s := c.state.Load()
 		if s.fresh(now, c.cfg.MaxStaleness) {
-			stale = false
 			c.expire(s.pgTime(now))
+		}
+		// Streams are cut on the second look, since one sync clears it up when the wall clock was set forward or the
+		// process was stopped. Looking two intervals ahead, the second look still comes within the bound.
+		if s.fresh(now.Add(2*interval), c.cfg.MaxStaleness) {
+			stale = false
 			continue
 		}
-		// When the wall clock was set forward or the process was stopped, the next sync clears it up at once: streams are
-		// cut on the second look.
 		if stale {
-			c.cutUnvouched(now)
+			c.cutUnvouched(now.Add(interval))
 		}
 		stale = true
 		c.Wake()

@@ -209,9 +209,9 @@ func TestFeedIsReadByIndex(t *testing.T) {
 
 func explain(t *testing.T, conn *pgx.Conn, sql string, watermark uint64) string {
 	t.Helper()
-	exec(t, conn, "prepare feed (text) as "+sql)
+	exec(t, conn, "prepare feed (text, text) as "+sql)
 	defer exec(t, conn, "deallocate feed")
-	rows, _ := conn.Query(t.Context(), "explain execute feed ('"+strconv.FormatUint(watermark, 10)+"')")
+	rows, _ := conn.Query(t.Context(), "explain execute feed ('"+strconv.FormatUint(watermark, 10)+"', '')")
 	lines, err := pgx.CollectRows(rows, pgx.RowTo[string])
 	if err != nil {
 		t.Fatal(err)

@@ -105,6 +105,8 @@ func TestFailedMigrationLeavesNothingHalfDone(t *testing.T) {
 		"001_api_keys.sql": {Data: first},
 		"002_broken.sql":   {Data: []byte(`create table rekall.half (id int); select 1/0;`)},
 	}
+	pgtest.Exec(t, databaseURL, "drop table rekall.edges")
+	pgtest.Exec(t, databaseURL, "update rekall.schema_version set version = 1")
 	if _, _, err := keystore.MigrateTo(t.Context(), connect(t, databaseURL), files); err == nil {
 		t.Fatal("a broken migration succeeded")
 	}

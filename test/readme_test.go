@@ -1,0 +1,74 @@
+package test
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+)
+
+// blocks returns the fenced blocks of a language in the README.
+func blocks(t *testing.T, language string) []string {
+	t.Helper()
+	readme, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var found []string
+	for _, m := range regexp.MustCompile("(?s)```"+language+"\n(.*?)```").FindAllStringSubmatch(string(readme), -1) {
+		found = append(found, m[1])
+	}
+	if len(found) == 0 {
+		t.Fatalf("the README has no %s block", language)
+	}
+	return found
+}
+
+func TestConfigurationsInTheReadmeAreValid(t *testing.T) {
+	for adapter, language := range map[string]string{"caddyfile": "caddyfile", "": "json"} {
+		for _, block := range blocks(t, language) {
+			file := filepath.Join(t.TempDir(), "config")
+			if err := os.WriteFile(file, []byte(block), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			cmd := exec.Command(program, "validate", "--config", file, "--adapter", adapter)
+			cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL=postgres://nobody@127.0.0.1:1/none", "HOME="+t.TempDir())
+			if output, err := cmd.CombinedOutput(); err != nil {
+				t.Errorf("%s: %v\n%s", language, err, output)
+			}
+		}
+	}
+}
+
+// TestCommandsInTheReadmeWork runs the lines of its rekall-gateway block, with the id of a real key where one stands.
+func TestCommandsInTheReadmeWork(t *testing.T) {
+	var lines []string
+	for _, block := range blocks(t, "sh") {
+		for line := range strings.Lines(block) {
+			if strings.HasPrefix(line, "rekall-gateway ") {
+				lines = append(lines, strings.TrimSpace(line))
+			}
+		}
+	}
+	if len(lines) < 5 {
+		t.Fatalf("only %d commands found", len(lines))
+	}
+	database := pgtest.URL(t)
+	id := ""
+	for _, line := range lines {
+		line = strings.ReplaceAll(line, "key_…", id)
+		cmd := exec.Command("sh", "-c", line)
+		cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+database, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
+		output, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Errorf("%s: %v\n%s", line, err, output)
+		}
+		if found := regexp.MustCompile(`key_[0-9A-Za-z]{22}`).FindString(string(output)); found != "" {
+			id = found
+		}
+	}
+}
