@@ -321,7 +321,7 @@ func TestFeedThatStartsOverTrustsNoEarlierEntry(t *testing.T) {
 
 func mustCached(t *testing.T, c *Cache, d apikey.Digest) *entry {
 	t.Helper()
-	e, ok := c.known.Get(d[:])
+	e, ok := c.known.Get(place(d))
 	if !ok {
 		t.Fatal("the key is not cached")
 	}
@@ -446,7 +446,7 @@ func TestInterleavingNeverAllowsARevokedKey(t *testing.T) {
 				racing, raced := context.WithCancel(ctx)
 				wg.Go(func() {
 					for racing.Err() == nil {
-						c.known.Del(key.digest[:])
+						c.known.Del(place(key.digest))
 						outcome(t, c, key.digest)
 					}
 				})
@@ -487,7 +487,7 @@ func TestInterleavingNeverAllowsARevokedKey(t *testing.T) {
 	wg.Go(func() { // evicts
 		for ctx.Err() == nil {
 			d := slots[rand.IntN(universe)].get()
-			c.known.Del(d[:])
+			c.known.Del(place(d))
 			<-time.After(100 * time.Microsecond)
 		}
 	})

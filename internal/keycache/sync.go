@@ -112,7 +112,7 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 		c.publish(old, n)
 		news = len(changed) > 0
 		for _, e := range changed {
-			if _, ok := c.known.Get(e.record.Digest[:]); ok {
+			if _, ok := c.known.Get(place(e.record.Digest)); ok {
 				c.keep(e) // thrift: a key in use needs no lookup after its change
 			}
 			c.apply(e, snap.Now)
