@@ -61,8 +61,9 @@ func TestStalledPostgresStopsTrustAtTheBound(t *testing.T) {
 		cfg.Refresh, cfg.MaxStaleness = 20*time.Millisecond, bound
 		cfg.Logger = func() *zap.Logger { return zap.New(core) }
 	})
+	key, cold := db.create(t), db.create(t) // before the feed begins, which would bring their rows
 	run(t, c)
-	key, cold := db.create(t), db.create(t)
+	eventually(t, "the first sync", func() bool { return c.Status().Fresh })
 	want(t, c, key.digest, apikey.Allowed)
 	eventually(t, "the key is in memory", func() bool {
 		before := c.Status().Lookups
