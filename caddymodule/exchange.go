@@ -31,7 +31,8 @@ type exchange struct {
 	required    apikey.Scopes      // what an Insufficient key lacks
 	outcome     apikey.Outcome
 	flight      keycache.Flight
-	ctx         context.Context // cancelled with a *keycache.Cut when the key ends
+	decision    decision        // once allowed
+	ctx         context.Context // of the forwarded request: the decision, cancelled with a *keycache.Cut when the key ends
 	cancel      context.CancelCauseFunc
 	wroteHeader bool
 	ended       atomic.Bool // cut: nothing more is to be written
@@ -91,9 +92,9 @@ func (x *exchange) identify(r *http.Request) {
 			delete(h, name)
 		}
 	}
-	delete(h, "X-Http-Method-Override")
-	delete(h, "X-Http-Method")
-	delete(h, "X-Method-Override")
+	for _, name := range overrides {
+		delete(h, name)
+	}
 	restrictConnection(h)
 	// A trailer can carry an identity header past everything that looked at the headers.
 	r.Trailer = nil
@@ -104,6 +105,10 @@ func (x *exchange) identify(r *http.Request) {
 	h["X-Rekall-Scopes"] = []string{x.record.Scopes.String()}
 	h["X-Request-Id"] = []string{x.requestID}
 }
+
+// overrides are headers that some frameworks take for the method or the path: the backend would serve another request than
+// the one that was decided on.
+var overrides = [...]string{"X-Http-Method-Override", "X-Http-Method", "X-Method-Override", "X-Original-Url", "X-Rewrite-Url"}
 
 // isIdentity reports whether a backend might read a header of this name as one of ours. Some frameworks fold '_' and '.'
 // into '-'.

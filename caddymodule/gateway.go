@@ -213,14 +213,15 @@ func (g *Gateway) handler(environment apikey.Environment) caddyhttp.MiddlewareHa
 func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential.Credential) (bool, error) {
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
-	x.ctx, x.cancel = ctx, cancel
+	x.decision = decision{ctx, x.environment}
+	x.ctx, x.cancel = &x.decision, cancel
 	if !x.gateway.cache.Track(&x.flight, found, x.cut) {
 		return false, nil
 	}
 	defer x.end()
 	defer x.gateway.cache.Untrack(&x.flight)
 	x.count()
-	forwarded := r.WithContext(ctx)
+	forwarded := r.WithContext(x.ctx)
 	x.identify(forwarded)
 	if x.gateway.ForwardCredential {
 		forwarded.Header["Authorization"] = []string{"Bearer " + cred.Reveal()}

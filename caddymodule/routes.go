@@ -2,8 +2,15 @@ package caddymodule
 
 import (
 	"fmt"
+	"net"
+	"net/netip"
+	"path"
+	"strconv"
+	"strings"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/intercept"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
@@ -11,29 +18,48 @@ import (
 
 // checkRoutes refuses a configuration in which a backend behind a gateway can be reached in another way: without a key, or
 // with a key of the other environment. It runs at start: routes of all servers are provisioned by then.
+//
+// It compares addresses as they are written, with the spellings of one address folded. Two names of one machine, and
+// handlers of third parties that hold routes of their own, are beyond it; the transport "rekall" is for those.
 func checkRoutes(app *caddyhttp.App) error {
 	c := routeCheck{dialled: map[string]dial{}}
 	for name, server := range app.Servers {
+		c.named, c.invoked = server.NamedRoutes, map[invocation]bool{}
 		c.routes("server "+name, 0, server.Routes)
 		if server.Errors != nil {
 			c.routes("server "+name+", error routes", 0, server.Errors.Routes)
 		}
-		for route, named := range server.NamedRoutes {
-			c.routes("server "+name+", named route "+route, 0, caddyhttp.RouteList{*named})
-		}
 	}
-	return c.err
+	return c.verdict()
 }
 
-// dial is how a backend is reached: behind a gateway in an environment, or bare (0).
+// dial is how a backend is reached: by requests of one environment that a gateway allowed, or by any (0).
 type dial struct {
 	environment apikey.Environment
 	where       string
 }
 
+// invocation is a named route's use in an environment.
+type invocation struct {
+	route       string
+	environment apikey.Environment
+}
+
 type routeCheck struct {
+	named   map[string]*caddyhttp.Route // of the server being walked
+	invoked map[invocation]bool         // so that routes which invoke each other end
 	dialled map[string]dial
+	guarded bool // there is a gateway, or its transport
+	open    string
 	err     error
+}
+
+// verdict returns the first error. An open proxy is one only where there is something to protect from it.
+func (c *routeCheck) verdict() error {
+	if c.err == nil && c.guarded && c.open != "" {
+		return fmt.Errorf("%s: it could lead to a backend of a rekall_gateway; name the addresses", c.open)
+	}
+	return c.err
 }
 
 func (c *routeCheck) routes(where string, env apikey.Environment, routes caddyhttp.RouteList) {
@@ -51,27 +77,95 @@ func (c *routeCheck) handler(where string, env apikey.Environment, handler any) 
 		if h.Errors != nil {
 			c.routes(where+", error routes", env, h.Errors.Routes)
 		}
+	case *caddyhttp.Invoke:
+		c.invoke(where, env, h.Name)
+	case *intercept.Intercept:
+		c.responses(where, env, h.HandleResponse)
 	case *Gateway:
+		c.guarded = true
 		c.handler(where+", rekall_gateway production", apikey.Production, h.production)
 		c.handler(where+", rekall_gateway sandbox", apikey.Sandbox, h.sandbox)
 	case *reverseproxy.Handler:
-		for _, upstream := range h.Upstreams {
-			c.add(upstream.Dial, dial{env, where})
+		c.proxy(where, env, h)
+		c.responses(where, env, h.HandleResponse)
+	}
+}
+
+func (c *routeCheck) responses(where string, env apikey.Environment, handlers []caddyhttp.ResponseHandler) {
+	for _, h := range handlers {
+		c.routes(where+", handle_response", env, h.Routes)
+	}
+}
+
+func (c *routeCheck) invoke(where string, env apikey.Environment, name string) {
+	route, use := c.named[name], invocation{name, env}
+	if route == nil || c.invoked[use] {
+		return
+	}
+	c.invoked[use] = true
+	c.routes(where+", named route "+name, env, caddyhttp.RouteList{*route})
+}
+
+func (c *routeCheck) proxy(where string, env apikey.Environment, h *reverseproxy.Handler) {
+	if t, ok := h.Transport.(*Transport); ok {
+		c.guarded = true
+		if env != 0 && env != t.environment && c.err == nil {
+			c.err = fmt.Errorf("a reverse_proxy for %s stands where only requests of the other environment come (%s): move it", t.environment, where)
+		}
+		env = t.environment
+	}
+	for _, upstream := range h.Upstreams {
+		c.add(upstream.Dial, dial{env, where})
+	}
+	switch source := h.DynamicUpstreams.(type) {
+	case nil:
+	case *reverseproxy.AUpstreams:
+		c.add(net.JoinHostPort(source.Name, source.Port), dial{env, where})
+	case *reverseproxy.SRVUpstreams:
+		c.add("srv "+source.Service+"."+source.Proto+"."+source.Name, dial{env, where})
+	default: // behind a gateway it is the operator's list of that environment's backends
+		if env == 0 {
+			c.open = fmt.Sprintf("a reverse_proxy takes its upstreams from %T (%s)", source, where)
 		}
 	}
 }
 
-func (c *routeCheck) add(address string, d dial) {
+func (c *routeCheck) add(upstream string, d dial) {
+	address := normalize(upstream)
+	if strings.Contains(address, "{") {
+		c.open = fmt.Sprintf("upstream %s depends on the request (%s)", upstream, d.where)
+		return
+	}
 	first, ok := c.dialled[address]
 	switch {
-	case !ok || first.environment == d.environment:
-		if !ok {
-			c.dialled[address] = d
-		}
-	case c.err != nil:
+	case !ok:
+		c.dialled[address] = d
+	case first.environment == d.environment, c.err != nil:
 	case first.environment != 0 && d.environment != 0:
-		c.err = fmt.Errorf("upstream %s is in both environments (%s; %s): give production and sandbox backends of their own", address, first.where, d.where)
+		c.err = fmt.Errorf("upstream %s is in both environments (%s; %s): give production and sandbox backends of their own", upstream, first.where, d.where)
 	default:
-		c.err = fmt.Errorf("upstream %s is behind a rekall_gateway and also reachable without one (%s; %s): remove the other way", address, first.where, d.where)
+		c.err = fmt.Errorf("upstream %s is behind a rekall_gateway and also reachable without one (%s; %s): remove the other way", upstream, first.where, d.where)
 	}
+}
+
+// normalize folds the spellings of one address: case, a dot at the end, the ways to write an IP address, and those to name
+// this machine.
+func normalize(upstream string) string {
+	upstream = caddy.NewReplacer().ReplaceKnown(upstream, "") // what the environment and files say does not change later
+	address, err := caddy.ParseNetworkAddress(upstream)
+	if err != nil {
+		return strings.ToLower(upstream)
+	}
+	if address.IsUnixNetwork() {
+		return "unix/" + path.Clean(address.Host)
+	}
+	host := strings.TrimSuffix(strings.ToLower(address.Host), ".")
+	if ip, err := netip.ParseAddr(host); err == nil {
+		host = ip.Unmap().String()
+	}
+	switch host {
+	case "", "127.0.0.1", "0.0.0.0", "::", "::1":
+		host = "localhost"
+	}
+	return net.JoinHostPort(host, strconv.FormatUint(uint64(address.StartPort), 10))
 }

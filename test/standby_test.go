@@ -1,7 +1,6 @@
 package test
 
 import (
-	"net/http"
 	"strings"
 	"testing"
 	"time"
@@ -18,7 +17,7 @@ func TestStandbyWhoseReplayIsPausedIsNotTrusted(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = standby.Stop(t.Context()) })
-	g := r.start(standardSite, "read_database "+standby.URL(), "refresh 100ms", "max_staleness 3s")
+	g := r.start(standardSite, "read_database "+standby.URL(), "refresh 100ms", "max_staleness "+faultBound.String())
 
 	good, bad := r.key("production", "memories:read"), r.key("production", "memories:read")
 	g.do("GET", "/v1/memories", bearer(good)).wantCode(t, 200, "") // its first request, replayed or not
@@ -27,7 +26,7 @@ func TestStandbyWhoseReplayIsPausedIsNotTrusted(t *testing.T) {
 	g.do("GET", "/v1/memories", bearer(gone)).wantCode(t, 200, "")
 	r.revoke(gone.ID)
 	eventually(t, "a revocation arrives by replication", func() bool {
-		return g.do("GET", "/v1/memories", bearer(gone)).code(t) == "API_KEY_REVOKED"
+		return g.ask(gone) == "API_KEY_REVOKED"
 	})
 
 	pgtest.Exec(t, standby.URL(), "select pg_wal_replay_pause()")
@@ -35,24 +34,23 @@ func TestStandbyWhoseReplayIsPausedIsNotTrusted(t *testing.T) {
 	revoked := time.Now()
 	eventually(t, "nobody can tell", func() bool {
 		began := time.Now()
-		answer := g.do("GET", "/v1/memories", bearer(bad))
-		if answer.StatusCode == http.StatusOK && began.Sub(revoked) > 3*time.Second {
+		code := g.ask(bad)
+		if code == "" && began.Sub(revoked) > faultBound {
 			t.Fatal("a revoked key was let in past the bound")
 		}
-		return answer.StatusCode == http.StatusServiceUnavailable
+		return code == "AUTH_UNAVAILABLE" && g.ask(good) == "AUTH_UNAVAILABLE"
 	})
-	g.do("GET", "/v1/memories", bearer(good)).wantCode(t, 503, "AUTH_UNAVAILABLE")
 
 	pgtest.Exec(t, standby.URL(), "select pg_wal_replay_resume()")
 	eventually(t, "the good key works again", func() bool {
-		code := g.do("GET", "/v1/memories", bearer(good)).code(t)
-		if code != "" && code != "AUTH_UNAVAILABLE" {
+		code := g.ask(good)
+		if code != "" && code != "AUTH_UNAVAILABLE" && code != "cut" {
 			t.Fatalf("a good key got %s", code)
 		}
 		return code == ""
 	})
 	eventually(t, "the revocation arrives", func() bool {
-		return g.do("GET", "/v1/memories", bearer(bad)).code(t) == "API_KEY_REVOKED"
+		return g.ask(bad) == "API_KEY_REVOKED"
 	})
 }
 

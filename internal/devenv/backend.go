@@ -75,6 +75,11 @@ func (b *Backend) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	b.requests.Add(1)
 	b.open.Add(1)
 	defer b.open.Add(-1)
+	// All of it first: until then an HTTP/1.1 server does not notice that the client has gone.
+	bodyBytes, err := io.Copy(io.Discard, r.Body)
+	if err != nil {
+		return
+	}
 	switch r.Header.Get("X-Demo") {
 	case "sse":
 		w.Header().Set("Content-Type", "text/event-stream")
@@ -85,7 +90,7 @@ func (b *Backend) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case "hang":
 		<-r.Context().Done()
 	default:
-		b.echo(w, r)
+		b.echo(w, r, bodyBytes)
 	}
 }
 
@@ -108,16 +113,12 @@ func (b *Backend) stream(w http.ResponseWriter, r *http.Request, chunk []byte, i
 	}
 }
 
-func (b *Backend) echo(w http.ResponseWriter, r *http.Request) {
-	n, err := io.Copy(io.Discard, r.Body)
-	if err != nil {
-		return
-	}
+func (b *Backend) echo(w http.ResponseWriter, r *http.Request, bodyBytes int64) {
 	w.Header().Set("Content-Type", "application/json")
 	encoder := json.NewEncoder(w)
 	encoder.SetIndent("", "  ")
 	_ = encoder.Encode(Echo{EchoData{
 		Backend: b.name, Method: r.Method, Path: r.URL.EscapedPath(), Query: r.URL.RawQuery, Host: r.Host,
-		Headers: r.Header, Trailers: r.Trailer, BodyBytes: n,
+		Headers: r.Header, Trailers: r.Trailer, BodyBytes: bodyBytes,
 	}})
 }

@@ -3,6 +3,7 @@ package devenv_test
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/rekall-ai/gateway/internal/devenv"
@@ -64,10 +65,15 @@ func TestFolderWithoutBothBinariesIsPassedOver(t *testing.T) {
 		"no initdb": folder(t, 0o755, "postgres"), "no postgres": folder(t, 0o755, "initdb"),
 		"not executable": folder(t, 0o644, "initdb", "postgres"), "empty": folder(t, 0), "missing": "/does/not/exist",
 	} {
-		t.Setenv("REKALL_PG_BIN", partial)
-		t.Setenv("PATH", whole)
+		t.Setenv("REKALL_PG_BIN", "")
+		t.Setenv("PATH", partial+":"+whole)
 		if got := binaries(t); got != whole {
-			t.Errorf("%s: found %s, want %s", name, got, whole)
+			t.Errorf("%s on PATH: found %s, want %s", name, got, whole)
+		}
+		// What the user named is not passed over in silence.
+		t.Setenv("REKALL_PG_BIN", partial)
+		if _, err := devenv.Binaries(); err == nil || !strings.Contains(err.Error(), "REKALL_PG_BIN="+partial) {
+			t.Errorf("%s as the variable: %v", name, err)
 		}
 	}
 }

@@ -1,4 +1,12 @@
 package devenv
 
 // What the tests look at besides the package's API.
-var Binaries = binaries
+
+// Binaries returns the folder that a server would be started from.
+func Binaries() (string, error) {
+	folders, err := binaries()
+	if err != nil {
+		return "", err
+	}
+	return folders[0], nil
+}

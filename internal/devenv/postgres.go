@@ -1,484 +1,335 @@
-// Package devenv runs the parts around the gateway on one machine: a private Postgres and demo backends. The dev command
-// and the tests use it.
 package devenv
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
+	"maps"
 	"net"
 	"net/url"
 	"os"
 	"os/exec"
-	"os/user"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
-
-	"github.com/rekall-ai/gateway/internal/apikey"
 )
 
-// ErrNoPostgres says what to do when there are no server binaries.
-var ErrNoPostgres = errors.New("no PostgreSQL server found: install it (Debian: apt-get install postgresql; macOS: brew install postgresql) " +
-	"or set REKALL_PG_BIN to the folder of initdb and postgres")
-
-// PostgresOptions of StartPostgres. The zero value is a throw-away server.
+// PostgresOptions of StartPostgres. The zero value is a throw-away server on a free port.
 type PostgresOptions struct {
-	Dir      string            // where the data is kept; empty: a temporary directory, removed by Stop
-	Settings map[string]string // of postgresql.conf
+	// Dir keeps the data for the next start; it is made if need be. Empty: a temporary directory, removed by Stop.
+	Dir string
+	// Port on 127.0.0.1; 0: a free one.
+	Port int
+	// Settings of postgresql.conf, which win over the defaults of this package.
+	Settings map[string]string
+	// Durable makes a throw-away server wait for the disk, as a kept one always does. Without it a crash of the machine, but
+	// not of the server, loses data.
+	Durable bool
 }
 
-// Postgres is a private server, reached over loopback with a password of its own. It dies with this process.
+// Postgres is a private server, reached over loopback with a password of its own. On Linux it dies with this process;
+// elsewhere the next StartPostgres ends what a killed process left running. Either way that start removes its files.
 type Postgres struct {
+	// Port on 127.0.0.1.
 	Port int
 
-	bin, dir, data, password string
-	temporary                bool
-	settings                 map[string]string
-	credential               *syscall.Credential // of the user that the server runs as; nil: our own
+	options  PostgresOptions
+	bin      string     // folder of initdb and postgres
+	user     *account   // that the server runs as
+	run      *lockedDir // socket and logs, and the data of a throw-away server
+	kept     *lockedDir // nil for a throw-away server
+	data     string     // Postgres's data directory
+	password string
 
-	mu   sync.Mutex
-	proc *process
+	mu      sync.Mutex // held while the server changes its state
+	server  *process   // nil after Kill and Stop
+	stopped bool
 }
 
-// readyPoll is how often the server's pid file is looked at while it starts.
-const readyPoll = 10 * time.Millisecond
-
-// initdbPatience is how long an interrupted initdb may take to clean up.
-const initdbPatience = 10 * time.Second
+var (
+	errNotRunning = errors.New("the server is not running")
+	errPortTaken  = errors.New("it is in use by another program: choose another")
+)
 
 // StartPostgres makes a database cluster, or opens the one that Dir keeps, and starts it. As root it runs the server as
-// user postgres, or nobody, since Postgres refuses root.
-func StartPostgres(ctx context.Context, options PostgresOptions) (_ *Postgres, err error) {
-	p := &Postgres{settings: options.Settings, temporary: options.Dir == ""}
-	if p.bin, err = binaries(); err != nil {
-		return nil, err
-	}
-	if os.Geteuid() == 0 {
-		if p.credential, err = unprivileged(); err != nil {
-			return nil, err
-		}
-	}
-	if err = p.makeDir(options.Dir); err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, p.Stop(context.WithoutCancel(ctx)))
-		}
-	}()
-	if err = p.initialise(ctx); err != nil {
-		return nil, err
-	}
-	return p, p.start(ctx)
-}
-
-// makeDir makes the directory of the cluster, its password and its socket.
-func (p *Postgres) makeDir(kept string) (err error) {
-	if p.temporary {
-		// A socket's path is limited to about 100 bytes, and macOS's temporary directory is longer.
-		if p.dir, err = os.MkdirTemp("/tmp", "rekall-pg-"); err != nil {
-			return fmt.Errorf("make a database directory: %w", err)
-		}
-	} else {
-		if p.dir, err = filepath.Abs(kept); err != nil {
-			return fmt.Errorf("find the database directory: %w", err)
-		}
-		if err = os.MkdirAll(p.dir, 0o700); err != nil {
-			return fmt.Errorf("make the database directory: %w", err)
-		}
-	}
-	p.data = filepath.Join(p.dir, "data")
-	if _, err = os.Stat(p.data); errors.Is(err, os.ErrNotExist) && !p.temporary {
-		if entries, _ := os.ReadDir(p.dir); len(entries) > 0 {
-			return fmt.Errorf("%s holds other files: name an empty or a new directory", p.dir)
-		}
-	}
-	if p.credential != nil {
-		if err = os.Chown(p.dir, int(p.credential.Uid), int(p.credential.Gid)); err != nil {
-			return fmt.Errorf("hand the database directory to the server's user: %w", err)
-		}
-	}
-	return nil
-}
-
-// initialise runs initdb, unless it has been run.
-func (p *Postgres) initialise(ctx context.Context) error {
-	passwordFile := filepath.Join(p.dir, "password")
-	if _, err := os.Stat(filepath.Join(p.data, "PG_VERSION")); err == nil {
-		password, err := os.ReadFile(passwordFile)
-		if err != nil {
-			return fmt.Errorf("read the kept database's password: %w", err)
-		}
-		p.password = string(password)
-		return nil
-	}
-	// Loopback is open to every user of the machine: the password keeps them out.
-	p.password = apikey.RandomText(24)
-	if err := os.WriteFile(passwordFile, []byte(p.password), 0o600); err != nil {
-		return fmt.Errorf("write the database's password: %w", err)
-	}
-	if p.credential != nil {
-		if err := os.Chown(passwordFile, int(p.credential.Uid), int(p.credential.Gid)); err != nil {
-			return fmt.Errorf("hand the password to the server's user: %w", err)
-		}
-	}
-	cmd := p.command(ctx, "initdb", "-D", p.data, "-U", "postgres", "-A", "scram-sha-256", "--pwfile="+passwordFile,
-		"-E", "UTF8", "--locale=C", "--no-sync", "--no-instructions")
-	// Interrupted, it waits for its children and removes what it made. Killed, it would leave half a cluster.
-	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGINT) }
-	cmd.WaitDelay = initdbPatience
-	output, err := cmd.CombinedOutput()
+// user postgres, or nobody, since Postgres refuses root. The context bounds the start only.
+func StartPostgres(ctx context.Context, options PostgresOptions) (*Postgres, error) {
+	p := &Postgres{options: options}
+	err := p.prepare(ctx)
 	if err == nil {
-		return nil
+		err = p.start(ctx)
 	}
-	if _, statErr := os.Stat(p.data); errors.Is(statErr, os.ErrNotExist) {
-		_ = os.Remove(passwordFile) // or the directory would seem to hold other files
-	}
-	if ctx.Err() != nil {
-		return fmt.Errorf("initdb: %w", ctx.Err())
-	}
-	return fmt.Errorf("initdb: %w: %s", err, bytes.TrimSpace(output))
-}
-
-func (p *Postgres) command(ctx context.Context, name string, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, filepath.Join(p.bin, name), args...)
-	cmd.Dir = p.dir // readable by the server's user, which ours may not be
-	cmd.Env = append(os.Environ(), "LC_ALL=C", "HOME="+p.dir)
-	cmd.SysProcAttr = attributes(p.credential)
-	return cmd
-}
-
-// start runs the server and waits until it takes connections.
-func (p *Postgres) start(ctx context.Context) error {
-	const attempts = 3 // another program may take the free port first
-	var err error
-	for range attempts {
-		if p.Port == 0 {
-			if p.Port, err = freePort(); err != nil {
-				return err
-			}
-		}
-		if err = p.startOnce(ctx); err == nil || ctx.Err() != nil || !strings.Contains(err.Error(), "Address already in use") {
-			return err
-		}
-		p.Port = 0
-	}
-	return err
-}
-
-func freePort() (int, error) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
-		return 0, fmt.Errorf("find a free port: %w", err)
+		return nil, fmt.Errorf("start postgres: %w", errors.Join(err, p.release()))
 	}
-	defer func() { _ = listener.Close() }()
-	return listener.Addr().(*net.TCPAddr).Port, nil
-}
-
-func (p *Postgres) startOnce(ctx context.Context) error {
-	args := []string{"-D", p.data, "-k", p.dir, "-p", strconv.Itoa(p.Port), "-c", "listen_addresses=127.0.0.1"}
-	settings := map[string]string{"shared_buffers": "32MB"}
-	if p.temporary {
-		// Not synchronous_commit: without it Kill would undo what was committed just before.
-		settings["fsync"], settings["full_page_writes"] = "off", "off"
-	}
-	for name, value := range p.settings {
-		settings[name] = value
-	}
-	for name, value := range settings {
-		args = append(args, "-c", name+"="+value)
-	}
-	cmd := p.command(context.Background(), "postgres", args...)
-	log := &tail{}
-	cmd.Stdout, cmd.Stderr = log, log
-	// A descriptor of the log that outlives the server must not keep Wait from returning.
-	cmd.WaitDelay = time.Second
-	proc, err := startProcess(cmd)
-	if err != nil {
-		return fmt.Errorf("start postgres: %w", err)
-	}
-	p.mu.Lock()
-	p.proc = proc
-	p.mu.Unlock()
-	for !p.ready(cmd.Process.Pid) {
-		select {
-		case <-proc.done:
-			return fmt.Errorf("postgres ended while starting: %s", log)
-		case <-ctx.Done():
-			return fmt.Errorf("start postgres: %w", ctx.Err())
-		case <-time.After(readyPoll):
-		}
-	}
-	return nil
-}
-
-// ready reads the status that the postmaster writes to the eighth line of its pid file.
-func (p *Postgres) ready(pid int) bool {
-	content, err := os.ReadFile(filepath.Join(p.data, "postmaster.pid"))
-	if err != nil {
-		return false
-	}
-	lines := strings.Split(string(content), "\n")
-	if len(lines) < 8 || lines[0] != strconv.Itoa(pid) {
-		return false
-	}
-	status := strings.TrimSpace(lines[7])
-	return status == "ready" || status == "standby"
+	return p, nil
 }
 
 // URL of the database "postgres" as its superuser.
 func (p *Postgres) URL() string {
-	u := url.URL{Scheme: "postgres", User: url.UserPassword("postgres", p.password),
-		Host: net.JoinHostPort("127.0.0.1", strconv.Itoa(p.Port)), Path: "/postgres", RawQuery: "sslmode=disable"}
+	u := url.URL{
+		Scheme: "postgres", User: url.UserPassword(superuser, p.password),
+		Host: loopback(p.Port), Path: "/postgres", RawQuery: "sslmode=disable",
+	}
 	return u.String()
 }
 
 // SetPassword says that the superuser's password has been changed.
 func (p *Postgres) SetPassword(password string) { p.password = password }
 
-// Stop shuts the server down, gently at first, and removes a temporary directory. It may be called again.
+// Stop shuts the server down and removes what is temporary. It first lets transactions roll back; where that takes longer
+// than some seconds or than the context, it kills. It may be called again, and by several goroutines.
 func (p *Postgres) Stop(ctx context.Context) error {
-	p.Resume()
-	p.stopServer(ctx, syscall.SIGINT, syscall.SIGQUIT)
-	if p.temporary {
-		if err := os.RemoveAll(p.dir); err != nil {
-			return fmt.Errorf("remove the database directory: %w", err)
-		}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.stopped {
+		return nil
+	}
+	p.stopped = true
+	p.shutdown(ctx)
+	if err := p.release(); err != nil {
+		return fmt.Errorf("stop postgres: %w", err)
 	}
 	return nil
 }
 
-// Kill ends the server as a crash does.
+// Kill ends the server and its backends at once, as a crash does. Restart brings it back.
 func (p *Postgres) Kill() {
-	p.signalAll(syscall.SIGKILL)
-	p.stopServer(context.Background())
-}
-
-// Restart starts a server that was stopped by Kill, or stops and starts a running one, on the same port.
-func (p *Postgres) Restart(ctx context.Context) error {
-	p.stopServer(ctx, syscall.SIGINT, syscall.SIGQUIT)
-	return p.start(ctx)
-}
-
-// stopServer sends the signals in turn, and at last kills.
-func (p *Postgres) stopServer(ctx context.Context, signals ...syscall.Signal) {
-	const patience = 5 * time.Second
 	p.mu.Lock()
-	proc := p.proc
-	p.mu.Unlock()
-	if proc == nil {
-		return
+	defer p.mu.Unlock()
+	if p.server != nil {
+		p.server.kill()
+		p.server = nil
 	}
-	for _, signal := range signals {
-		_ = proc.cmd.Process.Signal(signal)
-		select {
-		case <-proc.done:
-			return
-		case <-ctx.Done():
-		case <-time.After(patience):
-		}
-	}
-	p.signalAll(syscall.SIGKILL)
-	<-proc.done
 }
 
-// Pause stops the server and all its backends, so that it hangs and does not refuse.
+// Restart starts the server again on the same port, after Kill or, if it runs, a shutdown.
+func (p *Postgres) Restart(ctx context.Context) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.stopped {
+		return fmt.Errorf("restart postgres: %w", errNotRunning)
+	}
+	p.shutdown(ctx)
+	if err := p.startOnPort(ctx); err != nil {
+		return fmt.Errorf("restart postgres: %w", err)
+	}
+	return nil
+}
+
+// Pause freezes the server and all its backends: connections stay open and nothing answers. It returns once all stand
+// still.
 func (p *Postgres) Pause() {
-	p.signalAll(syscall.SIGSTOP)
-	poll := time.NewTicker(readyPoll)
-	defer poll.Stop()
-	for p.anyRunning() { // a process stops when it next leaves the kernel
-		<-poll.C
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.server != nil {
+		freeze(p.server.running())
 	}
 }
 
 // Resume undoes Pause.
-func (p *Postgres) Resume() { p.signalAll(syscall.SIGCONT) }
-
-// signalAll signals the postmaster and its children, each of which leads a process group of its own.
-func (p *Postgres) signalAll(signal syscall.Signal) {
+func (p *Postgres) Resume() {
 	p.mu.Lock()
-	proc := p.proc
-	p.mu.Unlock()
-	if proc == nil {
-		return
+	defer p.mu.Unlock()
+	if p.server != nil {
+		thaw(p.server.running())
 	}
-	select {
-	case <-proc.done:
-		return // its pid may belong to another process by now
-	default:
-	}
-	// The postmaster must not fork another child meanwhile, and must live for its children to be known as its own.
-	first, last := signal, syscall.Signal(0)
-	if signal == syscall.SIGKILL {
-		first, last = syscall.SIGSTOP, signal
-	}
-	pid := proc.cmd.Process.Pid
-	_ = proc.cmd.Process.Signal(first)
-	for _, child := range children(pid) {
-		_ = syscall.Kill(child, signal)
-	}
-	_ = proc.cmd.Process.Signal(last)
 }
 
-// anyRunning reports whether the server or a child of it is neither stopped nor gone.
-func (p *Postgres) anyRunning() bool {
-	p.mu.Lock()
-	proc := p.proc
-	p.mu.Unlock()
-	if proc == nil {
-		return false
-	}
-	server := proc.cmd.Process.Pid
-	return slices.ContainsFunc(processes(), func(q processStatus) bool {
-		return (q.pid == server || q.parent == server) && !strings.HasPrefix(q.state, "T") && !strings.HasPrefix(q.state, "Z")
-	})
-}
-
-func children(parent int) (pids []int) {
-	for _, p := range processes() {
-		if p.parent == parent {
-			pids = append(pids, p.pid)
-		}
-	}
-	return pids
-}
-
-type processStatus struct {
-	pid, parent int
-	state       string
-}
-
-func processes() (all []processStatus) {
-	output, err := exec.Command("ps", "-A", "-o", "pid=,ppid=,stat=").Output()
+// prepare finds the programs and makes the directories and, unless it is kept from an earlier start, the cluster.
+func (p *Postgres) prepare(ctx context.Context) error {
+	folders, err := binaries()
 	if err != nil {
+		return err
+	}
+	p.bin = folders[0]
+	if p.user, err = serverAccount(); err != nil {
+		return err
+	}
+	sweep()
+	if err := p.makeRunDir(); err != nil {
+		return err
+	}
+	if p.options.Dir != "" {
+		return p.openKept(ctx, folders)
+	}
+	return p.initialise(ctx, p.data)
+}
+
+// makeRunDir makes what is temporary. A throw-away server's data is, too.
+func (p *Postgres) makeRunDir() (err error) {
+	if p.run, err = newRunDir(); err != nil {
+		return err
+	}
+	p.data = filepath.Join(p.run.path, dataName)
+	// The server, another user when we are root, writes its socket here; nobody else may reach it.
+	return p.makeDir(p.socketDir())
+}
+
+// release removes what is temporary and unlocks what is kept.
+func (p *Postgres) release() error {
+	if p.kept != nil {
+		p.kept.unlock()
+	}
+	if p.run == nil {
 		return nil
 	}
-	for line := range strings.Lines(string(output)) {
-		var p processStatus
-		if n, _ := fmt.Sscan(line, &p.pid, &p.parent, &p.state); n == 3 {
-			all = append(all, p)
+	if p.kept == nil {
+		removeSharedMemory(p.data) // Postgres would, at the next start
+	}
+	return p.run.remove()
+}
+
+func (p *Postgres) socketDir() string           { return filepath.Join(p.run.path, "socket") }
+func (p *Postgres) logOf(program string) string { return filepath.Join(p.run.path, program+".log") }
+
+// makeDir makes a directory that only the server's user and root enter.
+func (p *Postgres) makeDir(path string) error {
+	if err := os.Mkdir(path, 0o700); err != nil {
+		return fmt.Errorf("make a directory: %w", err)
+	}
+	return p.user.own(path)
+}
+
+// start starts the server on the port asked for, or on a free one, which another program may take first.
+func (p *Postgres) start(ctx context.Context) error {
+	const attempts = 5
+	if p.Port = p.options.Port; p.Port != 0 {
+		return p.startOnPort(ctx)
+	}
+	var err error
+	for range attempts {
+		if p.Port, err = freePort(); err != nil {
+			return err
+		}
+		if err = p.startOnPort(ctx); !errors.Is(err, errPortTaken) {
+			return err
 		}
 	}
-	return all
+	return err
 }
 
-// process is a child that a thread of ours guards: where the kernel can, it is signalled when that thread dies, and the
-// thread lives as long as the child.
-type process struct {
-	cmd  *exec.Cmd
-	done chan struct{}
+// startOnPort starts the server on its port and waits until it takes connections.
+func (p *Postgres) startOnPort(ctx context.Context) error {
+	server, err := p.launch("postgres", p.arguments()...)
+	if err != nil {
+		return err
+	}
+	if err := p.awaitReady(ctx, server); err != nil {
+		server.kill()
+		return err
+	}
+	p.server = server
+	return nil
 }
 
-func startProcess(cmd *exec.Cmd) (*process, error) {
-	p := &process{cmd: cmd, done: make(chan struct{})}
-	started := make(chan error)
-	go func() {
-		runtime.LockOSThread() // a parent-death signal follows the thread that forked
-		defer runtime.UnlockOSThread()
-		err := cmd.Start()
-		started <- err
-		if err == nil {
-			_ = cmd.Wait()
-			close(p.done)
+func (p *Postgres) arguments() []string {
+	settings := map[string]string{
+		"listen_addresses": "127.0.0.1",
+		"shared_buffers":   "32MB",
+		// In the data directory rather than /dev/shm, where a killed server's segments would outlive it.
+		"dynamic_shared_memory_type": "mmap",
+	}
+	if p.kept == nil && !p.options.Durable {
+		// Not synchronous_commit: with it off, Kill would lose what was committed.
+		settings["fsync"], settings["full_page_writes"] = "off", "off"
+	}
+	maps.Copy(settings, p.options.Settings)
+	// killOrphan knows our servers by the first two.
+	args := []string{"-D", p.data, "-k", p.socketDir(), "-p", strconv.Itoa(p.Port)}
+	for _, name := range slices.Sorted(maps.Keys(settings)) {
+		args = append(args, "-c", name+"="+settings[name])
+	}
+	return args
+}
+
+// awaitReady watches the pid file, of which a killed server may have left an older one.
+func (p *Postgres) awaitReady(ctx context.Context, server *process) error {
+	const interval = 5 * time.Millisecond
+	poll := time.NewTicker(interval)
+	defer poll.Stop()
+	for {
+		if f := readPIDFile(p.data); f.pid == server.pid() && f.ready {
+			return nil
 		}
-	}()
-	return p, <-started
-}
-
-// tail keeps the end of the server's log for error messages.
-type tail struct {
-	mu    sync.Mutex
-	lines []byte
-}
-
-func (t *tail) Write(p []byte) (int, error) {
-	const keep = 2048
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.lines = append(t.lines, p...)
-	t.lines = t.lines[max(0, len(t.lines)-keep):]
-	return len(p), nil
-}
-
-func (t *tail) String() string {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return string(bytes.TrimSpace(t.lines))
-}
-
-var _ io.Writer = (*tail)(nil)
-
-// unprivileged picks the user that runs the server when we are root.
-func unprivileged() (*syscall.Credential, error) {
-	for _, name := range []string{"postgres", "nobody"} {
-		u, err := user.Lookup(name)
-		if err != nil {
-			continue
-		}
-		uid, uidErr := strconv.ParseUint(u.Uid, 10, 32)
-		gid, gidErr := strconv.ParseUint(u.Gid, 10, 32)
-		if uidErr == nil && gidErr == nil {
-			return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}, nil
+		select {
+		case <-server.exited:
+			return p.explainExit("postgres")
+		case <-ctx.Done():
+			return fmt.Errorf("wait until it is ready: %w", ctx.Err())
+		case <-poll.C:
 		}
 	}
-	return nil, errors.New("postgres does not run as root, and there is no user postgres or nobody to run it as: use another user")
 }
 
-// binaries finds the folder of initdb and postgres: the newest in the usual places, unless PATH or the environment say
-// otherwise.
-func binaries() (string, error) {
-	var folders []string
-	if folder := os.Getenv("REKALL_PG_BIN"); folder != "" {
-		folders = append(folders, folder)
+// launch starts a program of Postgres as the server's user. Its output goes to a log.
+func (p *Postgres) launch(name string, args ...string) (*process, error) {
+	log, err := os.OpenFile(p.logOf(name), os.O_CREATE|os.O_WRONLY|os.O_TRUNC|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("make the log: %w", err)
 	}
-	if path, err := exec.LookPath("postgres"); err == nil {
-		if path, err = filepath.EvalSymlinks(path); err == nil {
-			folders = append(folders, filepath.Dir(path))
-		}
+	defer func() { _ = log.Close() }() // the child has its own descriptor
+	cmd := exec.Command(filepath.Join(p.bin, name), args...)
+	cmd.Dir = p.socketDir() // ours may be closed to the server's user
+	cmd.Stdout, cmd.Stderr = log, log
+	// Not our whole environment: it may hold PG… variables, and secrets that are not the server user's to read.
+	cmd.Env = []string{"LC_ALL=C", "TZ=UTC", "PATH=" + os.Getenv("PATH")}
+	if path, ok := os.LookupEnv("LD_LIBRARY_PATH"); ok {
+		cmd.Env = append(cmd.Env, "LD_LIBRARY_PATH="+path)
 	}
-	if path, err := exec.LookPath("pg_config"); err == nil {
-		if output, err := exec.Command(path, "--bindir").Output(); err == nil {
-			folders = append(folders, strings.TrimSpace(string(output)))
-		}
+	cmd.SysProcAttr = childAttributes(p.user)
+	child, err := startProcess(cmd)
+	if errors.Is(err, os.ErrPermission) {
+		return nil, fmt.Errorf("user %s, which runs the server, may not run %s: install Postgres where it may", p.user, cmd.Path)
 	}
-	var usual []string
-	for _, pattern := range []string{
-		"/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/usr/local/pgsql/bin",
-		"/opt/homebrew/opt/postgresql@*/bin", "/usr/local/opt/postgresql@*/bin",
-		"/Applications/Postgres.app/Contents/Versions/*/bin",
+	return child, err
+}
+
+// runProgram runs a program of Postgres to its end.
+func (p *Postgres) runProgram(ctx context.Context, name string, args ...string) error {
+	program, err := p.launch(name, args...)
+	if err != nil {
+		return err
+	}
+	select {
+	case <-program.exited:
+	case <-ctx.Done():
+		program.kill()
+		return fmt.Errorf("%s: %w", name, ctx.Err())
+	}
+	if program.err != nil {
+		return fmt.Errorf("%s: %w", name, p.explainExit(name))
+	}
+	return nil
+}
+
+// shutdown ends the server, with ever less patience. Its exit code is of no interest: it is gone.
+func (p *Postgres) shutdown(ctx context.Context) {
+	if p.server == nil {
+		return
+	}
+	server := p.server
+	p.server = nil
+	thaw(server.running())
+	for _, step := range []struct {
+		signal   syscall.Signal
+		patience time.Duration
+	}{
+		{syscall.SIGINT, 5 * time.Second},  // "fast": ends sessions, writes a checkpoint
+		{syscall.SIGQUIT, 2 * time.Second}, // "immediate": the next start recovers
 	} {
-		found, _ := filepath.Glob(pattern)
-		usual = append(usual, found...)
-	}
-	slices.SortFunc(usual, func(a, b string) int { return version(b) - version(a) })
-	for _, folder := range append(folders, usual...) {
-		if executable(filepath.Join(folder, "initdb")) && executable(filepath.Join(folder, "postgres")) {
-			return folder, nil
+		_ = server.cmd.Process.Signal(step.signal)
+		select {
+		case <-server.exited:
+			return
+		case <-ctx.Done():
+		case <-time.After(step.patience):
 		}
 	}
-	return "", ErrNoPostgres
+	server.kill()
 }
 
-// version is the first number in a path; newer servers have a higher one.
-func version(path string) int {
-	digits := strings.FieldsFunc(path, func(r rune) bool { return r < '0' || r > '9' })
-	if len(digits) == 0 {
-		return 0
-	}
-	n, _ := strconv.Atoi(digits[0])
-	return n
-}
-
-func executable(path string) bool {
-	info, err := os.Stat(path)
-	return err == nil && !info.IsDir() && info.Mode()&0o111 != 0
-}
+func loopback(port int) string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(port)) }

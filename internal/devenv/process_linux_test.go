@@ -1,12 +1,8 @@
 package devenv_test
 
 import (
-	"bufio"
 	"context"
-	"fmt"
-	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -16,30 +12,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/rekall-ai/gateway/internal/devenv"
-	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 )
-
-// ownerVariable makes the test binary the owner of a server in the directory that it names, until it is killed.
-const ownerVariable = "REKALL_TEST_DEVENV_OWNER"
-
-func TestMain(m *testing.M) {
-	if dir := os.Getenv(ownerVariable); dir != "" {
-		os.Exit(own(dir))
-	}
-	os.Exit(m.Run())
-}
-
-func own(dir string) int {
-	server, err := devenv.StartPostgres(context.Background(), devenv.PostgresOptions{Dir: dir})
-	if err != nil {
-		_, _ = fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	_, _ = fmt.Fprintln(os.Stdout, server.URL())
-	_, _ = io.Copy(io.Discard, os.Stdin) // until the test ends, should it not kill us
-	_ = server.Stop(context.Background())
-	return 0
-}
 
 // processes returns the ids of those that work in a directory, as a server and all its children do, even when it is gone.
 func processes(t *testing.T, dir string) (pids []int) {
@@ -125,45 +98,5 @@ func TestKillOfAPausedServerLeavesNoProcess(t *testing.T) {
 	noProcesses(t, dir)
 	if err := server.Restart(t.Context()); err != nil {
 		t.Fatal(err)
-	}
-}
-
-func TestServerDiesWithAProcessThatIsKilled(t *testing.T) {
-	dir := keptDir(t)
-	executable, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	owner := exec.Command(executable)
-	owner.Env = append(os.Environ(), ownerVariable+"="+dir)
-	owner.Stderr = os.Stderr
-	stdin, err := owner.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = stdin.Close() }()
-	stdout, err := owner.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := owner.Start(); err != nil {
-		t.Fatal(err)
-	}
-	url, err := bufio.NewReader(stdout).ReadString('\n')
-	if err != nil {
-		t.Fatal(err)
-	}
-	pgtest.Exec(t, strings.TrimSpace(url), "select 1")
-	if n := len(processes(t, dir)); n < 3 {
-		t.Errorf("%d processes: looked in the wrong place", n)
-	}
-	if err := owner.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
-	_ = owner.Wait()
-	noProcesses(t, dir)
-	// What was kept is good for the next.
-	if got := query[int](t, start(t, devenv.PostgresOptions{Dir: dir}), "select 42"); got != 42 {
-		t.Errorf("got %d", got)
 	}
 }

@@ -4,16 +4,17 @@ package pgtest
 
 import (
 	"context"
+	"crypto/rand"
 	"fmt"
 	"net/url"
 	"os"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 
-	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv"
 )
 
@@ -23,6 +24,7 @@ const serverVariable = "REKALL_TEST_DATABASE_URL"
 const timeout = 60 * time.Second
 
 var shared struct {
+	main   bool // Main runs the tests
 	once   sync.Once
 	server *devenv.Postgres
 	url    string
@@ -33,6 +35,7 @@ var shared struct {
 //
 //	func TestMain(m *testing.M) { pgtest.Main(m) }
 func Main(m interface{ Run() int }) {
+	shared.main = true
 	code := m.Run()
 	if shared.server != nil {
 		if err := shared.server.Stop(context.Background()); err != nil {
@@ -45,6 +48,9 @@ func Main(m interface{ Run() int }) {
 
 func serverURL(t testing.TB) string {
 	t.Helper()
+	if !shared.main {
+		t.Fatal("nobody would stop the server: the package needs func TestMain(m *testing.M) { pgtest.Main(m) }")
+	}
 	shared.once.Do(func() {
 		if shared.url = os.Getenv(serverVariable); shared.url != "" {
 			return
@@ -67,7 +73,7 @@ func serverURL(t testing.TB) string {
 func URL(t testing.TB) string {
 	t.Helper()
 	server := serverURL(t)
-	name := "test_" + apikey.RandomText(16)
+	name := "test_" + strings.ToLower(rand.Text())
 	Exec(t, server, fmt.Sprintf(`create database %q template template0`, name))
 	t.Cleanup(func() { Exec(t, server, fmt.Sprintf(`drop database %q with (force)`, name)) })
 	return withDatabase(t, server, name)
@@ -76,10 +82,14 @@ func URL(t testing.TB) string {
 func withDatabase(t testing.TB, server, name string) string {
 	t.Helper()
 	u, err := url.Parse(server)
-	if err != nil {
-		t.Fatalf("%s is not a URL", serverVariable)
+	if err != nil || u.Scheme != "postgres" && u.Scheme != "postgresql" {
+		t.Fatalf("%s is not a URL: write it as postgres://user:password@host:5432/postgres", serverVariable)
 	}
 	u.Path = "/" + name
+	parameters := u.Query()
+	parameters.Del("dbname") // it would win over the path, and every test share one database
+	parameters.Del("database")
+	u.RawQuery = parameters.Encode()
 	return u.String()
 }
 

@@ -1,0 +1,151 @@
+package caddymodule
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"strconv"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+)
+
+func init() { caddy.RegisterModule(Transport{}) }
+
+// Transport is reverse_proxy's HTTP transport for backends that only requests allowed by a gateway may reach. It refuses
+// every other request with 403, wherever the proxy stands, and does not contact the backend for it. Active health checks
+// pass.
+//
+// Behind a rekall_gateway it changes nothing; it keeps a proxy safe that is one day copied out of its block. It takes all
+// options of the transport "http", and is configured like it:
+//
+//	reverse_proxy prod-1:8080 prod-2:8080 {
+//		transport rekall production {
+//			response_header_timeout 30s
+//		}
+//	}
+type Transport struct {
+	reverseproxy.HTTPTransport
+
+	// The environment of the backends: production or sandbox. Required.
+	Environment string `json:"environment"`
+
+	environment apikey.Environment
+	logger      *zap.Logger
+}
+
+// CaddyModule returns the Caddy module information.
+func (Transport) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "http.reverse_proxy.transport.rekall", New: func() caddy.Module { return new(Transport) }}
+}
+
+// Provision sets up the HTTP transport.
+func (t *Transport) Provision(ctx caddy.Context) error {
+	t.logger = ctx.Logger()
+	var err error
+	if t.environment, err = apikey.ParseEnvironment(t.Environment); err != nil {
+		return fmt.Errorf("transport rekall: %w", err)
+	}
+	return t.HTTPTransport.Provision(ctx)
+}
+
+// UnmarshalCaddyfile reads the transport:
+//
+//	transport rekall production|sandbox {
+//		<options of the transport "http"...>
+//	}
+func (t *Transport) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
+	d.Next()
+	if !d.AllArgs(&t.Environment) {
+		return d.Err("transport rekall takes one argument: production or sandbox")
+	}
+	if _, err := apikey.ParseEnvironment(t.Environment); err != nil {
+		return d.WrapErr(err)
+	}
+	// The environment stands where the HTTP transport expects its own name.
+	return t.HTTPTransport.UnmarshalCaddyfile(d.NewFromNextSegment())
+}
+
+// RoundTrip sends a request that the gateway allowed for this environment, or a health check, and answers all others
+// itself.
+func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
+	d, decided := r.Context().Value(decisionKey{}).(*decision)
+	switch {
+	case decided && d.environment == t.environment, isHealthCheck(r):
+		return t.HTTPTransport.RoundTrip(r)
+	case decided:
+		return t.refuse(r, answers[apikey.Mismatch]), nil
+	}
+	return t.refuse(r, gatewayRequired), nil
+}
+
+var gatewayRequired = answer{http.StatusForbidden, "GATEWAY_REQUIRED", "This resource is not served here.", ""}
+
+// isHealthCheck recognises the proxy's active health checks: every request of a client has variables.
+func isHealthCheck(r *http.Request) bool { return r.Context().Value(caddyhttp.VarsCtxKey) == nil }
+
+// refuse answers in the backend's place. It is no error: the proxy would count that against the backend, and with passive
+// health checks anybody could take it away from those who may use it.
+func (t *Transport) refuse(r *http.Request, a answer) *http.Response {
+	if r.Body != nil {
+		_ = r.Body.Close() // a RoundTripper's duty
+	}
+	requestID := newRequestID()
+	t.logger.Error("refused a request that no rekall_gateway allowed for this environment; move its reverse_proxy into one",
+		zap.String("request_id", requestID), zap.Stringer("environment", t.environment))
+	refused := refusal{header: http.Header{}}
+	a.write(&refused, requestID, nil)
+	return &http.Response{
+		Status:     strconv.Itoa(a.status) + " " + http.StatusText(a.status),
+		StatusCode: a.status,
+		Proto:      "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
+		Header:        refused.header,
+		Body:          io.NopCloser(&refused.body),
+		ContentLength: int64(refused.body.Len()),
+		Request:       r,
+	}
+}
+
+// refusal keeps an answer that is written to it.
+type refusal struct {
+	header http.Header
+	body   bytes.Buffer
+}
+
+func (r *refusal) Header() http.Header         { return r.header }
+func (r *refusal) WriteHeader(int)             {}
+func (r *refusal) Write(p []byte) (int, error) { return r.body.Write(p) }
+
+// decision is the context of a request that the gateway allowed.
+type decision struct {
+	context.Context
+	environment apikey.Environment
+}
+
+type decisionKey struct{}
+
+func (d *decision) Value(key any) any {
+	if key == (decisionKey{}) {
+		return d
+	}
+	return d.Context.Value(key)
+}
+
+var (
+	_ caddy.Provisioner                                = (*Transport)(nil)
+	_ caddy.CleanerUpper                               = (*Transport)(nil)
+	_ caddyfile.Unmarshaler                            = (*Transport)(nil)
+	_ http.RoundTripper                                = (*Transport)(nil)
+	_ reverseproxy.TLSTransport                        = (*Transport)(nil)
+	_ reverseproxy.H2CTransport                        = (*Transport)(nil)
+	_ reverseproxy.HealthCheckSchemeOverriderTransport = (*Transport)(nil)
+	_ reverseproxy.ProxyProtocolTransport              = (*Transport)(nil)
+	_ reverseproxy.RequestHeaderOpsTransport           = (*Transport)(nil)
+)

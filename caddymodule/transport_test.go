@@ -1,0 +1,112 @@
+package caddymodule
+
+import (
+	"context"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+)
+
+// closeCounter is a body that knows whether it was closed.
+type closeCounter struct {
+	io.Reader
+	closed atomic.Bool
+}
+
+func (c *closeCounter) Close() error {
+	c.closed.Store(true)
+	return nil
+}
+
+func TestTransportContactsItsBackendForNobodyButTheGatewayAndHealthChecks(t *testing.T) {
+	var reached atomic.Int64
+	backend := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { reached.Add(1) }))
+	defer backend.Close()
+	cctx, cancel := caddy.NewContext(caddy.Context{Context: context.Background()})
+	defer cancel()
+	transport := &Transport{Environment: "production"}
+	if err := transport.Provision(cctx); err != nil {
+		t.Fatal(err)
+	}
+	ofClient := context.WithValue(t.Context(), caddyhttp.VarsCtxKey, map[string]any{})
+	allowed := func(environment apikey.Environment) context.Context {
+		return context.WithValue(&decision{ofClient, environment}, caddyhttp.OriginalRequestCtxKey, http.Request{})
+	}
+	for name, tc := range map[string]struct {
+		ctx    context.Context
+		status int
+		code   string
+	}{
+		"allowed":              {allowed(apikey.Production), http.StatusOK, ""},
+		"health check":         {context.WithValue(t.Context(), caddyhttp.OriginalRequestCtxKey, http.Request{}), http.StatusOK, ""},
+		"no decision":          {ofClient, http.StatusForbidden, "GATEWAY_REQUIRED"},
+		"decided for sandbox":  {allowed(apikey.Sandbox), http.StatusForbidden, "SANDBOX_PRODUCTION_MISMATCH"},
+		"decided for no place": {allowed(0), http.StatusForbidden, "SANDBOX_PRODUCTION_MISMATCH"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			before := reached.Load()
+			body := &closeCounter{Reader: strings.NewReader("body")}
+			r, err := http.NewRequestWithContext(tc.ctx, "POST", backend.URL, body)
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp, err := transport.RoundTrip(r)
+			if err != nil {
+				t.Fatalf("an error, which the proxy counts against the backend: %v", err)
+			}
+			defer func() { _ = resp.Body.Close() }()
+			content, err := io.ReadAll(resp.Body)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if resp.StatusCode != tc.status || !strings.Contains(string(content), tc.code) {
+				t.Errorf("answer %d %s, want %d %s", resp.StatusCode, content, tc.status, tc.code)
+			}
+			if got := reached.Load() - before; (got == 1) != (tc.status == http.StatusOK) {
+				t.Errorf("the backend was reached %d times", got)
+			}
+			if tc.status != http.StatusOK && !body.closed.Load() {
+				t.Error("the body was not closed")
+			}
+		})
+	}
+}
+
+func TestTransportOfNoEnvironmentIsRefused(t *testing.T) {
+	cctx, cancel := caddy.NewContext(caddy.Context{Context: context.Background()})
+	defer cancel()
+	for _, environment := range []string{"", "live", "none"} {
+		if err := (&Transport{Environment: environment}).Provision(cctx); err == nil {
+			t.Errorf("environment %q is accepted", environment)
+		}
+	}
+}
+
+func TestSpellingsOfOneAddressAreOne(t *testing.T) {
+	t.Setenv("REKALL_TEST_UPSTREAM", "127.0.0.1:80")
+	for _, same := range [][]string{
+		{"localhost:80", "LOCALHOST:80", "127.0.0.1:80", "[::1]:80", ":80", "0.0.0.0:80", "[::ffff:127.0.0.1]:80", "tcp/localhost:80", "tcp4/127.0.0.1:80", "{env.REKALL_TEST_UPSTREAM}"},
+		{"prod-1:8080", "Prod-1:8080", "prod-1.:8080", "tcp/prod-1:8080"},
+		{"[2001:DB8::1]:1", "[2001:db8:0::1]:1"},
+		{"unix//run/a.sock", "unix//run/../run/a.sock"},
+	} {
+		for _, spelling := range same {
+			if got, want := normalize(spelling), normalize(same[0]); got != want {
+				t.Errorf("%s is %s, want %s", spelling, got, want)
+			}
+		}
+	}
+	for _, other := range []string{"localhost:81", "127.0.0.2:80", "prod-1:80", "unix//run/A.sock"} {
+		if normalize(other) == "localhost:80" {
+			t.Errorf("%s is taken for this machine's port 80", other)
+		}
+	}
+}

@@ -1,0 +1,512 @@
+package test
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+)
+
+// raw sends bytes over a connection of their own. It returns the first answer, or a zero reply if there is none, and
+// everything that was received.
+func (g *gateway) raw(request string) (reply, string) {
+	g.t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(g.http, "http://"))
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	if err := conn.SetDeadline(time.Now().Add(30 * time.Second)); err != nil {
+		g.t.Fatal(err)
+	}
+	go func() { _, _ = io.WriteString(conn, request) }() // the answer may come before the server has read it all
+	var received bytes.Buffer
+	method, _, _ := strings.Cut(request, " ") // an answer to HEAD has no body
+	resp, err := http.ReadResponse(bufio.NewReader(io.TeeReader(conn, &received)), &http.Request{Method: method})
+	if err != nil {
+		return reply{}, received.String()
+	}
+	content, err := io.ReadAll(resp.Body)
+	if err != nil {
+		g.t.Fatalf("read the answer: %v", err)
+	}
+	return reply{resp, string(content)}, received.String()
+}
+
+// lines joins a request line and headers to a request without a body.
+func lines(line string, headers ...string) string {
+	return strings.Join(append([]string{line, "Host: api.example"}, headers...), "\r\n") + "\r\n\r\n"
+}
+
+// oddPaths are those with more than one reading: "" as their code is an answer of the server, before there is a request.
+var oddPaths = map[string]string{
+	"/v1/memories/..":                              "PATH_INVALID",
+	"/v1/memories/../entities":                     "PATH_INVALID",
+	"/v1/./memories":                               "PATH_INVALID",
+	"/v1/memories/.":                               "PATH_INVALID",
+	"//v1/memories":                                "PATH_INVALID",
+	"/v1//memories":                                "PATH_INVALID",
+	"/v1/memories//":                               "PATH_INVALID",
+	"/v1/memories/%2e%2e":                          "PATH_INVALID",
+	"/v1/memories/%2E./entities":                   "PATH_INVALID",
+	"/v1/memories%2fx":                             "PATH_INVALID",
+	"/v1/memories%2Fx":                             "PATH_INVALID",
+	"/v1/memories%5c..":                            "PATH_INVALID",
+	`/v1/memories\..\entities`:                     "PATH_INVALID",
+	"/v1/memories%00":                              "PATH_INVALID",
+	"/v1/memories%0d%0aX-A:b":                      "PATH_INVALID",
+	"/v1/memories%252e":                            "PATH_INVALID",
+	"/v1/memories.":                                "PATH_INVALID",
+	"/v1/memories...":                              "PATH_INVALID",
+	"/v1/memories;a=b":                             "PATH_INVALID",
+	"/v1;x/memories":                               "PATH_INVALID",
+	"/v1/memories%3ba=b":                           "PATH_INVALID",
+	"/v1/memories%3Fx=1":                           "PATH_INVALID",
+	"/v1/memories%23":                              "PATH_INVALID",
+	"/v1/memories#x":                               "PATH_INVALID",
+	"/v1/%6demories":                               "PATH_INVALID",
+	"/v1/memories/%ff":                             "PATH_INVALID",
+	"/v1/memories/%c0%ae%c0%ae":                    "PATH_INVALID",
+	"/v1/memories/\xff":                            "PATH_INVALID",
+	"*":                                            "PATH_INVALID",
+	"/v1/memories/" + strings.Repeat("a", 4000):    "PATH_INVALID",
+	"/v1/memories/rk_" + strings.Repeat("a", 45):   "PATH_INVALID",
+	"/v1/memories/%72k_" + strings.Repeat("a", 45): "PATH_INVALID",
+	"/v1/memories/rk_test_" + strings.Repeat("a", 40): "PATH_INVALID",
+	"/v1/memories%zz": "",
+	"v1/memories":     "",
+	"":                "",
+	"?x=1":            "",
+	"http://":         "PATH_INVALID",
+	"http://user:pass@api.example/v1/memories/../x": "PATH_INVALID",
+	"http://api.example//v1/memories":               "PATH_INVALID",
+	"http:v1/memories":                              "PATH_INVALID",
+	"file:///v1/memories/..":                        "PATH_INVALID",
+}
+
+func TestOddPathsAreRefusedWithoutContactingABackend(t *testing.T) {
+	r := newRig(t)
+	g := r.start(standardSite)
+	authorization := "Authorization: " + bearer(r.key("production", "memories:read", "entities:read")).Get("Authorization")
+	for path, code := range oddPaths {
+		for _, version := range []string{"HTTP/1.1", "HTTP/1.0"} {
+			answer, received := g.raw(lines("GET "+path+" "+version, authorization))
+			switch {
+			case answer.Response == nil:
+				t.Errorf("GET %q %s: no answer, %q", path, version, received)
+			case code == "" && answer.StatusCode != http.StatusBadRequest:
+				t.Errorf("GET %q %s: %d %s", path, version, answer.StatusCode, answer.body)
+			case code != "":
+				if got := answer.code(t); got != code {
+					t.Errorf("GET %q %s: %d %s, want %s", path, version, answer.StatusCode, got, code)
+				}
+			}
+		}
+	}
+	if n := r.production.Requests() + r.sandbox.Requests(); n != 0 {
+		t.Errorf("backends were contacted %d times", n)
+	}
+	wantCalm(t, g)
+}
+
+// wantCalm wants no panic in the log.
+func wantCalm(t *testing.T, g *gateway) {
+	t.Helper()
+	if log := g.log.String(); strings.Contains(log, "panic") || strings.Contains(log, "goroutine ") {
+		t.Errorf("a panic:\n%s", tail(log, 4000))
+	}
+}
+
+// TestBackendSeesWhatWasDecidedOn compares what was sent with what the backend received, byte for byte.
+func TestBackendSeesWhatWasDecidedOn(t *testing.T) {
+	r := newRig(t)
+	g := r.start(standardSite)
+	authorization := "Authorization: " + bearer(r.key("production", "memories:read")).Get("Authorization")
+	many := strings.Repeat("a=1&", 2000) + "b"
+	for _, tc := range []struct{ target, path, query string }{
+		{"/v1/memories", "/v1/memories", ""},
+		{"/v1/memories?", "/v1/memories", ""},
+		{"/v1/memories/%3A", "/v1/memories/%3A", ""},
+		{"/v1/memories/%C3%A9", "/v1/memories/%C3%A9", ""},
+		{"/v1/memories/%c3%a9", "/v1/memories/%c3%a9", ""},
+		{"/v1/memories/%40x", "/v1/memories/%40x", ""},
+		{"/v1/memories/a+b", "/v1/memories/a+b", ""},
+		{"/v1/memories/a:b@c!$&'()*,=", "/v1/memories/a:b@c!$&'()*,=", ""},
+		{"/v1/memories/..a", "/v1/memories/..a", ""},
+		{"/v1/memories/a.b", "/v1/memories/a.b", ""},
+		{"/v1/memories/~a_b-c", "/v1/memories/~a_b-c", ""},
+		{"/v1/memories?a=1;b=2;;c&&d=%zz&e=%00&=x&é=1", "/v1/memories", "a=1;b=2;;c&&d=%zz&e=%00&=x&é=1"},
+		{"/v1/memories?_method=DELETE&x=../..//%2e%2e", "/v1/memories", "_method=DELETE&x=../..//%2e%2e"},
+		{"/v1/memories?" + many, "/v1/memories", many},
+		{"/v1/memories/é\"", "/v1/memories/%C3%A9%22", ""}, // escaped before the decision
+		{"http://api.example/v1/memories?a", "/v1/memories", "a"},
+		{"http:/v1/memories", "/v1/memories", ""},
+		{"http://user:pass@other.example:1/v1/memories", "/v1/memories", ""},
+	} {
+		for _, method := range []string{"GET", "HEAD"} {
+			for _, version := range []string{"HTTP/1.1", "HTTP/1.0"} {
+				before := r.production.Requests()
+				answer, received := g.raw(lines(method+" "+tc.target+" "+version, authorization, "Connection: close"))
+				if answer.Response == nil || answer.StatusCode != http.StatusOK || r.production.Requests()-before != 1 {
+					t.Errorf("%s %.60q %s: %q", method, tc.target, version, tail(received, 600))
+					continue
+				}
+				if method == "HEAD" {
+					continue
+				}
+				if e := answer.echo(t); e.Method != method || e.Path != tc.path || e.Query != tc.query {
+					t.Errorf("%s %.60q %s: the backend received %s %q ?%.60q", method, tc.target, version, e.Method, e.Path, e.Query)
+				}
+			}
+		}
+	}
+}
+
+func TestTricksAtTheDoorHaveADefinedAnswer(t *testing.T) {
+	r := newRig(t)
+	g := r.start(standardSite)
+	secret, other := r.key("production", "memories:read", "memories:write"), r.key("production", "memories:read")
+	key, second := secret.Key.Reveal(), other.Key.Reveal()
+	auth := "Authorization: Bearer " + key
+	const get = "GET /v1/memories HTTP/1.1"
+	for _, tc := range []struct {
+		name, request string
+		status        int
+		code          string // "" is an answer of the backend, or of the server
+	}{
+		{"TRACE", lines("TRACE /v1/memories HTTP/1.1", auth), 405, "METHOD_NOT_ALLOWED"},
+		{"CONNECT", "CONNECT api.example:443 HTTP/1.1\r\nHost: api.example:443\r\n" + auth + "\r\n\r\n", 405, "METHOD_NOT_ALLOWED"},
+		{"CONNECT to a path", lines("CONNECT /v1/memories HTTP/1.1", auth), 405, "METHOD_NOT_ALLOWED"},
+		{"OPTIONS *", lines("OPTIONS * HTTP/1.1", auth), 200, ""},
+		{"unknown method", lines("FETCH /v1/memories HTTP/1.1", auth), 405, "METHOD_NOT_ALLOWED"},
+		{"lower case", lines("get /v1/memories HTTP/1.1", auth), 405, "METHOD_NOT_ALLOWED"},
+		{"bad method", lines("G(T /v1/memories HTTP/1.1", auth), 400, ""},
+		{"no version", "GET /v1/memories\r\n\r\n", 400, ""},
+		{"HTTP/0.9", lines("GET /v1/memories HTTP/0.9", auth), 505, ""},
+		{"HTTP/1.2", lines("GET /v1/memories HTTP/1.2", auth), 200, ""},
+		{"HTTP/2.0", lines("GET /v1/memories HTTP/2.0", auth), 505, ""},
+		{"no host", get + "\r\n" + auth + "\r\n\r\n", 400, ""},
+		{"HTTP/1.0 without a host", "GET /v1/memories HTTP/1.0\r\n" + auth + "\r\n\r\n", 200, ""},
+		{"two hosts", lines(get, auth, "Host: b"), 400, ""},
+		{"no key", lines(get), 401, "API_KEY_MISSING"},
+		{"key twice", lines(get, auth, auth), 200, ""},
+		{"two keys", lines(get, auth, "Authorization: Bearer "+second), 400, "API_KEY_AMBIGUOUS"},
+		{"key and garbage", lines(get, auth, "Authorization: Bearer x"), 400, "API_KEY_AMBIGUOUS"},
+		{"key and Basic", lines(get, auth, "Authorization: Basic dTpw"), 200, ""},
+		{"list", lines(get, auth+", Bearer "+second), 401, "API_KEY_INVALID"},
+		{"list of schemes", lines(get, "Authorization: Basic dTpw, Bearer "+key), 401, "API_KEY_INVALID"},
+		{"tab", lines(get, "Authorization: Bearer\t"+key), 200, ""},
+		{"spaces", lines(get, "Authorization:    bEaReR    "+key+"   "), 200, ""},
+		{"no-break space", lines(get, "Authorization: Bearer \u00a0"+key), 401, "API_KEY_INVALID"},
+		{"quotes", lines(get, `Authorization: Bearer "`+key+`"`), 401, "API_KEY_INVALID"},
+		{"folded", lines(get, "Authorization: Bearer\r\n "+key), 200, ""},
+		{"folded key", lines(get, "X-Api-Key: "+key[:20]+"\r\n "+key[20:]), 401, "API_KEY_INVALID"},
+		{"NUL", lines(get, "X-Api-Key: "+key+"\x00"), 400, ""},
+		{"NUL elsewhere", lines(get, auth, "X-A: \x00"), 400, ""},
+		{"non-ASCII name", lines(get, auth, "X-Ä: 1"), 400, ""},
+		{"non-ASCII value", lines(get, auth, "X-A: \xff\xfe"), 200, ""},
+		{"space before the colon", lines(get, "X-Api-Key : "+key), 400, ""},
+		{"no colon", lines(get, auth, "X-A"), 400, ""},
+		{"bare LF", strings.ReplaceAll(lines(get, auth), "\r\n", "\n"), 200, ""},
+		{"underscores in the name", lines(get, "X_Api_Key: "+key), 401, "API_KEY_MISSING"},
+		{"1 MiB header", lines(get, auth, "X-A: "+strings.Repeat("a", 1<<20)), 431, ""},
+		{"100,000 headers", lines(get, strings.Repeat("X-A: 1\r\n", 100_000)+auth), 431, ""},
+		{"10,000 parameters", lines("GET /v1/memories?"+strings.Repeat("a=1&", 10_000)+"b HTTP/1.1", auth), 431, ""},
+		{"2,000 keys", lines("GET /v1/memories?" + strings.Repeat("api_key=&", 1_500) + "api_key=" + key + " HTTP/1.1"), 200, ""},
+		{"two lengths", lines("POST /v1/memories HTTP/1.1", auth, "Content-Length: 1", "Content-Length: 2") + "ab", 400, ""},
+		{"negative length", lines("POST /v1/memories HTTP/1.1", auth, "Content-Length: -1"), 400, ""},
+		{"chunked twice", lines("POST /v1/memories HTTP/1.1", auth, "Transfer-Encoding: chunked", "Transfer-Encoding: chunked") + "0\r\n\r\n", 501, ""},
+		{"unknown encoding", lines("POST /v1/memories HTTP/1.1", auth, "Transfer-Encoding: xchunked") + "0\r\n\r\n", 501, ""},
+		{"key in trailers only", lines("POST /v1/memories HTTP/1.1", "Transfer-Encoding: chunked", "Trailer: Authorization, X-Api-Key") +
+			"0\r\n" + auth + "\r\nX-Api-Key: " + key + "\r\n\r\n", 401, "API_KEY_MISSING"},
+		{"h2c", lines(get, auth, "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA"), 200, ""},
+		{"expectation", lines(get, auth, "Expect: 200-maybe"), 417, ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			before := r.production.Requests() + r.sandbox.Requests()
+			answer, received := g.raw(tc.request)
+			if answer.Response == nil {
+				t.Fatalf("no answer: %q", received)
+			}
+			if answer.StatusCode != tc.status {
+				t.Errorf("answer %d %s, want %d %s", answer.StatusCode, tail(answer.body, 500), tc.status, tc.code)
+			}
+			if tc.code != "" {
+				answer.wantCode(t, tc.status, tc.code)
+			}
+			reached := r.production.Requests() + r.sandbox.Requests() - before
+			if wanted := tc.status == 200 && tc.name != "OPTIONS *"; (reached == 1) != wanted || reached > 1 {
+				t.Errorf("a backend was contacted %d times", reached)
+			}
+			if strings.Contains(received, key) {
+				t.Error("the answer holds the key")
+			}
+		})
+	}
+	wantCalm(t, g)
+}
+
+func TestNoSpellingOfAnIdentityHeaderReachesTheBackend(t *testing.T) {
+	r := newRig(t)
+	g := r.start(standardSite)
+	key := r.key("production", "memories:read", "memories:write")
+	auth := "Authorization: " + bearer(key).Get("Authorization")
+	var spoofed []string
+	for _, name := range []string{
+		"X-Rekall-Key-Id", "x-rekall-key-id", "X-REKALL-ACCOUNT", "X-Rekall-Environment", "X-Rekall-Scopes", "X-Rekall-New", "X-Request-Id",
+		"X_Rekall_Key_Id", "X-Rekall_Key.Id", "x.rekall.account", "X_REQUEST_ID", "X-Rekall-Version-", "X-Rekall_Version",
+		"X-HTTP-Method-Override", "X-HTTP-Method", "X-Method-Override", "X_Http_Method_Override",
+	} {
+		spoofed = append(spoofed, name+": spoofed", name+": spoofed, again")
+	}
+	for name, request := range map[string]string{
+		"headers":               lines("GET /v1/memories HTTP/1.1", append(spoofed, auth)...),
+		"Connection names ours": lines("GET /v1/memories HTTP/1.1", auth, "Connection: X-Rekall-Key-Id, X-Rekall-Account, X-Request-Id", "Connection: X-Rekall-Scopes, X-Rekall-Environment"),
+		"with an upgrade":       lines("GET /v1/memories HTTP/1.1", auth, "Connection: Upgrade, X-Rekall-Key-Id, X-Rekall-Account, X-Request-Id", "Upgrade: websocket", "Connection: X-Rekall-Scopes", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13"),
+		"trailers": lines("POST /v1/memories HTTP/1.1", auth, "Transfer-Encoding: chunked", "Trailer: X-Rekall-Key-Id, X-Other") +
+			"2\r\nab\r\n0\r\nX-Rekall-Key-Id: spoofed\r\nX-Other: spoofed\r\nx-rekall-scopes: spoofed\r\n\r\n",
+		"TE trailers": lines("POST /v1/memories HTTP/1.1", auth, "TE: trailers", "Transfer-Encoding: chunked", "Trailer: X-Other") +
+			"0\r\nX-Other: spoofed\r\nX-Rekall-Account: spoofed\r\n\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			answer, received := g.raw(request)
+			if answer.Response == nil || answer.StatusCode != http.StatusOK {
+				t.Fatalf("answer %q", received)
+			}
+			wantIdentity(t, answer, key.ID)
+		})
+	}
+}
+
+// wantIdentity wants the backend to have received the gateway's word and no other.
+func wantIdentity(t *testing.T, answer reply, id string) {
+	t.Helper()
+	e := answer.echo(t)
+	if strings.Contains(answer.body, "spoofed") || len(e.Trailers) != 0 {
+		t.Errorf("the backend received %v, trailers %v", e.Headers, e.Trailers)
+	}
+	for name, wanted := range map[string]string{
+		"X-Rekall-Key-Id": id, "X-Rekall-Account": "acme", "X-Rekall-Environment": e.Backend, "X-Request-Id": answer.Header.Get("X-Request-Id"),
+	} {
+		if got := e.Headers[name]; len(got) != 1 || got[0] != wanted {
+			t.Errorf("the backend received %s %q, want %q", name, got, wanted)
+		}
+	}
+	for _, name := range []string{"Http2-Settings", "Trailer"} {
+		if v, ok := e.Headers[name]; ok {
+			t.Errorf("the backend received %s %q", name, v)
+		}
+	}
+	if upgrade := e.Headers.Get("Upgrade"); upgrade != "" && upgrade != "websocket" {
+		t.Errorf("the backend received Upgrade %q", upgrade)
+	}
+}
+
+// TestHeadersThatRedirectABackendDoNotReachIt is about those that some frameworks take for the request's path.
+func TestHeadersThatRedirectABackendDoNotReachIt(t *testing.T) {
+	r := newRig(t)
+	g := r.start(standardSite)
+	h := bearer(r.key("production", "memories:read"))
+	h["X-Original-Url"], h["X-Rewrite-Url"] = []string{"/v1/entities"}, []string{"/v1/entities"}
+	e := g.do("GET", "/v1/memories", h).echo(t)
+	for _, name := range []string{"X-Original-Url", "X-Rewrite-Url"} {
+		if v := e.Headers.Get(name); v != "" {
+			t.Errorf("the backend received %s %s", name, v)
+		}
+	}
+}
+
+func TestEachRequestOfAConnectionIsDecidedOnItsOwn(t *testing.T) {
+	r := newRig(t)
+	g := r.start(standardSite)
+	auth := "Authorization: " + bearer(r.key("production", "memories:read", "memories:write")).Get("Authorization")
+	hidden := lines("GET /v1/memories/hidden HTTP/1.1", "Connection: close")
+	for name, request := range map[string]string{
+		"pipelined":          lines("GET /v1/memories HTTP/1.1", auth) + hidden,
+		"after a length":     lines("POST /v1/memories HTTP/1.1", auth, "Content-Length: 2") + "ab" + hidden,
+		"after chunks":       lines("POST /v1/memories HTTP/1.1", auth, "Transfer-Encoding: chunked") + "0\r\n\r\n" + hidden,
+		"length and chunks":  lines("POST /v1/memories HTTP/1.1", auth, "Content-Length: 100", "Transfer-Encoding: chunked") + "0\r\n\r\n" + hidden,
+		"body of a GET":      lines("GET /v1/memories HTTP/1.1", auth, fmt.Sprintf("Content-Length: %d", len(hidden))) + hidden,
+		"h2c upgrade":        lines("GET /v1/memories HTTP/1.1", auth, "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA") + hidden,
+		"unfinished upgrade": lines("GET /v1/memories HTTP/1.1", auth, "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13") + hidden,
+	} {
+		t.Run(name, func(t *testing.T) {
+			before := r.production.Requests()
+			answer, received := g.raw(request)
+			if answer.Response == nil || answer.StatusCode != http.StatusOK {
+				t.Fatalf("answer %q", received)
+			}
+			if e := answer.echo(t); strings.Contains(e.Path, "hidden") {
+				t.Error("the hidden request was answered")
+			}
+			// What follows on the connection is answered by the gateway, or not at all.
+			if n := r.production.Requests() - before; n != 1 {
+				t.Errorf("the backend was contacted %d times", n)
+			}
+			if got := r.sandbox.Requests(); got != 0 {
+				t.Errorf("the sandbox was contacted %d times", got)
+			}
+		})
+	}
+}
+
+// h2Answer is what came back on an HTTP/2 stream.
+type h2Answer struct {
+	status string // "" if the stream or the connection was reset
+	body   string
+}
+
+// h2 sends one HTTP/2 request, frame by frame, as no proper client would.
+func (g *gateway) h2(t *testing.T, fields [][2]string, body string, trailers [][2]string) h2Answer {
+	t.Helper()
+	scheme, address, _ := strings.Cut(g.http, "://")
+	conn, err := net.Dial("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if scheme == "https" {
+		conn = tls.Client(conn, &tls.Config{InsecureSkipVerify: true, ServerName: "localhost", NextProtos: []string{"h2"}})
+	}
+	defer func() { _ = conn.Close() }()
+	if err := conn.SetDeadline(time.Now().Add(30 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.WriteString(conn, http2.ClientPreface); err != nil {
+		t.Fatal(err)
+	}
+	framer := http2.NewFramer(conn, conn)
+	framer.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+	var block bytes.Buffer
+	encoder := hpack.NewEncoder(&block)
+	headers := func(fields [][2]string, end bool) error {
+		block.Reset()
+		for _, f := range fields {
+			_ = encoder.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]}) // a buffer never fails
+		}
+		return framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndHeaders: true, EndStream: end})
+	}
+	steps := []func() error{
+		func() error { return framer.WriteSettings() },
+		func() error { return headers(fields, body == "" && trailers == nil) },
+	}
+	if body != "" {
+		steps = append(steps, func() error { return framer.WriteData(1, trailers == nil, []byte(body)) })
+	}
+	if trailers != nil {
+		steps = append(steps, func() error { return headers(trailers, true) })
+	}
+	for _, step := range steps {
+		if err := step(); err != nil {
+			break // the server may have reset the connection; what it said comes below
+		}
+	}
+	var answer h2Answer
+	for {
+		frame, err := framer.ReadFrame()
+		if err != nil {
+			return answer
+		}
+		switch f := frame.(type) {
+		case *http2.MetaHeadersFrame:
+			answer.status = f.PseudoValue("status")
+		case *http2.DataFrame:
+			answer.body += string(f.Data())
+		case *http2.RSTStreamFrame:
+			return answer
+		}
+		if frame.Header().StreamID == 1 && frame.Header().Flags.Has(http2.FlagDataEndStream) {
+			return answer
+		}
+	}
+}
+
+func TestTricksOverHTTP2HaveADefinedAnswer(t *testing.T) {
+	r := newRig(t)
+	t.Run("cleartext", func(t *testing.T) { wantH2Answers(t, r, r.of(t).start(standardSite)) })
+	t.Run("TLS", func(t *testing.T) { wantH2Answers(t, r, r.of(t).startTLS(standardSite)) })
+}
+
+// startTLS is start with certificates of Caddy's own.
+func (r *rig) startTLS(site string) *gateway {
+	r.t.Helper()
+	g := r.start(strings.Replace(site, "http://:PORT {", "https://localhost:PORT {\ntls internal", 1))
+	g.http = strings.Replace(g.http, "http://127.0.0.1", "https://localhost", 1)
+	eventually(r.t, "the gateway has its certificate", func() bool {
+		resp, err := client.Get(g.http)
+		if err == nil {
+			_ = resp.Body.Close()
+		}
+		return err == nil
+	})
+	return g
+}
+
+func wantH2Answers(t *testing.T, r *rig, g *gateway) {
+	t.Helper()
+	scheme, address, _ := strings.Cut(g.http, "://")
+	key := r.key("production", "memories:read", "memories:write")
+	auth := [2]string{"authorization", "Bearer " + key.Key.Reveal()}
+	request := func(method, path string, more ...[2]string) [][2]string {
+		return append([][2]string{{":method", method}, {":scheme", scheme}, {":authority", address}, {":path", path}}, more...)
+	}
+	for _, tc := range []struct {
+		name     string
+		fields   [][2]string
+		body     string
+		trailers [][2]string
+		status   string // "" for a reset
+		code     string
+	}{
+		{"plain", request("GET", "/v1/memories", auth), "", nil, "200", ""},
+		{"no key", request("GET", "/v1/memories"), "", nil, "401", "API_KEY_MISSING"},
+		{"key in two fields", request("GET", "/v1/memories", auth, auth), "", nil, "200", ""},
+		{"TRACE", request("TRACE", "/v1/memories", auth), "", nil, "405", "METHOD_NOT_ALLOWED"},
+		{"CONNECT", [][2]string{{":method", "CONNECT"}, {":authority", address}, auth}, "", nil, "405", "METHOD_NOT_ALLOWED"},
+		{"extended CONNECT", request("CONNECT", "/v1/memories", auth)[:4:4], "", nil, "", ""},
+		{"WebSocket by CONNECT", append([][2]string{{":protocol", "websocket"}}, request("CONNECT", "/v1/memories", auth)...), "", nil, "", ""},
+		{"OPTIONS *", request("OPTIONS", "*", auth), "", nil, "200", ""},
+		{"GET *", request("GET", "*", auth), "", nil, "400", "PATH_INVALID"},
+		{"absolute path", request("GET", "https://localhost/v1/memories", auth), "", nil, "", ""},
+		{"relative path", request("GET", "v1/memories", auth), "", nil, "", ""},
+		{"empty path", request("GET", "", auth), "", nil, "", ""},
+		{"space in the path", request("GET", "/v1/memories HTTP/1.1\r\nX-A: b", auth), "", nil, "", ""},
+		{"dots", request("GET", "/v1/memories/../entities", auth), "", nil, "400", "PATH_INVALID"},
+		{"double slash", request("GET", "//v1/memories", auth), "", nil, "400", "PATH_INVALID"},
+		{"encoded slash", request("GET", "/v1/memories%2fx", auth), "", nil, "400", "PATH_INVALID"},
+		{"backslash", request("GET", `/v1\memories`, auth), "", nil, "400", "PATH_INVALID"},
+		{"NUL", request("GET", "/v1/memories\x00", auth), "", nil, "", ""},
+		{"two paths", request("GET", "/v1/memories", [2]string{":path", "/v1/entities"}, auth), "", nil, "", ""},
+		{"upper case", request("GET", "/v1/memories", [2]string{"Authorization", auth[1]}), "", nil, "", ""},
+		{"line break", request("GET", "/v1/memories", auth, [2]string{"x-a", "b\r\nX-Rekall-Key-Id: spoofed"}), "", nil, "", ""},
+		{"connection", request("GET", "/v1/memories", auth, [2]string{"connection", "x-rekall-key-id"}), "", nil, "400", ""},
+		{"transfer-encoding", request("POST", "/v1/memories", auth, [2]string{"transfer-encoding", "chunked"}), "0\r\n\r\n", nil, "400", ""},
+		{"identity in trailers", request("POST", "/v1/memories", auth, [2]string{"trailer", "x-rekall-key-id"}), "ab",
+			[][2]string{{"x-rekall-key-id", "spoofed"}, {"x-other", "spoofed"}}, "200", ""},
+		{"10,000 parameters", request("GET", "/v1/memories?"+strings.Repeat("a=1&", 3_000), auth), "", nil, "200", ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			before := r.production.Requests() + r.sandbox.Requests()
+			got := g.h2(t, tc.fields, tc.body, tc.trailers)
+			reached := r.production.Requests() + r.sandbox.Requests() - before
+			if got.status != tc.status || !strings.Contains(got.body, tc.code) {
+				t.Errorf("answer %q %s, want %q %s", got.status, got.body, tc.status, tc.code)
+			}
+			if wanted := tc.status == "200" && tc.name != "OPTIONS *"; reached > 1 || (reached == 1) != wanted {
+				t.Errorf("a backend was contacted %d times", reached)
+			}
+			if strings.Contains(got.body, "spoofed") || strings.Contains(got.body, key.Key.Reveal()) {
+				t.Errorf("the answer is %s", got.body)
+			}
+		})
+	}
+	wantCalm(t, g)
+}

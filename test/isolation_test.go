@@ -1,0 +1,223 @@
+package test
+
+import (
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+)
+
+// block is a rekall_gateway directive with whatever stands in its two blocks.
+func block(production, sandbox string) string {
+	return "rekall_gateway {\n production {\n" + production + "\n }\n sandbox {\n" + sandbox + "\n }\n}\n"
+}
+
+var standardBlock = block("reverse_proxy PRODUCTION", "reverse_proxy SANDBOX")
+
+// guarded is a reverse_proxy whose transport asks for a decision.
+func guarded(environment string) string {
+	return "reverse_proxy " + strings.ToUpper(environment) + " {\n transport rekall " + environment + "\n}\n"
+}
+
+func TestNoOrderOfDirectivesLeadsPastTheGateway(t *testing.T) {
+	r := newRig(t)
+	for _, tc := range []struct {
+		name, site string
+		before     string // the site: snippets and named routes
+		serves     bool   // whether requests with a good key reach their backend
+	}{
+		{name: "plain", site: standardBlock, serves: true},
+		{name: "guarded within", site: block(guarded("production"), guarded("sandbox")), serves: true},
+		{name: "guarded proxy above", site: guarded("production") + standardBlock, serves: true}, // directives are sorted
+		{name: "guarded proxy first in route", site: "route {\n" + guarded("production") + standardBlock + "}"},
+		{name: "guarded proxy first in handle", site: "handle {\n" + guarded("sandbox") + standardBlock + "}", serves: true},
+		{name: "guarded proxy after", site: "route {\n" + standardBlock + guarded("production") + "}", serves: true},
+		{name: "guarded proxy alone", site: guarded("production")},
+		{name: "handle", site: "handle /v1/* {\n" + standardBlock + "}\nhandle {\n" + guarded("production") + "}", serves: true},
+		{name: "handle that does not match", site: "handle /v2/* {\n" + standardBlock + "}\nhandle {\n" + guarded("production") + "}"},
+		{name: "two gateways", site: standardBlock + standardBlock, serves: true},
+		{name: "gateway in a gateway", site: block(standardBlock, standardBlock), serves: true},
+		{name: "two gateways in route", site: "route {\n" + block("respond 418", "respond 418") + standardBlock + "}"},
+		{name: "gateways by path", site: "handle /v1/memories* {\n" + standardBlock + "}\nhandle {\n" + standardBlock + "}", serves: true},
+		{name: "empty blocks", site: block("", "") + guarded("production")},
+		{name: "error routes", site: block("error 500", "error 500") + "handle_errors {\n" + guarded("production") + "}"},
+		{name: "error routes of a gateway", site: "route {\nerror 500\n}\nhandle_errors {\n" + standardBlock + "}", serves: true},
+		{name: "error routes after a gateway", site: block("error 500", "error 500") + "handle_errors {\n" + standardBlock + "}", serves: true},
+		{name: "named routes", before: "&(production) {\n reverse_proxy PRODUCTION\n}\n&(sandbox) {\n reverse_proxy SANDBOX\n}\n",
+			site: block("invoke production", "invoke sandbox"), serves: true},
+		{name: "named gateway", before: "&(gateway) {\n" + standardBlock + "}\n", site: "invoke gateway\n", serves: true},
+		{name: "snippets", before: "(proxy) {\n reverse_proxy {args[0]}\n}\n",
+			site: block("import proxy PRODUCTION", "import proxy SANDBOX"), serves: true},
+		{name: "rewrite before", site: "rewrite * /v1/memories\n" + standardBlock, serves: true},
+		{name: "rewrite to what nobody may ask", site: "rewrite * /v1/memories/../entities\n" + standardBlock},
+		{name: "rewrite within", site: block("rewrite * /internal{uri}\nreverse_proxy PRODUCTION", "uri strip_prefix /v1\nreverse_proxy SANDBOX"), serves: true},
+		{name: "rewritten by the proxy", site: block("reverse_proxy PRODUCTION {\n rewrite /internal{uri}\n}", "reverse_proxy SANDBOX {\n method PUT\n}"), serves: true},
+		{name: "intercepted", site: "intercept {\n @any status 4xx\n handle_response @any {\n" + guarded("production") + "}\n}\n" + standardBlock, serves: true},
+		{name: "responses handled", site: block("reverse_proxy PRODUCTION {\n handle_response {\n copy_response\n }\n}", "reverse_proxy SANDBOX"), serves: true},
+		{name: "response handled by a backend of ours", site: "reverse_proxy 127.0.0.1:1 {\n transport rekall production\n handle_response {\n" + guarded("production") + "}\n}\n"},
+		{name: "authenticated elsewhere", site: "forward_auth PRODUCTION {\n uri /v1/memories\n transport rekall production\n}\nrespond 418"},
+		{name: "dynamic upstreams", site: block("reverse_proxy {\n dynamic a localhost "+port(r.production.Address())+" {\n versions ipv4\n }\n}", "reverse_proxy SANDBOX"), serves: true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			r := r.of(t)
+			g := r.start(tc.before + "http://:PORT {\nbind 127.0.0.1\nlog\n" + tc.site + "\n}\n")
+			wantIsolation(t, r, g, tc.serves)
+		})
+	}
+}
+
+func port(address string) string {
+	_, port, _ := net.SplitHostPort(address)
+	return port
+}
+
+// of is the same rig for a subtest.
+func (r *rig) of(t *testing.T) *rig {
+	sub := *r
+	sub.t = t
+	return &sub
+}
+
+// wantIsolation sends requests with all sorts of keys and none. No backend may see any but those with a good key of its own
+// environment, and those it must see if the site serves.
+func wantIsolation(t *testing.T, r *rig, g *gateway, serves bool) {
+	t.Helper()
+	revoked := r.key("production", "memories:read")
+	r.revoke(revoked.ID)
+	forged := http.Header{"X-Rekall-Key-Id": {"1"}, "X-Rekall-Environment": {"production"}, "X-Rekall-Scopes": {"memories:read"}}
+	for name, tc := range map[string]struct {
+		header      http.Header
+		environment string
+	}{
+		"no key":         {nil, ""},
+		"forged headers": {forged, ""},
+		"not a key":      {http.Header{"Authorization": {"Bearer hello"}}, ""},
+		"unknown":        {http.Header{"X-Api-Key": {apikey.Generate(apikey.Production)}}, ""},
+		"revoked":        {bearer(revoked), ""},
+		"production":     {bearer(r.key("production", "memories:read")), "production"},
+		"sandbox":        {bearer(r.key("sandbox", "memories:read")), "sandbox"},
+	} {
+		for _, path := range []string{"/v1/memories", "/v1/memories?x=1", "/", "/v1/memories/../x", "//v1/memories", "/v1/%6demories"} {
+			production, sandbox := r.production.Requests(), r.sandbox.Requests()
+			answer, err := send("GET", g.http+path, tc.header, nil) // Caddy's intercept may answer with two lengths: an error here
+			production, sandbox = r.production.Requests()-production, r.sandbox.Requests()-sandbox
+			if production > 0 && tc.environment != "production" || sandbox > 0 && tc.environment != "sandbox" {
+				t.Errorf("%s, %s: production was reached %d times and sandbox %d", name, path, production, sandbox)
+			}
+			if path != "/v1/memories" || tc.environment == "" {
+				continue
+			}
+			if reached := production+sandbox == 1; reached != serves {
+				t.Errorf("%s, %s: its backend was reached: %t, want %t; answer %s %v", name, path, reached, serves, answer.body, err)
+			}
+		}
+	}
+}
+
+func TestConfigurationWithAWayPastTheGatewayIsRefused(t *testing.T) {
+	r := newRig(t)
+	production, sandbox := port(r.production.Address()), port(r.sandbox.Address())
+	both, without := "in both environments", "also reachable without one"
+	for _, tc := range []struct{ name, before, site, after, reason string }{
+		{name: "bare proxy above", site: "reverse_proxy PRODUCTION\n" + standardBlock, reason: without},
+		{name: "bare proxy in route", site: "route {\nreverse_proxy PRODUCTION\n" + standardBlock + "}", reason: without},
+		{name: "bare proxy for another path", site: "handle /health {\nreverse_proxy SANDBOX\n}\nhandle {\n" + standardBlock + "}", reason: without},
+		{name: "bare proxy after", site: "route {\n" + standardBlock + "reverse_proxy SANDBOX\n}", reason: without},
+		{name: "bare and guarded proxy", site: "handle /a {\n" + guarded("production") + "}\nreverse_proxy PRODUCTION", reason: without},
+		{name: "production pasted into sandbox", site: block("reverse_proxy PRODUCTION", "reverse_proxy PRODUCTION"), reason: both},
+		{name: "among others", site: block("reverse_proxy PRODUCTION 127.0.0.1:1", "reverse_proxy SANDBOX 127.0.0.1:1"), reason: both},
+		{name: "crossed over in two gateways", site: "handle /a {\n" + standardBlock + "}\nhandle {\n" + block("reverse_proxy SANDBOX", "reverse_proxy PRODUCTION") + "}", reason: both},
+		{name: "crossed over in a gateway in a gateway", site: block(block("reverse_proxy PRODUCTION", "reverse_proxy PRODUCTION"), "respond 418"), reason: both},
+		{name: "guarded for the other environment", site: block("reverse_proxy PRODUCTION", guarded("production")), reason: "the other environment"},
+		{name: "error routes", site: standardBlock + "handle_errors {\nreverse_proxy PRODUCTION\n}", reason: without},
+		{name: "another site", site: standardBlock, after: "http://other.example:PORT {\nreverse_proxy PRODUCTION\n}", reason: without},
+		{name: "another server", site: standardBlock, after: fmt.Sprintf("http://:%d {\nreverse_proxy SANDBOX\n}", freePort(t)), reason: without},
+		{name: "named route in both", before: "&(proxy) {\n reverse_proxy PRODUCTION\n}\n", site: block("invoke proxy", "invoke proxy"), reason: both},
+		{name: "named route also without", before: "&(proxy) {\n reverse_proxy PRODUCTION\n}\n",
+			site: "handle /a {\ninvoke proxy\n}\nhandle {\n" + block("invoke proxy", "reverse_proxy SANDBOX") + "}", reason: without},
+		{name: "snippet in both", before: "(proxy) {\n reverse_proxy PRODUCTION\n}\n", site: block("import proxy", "import proxy"), reason: both},
+		{name: "handled response", site: block("reverse_proxy PRODUCTION {\n handle_response {\n reverse_proxy SANDBOX\n }\n}", "reverse_proxy SANDBOX"), reason: both},
+		{name: "handled response of a bare proxy", site: standardBlock,
+			after: "http://other.example:PORT {\nreverse_proxy 127.0.0.1:1 {\n handle_response {\n reverse_proxy PRODUCTION\n }\n}\n}", reason: without},
+		{name: "intercepted", site: "intercept {\n handle_response {\n reverse_proxy PRODUCTION\n }\n}\n" + standardBlock, reason: without},
+		{name: "forward_auth", site: "forward_auth SANDBOX {\n uri /v1/memories\n}\n" + standardBlock, reason: without},
+		{name: "php_fastcgi", site: "handle /php/* {\nphp_fastcgi PRODUCTION\n}\nhandle {\n" + standardBlock + "}", reason: without},
+		{name: "localhost", site: "handle /a {\nreverse_proxy localhost:" + production + "\n}\nhandle {\n" + standardBlock + "}", reason: without},
+		{name: "IPv6", site: block("reverse_proxy PRODUCTION", "reverse_proxy [::1]:"+production), reason: both},
+		{name: "no host", site: "handle /a {\nreverse_proxy :" + production + "\n}\nhandle {\n" + standardBlock + "}", reason: without},
+		{name: "scheme", site: block("reverse_proxy PRODUCTION", "reverse_proxy http://LocalHost:"+production), reason: both},
+		{name: "port range", site: block("reverse_proxy 127.0.0.1:"+sandbox+"-"+next(sandbox), "reverse_proxy SANDBOX"), reason: both},
+		{name: "environment variable", site: block("reverse_proxy PRODUCTION", "reverse_proxy {env.REKALL_TEST_UPSTREAM}"), reason: both},
+		{name: "to", site: block("reverse_proxy PRODUCTION", "reverse_proxy {\n to SANDBOX PRODUCTION\n}"), reason: both},
+		{name: "dynamic upstreams", site: block("reverse_proxy {\n dynamic a localhost "+production+"\n}", "reverse_proxy PRODUCTION"), reason: both},
+		{name: "services of both", site: block("reverse_proxy {\n dynamic srv _api._tcp.example.com\n}", "reverse_proxy {\n dynamic srv _api._tcp.example.com\n}"), reason: both},
+		{name: "upstream that the client chooses", site: standardBlock, after: "http://other.example:PORT {\nreverse_proxy {header.X-Backend}\n}", reason: "depends on the request"},
+		{name: "upstream that the client chooses within", site: block("reverse_proxy PRODUCTION", "reverse_proxy {header.X-Backend}"), reason: "depends on the request"},
+		{name: "upstreams that cannot be known", site: standardBlock,
+			after: "http://other.example:PORT {\nreverse_proxy {\n dynamic multi {\n a localhost " + production + "\n }\n}\n}", reason: "takes its upstreams from"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Setenv("REKALL_TEST_UPSTREAM", r.production.Address())
+			g := r.of(t).prepare(tc.before + "http://:PORT {\nbind 127.0.0.1\n" + tc.site + "\n}\n" + tc.after + "\n")
+			g.run(r.database)
+			select {
+			case <-g.done:
+			case <-time.After(60 * time.Second):
+				t.Fatal("the gateway runs")
+			}
+			if code := g.cmd.ProcessState.ExitCode(); code == 0 || !strings.Contains(g.log.String(), tc.reason) {
+				t.Errorf("exit code %d without %q", code, tc.reason)
+			}
+		})
+	}
+}
+
+// next is the port after this one.
+func next(port string) string {
+	var n int
+	_, _ = fmt.Sscan(port, &n)
+	return fmt.Sprint(n + 1)
+}
+
+func TestRefusedReloadLeavesTheGatewayAsItWas(t *testing.T) {
+	r := newRig(t)
+	g := r.start(standardSite)
+	good, err := os.ReadFile(g.file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bad := strings.Replace(string(good), "rekall_gateway {", "reverse_proxy "+r.production.Address()+"\nrekall_gateway {", 1)
+	answer := do(t, "POST", g.admin+"/load", http.Header{"Content-Type": {"text/caddyfile"}}, strings.NewReader(bad))
+	if answer.StatusCode == http.StatusOK || !strings.Contains(answer.body, "also reachable without one") {
+		t.Errorf("answer %d %s", answer.StatusCode, answer.body)
+	}
+	wantIsolation(t, r, g, true)
+}
+
+// TestRefusalsDoNotCountAgainstTheBackend plays a client without a key that hammers a proxy outside the gateway: passive
+// health checks must not take the backend away from those who have one.
+func TestRefusalsDoNotCountAgainstTheBackend(t *testing.T) {
+	r := newRig(t)
+	const passive = " {\n fail_duration 1h\n max_fails 1\n unhealthy_status 5xx\n transport rekall production\n}\n"
+	g := r.start("http://:PORT {\nbind 127.0.0.1\nhandle /outside* {\nreverse_proxy PRODUCTION" + passive + "}\nhandle {\n" +
+		block("reverse_proxy PRODUCTION"+passive, "respond 418") + "}\n}\n")
+	for range 5 {
+		g.do("GET", "/outside", nil).wantCode(t, http.StatusForbidden, "GATEWAY_REQUIRED")
+	}
+	if r.production.Requests() != 0 {
+		t.Error("the backend was reached")
+	}
+	g.do("GET", "/v1/memories", bearer(r.key("production", "memories:read"))).wantCode(t, http.StatusOK, "")
+}
+
+func TestHealthChecksReachAGuardedBackend(t *testing.T) {
+	r := newRig(t)
+	g := r.start("http://:PORT {\nbind 127.0.0.1\n" + block("reverse_proxy PRODUCTION {\n health_uri /health\n health_interval 100ms\n transport rekall production\n}", "respond 418") + "}\n")
+	eventually(t, "the backend sees health checks", func() bool { return r.production.Requests() > 1 })
+	g.do("GET", "/v1/memories", bearer(r.key("production", "memories:read"))).wantCode(t, http.StatusOK, "")
+}
