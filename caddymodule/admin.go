@@ -40,6 +40,7 @@ type status struct {
 	Syncs          uint64     `json:"syncs"`
 	SyncErrors     uint64     `json:"sync_errors"`
 	StreamsCut     uint64     `json:"streams_cut"`
+	Canary         float64    `json:"canary_revocation_seconds"` // 0: none yet
 }
 
 func statuses() []status {
@@ -48,7 +49,7 @@ func statuses() []status {
 		s := value.(*runtime).cache.Status()
 		one := status{
 			Ready: s.Fresh, Epoch: s.Epoch, SyncAgeSeconds: s.Age.Seconds(), InFlight: s.InFlight,
-			Lookups: s.Lookups, LookupErrors: s.LookupErrors, Syncs: s.Syncs, SyncErrors: s.SyncErrors, StreamsCut: s.StreamsCut,
+			Lookups: s.Lookups, LookupErrors: s.LookupErrors, Syncs: s.Syncs, SyncErrors: s.SyncErrors, StreamsCut: s.StreamsCut, Canary: s.Canary.Seconds(),
 		}
 		if !s.SyncedAt.IsZero() {
 			at := s.SyncedAt.UTC()

@@ -54,6 +54,11 @@ type App struct {
 	// Where this edge is, for people. Default: none.
 	EdgeRegion string `json:"edge_region,omitempty"`
 
+	// Whether this edge takes part in sending canaries: every minute one edge revokes a throw-away key of its own, and all
+	// edges measure how long it stayed allowed (canary_revocation_seconds in /rekall/status,
+	// rekall_canary_revocation_seconds in the metrics). Default: false.
+	Canary bool `json:"canary,omitempty"`
+
 	ctx     caddy.Context
 	runtime *runtime
 	poolKey string
@@ -90,6 +95,7 @@ func (a *App) settings() (settings, error) {
 		listen:       !a.ListenOff,
 		edgeName:     a.EdgeName,
 		edgeRegion:   a.EdgeRegion,
+		canary:       a.Canary,
 	}
 	if s.refresh == 0 {
 		s.refresh = time.Second

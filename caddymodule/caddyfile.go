@@ -31,6 +31,7 @@ func init() {
 //		cache_size    <keys>
 //		listen        on|off
 //		edge          <name> [<region>]
+//		canary
 //	}
 func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 	if existing != nil {
@@ -48,6 +49,13 @@ func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 			return nil, d.Errf("%s is given twice", option)
 		}
 		seen[option] = true
+		if option == "canary" {
+			if d.NextArg() {
+				return nil, d.ArgErr()
+			}
+			app.Canary = true
+			continue
+		}
 		if option == "edge" {
 			switch args := d.RemainingArgs(); len(args) {
 			case 2:
@@ -83,7 +91,7 @@ func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 			}
 			app.ListenOff = value == "off"
 		default:
-			return nil, d.Errf("unknown rekall option %q: use database, read_database, refresh, max_staleness, cache_size, listen or edge", option)
+			return nil, d.Errf("unknown rekall option %q: use database, read_database, refresh, max_staleness, cache_size, listen, edge or canary", option)
 		}
 		if err != nil {
 			return nil, d.Errf("%s: %q is not usable: %v", option, value, err)

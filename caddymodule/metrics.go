@@ -48,6 +48,8 @@ func newMetrics(cache *keycache.Cache) *metrics {
 		func(s keycache.Status) float64 { return s.Age.Seconds() })
 	gauge("rekall_requests_in_flight", "Requests and streams that would be cut if their key ended.",
 		func(s keycache.Status) float64 { return float64(s.InFlight) })
+	gauge("rekall_canary_revocation_seconds", "How long the last canary stayed allowed here after its revocation; 0: none yet.",
+		func(s keycache.Status) float64 { return s.Canary.Seconds() })
 	counter("rekall_cache_hits_total", "Keys answered from memory.", func(s keycache.Status) uint64 { return s.Hits })
 	counter("rekall_cache_misses_total", "Keys that Postgres was asked for.", func(s keycache.Status) uint64 { return s.Misses })
 	counter("rekall_lookups_total", "Lookup statements sent to Postgres.", func(s keycache.Status) uint64 { return s.Lookups })

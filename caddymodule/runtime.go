@@ -27,6 +27,7 @@ type settings struct {
 	cacheSize             int
 	listen                bool
 	edgeName, edgeRegion  string
+	canary                bool
 }
 
 // runtime outlives configurations: the store, the cache and the loops that keep it true.
@@ -35,6 +36,8 @@ type runtime struct {
 	standby  *keystore.Store // nil: reads go to store
 	cache    *keycache.Cache
 	reporter *edge.Reporter
+	canary   *edge.Canary // nil: this edge sends none
+	refresh  time.Duration
 	metrics  *metrics
 	logger   atomic.Pointer[zap.Logger] // of the newest configuration: a reload closes the old one's writers
 
@@ -50,7 +53,10 @@ func newRuntime(s settings) (*runtime, error) {
 	if err != nil {
 		return nil, err
 	}
-	rt := &runtime{store: store}
+	rt := &runtime{store: store, refresh: s.refresh}
+	if s.canary {
+		rt.canary = edge.NewCanary(store, rt.logger.Load)
+	}
 	rt.logger.Store(zap.NewNop())
 	rt.reporter = edge.NewReporter(store, edge.Identity{
 		Instance: instance, Name: s.edgeName, Region: s.edgeRegion, Version: version(), MaxStaleness: s.maxStaleness,
@@ -98,6 +104,9 @@ func (rt *runtime) start(logger *zap.Logger) {
 	rt.startOnce.Do(func() {
 		rt.running.Go(func() { rt.cache.Run(rt.ctx) })
 		rt.running.Go(func() { rt.reporter.Run(rt.ctx, rt.cache.Applied) })
+		if rt.canary != nil {
+			rt.running.Go(func() { rt.canary.Run(rt.ctx, 2*rt.refresh) })
+		}
 	})
 }
 

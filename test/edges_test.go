@@ -65,3 +65,25 @@ func TestRevocationIsConfirmedByEveryEdgeAndTheSilentOneIsNamed(t *testing.T) {
 	_ = silent.cmd.Process.Signal(syscall.SIGTERM)
 	eventually(t, "an edge that stops drops out", func() bool { return len(r.edges()) == 2 })
 }
+
+func TestEveryEdgeMeasuresTheCanaryThatOneOfThemRevokes(t *testing.T) {
+	r := newRig(t)
+	other := r.start(standardSite, "refresh 100ms") // first: the next canary is a minute away
+	sender := r.start(standardSite, "refresh 100ms", "canary")
+	for _, g := range []*gateway{sender, other} {
+		eventually(t, "the canary is measured", func() bool {
+			seconds := g.status().Canary
+			return seconds > 0 && seconds < 60
+		})
+	}
+	if !strings.Contains(do(t, "GET", other.admin+"/metrics", nil, nil).body, "rekall_canary_revocation_seconds 0.") {
+		t.Error("the metric does not show it")
+	}
+	if stdout, _, _ := cli(t, r.database, "keys", "list", "--json"); strings.TrimSpace(stdout) != "[]" {
+		t.Errorf("canaries are listed among the keys: %s", stdout)
+	}
+	if _, _, code := cli(t, r.database, "keys", "create", "--name", "n", "--scopes", "memories:read", "--environment", "sandbox",
+		"--account", "rekall:canary"); code == 0 {
+		t.Error("a user's key was made in the canaries' account")
+	}
+}

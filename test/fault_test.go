@@ -27,6 +27,7 @@ type edgeStatus struct {
 	SyncAgeSeconds float64 `json:"sync_age_seconds"`
 	InFlight       int     `json:"in_flight"`
 	Lookups        uint64  `json:"lookups"`
+	Canary         float64 `json:"canary_revocation_seconds"`
 }
 
 func (g *gateway) status() edgeStatus {

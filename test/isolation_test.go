@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
 // block is a rekall_gateway directive with whatever stands in its two blocks.
@@ -89,6 +90,9 @@ func wantIsolation(t *testing.T, r *rig, g *gateway, serves bool) {
 	t.Helper()
 	revoked := r.key("production", "memories:read")
 	r.revoke(revoked.ID)
+	if err := r.admin.WaitRevoked(t.Context(), revoked.ID, func(keyadmin.Confirmation) {}); err != nil {
+		t.Fatal(err)
+	}
 	forged := http.Header{"X-Rekall-Key-Id": {"1"}, "X-Rekall-Environment": {"production"}, "X-Rekall-Scopes": {"memories:read"}}
 	for name, tc := range map[string]struct {
 		header      http.Header

@@ -37,6 +37,9 @@ func (r CreateRequest) validate() (keystore.NewKey, error) {
 	if err := checkText("account", r.Account); err != nil {
 		return key, err
 	}
+	if r.Account == keystore.CanaryAccount {
+		return key, &InvalidError{"account", "must not be the one that canaries have"}
+	}
 	var err error
 	if key.Environment, err = apikey.ParseEnvironment(r.Environment); err != nil {
 		return key, &InvalidError{"environment", "must be production or sandbox"}

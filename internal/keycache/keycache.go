@@ -74,6 +74,7 @@ type Cache struct {
 	wake    chan struct{}
 	counts  counts
 	applied atomic.Pointer[Applied]
+	canary  atomic.Int64 // nanoseconds that the last canary stayed allowed after its revocation; 0: none yet
 
 	closing sync.RWMutex // ristretto panics when Set races Close
 	closed  bool

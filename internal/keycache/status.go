@@ -16,6 +16,7 @@ type Status struct {
 	Age      time.Duration // since then
 	Fresh    bool          // whether that sync still vouches for cached keys
 	InFlight int           // requests being tracked
+	Canary   time.Duration // from the last canary's revocation to its refusal here; 0: none yet
 
 	Hits, Misses             uint64 // answers from memory, and those that asked Postgres
 	Lookups, LookupErrors    uint64 // statements
@@ -37,7 +38,7 @@ func (c *Cache) Applied() Applied { return *c.applied.Load() }
 func (c *Cache) Status() Status {
 	s := c.state.Load()
 	st := Status{
-		Epoch: s.epoch, SyncedAt: s.syncedAt, InFlight: c.InFlight(), Watermark: s.watermark,
+		Epoch: s.epoch, SyncedAt: s.syncedAt, InFlight: c.InFlight(), Canary: time.Duration(c.canary.Load()), Watermark: s.watermark,
 		Hits: c.counts.hits.Load(), Misses: c.counts.misses.Load(),
 		Lookups: c.counts.lookups.Load(), LookupErrors: c.counts.lookupErrors.Load(),
 		Syncs: c.counts.syncs.Load(), SyncErrors: c.counts.syncErrors.Load(),

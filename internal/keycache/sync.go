@@ -102,13 +102,15 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 		return err
 	}
 	news := true
+	var changed []*entry
 	if old.syncedAt.IsZero() || !old.sameServer(snap) {
 		c.publish(old, old.restart(snap, startedAt, vouchedAt))
 		c.cfg.Logger().Info("key sync starts over", zap.Bool("first", old.syncedAt.IsZero()))
 		// Flights that begin from here on are checked against the new state by Track.
 		s.unverified, s.vouchedAt = c.flight.digests(), old.syncedAt
 	} else {
-		n, changed := old.next(snap, startedAt, vouchedAt)
+		var n *state
+		n, changed = old.next(snap, startedAt, vouchedAt)
 		c.publish(old, n)
 		news = len(changed) > 0
 		for _, e := range changed {
@@ -121,6 +123,11 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 	if err := s.verify(ctx, c); err != nil {
 		c.counts.syncErrors.Add(1)
 		return fmt.Errorf("verify keys in flight: %w", err)
+	}
+	for _, e := range changed {
+		if e.record.Account == keystore.CanaryAccount && !e.record.RevokedAt.IsZero() {
+			c.canary.Store(int64(c.state.Load().pgTime(time.Now()).Sub(e.record.RevokedAt)))
+		}
 	}
 	// Only now: a confirmed change has also reached the requests in flight.
 	c.applied.Store(&Applied{At: snap.Now, Snapshot: snap.Text})

@@ -100,7 +100,7 @@ func (s *Store) List(ctx context.Context, account string, after Position, limit 
 	}
 	rows, _ := s.pool.Query(ctx, `
 select `+rowColumns+` from rekall.api_keys
-where ($1 = '' or account = $1) and ($2::timestamptz is null or (created_at, id) < ($2, $3))
+where (account = $1 or $1 = '' and account <> 'rekall:canary') and ($2::timestamptz is null or (created_at, id) < ($2, $3))
 order by created_at desc, id desc limit $4`, account, createdAt, after.ID, limit) // CollectRows returns its error
 	list, err := pgx.CollectRows(rows, scanRow)
 	if err != nil {

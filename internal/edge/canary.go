@@ -1,0 +1,64 @@
+package edge
+
+import (
+	"context"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+// canaryEvery is how often a canary is revoked, by one edge of all.
+const canaryEvery = time.Minute
+
+// Canary revokes a throw-away key every minute, so that every edge can measure how long a revocation takes to arrive.
+type Canary struct {
+	store  *keystore.Store
+	logger func() *zap.Logger
+}
+
+// NewCanary returns a Canary. logger is asked at each line.
+func NewCanary(store *keystore.Store, logger func() *zap.Logger) *Canary {
+	return &Canary{store, logger}
+}
+
+// Run sends canaries until ctx is done. settle is how long one lives, so that every edge has heard of it.
+func (c *Canary) Run(ctx context.Context, settle time.Duration) {
+	ticker := time.NewTicker(canaryEvery)
+	defer ticker.Stop()
+	failing := false
+	for {
+		err := c.send(ctx, settle)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil && !failing:
+			c.logger().Warn("canary cannot be sent", zap.Error(err))
+		case err == nil && failing:
+			c.logger().Info("canary is sent again")
+		}
+		failing = err != nil
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (c *Canary) send(ctx context.Context, settle time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, settle+2*reportTimeout)
+	defer cancel()
+	id, err := c.store.CreateCanary(ctx)
+	if err != nil || id == "" {
+		return err
+	}
+	select {
+	case <-time.After(settle):
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	_, _, err = c.store.Revoke(ctx, id)
+	return err
+}
