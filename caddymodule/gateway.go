@@ -173,20 +173,18 @@ func parse(r *http.Request, cred *credential.Credential) apikey.Outcome {
 
 // decide decides on the key and on what the request wants with it.
 func (g *Gateway) decide(x *exchange, r *http.Request, found keycache.Found) apikey.Outcome {
-	if outcome := found.Record.Validity(found.Now); outcome != apikey.Allowed {
-		return outcome
-	}
-	// The prefix decides the environment. A row that says otherwise was imported wrongly, and is not to be believed.
-	if found.Record.Environment != x.environment || g.handler(x.environment) == nil {
-		return apikey.Mismatch
-	}
-	outcome := apikey.Allowed
 	required, covered := g.rules.Required(r.Method, r.URL.EscapedPath())
+	outcome := found.Record.Decide(found.Now, required)
 	switch {
+	case outcome != apikey.Allowed && outcome != apikey.Insufficient:
+		return outcome
+	// The prefix decides the environment. A row that says otherwise was imported wrongly, and is not to be believed.
+	case found.Record.Environment != x.environment || g.handler(x.environment) == nil:
+		return apikey.Mismatch
 	case !covered:
 		outcome = apikey.NotCovered
-	case !found.Record.Scopes.Has(required):
-		x.required, outcome = required, apikey.Insufficient
+	case outcome == apikey.Insufficient:
+		x.required = required
 	}
 	if outcome != apikey.Allowed && g.ScopesReportOnly {
 		g.metrics.reportOnly.WithLabelValues(outcome.String()).Inc()

@@ -5,7 +5,6 @@ package apikey
 import (
 	"crypto/rand"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -84,18 +83,6 @@ func Hash(key string) Digest {
 		return sha256.Sum256(buffer[:])
 	}
 	return sha256.Sum256([]byte(key))
-}
-
-// ParseDigest reads a digest written in hexadecimal.
-func ParseDigest(s string) (Digest, error) {
-	var d Digest
-	if hex.DecodedLen(len(s)) != len(d) {
-		return d, errors.New("digest must be 64 hexadecimal characters")
-	}
-	if _, err := hex.Decode(d[:], []byte(s)); err != nil {
-		return d, errors.New("digest must be 64 hexadecimal characters")
-	}
-	return d, nil
 }
 
 // Parse checks the shape of a key and returns its environment, or ErrMalformed. It does not check the checksum: keys made

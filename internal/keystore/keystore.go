@@ -9,7 +9,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
@@ -34,7 +33,6 @@ type Options struct {
 	MaxConns        int32  // connections at most, besides the one that Listen makes; default 4
 	ApplicationName string // as pg_stat_activity shows it, if the URL names none; default "rekall-gateway"
 	Instance        string // of the edge whose reports Snapshot looks for; default none
-	PgBouncer       bool   // no prepared statements, which PgBouncer's transaction pooling loses
 }
 
 // Store is a pool of connections to the Postgres that holds the keys. Its methods may be called concurrently.
@@ -44,7 +42,8 @@ type Store struct {
 }
 
 // Open returns a store that connects when it is first used. url is a Postgres URL or connection string; a connect_timeout
-// in it replaces the default of 800 ms. Errors, here and later, show neither url nor the password in it.
+// in it replaces the default of 800 ms, and behind PgBouncer's transaction pooling it needs
+// default_query_exec_mode=exec. Errors, here and later, show neither url nor the password in it.
 func Open(url string, options Options) (*Store, error) {
 	config, err := parse(url, connectTimeout)
 	if err != nil {
@@ -60,9 +59,6 @@ func Open(url string, options Options) (*Store, error) {
 		if options.ApplicationName != "" {
 			params["application_name"] = options.ApplicationName
 		}
-	}
-	if options.PgBouncer {
-		config.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeExec
 	}
 	pool, err := pgxpool.NewWithConfig(context.Background(), config)
 	if err != nil {

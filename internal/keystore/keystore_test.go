@@ -169,8 +169,8 @@ func TestApplicationNameOfURLWins(t *testing.T) {
 }
 
 // PgBouncer's transaction pooling gives every transaction another session: nothing may rest on a prepared statement.
-func TestPgBouncerModePreparesNothing(t *testing.T) {
-	store := open(t, database(t), keystore.Options{MaxConns: 1, PgBouncer: true})
+func TestExecModePreparesNothing(t *testing.T) {
+	store := open(t, database(t)+"&default_query_exec_mode=exec", keystore.Options{MaxConns: 1})
 	ctx := t.Context()
 	start := snapshot(t, store, 0)
 	key := newKey()
