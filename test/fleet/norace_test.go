@@ -1,0 +1,5 @@
+//go:build fleet && !race
+
+package fleet
+
+var raceFlag []string
