@@ -124,6 +124,9 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	cred := credential.Take(r)
 	x := &exchange{gateway: g, requestID: newRequestID(), environment: cred.Environment}
 	x.ResponseWriter = w
+	// On every way out: a cut may come even to a request that is then found again and refused, and its timer must not
+	// touch the writer afterwards.
+	defer x.end()
 	if repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
 		repl.Map(x.placeholder)
 	}
@@ -216,7 +219,6 @@ func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential
 	if !x.gateway.cache.Track(&x.flight, found, x.cut) {
 		return false, nil
 	}
-	defer x.end()
 	defer x.gateway.cache.Untrack(&x.flight)
 	x.count()
 	forwarded := r.WithContext(x.ctx)
