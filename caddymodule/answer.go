@@ -1,6 +1,7 @@
 package caddymodule
 
 import (
+	"bytes"
 	"encoding/json"
 	"math/rand/v2"
 	"net/http"
@@ -15,6 +16,27 @@ type answer struct {
 	code         string
 	message      string
 	authenticate string // WWW-Authenticate challenge (RFC 6750, section 3)
+	body         []byte // without details, up to where the request id goes: a flood of refusals is not encoded one by one
+}
+
+func newAnswer(status int, code, message, authenticate string) answer {
+	a := answer{status: status, code: code, message: message, authenticate: authenticate}
+	a.body = bytes.TrimSuffix(a.encode("", nil), []byte(afterRequestID))
+	return a
+}
+
+// afterRequestID ends every body: the request id is the last field of both objects.
+const afterRequestID = `"}}` + "\n"
+
+func (a answer) encode(requestID string, details map[string]string) []byte {
+	if details == nil {
+		details = map[string]string{}
+	}
+	body, err := json.Marshal(envelope{envelopeError{a.code, a.message, a.status, details, requestID}})
+	if err != nil {
+		panic(err) // strings and a number always encode
+	}
+	return append(body, '\n')
 }
 
 const realm = `Bearer realm="rekall"`
@@ -26,31 +48,31 @@ func invalidToken(description string) string {
 // answers has an entry for every outcome but Allowed. Malformed and Unknown say the same: the difference would tell a
 // guesser something and an honest client nothing.
 var answers = [apikey.OutcomeCount]answer{
-	apikey.Unavailable: {http.StatusServiceUnavailable, "AUTH_UNAVAILABLE", "The API key cannot be checked right now. Try again shortly.", ""},
-	apikey.Missing: {http.StatusUnauthorized, "API_KEY_MISSING",
-		"No API key given. Send it as 'Authorization: Bearer rk_…' or 'x-api-key: rk_…'.", realm},
+	apikey.Unavailable: newAnswer(http.StatusServiceUnavailable, "AUTH_UNAVAILABLE", "The API key cannot be checked right now. Try again shortly.", ""),
+	apikey.Missing: newAnswer(http.StatusUnauthorized, "API_KEY_MISSING",
+		"No API key given. Send it as 'Authorization: Bearer rk_…' or 'x-api-key: rk_…'.", realm),
 	apikey.Malformed: invalidKey,
 	apikey.Unknown:   invalidKey,
-	apikey.TokenType: {http.StatusUnauthorized, "TOKEN_TYPE_UNSUPPORTED",
-		"OAuth access tokens (rat_…) are not accepted here. Use an API key (rk_…).", invalidToken("an API key is required")},
-	apikey.Revoked: {http.StatusUnauthorized, "API_KEY_REVOKED",
-		"This API key has been revoked. Create a new one.", invalidToken("the API key has been revoked")},
-	apikey.Expired: {http.StatusUnauthorized, "API_KEY_EXPIRED",
-		"This API key has expired. Create a new one.", invalidToken("the API key has expired")},
-	apikey.Ambiguous: {http.StatusBadRequest, "API_KEY_AMBIGUOUS",
-		"The request carries different credentials in several places. Send one API key in one place.", ""},
-	apikey.PathInvalid: {http.StatusBadRequest, "PATH_INVALID",
-		"The request path is not in canonical form. Send it without '.', '..', empty segments, needless percent-encoding or an API key.", ""},
-	apikey.MethodInvalid: {http.StatusMethodNotAllowed, "METHOD_NOT_ALLOWED", "This request method is not supported.", ""},
-	apikey.Mismatch: {http.StatusForbidden, "SANDBOX_PRODUCTION_MISMATCH",
-		"This API key belongs to the other environment. Use a key of the environment that this address serves.", ""},
-	apikey.NotCovered: {http.StatusForbidden, "ROUTE_NOT_COVERED", "No scope covers this request, so no API key may send it.", ""},
-	apikey.Insufficient: {http.StatusForbidden, "SCOPE_INSUFFICIENT",
-		"This API key lacks the scope that the request needs.", realm + `, error="insufficient_scope"`},
+	apikey.TokenType: newAnswer(http.StatusUnauthorized, "TOKEN_TYPE_UNSUPPORTED",
+		"OAuth access tokens (rat_…) are not accepted here. Use an API key (rk_…).", invalidToken("an API key is required")),
+	apikey.Revoked: newAnswer(http.StatusUnauthorized, "API_KEY_REVOKED",
+		"This API key has been revoked. Create a new one.", invalidToken("the API key has been revoked")),
+	apikey.Expired: newAnswer(http.StatusUnauthorized, "API_KEY_EXPIRED",
+		"This API key has expired. Create a new one.", invalidToken("the API key has expired")),
+	apikey.Ambiguous: newAnswer(http.StatusBadRequest, "API_KEY_AMBIGUOUS",
+		"The request carries different credentials in several places. Send one API key in one place.", ""),
+	apikey.PathInvalid: newAnswer(http.StatusBadRequest, "PATH_INVALID",
+		"The request path is not in canonical form. Send it without '.', '..', empty segments, needless percent-encoding or an API key.", ""),
+	apikey.MethodInvalid: newAnswer(http.StatusMethodNotAllowed, "METHOD_NOT_ALLOWED", "This request method is not supported.", ""),
+	apikey.Mismatch: newAnswer(http.StatusForbidden, "SANDBOX_PRODUCTION_MISMATCH",
+		"This API key belongs to the other environment. Use a key of the environment that this address serves.", ""),
+	apikey.NotCovered: newAnswer(http.StatusForbidden, "ROUTE_NOT_COVERED", "No scope covers this request, so no API key may send it.", ""),
+	apikey.Insufficient: newAnswer(http.StatusForbidden, "SCOPE_INSUFFICIENT",
+		"This API key lacks the scope that the request needs.", realm+`, error="insufficient_scope"`),
 }
 
-var invalidKey = answer{http.StatusUnauthorized, "API_KEY_INVALID",
-	"This API key is not valid. Check that it was copied completely.", invalidToken("the API key is not valid")}
+var invalidKey = newAnswer(http.StatusUnauthorized, "API_KEY_INVALID",
+	"This API key is not valid. Check that it was copied completely.", invalidToken("the API key is not valid"))
 
 // envelope is the body of every error (REKALL.md, "Answers").
 type envelope struct {
@@ -67,22 +89,22 @@ type envelopeError struct {
 
 // write sends the answer. Nothing of the request is repeated in it but the request id.
 func (a answer) write(w http.ResponseWriter, requestID string, details map[string]string) {
-	if details == nil {
-		details = map[string]string{}
+	var body []byte
+	if len(details) > 0 {
+		body = a.encode(requestID, details)
+	} else {
+		body = append(make([]byte, 0, len(a.body)+len(requestID)+len(afterRequestID)), a.body...)
+		body = append(append(body, requestID...), afterRequestID...)
 	}
-	body, err := json.Marshal(envelope{envelopeError{a.code, a.message, a.status, details, requestID}})
-	if err != nil {
-		panic(err) // strings and a number always encode
-	}
-	body = append(body, '\n')
 	h := w.Header()
-	h["Content-Type"] = []string{"application/json"}
-	h["Content-Length"] = []string{strconv.Itoa(len(body))}
-	h["Cache-Control"] = []string{"no-store"}
-	h["X-Content-Type-Options"] = []string{"nosniff"}
-	h["X-Request-Id"] = []string{requestID}
+	values := []string{"application/json", strconv.Itoa(len(body)), "no-store", "nosniff", requestID, a.authenticate}
+	h["Content-Type"] = values[0:1:1]
+	h["Content-Length"] = values[1:2:2]
+	h["Cache-Control"] = values[2:3:3]
+	h["X-Content-Type-Options"] = values[3:4:4]
+	h["X-Request-Id"] = values[4:5:5]
 	if a.authenticate != "" {
-		h["Www-Authenticate"] = []string{a.authenticate}
+		h["Www-Authenticate"] = values[5:6:6]
 	}
 	switch a.status {
 	case http.StatusServiceUnavailable:

@@ -31,11 +31,11 @@ type exchange struct {
 	required    apikey.Scopes      // what an Insufficient key lacks
 	outcome     apikey.Outcome
 	flight      keycache.Flight
-	decision    decision        // once allowed
-	ctx         context.Context // of the forwarded request: the decision, cancelled with a *keycache.Cut when the key ends
-	cancel      context.CancelCauseFunc
+	decision    decision                // once allowed
+	cancel      context.CancelCauseFunc // of the decision's context
 	wroteHeader bool
-	ended       atomic.Bool // cut: nothing more is to be written
+	cutBy       atomic.Pointer[keycache.Cut] // once cut, nothing more is to be written
+	values      [6]string                    // of the headers that are set: one allocation with the exchange, not six
 
 	mu   sync.Mutex // guards done
 	done bool
@@ -99,11 +99,17 @@ func (x *exchange) identify(r *http.Request) {
 	// A trailer can carry an identity header past everything that looked at the headers.
 	r.Trailer = nil
 	delete(h, "Trailer")
-	h["X-Rekall-Key-Id"] = []string{x.record.ID}
-	h["X-Rekall-Account"] = []string{x.record.Account}
-	h["X-Rekall-Environment"] = []string{x.environment.String()}
-	h["X-Rekall-Scopes"] = []string{x.record.Scopes.String()}
-	h["X-Request-Id"] = []string{x.requestID}
+	x.set(h, "X-Rekall-Key-Id", 0, x.record.ID)
+	x.set(h, "X-Rekall-Account", 1, x.record.Account)
+	x.set(h, "X-Rekall-Environment", 2, x.environment.String())
+	x.set(h, "X-Rekall-Scopes", 3, x.record.Scopes.String())
+	x.set(h, "X-Request-Id", 4, x.requestID)
+}
+
+// set sets a header that has one value, which is kept in the exchange.
+func (x *exchange) set(h http.Header, name string, i int, value string) {
+	x.values[i] = value
+	h[name] = x.values[i : i+1 : i+1]
 }
 
 // overrides are headers that some frameworks take for the method or the path: the backend would serve another request than
@@ -113,14 +119,30 @@ var overrides = [...]string{"X-Http-Method-Override", "X-Http-Method", "X-Method
 // isIdentity reports whether a backend might read a header of this name as one of ours. Some frameworks fold '_' and '.'
 // into '-'.
 func isIdentity(name string) bool {
-	if len(name) < len("X-Rekall-") || name == "X-Rekall-Version" {
+	if name == "X-Rekall-Version" {
 		return false
 	}
-	if name[0] != 'X' && name[0] != 'x' {
+	return hasFolded(name, "x-rekall-") || len(name) == len("x-request-id") && hasFolded(name, "x-request-id")
+}
+
+// hasFolded reports whether name begins with a lower-case prefix, in any case and with any separator.
+func hasFolded(name, prefix string) bool {
+	if len(name) < len(prefix) {
 		return false
 	}
-	folded := strings.NewReplacer("_", "-", ".", "-").Replace(name)
-	return strings.EqualFold(folded[:len("X-Rekall-")], "X-Rekall-") || strings.EqualFold(folded, "X-Request-Id")
+	for i := range len(prefix) {
+		c := name[i]
+		switch {
+		case 'A' <= c && c <= 'Z':
+			c += 'a' - 'A'
+		case c == '_' || c == '.':
+			c = '-'
+		}
+		if c != prefix[i] {
+			return false
+		}
+	}
+	return true
 }
 
 // restrictConnection leaves only the upgrade to WebSocket. "Connection: X-Rekall-Key-Id" would have the proxy strip our
@@ -144,9 +166,9 @@ func restrictConnection(h http.Header) {
 // cutGrace is how long a client that does not read may hold up the end of a request that was cut.
 const cutGrace = time.Second
 
-// cut ends the request: it cancels the proxy's round trip, and later unblocks a write to a client that does not read.
-func (x *exchange) cut(cause error) {
-	x.ended.Store(true)
+// Cut ends the request: it cancels the proxy's round trip, and later unblocks a write to a client that does not read.
+func (x *exchange) Cut(cause *keycache.Cut) {
+	x.cutBy.Store(cause)
 	x.cancel(cause)
 	time.AfterFunc(cutGrace, x.unblock)
 }
@@ -177,15 +199,6 @@ func (x *exchange) end() {
 	x.mu.Unlock()
 }
 
-// cutOutcome returns why the request was cut, if it was.
-func (x *exchange) cutOutcome() (apikey.Outcome, bool) {
-	var cut *keycache.Cut
-	if errors.As(context.Cause(x.ctx), &cut) {
-		return cut.Outcome, true
-	}
-	return 0, false
-}
-
 // statusClientClosed is what Caddy's reverse proxy answers when the request's context is cancelled.
 const statusClientClosed = 499
 
@@ -193,14 +206,14 @@ const statusClientClosed = 499
 // the refusal and not a 499.
 func (x *exchange) WriteHeader(status int) {
 	if status == statusClientClosed && !x.wroteHeader {
-		if outcome, ok := x.cutOutcome(); ok {
-			x.refuseCut(outcome)
+		if cut := x.cutBy.Load(); cut != nil {
+			x.refuseCut(cut)
 			return
 		}
 	}
 	if status >= 200 || status == http.StatusSwitchingProtocols {
 		x.wroteHeader = true
-		x.Header()["X-Request-Id"] = []string{x.requestID}
+		x.set(x.Header(), "X-Request-Id", 5, x.requestID)
 	}
 	x.ResponseWriter.WriteHeader(status)
 }
@@ -209,8 +222,8 @@ func (x *exchange) Write(p []byte) (int, error) {
 	if !x.wroteHeader {
 		x.WriteHeader(http.StatusOK)
 	}
-	if x.ended.Load() {
-		return 0, context.Cause(x.ctx)
+	if cut := x.cutBy.Load(); cut != nil {
+		return 0, cut
 	}
 	return x.ResponseWriter.Write(p)
 }
@@ -231,22 +244,25 @@ func (x *exchange) FlushError() error {
 	return http.NewResponseController(x.ResponseWriter).Flush()
 }
 
-func (x *exchange) refuseCut(outcome apikey.Outcome) {
+func (x *exchange) refuseCut(cut *keycache.Cut) {
 	x.wroteHeader = true
-	x.outcome = outcome
-	answers[outcome].write(x.ResponseWriter, x.requestID, nil)
+	x.outcome = cut.Outcome
+	answers[cut.Outcome].write(x.ResponseWriter, x.requestID, nil)
 }
 
 // finish turns what the environment's handlers returned into the gateway's own answer, where there is none yet.
 func (x *exchange) finish(err error) error {
-	if outcome, ok := x.cutOutcome(); ok {
+	if cut := x.cutBy.Load(); cut != nil {
 		if !x.wroteHeader {
-			x.refuseCut(outcome)
+			x.refuseCut(cut)
 		}
 		return nil
 	}
+	if err == nil || x.wroteHeader {
+		return err
+	}
 	var failed caddyhttp.HandlerError
-	if err == nil || x.wroteHeader || !errors.As(err, &failed) {
+	if !errors.As(err, &failed) {
 		return err
 	}
 	a := upstreamUnavailable
@@ -263,8 +279,8 @@ func (x *exchange) finish(err error) error {
 	return nil
 }
 
-var upstreamUnavailable = answer{http.StatusBadGateway, "UPSTREAM_UNAVAILABLE",
-	"The API could not be reached. Try again shortly.", ""}
+var upstreamUnavailable = newAnswer(http.StatusBadGateway, "UPSTREAM_UNAVAILABLE",
+	"The API could not be reached. Try again shortly.", "")
 
 // Hijack gives a WebSocket's connection to the proxy, wrapped so that a cut ends it with a close frame.
 func (x *exchange) Hijack() (net.Conn, *bufio.ReadWriter, error) {

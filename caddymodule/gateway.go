@@ -130,7 +130,8 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	if repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
 		repl.Map(x.placeholder)
 	}
-	if x.outcome = parse(r, &cred); x.outcome != apikey.Allowed {
+	path := r.URL.EscapedPath()
+	if x.outcome = parse(r.Method, path, &cred); x.outcome != apikey.Allowed {
 		return x.refuse(w)
 	}
 	for range maxFinds {
@@ -139,7 +140,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 			return x.unavailable(w, err)
 		}
 		x.record = found.Record
-		if x.outcome = g.decide(x, r, found); x.outcome != apikey.Allowed {
+		if x.outcome = g.decide(x, r.Method, path, found); x.outcome != apikey.Allowed {
 			return x.refuse(w)
 		}
 		if done, err := x.route(r, found, &cred); done {
@@ -152,11 +153,11 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 var errKeyChanging = errors.New("the key changed each time it was found")
 
 // parse decides what can be decided on the request alone.
-func parse(r *http.Request, cred *credential.Credential) apikey.Outcome {
+func parse(method, path string, cred *credential.Credential) apikey.Outcome {
 	switch {
-	case !scoperule.KnownMethod(r.Method):
+	case !scoperule.KnownMethod(method):
 		return apikey.MethodInvalid
-	case cred.PathHeldKey || !scoperule.Canonical(r.URL.EscapedPath()):
+	case cred.PathHeldKey || !scoperule.Canonical(path):
 		return apikey.PathInvalid
 	}
 	switch cred.Kind {
@@ -175,8 +176,8 @@ func parse(r *http.Request, cred *credential.Credential) apikey.Outcome {
 }
 
 // decide decides on the key and on what the request wants with it.
-func (g *Gateway) decide(x *exchange, r *http.Request, found keycache.Found) apikey.Outcome {
-	required, covered := g.rules.Required(r.Method, r.URL.EscapedPath())
+func (g *Gateway) decide(x *exchange, method, path string, found keycache.Found) apikey.Outcome {
+	required, covered := g.rules.Required(method, path)
 	outcome := found.Record.Decide(found.Now, required)
 	switch {
 	case outcome != apikey.Allowed && outcome != apikey.Insufficient:
@@ -192,7 +193,7 @@ func (g *Gateway) decide(x *exchange, r *http.Request, found keycache.Found) api
 	if outcome != apikey.Allowed && g.ScopesReportOnly {
 		g.metrics.reportOnly.WithLabelValues(outcome.String()).Inc()
 		g.logger.Warn("scope rules would refuse this request",
-			zap.Stringer("outcome", outcome), zap.String("method", r.Method), zap.String("path", r.URL.EscapedPath()),
+			zap.Stringer("outcome", outcome), zap.String("method", method), zap.String("path", path),
 			zap.Stringer("required", x.required), zap.String("key_id", x.record.ID), zap.String("request_id", x.requestID))
 		return apikey.Allowed
 	}
@@ -215,13 +216,13 @@ func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
 	x.decision = decision{ctx, x.environment}
-	x.ctx, x.cancel = &x.decision, cancel
-	if !x.gateway.cache.Track(&x.flight, found, x.cut) {
+	x.cancel = cancel
+	if !x.gateway.cache.Track(&x.flight, found, x) {
 		return false, nil
 	}
 	defer x.gateway.cache.Untrack(&x.flight)
 	x.count()
-	forwarded := r.WithContext(x.ctx)
+	forwarded := r.WithContext(&x.decision)
 	x.identify(forwarded)
 	if x.gateway.ForwardCredential {
 		forwarded.Header["Authorization"] = []string{"Bearer " + cred.Reveal()}

@@ -108,18 +108,31 @@ func (g *Gateway) serve(t testing.TB, r *http.Request) *httptest.ResponseRecorde
 	return w
 }
 
+// decideOn is the way from a credential to the decision. The door parses and hashes; in between stands Caddy.
+func (g *Gateway) decideOn(x *exchange, r *http.Request, secret string) apikey.Outcome {
+	if _, err := apikey.Parse(secret); err != nil {
+		return apikey.Malformed
+	}
+	cred, path := credential.Take(r), r.URL.EscapedPath()
+	cred.Digest = apikey.Hash(secret)
+	if outcome := parse(r.Method, path, &cred); outcome != apikey.Allowed {
+		return outcome
+	}
+	found, err := g.cache.Find(r.Context(), cred.Digest)
+	if err != nil {
+		return apikey.Unavailable
+	}
+	x.record = found.Record
+	return g.decide(x, r.Method, path, found)
+}
+
 func TestDecisionOnAKnownKeyAllocatesNothing(t *testing.T) {
 	g, secret := newGateway(t)
 	r := bearerRequest(secret)
 	x := &exchange{gateway: g, environment: apikey.Production}
 	allocations := testing.AllocsPerRun(200, func() {
-		cred := credential.Take(r)
-		if parse(r, &cred) != apikey.Allowed {
-			t.Fatal("not a good request")
-		}
-		found, err := g.cache.Find(r.Context(), cred.Digest)
-		if err != nil || g.decide(x, r, found) != apikey.Allowed {
-			t.Fatal("not allowed", err)
+		if outcome := g.decideOn(x, r, secret); outcome != apikey.Allowed {
+			t.Fatal(outcome)
 		}
 	})
 	if allocations > 0 {
@@ -127,12 +140,44 @@ func TestDecisionOnAKnownKeyAllocatesNothing(t *testing.T) {
 	}
 }
 
-// nullWriter costs nothing, so that a benchmark shows the gateway's own cost.
-type nullWriter struct{ header http.Header }
+func TestHandlerAllocatesNoMoreThanItsBudget(t *testing.T) {
+	g, secret := newGateway(t)
+	for name, budget := range map[string]float64{
+		// Six of its own: exchange, request id, placeholders, cancel context and function, forwarded request. Three are made
+		// by the server's context for its first child.
+		"bearer": 9, "x-api-key": 9, "query": 9,
+		// Exchange, request id and placeholders; then body, its length and the header values.
+		"refused": 6,
+	} {
+		traffic := kindsOfTraffic(secret)[name]
+		traffic.refill()
+		for i, r := range traffic.requests {
+			traffic.requests[i] = credential.AtDoor(r)
+		}
+		allocations := testing.AllocsPerRun(len(traffic.requests)-1, func() {
+			clear(traffic.writer.header)
+			if err := g.ServeHTTP(traffic.writer, traffic.next(), nil); err != nil {
+				t.Fatal(err)
+			}
+		})
+		if allocations > budget {
+			t.Errorf("%s: %.0f allocations, want at most %.0f", name, allocations, budget)
+		}
+	}
+}
 
-func (w nullWriter) Header() http.Header         { return w.header }
-func (w nullWriter) WriteHeader(int)             {}
-func (w nullWriter) Write(p []byte) (int, error) { return len(p), nil }
+func TestPreparedAnswersAreWhatEncodingThemWouldGive(t *testing.T) {
+	for outcome, a := range answers {
+		if outcome == int(apikey.Allowed) {
+			continue
+		}
+		w := httptest.NewRecorder()
+		a.write(w, "req_0123456789", nil)
+		if got, want := w.Body.String(), string(a.encode("req_0123456789", nil)); got != want {
+			t.Errorf("%s: %q, want %q", apikey.Outcome(outcome), got, want)
+		}
+	}
+}
 
 func BenchmarkDecision(b *testing.B) {
 	g, secret := newGateway(b)
@@ -140,29 +185,83 @@ func BenchmarkDecision(b *testing.B) {
 	x := &exchange{gateway: g, environment: apikey.Production}
 	b.ReportAllocs()
 	for b.Loop() {
-		cred := credential.Take(r)
-		found, err := g.cache.Find(r.Context(), cred.Digest)
-		if parse(r, &cred) != apikey.Allowed || err != nil || g.decide(x, r, found) != apikey.Allowed {
-			b.Fatal("not allowed")
+		if outcome := g.decideOn(x, r, secret); outcome != apikey.Allowed {
+			b.Fatal(outcome)
 		}
 	}
 }
 
-// BenchmarkHandler is the whole handler without the proxy, and without the door.
+// traffic is requests as net/http and Caddy hand them on, prepared ahead so that only the gateway is measured.
+type traffic struct {
+	prepare  func(*http.Request)
+	target   string
+	requests [256]*http.Request
+	used     int
+	writer   nullWriter
+}
+
+func newTraffic(target string, prepare func(*http.Request)) *traffic {
+	return &traffic{prepare: prepare, target: target, used: len(traffic{}.requests), writer: nullWriter{make(http.Header)}}
+}
+
+// refill makes new requests, each with a client's usual headers, a context that can be cancelled, and Caddy's replacer.
+func (t *traffic) refill() {
+	for i := range t.requests {
+		r := httptest.NewRequest("GET", t.target, nil)
+		r.Header = http.Header{"User-Agent": {"rekall-sdk/1.0"}, "Accept": {"*/*"}, "Accept-Encoding": {"gzip"}}
+		t.prepare(r)
+		ctx, cancel := context.WithCancel(context.Background())
+		_ = cancel // as the server does when the request ends; here the context is garbage by then
+		replacer := caddy.NewReplacer()
+		replacer.Map(func(string) (any, bool) { return nil, false }) // as Caddy does for its HTTP placeholders
+		t.requests[i] = r.WithContext(context.WithValue(ctx, caddy.ReplacerCtxKey, replacer))
+	}
+	t.used = 0
+}
+
+func (t *traffic) next() *http.Request {
+	t.used++
+	return t.requests[t.used-1]
+}
+
+func (t *traffic) spent() bool { return t.used == len(t.requests) }
+
+// nullWriter costs nothing.
+type nullWriter struct{ header http.Header }
+
+func (w nullWriter) Header() http.Header         { return w.header }
+func (w nullWriter) WriteHeader(int)             {}
+func (w nullWriter) Write(p []byte) (int, error) { return len(p), nil }
+
+// kindsOfTraffic are what the cost of the gateway is stated for.
+func kindsOfTraffic(secret string) map[string]*traffic {
+	unknown := apikey.Generate(apikey.Production)
+	bearer := func(key string) func(*http.Request) {
+		return func(r *http.Request) { r.Header["Authorization"] = []string{"Bearer " + key} }
+	}
+	return map[string]*traffic{
+		"bearer":    newTraffic("/v1/memories", bearer(secret)),
+		"x-api-key": newTraffic("/v1/memories", func(r *http.Request) { r.Header["X-Api-Key"] = []string{secret} }),
+		"query":     newTraffic("/v1/memories?limit=10&api_key="+secret, func(*http.Request) {}),
+		"refused":   newTraffic("/v1/memories", bearer(unknown)),
+	}
+}
+
+// BenchmarkHandler is the whole gateway without the proxy: the door, where the credential is taken out and hashed, and the
+// handler, with tracking for the cut.
 func BenchmarkHandler(b *testing.B) {
 	g, secret := newGateway(b)
-	for name, r := range map[string]*http.Request{
-		"allowed": bearerRequest(secret),
-		"unknown": bearerRequest(apikey.Generate(apikey.Production)),
-		"missing": request("", func(*http.Request) {}),
-	} {
+	for name, t := range kindsOfTraffic(secret) {
 		b.Run(name, func(b *testing.B) {
-			w := nullWriter{http.Header{}}
 			b.ReportAllocs()
 			for b.Loop() {
-				r.Header = http.Header{}
-				clear(w.header)
-				if err := g.ServeHTTP(w, r, nil); err != nil {
+				if t.spent() {
+					b.StopTimer()
+					t.refill()
+					b.StartTimer()
+				}
+				clear(t.writer.header)
+				if err := g.ServeHTTP(t.writer, credential.AtDoor(t.next()), nil); err != nil {
 					b.Fatal(err)
 				}
 			}

@@ -23,8 +23,8 @@ func (TLSOnly) CaddyModule() caddy.ModuleInfo {
 // Provision guards the server's door.
 func (*TLSOnly) Provision(ctx caddy.Context) error { return guardDoor(ctx) }
 
-var tlsRequired = answer{http.StatusForbidden, "TLS_REQUIRED",
-	"This API is served over HTTPS only. Replace any API key that was sent over plain HTTP.", ""}
+var tlsRequired = newAnswer(http.StatusForbidden, "TLS_REQUIRED",
+	"This API is served over HTTPS only. Replace any API key that was sent over plain HTTP.", "")
 
 func (*TLSOnly) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 	if r.TLS != nil {

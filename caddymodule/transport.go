@@ -86,7 +86,7 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	return t.refuse(r, gatewayRequired), nil
 }
 
-var gatewayRequired = answer{http.StatusForbidden, "GATEWAY_REQUIRED", "This resource is not served here.", ""}
+var gatewayRequired = newAnswer(http.StatusForbidden, "GATEWAY_REQUIRED", "This resource is not served here.", "")
 
 // isHealthCheck recognises the proxy's active health checks: every request of a client has variables.
 func isHealthCheck(r *http.Request) bool { return r.Context().Value(caddyhttp.VarsCtxKey) == nil }

@@ -36,10 +36,10 @@ func (c *webSocketConn) Write(p []byte) (int, error) {
 // Close closes the connection, with a close frame before it when the request was cut and the stream stands between two
 // frames. A write that is still blocked on a slow client holds the lock: then there is no goodbye.
 func (c *webSocketConn) Close() error {
-	if outcome, cut := c.exchange.cutOutcome(); cut && c.mu.TryLock() {
+	if cut := c.exchange.cutBy.Load(); cut != nil && c.mu.TryLock() {
 		if c.frames.between() {
 			_ = c.SetWriteDeadline(time.Now().Add(cutGrace))
-			_, _ = c.Conn.Write(closeFrame(answers[outcome].code))
+			_, _ = c.Conn.Write(closeFrame(answers[cut.Outcome].code))
 			c.frames.closed = true
 		}
 		c.mu.Unlock()

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/bits"
 	"strings"
+	"sync/atomic"
 )
 
 // Scopes is a set of scopes, one bit each.
@@ -92,4 +93,17 @@ func (s Scopes) Names() []string {
 }
 
 // String returns the names separated by spaces, as OAuth writes scopes (RFC 6749, section 3.3).
-func (s Scopes) String() string { return strings.Join(s.Names(), " ") }
+func (s Scopes) String() string {
+	if s&^AllScopes != 0 {
+		return strings.Join(s.Names(), " ")
+	}
+	if text := scopeTexts[s].Load(); text != nil {
+		return *text
+	}
+	text := strings.Join(s.Names(), " ")
+	scopeTexts[s].Store(&text)
+	return text
+}
+
+// scopeTexts remembers each set that was ever written, since every request has one to tell its backend.
+var scopeTexts [AllScopes + 1]atomic.Pointer[string]

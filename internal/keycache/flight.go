@@ -26,7 +26,13 @@ type Flight struct {
 	digest     apikey.Digest
 	expiresAt  time.Time
 	vouchedAt  time.Time
-	cancel     context.CancelCauseFunc
+	request    Request // nil once cut
+}
+
+// Request is one in flight.
+type Request interface {
+	// Cut ends the request because its key has ended. It is called once at most, and must not block.
+	Cut(*Cut)
 }
 
 const flightShards = 64
@@ -39,12 +45,12 @@ type flights [flightShards]struct {
 	n    int
 }
 
-// Track registers a request whose key was found to be good, so that cancel is called with a *Cut when the key is revoked,
-// expires, or cannot be vouched for any longer. It reports false if the key has changed since it was found: find it
-// again. After true, Untrack must follow.
-func (c *Cache) Track(f *Flight, found Found, cancel context.CancelCauseFunc) bool {
+// Track registers a request whose key was found to be good, so that it is cut when the key is revoked, expires, or cannot be
+// vouched for any longer. It reports false if the key has changed since it was found: find it again. After true, Untrack
+// must follow.
+func (c *Cache) Track(f *Flight, found Found, request Request) bool {
 	f.digest, f.expiresAt = found.Record.Digest, found.Record.ExpiresAt
-	f.vouchedAt, f.cancel = found.vouchedAt, cancel
+	f.vouchedAt, f.request = found.vouchedAt, request
 	c.flight.add(f)
 	// The sync publishes a state and then walks the flights. Either that walk meets this flight, or the state is here
 	// already.
@@ -139,12 +145,12 @@ func (c *Cache) apply(e *entry, pgNow time.Time) {
 
 // cut cancels a flight, once. The caller holds the lock of its shard.
 func (c *Cache) cut(f *Flight, outcome apikey.Outcome) {
-	if f.cancel == nil {
+	if f.request == nil {
 		return
 	}
 	c.counts.cuts.Add(1)
-	f.cancel(&Cut{Outcome: outcome})
-	f.cancel = nil
+	f.request.Cut(&Cut{Outcome: outcome})
+	f.request = nil
 }
 
 // expire cuts the flights whose key has reached its expiry.

@@ -148,6 +148,11 @@ func TestLostListenerIsReplaced(t *testing.T) {
 	eventually(t, "the revocation holds", func() bool { return outcome(t, c, key.digest) == apikey.Revoked })
 }
 
+// requestFunc is a request in flight that a cancel function ends.
+type requestFunc context.CancelCauseFunc
+
+func (f requestFunc) Cut(cut *Cut) { f(cut) }
+
 // track puts a request with the key in flight and returns the context that the cache cancels.
 func track(t *testing.T, c *Cache, key testKey) context.Context {
 	t.Helper()
@@ -159,7 +164,7 @@ func track(t *testing.T, c *Cache, key testKey) context.Context {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if c.Track(&f, found, cancel) {
+		if c.Track(&f, found, requestFunc(cancel)) {
 			t.Cleanup(func() { c.Untrack(&f) })
 			return ctx
 		}
@@ -248,7 +253,7 @@ func TestKeyThatChangedBetweenFindAndTrackIsFoundAgain(t *testing.T) {
 	db.revoke(t, key)
 	tick(t, s, c)
 	var f Flight
-	if c.Track(&f, found, func(error) {}) {
+	if c.Track(&f, found, requestFunc(func(error) {})) {
 		t.Error("a request was let go with a key revoked since it was found")
 	}
 	if n := c.InFlight(); n != 0 {
@@ -300,11 +305,10 @@ func BenchmarkTrack(b *testing.B) {
 	}
 	b.ReportAllocs()
 	for b.Loop() {
-		ctx, cancel := context.WithCancelCause(context.Background())
+		_, cancel := context.WithCancelCause(context.Background())
 		var f Flight
-		c.Track(&f, found, cancel)
+		c.Track(&f, found, requestFunc(cancel))
 		c.Untrack(&f)
 		cancel(nil)
-		_ = ctx
 	}
 }

@@ -19,28 +19,28 @@ func Canonical(escaped string) bool {
 		return false
 	}
 	encoded := false
+	last := byte('/')
 	for i := 1; i < len(escaped); i++ {
-		switch c := escaped[i]; {
-		case c == '%':
+		c := escaped[i]
+		switch pathBytes[c] {
+		case refused:
+			return false
+		case separator:
+			// "//", ".", ".." and, for file servers that drop trailing dots, "a."
+			if last == '/' || last == '.' {
+				return false
+			}
+		case escape:
 			if i+2 >= len(escaped) || !allowedEscape(escaped[i+1], escaped[i+2]) {
 				return false
 			}
 			encoded = true
 			i += 2
-		case c <= ' ' || c >= 0x7f || strings.IndexByte("\\;?#\"<>^`{|}", c) >= 0:
-			return false // has a meaning, or would be sent on percent-encoded (RFC 3986, section 3.3)
 		}
+		last = c
 	}
-	for rest, more := escaped[1:], true; more; {
-		var segment string
-		segment, rest, more = strings.Cut(rest, "/")
-		if segment == "" && more { // "//"; a single slash at the end is a path of its own
-			return false
-		}
-		// ".", ".." and, for file servers that drop trailing dots, "a."
-		if strings.HasSuffix(segment, ".") {
-			return false
-		}
+	if last == '.' {
+		return false
 	}
 	if !encoded {
 		return !apikey.ContainsKey(escaped)
@@ -48,6 +48,24 @@ func Canonical(escaped string) bool {
 	decoded, err := url.PathUnescape(escaped)
 	return err == nil && utf8.ValidString(decoded) && !apikey.ContainsKey(decoded)
 }
+
+// The kinds of bytes in an escaped path.
+const (
+	plain = iota
+	separator
+	escape
+	refused // has a meaning, or would be sent on percent-encoded (RFC 3986, section 3.3)
+)
+
+var pathBytes = func() (kinds [256]byte) {
+	for c := range kinds {
+		if c <= ' ' || c >= 0x7f || strings.IndexByte("\\;?#\"<>^`{|}", byte(c)) >= 0 {
+			kinds[c] = refused
+		}
+	}
+	kinds['/'], kinds['%'] = separator, escape
+	return kinds
+}()
 
 // allowedEscape refuses escapes of what has a meaning in a path, and of what needs no escape: both have two readings. So has
 // a space: Windows drops it from the end of a name, which makes "..%20" a "..".
