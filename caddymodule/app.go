@@ -146,6 +146,7 @@ func (a *App) Start() error {
 			return err
 		}
 	}
+	tuneGarbageCollector()
 	a.runtime.start(a.ctx.Logger())
 	return nil
 }

@@ -23,8 +23,8 @@ func init() { caddy.RegisterModule(Transport{}) }
 // every other request with 403, wherever the proxy stands, and does not contact the backend for it. Active health checks
 // pass.
 //
-// Behind a rekall_gateway it changes nothing; it keeps a proxy safe that is one day copied out of its block. It takes all
-// options of the transport "http", and is configured like it:
+// It keeps a proxy safe that is one day copied out of its rekall_gateway. It takes all options of the transport "http",
+// except that keepalive_idle_conns_per_host defaults to 512, and is configured like it:
 //
 //	reverse_proxy prod-1:8080 prod-2:8080 {
 //		transport rekall production {
@@ -53,8 +53,18 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 	if t.environment, err = apikey.ParseEnvironment(t.Environment); err != nil {
 		return fmt.Errorf("transport rekall: %w", err)
 	}
+	if t.KeepAlive == nil {
+		t.KeepAlive = new(reverseproxy.KeepAlive)
+	}
+	if t.KeepAlive.MaxIdleConnsPerHost == 0 {
+		t.KeepAlive.MaxIdleConnsPerHost = idleConnsPerHost
+	}
 	return t.HTTPTransport.Provision(ctx)
 }
+
+// idleConnsPerHost is how many idle connections are kept to each backend unless the configuration says otherwise. With the
+// 32 of the transport "http" a busy edge dials again and again, a tenth of its time.
+const idleConnsPerHost = 512
 
 // UnmarshalCaddyfile reads the transport:
 //

@@ -11,6 +11,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 )
@@ -107,6 +108,21 @@ func TestSpellingsOfOneAddressAreOne(t *testing.T) {
 	for _, other := range []string{"localhost:81", "127.0.0.2:80", "prod-1:80", "unix//run/A.sock"} {
 		if normalize(other) == "localhost:80" {
 			t.Errorf("%s is taken for this machine's port 80", other)
+		}
+	}
+}
+
+func TestTransportKeepsManyIdleConnectionsUnlessToldOtherwise(t *testing.T) {
+	cctx, cancel := caddy.NewContext(caddy.Context{Context: context.Background()})
+	defer cancel()
+	for given, want := range map[int]int{0: idleConnsPerHost, 7: 7} {
+		transport := &Transport{Environment: "production"}
+		transport.KeepAlive = &reverseproxy.KeepAlive{MaxIdleConnsPerHost: given}
+		if err := transport.Provision(cctx); err != nil {
+			t.Fatal(err)
+		}
+		if got := transport.Transport.MaxIdleConnsPerHost; got != want {
+			t.Errorf("given %d: %d idle connections per host, want %d", given, got, want)
 		}
 	}
 }

@@ -307,3 +307,14 @@ func TestHTTP2OverTLSGetsTheSameAnswers(t *testing.T) {
 		t.Errorf("HTTP/3 is offered: %s", alt)
 	}
 }
+
+func TestGarbageCollectorIsTunedUnlessTheOperatorTunedIt(t *testing.T) {
+	r := newRig(t)
+	for gogc, want := range map[string]string{"": "400", "77": "77"} {
+		t.Setenv("GOGC", gogc)
+		g := r.start(standardSite)
+		if metrics := do(t, "GET", g.admin+"/metrics", nil, nil).body; !strings.Contains(metrics, "go_gc_gogc_percent "+want+"\n") {
+			t.Errorf("with GOGC=%q the collector does not run at %s percent", gogc, want)
+		}
+	}
+}
