@@ -1,0 +1,183 @@
+// Package ratelimit holds each key to its rate, its burst and its number of concurrent requests.
+//
+// The algorithm is GCRA, the generic cell rate algorithm (ITU-T I.371), a leaky bucket written as one moment: the time at
+// which the bucket would be empty again. A request moves it on by the interval between two requests at the sustained rate, and is
+// refused if it then lay further ahead than the burst allows. It was chosen over a sliding window because its whole
+// state is one number that one atomic operation changes, it needs no timer and no memory of past requests, it lets
+// nobody double a limit at the edge of a window, and it knows to the nanosecond when the next request will pass.
+package ratelimit
+
+import (
+	"encoding/binary"
+	"math"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+)
+
+// BurstWindow is the time in which a key may make its burst (REKALL.md, "Rate limits").
+const BurstWindow = 15 * time.Second
+
+// Limit is what a key may do. The zero value limits nothing.
+type Limit struct {
+	PerMinute  int // requests per minute, sustained; 0: no limit
+	Burst      int // requests in any BurstWindow; less than a quarter of PerMinute counts as that
+	Concurrent int // requests and streams at a time; 0: no limit
+}
+
+// interval is the time between two requests at the sustained rate.
+func (l Limit) interval() int64 { return int64(time.Minute) / int64(l.PerMinute) }
+
+// depth is how many requests may come at once: as many as make Burst in a BurstWindow together with those that the sustained
+// rate lets through meanwhile.
+func (l Limit) depth() int64 {
+	return max(1, int64(l.Burst)-int64(l.PerMinute)*int64(BurstWindow)/int64(time.Minute))
+}
+
+// Verdict is the answer to one request.
+type Verdict struct {
+	Allowed    bool
+	Remaining  int           // requests that would pass now
+	ResetAfter time.Duration // until the whole burst is available again
+	RetryAfter time.Duration // of a refusal: when a request will pass, if no other comes before it
+}
+
+// concurrencyRetry is what a key with too many requests at a time is told: nobody knows when one will end.
+const concurrencyRetry = time.Second
+
+// Bucket is what is known of one key's requests.
+type Bucket struct {
+	emptyAt    atomic.Int64 // nanoseconds since the limiter's start, or givenBack
+	concurrent atomic.Int64
+}
+
+// givenBack marks a bucket that was idle and is no longer in the table: what is taken from it would be forgotten.
+const givenBack = math.MaxInt64
+
+// take asks for one request at now. It reports false if the bucket was given back.
+func (b *Bucket) take(l Limit, now int64) (Verdict, bool) {
+	for {
+		old := b.emptyAt.Load()
+		if old == givenBack {
+			return Verdict{}, false
+		}
+		if l.PerMinute <= 0 {
+			return Verdict{Allowed: true}, true
+		}
+		interval, depth := l.interval(), l.depth()
+		next := max(old, now) + interval
+		if early := next - now - depth*interval; early > 0 {
+			return Verdict{ResetAfter: time.Duration(old - now), RetryAfter: time.Duration(early)}, true
+		}
+		if b.emptyAt.CompareAndSwap(old, next) {
+			return Verdict{
+				Allowed: true, Remaining: int(depth - (next-now+interval-1)/interval), ResetAfter: time.Duration(next - now),
+			}, true
+		}
+	}
+}
+
+// giveBack gives the bucket back if it knows nothing that a new one would not. The mark comes before the look at the requests:
+// one that counts itself in afterwards sees the mark.
+func (b *Bucket) giveBack(now int64) bool {
+	emptyAt := b.emptyAt.Load()
+	if emptyAt > now || b.concurrent.Load() != 0 || !b.emptyAt.CompareAndSwap(emptyAt, givenBack) {
+		return false
+	}
+	if b.concurrent.Load() != 0 {
+		b.emptyAt.Store(emptyAt) // those who saw the mark wait for the shard's lock to make a new bucket
+		return false
+	}
+	return true
+}
+
+const shards = 64
+
+// Limiter has the buckets of the keys that were in use lately.
+type Limiter struct {
+	start  time.Time // of the monotonic clock that buckets count in: nobody can set it
+	shards [shards]shard
+}
+
+type shard struct {
+	mu      sync.RWMutex
+	buckets map[apikey.Digest]*Bucket
+}
+
+// New returns a limiter.
+func New() *Limiter {
+	l := &Limiter{start: time.Now()}
+	for i := range l.shards {
+		l.shards[i].buckets = make(map[apikey.Digest]*Bucket)
+	}
+	return l
+}
+
+// Acquire asks for one request of a key. If it is allowed, Release of the bucket must follow when the request has ended.
+func (l *Limiter) Acquire(d apikey.Digest, limit Limit) (*Bucket, Verdict) {
+	for {
+		b := l.bucket(d)
+		if running := b.concurrent.Add(1); limit.Concurrent > 0 && running > int64(limit.Concurrent) {
+			b.Release()
+			return b, Verdict{RetryAfter: concurrencyRetry}
+		}
+		verdict, ok := b.take(limit, int64(time.Since(l.start)))
+		if !verdict.Allowed {
+			b.Release()
+		}
+		if ok {
+			return b, verdict
+		}
+	}
+}
+
+// Release says that a request that was allowed has ended.
+func (b *Bucket) Release() { b.concurrent.Add(-1) }
+
+// bucket returns the bucket of a key. One that was given back is replaced.
+func (l *Limiter) bucket(d apikey.Digest) *Bucket {
+	s := &l.shards[binary.LittleEndian.Uint16(d[:])%shards]
+	s.mu.RLock()
+	b := s.buckets[d]
+	s.mu.RUnlock()
+	if b != nil && b.emptyAt.Load() != givenBack {
+		return b
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if b := s.buckets[d]; b != nil && b.emptyAt.Load() != givenBack {
+		return b
+	}
+	b = new(Bucket)
+	s.buckets[d] = b
+	return b
+}
+
+// GiveBack forgets the buckets that are full and not in use. It is to be called now and then.
+func (l *Limiter) GiveBack() {
+	now := int64(time.Since(l.start))
+	for i := range l.shards {
+		s := &l.shards[i]
+		s.mu.Lock()
+		for d, b := range s.buckets {
+			if b.giveBack(now) {
+				delete(s.buckets, d)
+			}
+		}
+		s.mu.Unlock()
+	}
+}
+
+// Len returns the number of buckets.
+func (l *Limiter) Len() int {
+	n := 0
+	for i := range l.shards {
+		s := &l.shards[i]
+		s.mu.RLock()
+		n += len(s.buckets)
+		s.mu.RUnlock()
+	}
+	return n
+}
