@@ -60,6 +60,7 @@ func Open(url string, options Options) (*Store, error) {
 			params["application_name"] = options.ApplicationName
 		}
 	}
+	boundCleanup(config)
 	pool, err := pgxpool.NewWithConfig(context.Background(), config)
 	if err != nil {
 		return nil, fmt.Errorf("open database: %w", err)

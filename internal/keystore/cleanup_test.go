@@ -1,0 +1,56 @@
+package keystore_test
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+// TestTimedOutStatementsDoNotKeepTheirPlacesInThePool has a server that takes connections and answers nothing, to statements
+// and cancellations alike. pgx by itself gives up after 15 s.
+func TestTimedOutStatementsDoNotKeepTheirPlacesInThePool(t *testing.T) {
+	t.Parallel() // it waits
+	server := pgtest.Server(t)
+	if _, _, err := keystore.Migrate(t.Context(), server.URL()); err != nil {
+		t.Fatal(err)
+	}
+	for name, parameter := range map[string]string{"plain": "", "its own connect_timeout": "&connect_timeout=1"} {
+		store := open(t, server.URL()+parameter, keystore.Options{MaxConns: 1})
+		if _, err := store.Lookup(t.Context(), []apikey.Digest{{}}); err != nil {
+			t.Fatal(err)
+		}
+		server.Pause()
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		if _, err := store.Lookup(ctx, []apikey.Digest{{}}); err == nil {
+			t.Fatal("a server that is stopped answered")
+		}
+		cancel()
+		for deadline := time.Now().Add(10 * time.Second); store.Pool().Stat().TotalConns() > 0; {
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: the connection still has its place", name)
+			}
+			<-time.After(10 * time.Millisecond)
+		}
+		server.Resume()
+		if _, err := store.Lookup(t.Context(), []apikey.Digest{{}}); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestConnectionOutlivesTheTimeAllowedForConnecting(t *testing.T) {
+	t.Parallel() // it waits
+	store := open(t, database(t)+"&connect_timeout=1", keystore.Options{MaxConns: 1})
+	for began := time.Now(); time.Since(began) < 1500*time.Millisecond; {
+		if _, err := store.Lookup(t.Context(), []apikey.Digest{{}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := store.Pool().Stat().NewConnsCount(); n != 1 {
+		t.Errorf("%d connections were made, want one", n)
+	}
+}
