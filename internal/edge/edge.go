@@ -4,6 +4,7 @@ package edge
 
 import (
 	"context"
+	"math/rand/v2"
 	"sync"
 	"time"
 
@@ -22,8 +23,16 @@ const (
 	// reportGap is the least time between two reports, so that a storm of changes costs twenty writes a second at most.
 	reportGap = 50 * time.Millisecond
 
+	// wakeSpread is the longest time that a report waits after a change. One revocation wakes every edge at once, which
+	// would all write at the same moment.
+	wakeSpread = 50 * time.Millisecond
+
 	// forgetAfter is when the others drop an edge that went away without a word.
 	forgetAfter = 10 * time.Minute
+
+	// forgetEvery is the least time between two looks of an edge for such others. Each look reads the whole table: with
+	// every report of every edge, its cost would grow with the square of the fleet.
+	forgetEvery = time.Minute
 
 	reportTimeout = 2 * time.Second
 
@@ -48,16 +57,22 @@ type Reporter struct {
 	logger  func() *zap.Logger
 	changed chan struct{}
 
+	forgetEvery time.Duration
+	forgetAt    time.Time // when to look for edges that went away
+
 	mu     sync.Mutex
 	sentAt map[uint64]time.Time // of the last reports
 }
 
 // NewReporter returns a reporter for a new instance of an edge. logger is asked at each line.
 func NewReporter(store *keystore.Store, id Identity, logger func() *zap.Logger) *Reporter {
-	return &Reporter{store: store, logger: logger, changed: make(chan struct{}, 1), sentAt: make(map[uint64]time.Time), edge: keystore.Edge{
-		Instance: id.Instance, Name: id.Name, Region: id.Region, Version: id.Version,
-		MaxStaleness: id.MaxStaleness, StartedAt: time.Now(),
-	}}
+	return &Reporter{
+		store: store, logger: logger, changed: make(chan struct{}, 1), sentAt: make(map[uint64]time.Time), forgetEvery: forgetEvery,
+		edge: keystore.Edge{
+			Instance: id.Instance, Name: id.Name, Region: id.Region, Version: id.Version,
+			MaxStaleness: id.MaxStaleness, StartedAt: time.Now(),
+		},
+	}
 }
 
 // Changed asks for a report now. It does not block.
@@ -82,17 +97,35 @@ func (r *Reporter) Run(ctx context.Context, applied func() keycache.Applied) {
 			r.logger().Info("edge reports again")
 		}
 		failing = err != nil
-		select {
-		case <-time.After(reportGap):
-		case <-ctx.Done():
-		}
-		select {
-		case <-r.changed:
-		case <-ticker.C:
-		case <-ctx.Done():
+		if !r.wait(ctx, ticker.C) {
 			r.remove(context.WithoutCancel(ctx))
 			return
 		}
+	}
+}
+
+// wait returns when it is time for the next report, or false when ctx is done.
+func (r *Reporter) wait(ctx context.Context, tick <-chan time.Time) bool {
+	if !pause(ctx, reportGap) {
+		return false
+	}
+	select {
+	case <-r.changed:
+		return pause(ctx, rand.N(wakeSpread))
+	case <-tick:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// pause waits for d. It reports false when ctx is done.
+func pause(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-time.After(d):
+		return true
+	case <-ctx.Done():
+		return false
 	}
 }
 
@@ -119,7 +152,20 @@ func (r *Reporter) report(ctx context.Context, applied keycache.Applied) error {
 	defer cancel()
 	edge := r.edge
 	edge.Beat, edge.SyncedAt, edge.Applied = r.nextBeat(), applied.At, applied.Snapshot
-	return r.store.ReportEdge(ctx, edge, forgetAfter)
+	if err := r.store.ReportEdge(ctx, edge); err != nil {
+		return err
+	}
+	r.forget(ctx)
+	return nil
+}
+
+// forget takes edges that went away without a word off the list, now and then. If that fails, another edge does it.
+func (r *Reporter) forget(ctx context.Context) {
+	if time.Now().Before(r.forgetAt) {
+		return
+	}
+	r.forgetAt = time.Now().Add(r.forgetEvery + rand.N(r.forgetEvery))
+	_ = r.store.ForgetEdges(ctx, forgetAfter)
 }
 
 // remove takes the edge off the list when it stops in good order. If that fails, the others forget it.

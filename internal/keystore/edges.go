@@ -20,21 +20,28 @@ type Edge struct {
 	Applied      string    // the snapshot that it read, as pg_snapshot; empty: none yet
 }
 
-// ReportEdge writes an edge's row, and removes the rows of edges that have not been seen for forgetAfter.
-func (s *Store) ReportEdge(ctx context.Context, e Edge, forgetAfter time.Duration) error {
+// ReportEdge writes an edge's row.
+func (s *Store) ReportEdge(ctx context.Context, e Edge) error {
 	var syncedAt *time.Time
 	if !e.SyncedAt.IsZero() {
 		syncedAt = &e.SyncedAt
 	}
 	_, err := s.pool.Exec(ctx, `
-with gone as (delete from rekall.edges where seen_at < now() - $9::interval and instance <> $1)
 insert into rekall.edges (instance, name, region, version, max_staleness, started_at, synced_at, applied, beat, seen_at)
-values ($1, $2, $3, $4, $5, $6, $7, nullif($8, '')::pg_snapshot, $10, clock_timestamp())
+values ($1, $2, $3, $4, $5, $6, $7, nullif($8, '')::pg_snapshot, $9, clock_timestamp())
 on conflict (instance) do update set synced_at = excluded.synced_at, applied = excluded.applied, beat = excluded.beat,
 	seen_at = excluded.seen_at`,
-		e.Instance, e.Name, e.Region, e.Version, e.MaxStaleness, e.StartedAt, syncedAt, e.Applied, forgetAfter, e.Beat)
+		e.Instance, e.Name, e.Region, e.Version, e.MaxStaleness, e.StartedAt, syncedAt, e.Applied, e.Beat)
 	if err != nil {
 		return failed("report edge", err)
+	}
+	return nil
+}
+
+// ForgetEdges removes the rows of edges that have not reported for so long.
+func (s *Store) ForgetEdges(ctx context.Context, silence time.Duration) error {
+	if _, err := s.pool.Exec(ctx, `delete from rekall.edges where seen_at < now() - $1::interval`, silence); err != nil {
+		return failed("forget edges", err)
 	}
 	return nil
 }

@@ -1,0 +1,175 @@
+package edge
+
+import (
+	"context"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keycache"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+func TestMain(m *testing.M) { pgtest.Main(m) }
+
+// rig is a database and a reporter that writes into it.
+type rig struct {
+	t        *testing.T
+	conn     *pgx.Conn
+	reporter *Reporter
+}
+
+func newRig(t *testing.T) *rig {
+	t.Helper()
+	url := pgtest.URL(t)
+	if _, _, err := keystore.Migrate(t.Context(), url); err != nil {
+		t.Fatal(err)
+	}
+	store, err := keystore.Open(url, keystore.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(store.Close)
+	conn, err := pgx.Connect(t.Context(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close(context.Background()) })
+	return &rig{t, conn, newReporter(store)}
+}
+
+func newReporter(store *keystore.Store) *Reporter {
+	return NewReporter(store, Identity{Instance: NewInstance(), Name: "north", MaxStaleness: 30 * time.Second}, zap.NewNop)
+}
+
+// gone adds the row of an edge that went away without a word.
+func (r *rig) gone() {
+	r.t.Helper()
+	if _, err := r.conn.Exec(r.t.Context(), `
+insert into rekall.edges (instance, name, region, version, max_staleness, started_at, beat, seen_at)
+values ($1, 'gone', '', '', '30s', now(), 1, now() - interval '11 minutes')`, NewInstance()); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+func (r *rig) report() {
+	r.t.Helper()
+	if err := r.reporter.report(r.t.Context(), keycache.Applied{}); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// names are those of the edges on the list.
+func (r *rig) names() []string {
+	r.t.Helper()
+	rows, _ := r.conn.Query(r.t.Context(), `select name from rekall.edges order by name`)
+	names, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return names
+}
+
+func (r *rig) wantNames(when string, want ...string) {
+	r.t.Helper()
+	if got := r.names(); !slices.Equal(got, want) {
+		r.t.Errorf("%s: edges %q, want %q", when, got, want)
+	}
+}
+
+func TestEdgesThatWentAwayAreLookedForAtTheFirstReportAndNotAtEveryOne(t *testing.T) {
+	r := newRig(t)
+	r.gone()
+	r.report()
+	r.wantNames("first report", "north")
+	r.gone()
+	for range 20 {
+		r.report()
+	}
+	r.wantNames("reports soon after", "gone", "north")
+	r.reporter.forgetAt = time.Now()
+	r.report()
+	r.wantNames("a report when it is time again", "north")
+	if next := time.Until(r.reporter.forgetAt); next > 2*forgetEvery {
+		t.Errorf("the next look is %v away", next)
+	}
+}
+
+// TestEdgeThatWasStoppedForLongDoesNotForgetItself: its own row is the oldest of all when it goes on.
+func TestEdgeThatWasStoppedForLongDoesNotForgetItself(t *testing.T) {
+	r := newRig(t)
+	r.report()
+	if _, err := r.conn.Exec(t.Context(), `update rekall.edges set seen_at = now() - interval '1 day'`); err != nil {
+		t.Fatal(err)
+	}
+	r.reporter.forgetAt = time.Time{}
+	r.report()
+	r.wantNames("after a day", "north")
+}
+
+// TestOneChangeDoesNotMakeAFleetReportInOneBurst: the trigger of one revocation wakes every edge at the same moment.
+func TestOneChangeDoesNotMakeAFleetReportInOneBurst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const fleet = 200
+		var changedAt time.Time
+		delays := make(chan time.Duration, fleet)
+		var reporters []*Reporter
+		for range fleet {
+			r := newReporter(nil)
+			reporters = append(reporters, r)
+			go func() {
+				if r.wait(t.Context(), nil) {
+					delays <- time.Since(changedAt)
+				}
+			}()
+		}
+		time.Sleep(time.Minute) // all wait for something to happen
+		changedAt = time.Now()
+		for _, r := range reporters {
+			r.Changed()
+		}
+		perMillisecond := map[time.Duration]int{}
+		for range fleet {
+			delay := <-delays
+			if delay > wakeSpread {
+				t.Errorf("a report waits for %v", delay)
+			}
+			perMillisecond[delay.Truncate(time.Millisecond)]++
+		}
+		for at, n := range perMillisecond {
+			if n > fleet/8 { // 4 are expected
+				t.Errorf("%d of %d report within the same millisecond, %v after the change", n, fleet, at)
+			}
+		}
+	})
+}
+
+// TestStormOfChangesIsOneReport: changes that arrive while a report waits are part of it.
+func TestStormOfChangesIsOneReport(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newReporter(nil)
+		reports := 0
+		ctx, stop := context.WithCancel(t.Context())
+		go func() {
+			for r.wait(ctx, nil) {
+				reports++
+			}
+		}()
+		time.Sleep(time.Minute)
+		const storm = time.Second
+		for end := time.Now().Add(storm); time.Now().Before(end); time.Sleep(time.Millisecond) {
+			r.Changed()
+		}
+		time.Sleep(time.Minute)
+		stop()
+		synctest.Wait()
+		if most := int(storm/reportGap) + 2; reports < 1 || reports > most {
+			t.Errorf("%d reports of 1000 changes within a second, want at most %d", reports, most)
+		}
+	})
+}
