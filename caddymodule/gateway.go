@@ -45,9 +45,16 @@ type Gateway struct {
 
 	production, sandbox caddyhttp.MiddlewareHandler
 	rules               *scoperule.Table
-	cache               *keycache.Cache
+	cache               keys
 	metrics             *metrics
 	logger              *zap.Logger
+}
+
+// keys is what the handler asks of the cache.
+type keys interface {
+	Find(ctx context.Context, d apikey.Digest) (keycache.Found, error)
+	Track(f *keycache.Flight, found keycache.Found, cancel context.CancelCauseFunc) bool
+	Untrack(f *keycache.Flight)
 }
 
 // ScopeRule says which scope a request needs.

@@ -128,7 +128,7 @@ func TestOneChangeDoesNotMakeAFleetReportInOneBurst(t *testing.T) {
 				}
 			}()
 		}
-		time.Sleep(time.Minute) // all wait for something to happen
+		<-time.After(time.Minute) // all wait for something to happen
 		changedAt = time.Now()
 		for _, r := range reporters {
 			r.Changed()
@@ -160,12 +160,13 @@ func TestStormOfChangesIsOneReport(t *testing.T) {
 				reports++
 			}
 		}()
-		time.Sleep(time.Minute)
+		<-time.After(time.Minute)
 		const storm = time.Second
-		for end := time.Now().Add(storm); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		for end := time.Now().Add(storm); time.Now().Before(end); {
 			r.Changed()
+			<-time.After(time.Millisecond)
 		}
-		time.Sleep(time.Minute)
+		<-time.After(time.Minute)
 		stop()
 		synctest.Wait()
 		if most := int(storm/reportGap) + 2; reports < 1 || reports > most {

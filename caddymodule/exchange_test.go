@@ -1,0 +1,95 @@
+package caddymodule
+
+import (
+	"context"
+	"net/http"
+	"net/http/httptest"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keycache"
+	"github.com/rekall-ai/gateway/internal/scoperule"
+)
+
+// cutWhileTracking is the schedule, too rare to wait for, in which the sync cuts a request while it is being tracked.
+type cutWhileTracking struct {
+	record  apikey.Record
+	tracked bool // what Track answers: whether the request has become one in flight
+}
+
+func (k *cutWhileTracking) Find(context.Context, apikey.Digest) (keycache.Found, error) {
+	record := k.record
+	return keycache.Found{Record: &record, Now: time.Now()}, nil
+}
+
+func (k *cutWhileTracking) Track(_ *keycache.Flight, _ keycache.Found, cancel context.CancelCauseFunc) bool {
+	k.record.RevokedAt = time.Now()
+	cancel(&keycache.Cut{Outcome: apikey.Revoked})
+	return k.tracked
+}
+
+func (k *cutWhileTracking) Untrack(*keycache.Flight) {}
+
+// deadlineWriter counts the write deadlines that are set on it.
+type deadlineWriter struct {
+	*httptest.ResponseRecorder
+	deadlines int
+}
+
+func (w *deadlineWriter) SetWriteDeadline(time.Time) error {
+	w.deadlines++
+	return nil
+}
+
+// slow stands for a proxy that is still writing when the time for that is over.
+type slow struct{}
+
+func (slow) ServeHTTP(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
+	<-time.After(2 * cutGrace)
+	return nil
+}
+
+// TestLateCutNeverTouchesAFinishedWriter: the server may have given the writer to the connection's next request by then.
+func TestLateCutNeverTouchesAFinishedWriter(t *testing.T) {
+	rules, err := scoperule.New(scoperule.Builtin()...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		name      string
+		tracked   bool
+		handler   caddyhttp.MiddlewareHandler
+		deadlines int
+	}{
+		{"refused, since the key has changed", false, passing{}, 0},
+		{"answered", true, passing{}, 0},
+		{"still being written: the deadline ends it", true, slow{}, 1},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				record := apikey.Record{Environment: apikey.Production, Scopes: apikey.MemoriesRead}
+				g := &Gateway{
+					rules: rules, cache: &cutWhileTracking{record: record, tracked: tc.tracked}, metrics: newMetrics(nil),
+					logger: zap.NewNop(), production: tc.handler,
+				}
+				w := &deadlineWriter{ResponseRecorder: httptest.NewRecorder()}
+				if err := g.ServeHTTP(w, bearerRequest(apikey.Generate(apikey.Production)), nil); err != nil {
+					t.Fatal(err)
+				}
+				<-time.After(2 * cutGrace)
+				synctest.Wait()
+				if w.deadlines != tc.deadlines {
+					t.Errorf("%d deadlines were set, want %d", w.deadlines, tc.deadlines)
+				}
+				if !tc.tracked && w.Code != http.StatusUnauthorized {
+					t.Errorf("answer %d", w.Code)
+				}
+			})
+		})
+	}
+}
