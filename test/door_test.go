@@ -436,9 +436,9 @@ func TestTricksOverHTTP2HaveADefinedAnswer(t *testing.T) {
 }
 
 // startTLS is start with certificates of Caddy's own.
-func (r *rig) startTLS(site string) *gateway {
+func (r *rig) startTLS(site string, options ...string) *gateway {
 	r.t.Helper()
-	g := r.start(strings.Replace(site, "http://:PORT {", "https://localhost:PORT {\ntls internal", 1))
+	g := r.start(strings.Replace(site, "http://:PORT {", "https://localhost:PORT {\ntls internal", 1), options...)
 	g.http = strings.Replace(g.http, "http://127.0.0.1", "https://localhost", 1)
 	eventually(r.t, "the gateway has its certificate", func() bool {
 		resp, err := client.Get(g.http)

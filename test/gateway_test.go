@@ -288,16 +288,7 @@ func TestPlainHTTPIsRefusedAndNeverRedirected(t *testing.T) {
 
 func TestHTTP2OverTLSGetsTheSameAnswers(t *testing.T) {
 	r := newRig(t)
-	site := strings.Replace(standardSite, "http://:PORT {", "https://localhost:PORT {\ntls internal", 1)
-	g := r.start(site)
-	g.http = strings.Replace(g.http, "http://127.0.0.1", "https://localhost", 1)
-	eventually(t, "the gateway has its certificate", func() bool {
-		resp, err := client.Get(g.http)
-		if err == nil {
-			_ = resp.Body.Close()
-		}
-		return err == nil
-	})
+	g := r.startTLS(standardSite)
 	answer := g.do("GET", "/v1/memories", bearer(r.key("sandbox", "memories:read")))
 	if answer.ProtoMajor != 2 || answer.echo(t).Backend != "sandbox" {
 		t.Errorf("HTTP/%d, %s", answer.ProtoMajor, answer.body)

@@ -305,6 +305,10 @@ func do(t testing.TB, method, url string, header http.Header, body io.Reader) re
 }
 
 func send(method, url string, header http.Header, body io.Reader) (reply, error) {
+	return sendBy(client, method, url, header, body)
+}
+
+func sendBy(client *http.Client, method, url string, header http.Header, body io.Reader) (reply, error) {
 	req, err := http.NewRequest(method, url, body)
 	if err != nil {
 		return reply{}, err

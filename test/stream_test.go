@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"crypto/sha1"
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/binary"
 	"errors"
@@ -13,6 +14,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -23,6 +25,11 @@ import (
 // open sends a request whose answer goes on, and returns it once its first bytes are here.
 func (g *gateway) open(method, path string, header http.Header, body io.Reader) *http.Response {
 	g.t.Helper()
+	return g.openOver(client.Transport, method, path, header, body)
+}
+
+func (g *gateway) openOver(transport http.RoundTripper, method, path string, header http.Header, body io.Reader) *http.Response {
+	g.t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	g.t.Cleanup(cancel)
 	req, err := http.NewRequestWithContext(ctx, method, g.http+path, body)
@@ -30,7 +37,7 @@ func (g *gateway) open(method, path string, header http.Header, body io.Reader) 
 		g.t.Fatal(err)
 	}
 	req.Header = header
-	resp, err := (&http.Client{Transport: client.Transport}).Do(req)
+	resp, err := (&http.Client{Transport: transport}).Do(req)
 	if err != nil {
 		g.t.Fatal(err)
 	}
@@ -62,13 +69,18 @@ func ends(t *testing.T, resp *http.Response) {
 // async sends a request and returns a function that waits for its answer.
 func async(t *testing.T, method, url string, header http.Header, body io.Reader) func() reply {
 	t.Helper()
+	return asyncBy(t, client, method, url, header, body)
+}
+
+func asyncBy(t *testing.T, client *http.Client, method, url string, header http.Header, body io.Reader) func() reply {
+	t.Helper()
 	type result struct {
 		reply reply
 		err   error
 	}
 	done := make(chan result, 1)
 	go func() {
-		answer, err := send(method, url, header, body)
+		answer, err := sendBy(client, method, url, header, body)
 		done <- result{answer, err}
 	}()
 	return func() reply {
@@ -95,17 +107,7 @@ func TestStreamsEndWithTheirKeyAndOthersGoOn(t *testing.T) {
 	download := g.open("GET", "/v1/memories", demo(key, "download"), nil)
 	spared := g.open("GET", "/v1/memories", demo(other, "sse"), nil)
 	waiting := async(t, "GET", g.http+"/v1/memories", demo(key, "hang"), nil)
-	upload, uploaded := io.Pipe()
-	uploading := async(t, "POST", g.http+"/v1/memories", bearer(key), upload)
-	go func() {
-		for {
-			if _, err := uploaded.Write(make([]byte, 1024)); err != nil {
-				return
-			}
-			<-time.After(10 * time.Millisecond)
-		}
-	}()
-	t.Cleanup(func() { _ = uploaded.CloseWithError(io.ErrUnexpectedEOF) })
+	uploading := async(t, "POST", g.http+"/v1/memories", bearer(key), endlessUpload(t))
 	eventually(t, "all five requests are open", func() bool { return r.production.Open() == 5 })
 
 	r.revoke(key.ID)
@@ -116,6 +118,73 @@ func TestStreamsEndWithTheirKeyAndOthersGoOn(t *testing.T) {
 	eventually(t, "the backend is rid of them", func() bool { return r.production.Open() == 1 })
 	if _, err := io.ReadFull(spared.Body, make([]byte, 64)); err != nil {
 		t.Errorf("the stream of another key ended: %v", err)
+	}
+}
+
+// endlessUpload is a body that goes on until it is not read any more.
+func endlessUpload(t *testing.T) io.Reader {
+	upload, uploaded := io.Pipe()
+	go func() {
+		for {
+			if _, err := uploaded.Write(make([]byte, 1024)); err != nil {
+				return
+			}
+			<-time.After(10 * time.Millisecond)
+		}
+	}()
+	t.Cleanup(func() { _ = uploaded.CloseWithError(io.ErrUnexpectedEOF) })
+	return upload
+}
+
+func TestHTTP2StreamsEndWithTheirKeyAndOthersOnTheSameConnectionGoOn(t *testing.T) {
+	r := newRig(t)
+	g := r.startTLS(standardSite, "refresh 50ms")
+	for code, end := range map[string]func(keyadmin.Key){
+		"API_KEY_REVOKED": func(key keyadmin.Key) { r.revoke(key.ID) },
+		"API_KEY_EXPIRED": func(key keyadmin.Key) {
+			pgtest.Exec(t, r.database, "update rekall.api_keys set expires_at = now() + interval '300 ms' where id = $1", key.ID)
+		},
+	} {
+		t.Run(code, func(t *testing.T) {
+			var connections atomic.Int64
+			transport := &http.Transport{
+				TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, ForceAttemptHTTP2: true,
+				DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+					connections.Add(1)
+					return new(net.Dialer).DialContext(ctx, network, address)
+				},
+			}
+			t.Cleanup(transport.CloseIdleConnections)
+			http2 := &http.Client{Transport: transport, Timeout: client.Timeout}
+			key, other := r.key("production", "memories:read", "memories:write"), r.key("production", "memories:read")
+			spared := g.openOver(transport, "GET", "/v1/memories", demo(other, "sse"), nil)
+			events := g.openOver(transport, "GET", "/v1/memories", demo(key, "sse"), nil)
+			download := g.openOver(transport, "GET", "/v1/memories", demo(key, "download"), nil)
+			waiting := asyncBy(t, http2, "GET", g.http+"/v1/memories", demo(key, "hang"), nil)
+			uploading := asyncBy(t, http2, "POST", g.http+"/v1/memories", bearer(key), endlessUpload(t))
+			eventually(t, "all five requests are open", func() bool { return r.production.Open() == 5 })
+
+			end(key)
+			ends(t, events)
+			ends(t, download)
+			for name, answer := range map[string]reply{"waiting": waiting(), "uploading": uploading()} {
+				if answer.wantCode(t, http.StatusUnauthorized, code); answer.ProtoMajor != 2 {
+					t.Errorf("%s: answered over %s", name, answer.Proto)
+				}
+			}
+			eventually(t, "the backend is rid of them", func() bool { return r.production.Open() == 1 })
+			if _, err := io.ReadFull(spared.Body, make([]byte, 64)); err != nil {
+				t.Errorf("the stream of another key ended: %v", err)
+			}
+			if again, err := sendBy(http2, "GET", g.http+"/v1/memories", bearer(other), nil); err != nil || again.StatusCode != http.StatusOK {
+				t.Errorf("another request: %v, %v", again.Response, err)
+			}
+			if n := connections.Load(); n != 1 {
+				t.Errorf("%d connections, want one for all", n)
+			}
+			_ = spared.Body.Close()
+			eventually(t, "nothing is open", func() bool { return r.production.Open() == 0 })
+		})
 	}
 }
 
