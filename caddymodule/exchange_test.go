@@ -27,9 +27,9 @@ func (k *cutWhileTracking) Find(context.Context, apikey.Digest) (keycache.Found,
 	return keycache.Found{Record: &record, Now: time.Now()}, nil
 }
 
-func (k *cutWhileTracking) Track(_ *keycache.Flight, _ keycache.Found, cancel context.CancelCauseFunc) bool {
+func (k *cutWhileTracking) Track(_ *keycache.Flight, _ keycache.Found, request keycache.Request) bool {
 	k.record.RevokedAt = time.Now()
-	cancel(&keycache.Cut{Outcome: apikey.Revoked})
+	request.Cut(&keycache.Cut{Outcome: apikey.Revoked})
 	return k.tracked
 }
 

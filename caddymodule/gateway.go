@@ -53,7 +53,7 @@ type Gateway struct {
 // keys is what the handler asks of the cache.
 type keys interface {
 	Find(ctx context.Context, d apikey.Digest) (keycache.Found, error)
-	Track(f *keycache.Flight, found keycache.Found, cancel context.CancelCauseFunc) bool
+	Track(f *keycache.Flight, found keycache.Found, request keycache.Request) bool
 	Untrack(f *keycache.Flight)
 }
 
