@@ -155,11 +155,12 @@ func (d *dev) createKeys(ctx context.Context) (production, sandbox keyadmin.Key,
 	defer store.Close()
 	admin := keyadmin.New(store)
 	request := keyadmin.CreateRequest{Name: "Demo production", Account: "demo", Environment: "production", Scopes: demoScopes}
-	if production, err = admin.Create(ctx, request); err != nil {
+	creator := keyadmin.Operator("dev")
+	if production, _, err = admin.Create(ctx, creator, request); err != nil {
 		return
 	}
 	request.Name, request.Environment = "Demo sandbox", "sandbox"
-	sandbox, err = admin.Create(ctx, request)
+	sandbox, _, err = admin.Create(ctx, creator, request)
 	return
 }
 

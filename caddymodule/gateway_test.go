@@ -35,7 +35,7 @@ func newGateway(t testing.TB) (*Gateway, string) {
 		t.Fatal(err)
 	}
 	t.Cleanup(store.Close)
-	key, err := keyadmin.New(store).Create(t.Context(), keyadmin.CreateRequest{
+	key, _, err := keyadmin.New(store).Create(t.Context(), keyadmin.Operator("test"), keyadmin.CreateRequest{
 		Name: "n", Account: "a", Environment: "production", Scopes: []string{"memories:read"},
 	})
 	if err != nil {

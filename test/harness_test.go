@@ -94,7 +94,7 @@ func (r *rig) backend(name string) *devenv.Backend {
 // key creates a key; environment is "production" or "sandbox".
 func (r *rig) key(environment string, scopes ...string) keyadmin.Key {
 	r.t.Helper()
-	key, err := r.admin.Create(context.Background(), keyadmin.CreateRequest{
+	key, _, err := r.admin.Create(context.Background(), keyadmin.Operator("test"), keyadmin.CreateRequest{
 		Name: "test", Account: "acme", Environment: environment, Scopes: scopes,
 	})
 	if err != nil {
@@ -105,7 +105,7 @@ func (r *rig) key(environment string, scopes ...string) keyadmin.Key {
 
 func (r *rig) revoke(id string) {
 	r.t.Helper()
-	if _, err := r.admin.Revoke(context.Background(), id); err != nil {
+	if _, err := r.admin.Revoke(context.Background(), keyadmin.Operator("test"), id); err != nil {
 		r.t.Fatal(err)
 	}
 }

@@ -9,6 +9,7 @@ type Record struct {
 	Digest      Digest
 	Environment Environment
 	Scopes      Scopes
+	ManageKeys  bool      // may manage the keys of its account
 	ExpiresAt   time.Time // zero: never
 	RevokedAt   time.Time // zero: not revoked
 }

@@ -2,6 +2,7 @@ package keyadmin
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/keystore"
@@ -69,18 +70,33 @@ type Confirmation struct {
 // confirmPoll is how often the edges are looked at while they confirm.
 const confirmPoll = 20 * time.Millisecond
 
-// WaitRevoked waits until every edge that knew the key may no longer allow it: it has confirmed the revocation, or its
-// max_staleness has passed since. progress is called once for each edge. It ends within 60 seconds, or with ctx.
+// Revocation is a committed transaction that revoked keys, for the edges to confirm.
+type Revocation struct {
+	Count int64     `json:"count"`      // of the keys
+	At    time.Time `json:"revoked_at"` // by Postgres's clock; zero: it was a dry run
+	xid   uint64
+}
+
+// WaitRevoked is Wait for one revoked key.
 func (a *Admin) WaitRevoked(ctx context.Context, id string, progress func(Confirmation)) error {
-	row, err := a.store.Get(ctx, id)
+	row, err := a.store.Get(ctx, keystore.Everything(), id)
 	if err != nil {
 		return err
 	}
+	if row.RevokedAt == nil {
+		return fmt.Errorf("key %s is not revoked", id)
+	}
+	return a.Wait(ctx, Revocation{Count: 1, At: *row.RevokedAt, xid: row.ChangeXid}, progress)
+}
+
+// Wait waits until every edge that knew the keys may no longer allow them: it has confirmed the revocation, or its
+// max_staleness has passed since. progress is called once for each edge. It ends within 60 seconds, or with ctx.
+func (a *Admin) Wait(ctx context.Context, revocation Revocation, progress func(Confirmation)) error {
 	done := make(map[string]bool)
 	ticker := time.NewTicker(confirmPoll)
 	defer ticker.Stop()
 	for began := time.Now(); ; {
-		seen, err := a.store.Edges(ctx, row.ChangeXid)
+		seen, err := a.store.Edges(ctx, revocation.xid)
 		if err != nil {
 			return err
 		}
@@ -91,7 +107,7 @@ func (a *Admin) WaitRevoked(ctx context.Context, id string, progress func(Confir
 			case done[e.Instance]:
 				continue
 			case e.Applied:
-				c.DelaySeconds = max(0, e.SeenAt.Sub(*row.RevokedAt).Seconds())
+				c.DelaySeconds = max(0, e.SeenAt.Sub(revocation.At).Seconds())
 			case time.Since(began) > e.MaxStaleness:
 				c.Status = FailClosed
 			default:

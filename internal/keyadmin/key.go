@@ -22,16 +22,26 @@ const (
 // Key is a key as the API shows it. Times are Postgres's, in UTC.
 type Key struct {
 	ID          string     `json:"id"`
-	Key         Secret     `json:"key,omitempty"` // the key itself: only in the answer to Create
+	Key         Secret     `json:"key,omitempty"` // the key itself: only in the answers to Create and Rotate
 	Name        string     `json:"name"`
 	Account     string     `json:"account"`
 	Environment string     `json:"environment"`
 	Scopes      []string   `json:"scopes"`
-	Masked      string     `json:"masked"` // prefix and last four characters, "rk_test_…a1B2"
-	Status      Status     `json:"status"` // when it was read
+	ManageKeys  bool       `json:"manage_keys"`
+	Masked      string     `json:"masked"`     // prefix and last four characters, "rk_test_…a1B2"
+	Status      Status     `json:"status"`     // when it was read
+	CreatedBy   *string    `json:"created_by"` // an actor; null: unknown
 	CreatedAt   time.Time  `json:"created_at"`
-	ExpiresAt   *time.Time `json:"expires_at"` // null: never
-	RevokedAt   *time.Time `json:"revoked_at"` // null: not revoked
+	ExpiresAt   *time.Time `json:"expires_at"`   // null: never
+	RevokedAt   *time.Time `json:"revoked_at"`   // null: not revoked
+	LastUsedAt  *time.Time `json:"last_used_at"` // null: not known to have been used
+
+	Predecessor *string `json:"predecessor"` // id of the key that this one replaces; null: none
+	Successor   *string `json:"successor"`   // id of the newest key that replaces this one; null: none
+
+	// OverlapOnFirstUse is not null while the predecessor waits for this key's first use: so long it lives on from then,
+	// as ParseDuration reads it.
+	OverlapOnFirstUse *string `json:"overlap_on_first_use"`
 }
 
 // Secret is a key. Only Reveal and JSON show it: a log line or an error made from it, or from what contains it, does not.
@@ -45,13 +55,34 @@ func (Secret) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "[api key]"
 
 func fromRow(row keystore.Row) Key {
 	key := Key{
-		ID: row.ID, Name: row.Name, Account: row.Account, Environment: row.Environment, Scopes: row.Scopes,
-		Status: status(row), CreatedAt: row.CreatedAt.UTC(), ExpiresAt: utc(row.ExpiresAt), RevokedAt: utc(row.RevokedAt),
+		ID: row.ID, Name: row.Name, Account: row.Account, Environment: row.Environment, Scopes: row.Scopes, ManageKeys: row.ManageKeys,
+		Status: status(row), CreatedBy: optional(row.CreatedBy),
+		CreatedAt: row.CreatedAt.UTC(), ExpiresAt: utc(row.ExpiresAt), RevokedAt: utc(row.RevokedAt),
+		Predecessor: optional(row.Predecessor), Successor: optional(row.Successor),
 	}
 	if environment, err := apikey.ParseEnvironment(row.Environment); err == nil {
 		key.Masked = apikey.Mask(environment, row.Hint)
 	}
+	if row.OverlapOnFirstUse != nil {
+		key.OverlapOnFirstUse = optional(FormatDuration(*row.OverlapOnFirstUse))
+	}
 	return key
+}
+
+func fromRows(rows []keystore.Row) []Key {
+	keys := make([]Key, 0, len(rows))
+	for _, row := range rows {
+		keys = append(keys, fromRow(row))
+	}
+	return keys
+}
+
+// optional is nil for the empty text, which JSON shows as null.
+func optional(s string) *string {
+	if s == "" {
+		return nil
+	}
+	return &s
 }
 
 func status(row keystore.Row) Status {

@@ -1,15 +1,23 @@
-// Package keyadmin is the life of a key: created and shown once, listed, revoked. Each step is one transaction. Whatever
-// manages keys uses it, so that all of it follows the same rules.
+// Package keyadmin is the life of a key: created and shown once, listed, renamed, rotated, revoked. Whatever manages keys
+// uses it, so that all of it follows the same rules:
+//
+//   - Every change is one transaction, and its line in the audit is part of it.
+//   - An operator manages all keys; a person those of one account; a managing key those of its account, and a managing
+//     sandbox key only the sandbox keys among them.
+//   - Nobody is handed a key with an account, an environment or a scope beyond their own, neither by making one nor by
+//     rotating another's. A managing key may make managing keys: they can do no more than it can.
+//   - What is out of an actor's reach does not exist for them: the same statement looks for both.
+//   - A key is shown once, to whoever made it, and is stored as its SHA-256 only.
+//   - Revoking is for good. Rotating can be undone until the old key has ended.
 package keyadmin
 
 import (
 	"context"
-	"encoding/base64"
+	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"regexp"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
@@ -18,8 +26,23 @@ import (
 
 // What may be found instead of a key to work on.
 var (
-	ErrNotFound       = errors.New("no such key")
+	// ErrNotFound: there is no such key, or it is not the actor's to see.
+	ErrNotFound = errors.New("no such key")
+
+	// ErrAlreadyRevoked: there is nothing left to revoke.
 	ErrAlreadyRevoked = errors.New("key is already revoked")
+
+	// ErrEnded: the key is revoked or expired, and can neither be rotated nor have its rotation undone.
+	ErrEnded = errors.New("key has ended")
+
+	// ErrAlreadyRotated: the key has a successor that is not revoked.
+	ErrAlreadyRotated = errors.New("key is being rotated already")
+
+	// ErrNotRotated: there is no rotation to undo.
+	ErrNotRotated = errors.New("key is not being rotated")
+
+	// ErrIdempotencyMismatch: the idempotency key came with another request before.
+	ErrIdempotencyMismatch = errors.New("idempotency key was used with another request: use a new one for each key")
 )
 
 // Admin manages the keys in a store.
@@ -31,28 +54,113 @@ func New(store *keystore.Store) *Admin { return &Admin{store} }
 // CreateRequest says what key to create.
 type CreateRequest struct {
 	Name        string   // for people: 1 to 200 characters
-	Account     string   // that owns the key: 1 to 200 characters
-	Environment string   // production or sandbox
+	Account     string   // that owns the key: 1 to 200 characters; empty: the actor's
+	Environment string   // production or sandbox; empty: that of the key that asks
 	Scopes      []string // at least one
+	ManageKeys  bool     // whether the key may manage the keys of its account
 	ExpiresIn   string   // as ParseDuration reads it, at most 3650d; empty: never
+	ExpiresAt   string   // RFC 3339, in the future and within 3650 days; excludes ExpiresIn
+
+	// IdempotencyKey makes a retry harmless: for 24 hours the actor's same request answers the key that it made, without
+	// the key itself. 1 to 255 printable ASCII characters; empty: every request makes a key.
+	IdempotencyKey string
 }
 
-// Create makes a key. Only the answer holds the key itself; Postgres gets its SHA-256. A request that is not acceptable is
-// an *InvalidError, and nothing is written.
-func (a *Admin) Create(ctx context.Context, request CreateRequest) (Key, error) {
+// Create makes a key. Only the answer holds the key itself; Postgres gets its SHA-256. replayed says that the answer is the
+// key that an earlier request with the same idempotency key made, without the key itself. A request that is not acceptable
+// is an *InvalidError, one that asks for too much a *ForbiddenError; the error may also wrap ErrIdempotencyMismatch. With an
+// error nothing is written.
+func (a *Admin) Create(ctx context.Context, actor Actor, request CreateRequest) (created Key, replayed bool, err error) {
+	request = actor.complete(request)
 	key, err := request.validate()
 	if err != nil {
-		return Key{}, err
+		return Key{}, false, err
 	}
+	secret := generate(&key)
+	key.CreatedBy = actor.String()
+	err = a.change(ctx, actor, func(tx *keystore.Tx, actor Actor) error {
+		if err := actor.mayHold(key.Account, key.Environment, key.Scopes); err != nil {
+			return err
+		}
+		if request.IdempotencyKey != "" {
+			first, err := tx.ClaimIdempotencyKey(ctx, key.Account, actor.String(), request.IdempotencyKey, request.hash(), key.ID)
+			if err != nil {
+				return err
+			}
+			if first != nil {
+				replayed = true
+				created, err = replay(ctx, tx, actor, request, first)
+				return err
+			}
+		}
+		if err := checkFuture(ctx, tx, key.ExpiresAt); err != nil {
+			return err
+		}
+		row, err := insert(ctx, tx, actor, key)
+		if err != nil {
+			return err
+		}
+		created = fromRow(row)
+		created.Key = Secret(secret)
+		return nil
+	})
+	if err != nil {
+		return Key{}, false, err
+	}
+	return created, replayed, nil
+}
+
+// generate gives a key its id, digest and hint, and returns the key itself.
+func generate(key *keystore.NewKey) string {
 	secret := apikey.Generate(key.Environment)
 	key.ID, key.Digest, key.Hint = newID(), apikey.Hash(secret), apikey.Hint(secret)
-	row, err := a.store.Insert(ctx, key)
+	return secret
+}
+
+// insert writes a new key and its line in the audit.
+func insert(ctx context.Context, tx *keystore.Tx, actor Actor, key keystore.NewKey) (keystore.Row, error) {
+	row, err := tx.Insert(ctx, key)
+	if err != nil {
+		return row, err
+	}
+	details := map[string]any{"name": row.Name, "scopes": row.Scopes, "manage_keys": row.ManageKeys, "expires_at": utc(row.ExpiresAt)}
+	if row.Predecessor != "" {
+		details["predecessor"] = row.Predecessor
+	}
+	return row, tx.Audit(ctx, entry(actor, KeyCreated, row, details))
+}
+
+// replay answers a request that came before.
+func replay(ctx context.Context, tx *keystore.Tx, actor Actor, request CreateRequest, first *keystore.FirstRequest) (Key, error) {
+	hash := request.hash()
+	if string(first.Hash) != string(hash[:]) {
+		return Key{}, ErrIdempotencyMismatch
+	}
+	row, err := tx.Get(ctx, actor.reach(), first.KeyID)
 	if err != nil {
 		return Key{}, err
 	}
-	created := fromRow(row)
-	created.Key = Secret(secret)
-	return created, nil
+	return fromRow(row), nil
+}
+
+// complete fills in what the actor need not say.
+func (a Actor) complete(request CreateRequest) CreateRequest {
+	if request.Account == "" {
+		request.Account = a.account
+	}
+	if request.Environment == "" && a.rank == key {
+		request.Environment = a.environment.String()
+	}
+	return request
+}
+
+// hash tells requests apart that came with the same idempotency key.
+func (r CreateRequest) hash() [sha256.Size]byte {
+	r.IdempotencyKey = ""
+	scopes, _ := apikey.ParseScopes(r.Scopes) // which validate has checked
+	r.Scopes = scopes.Names()
+	text, _ := json.Marshal(r) // which texts and a truth value cannot fail
+	return sha256.Sum256(text)
 }
 
 func newID() string { return "key_" + apikey.RandomText(22) }
@@ -67,96 +175,69 @@ func checkID(id string) error {
 	return nil
 }
 
-// Get returns a key. The error wraps ErrNotFound if there is none with that id.
-func (a *Admin) Get(ctx context.Context, id string) (Key, error) {
-	if err := checkID(id); err != nil {
-		return Key{}, err
-	}
-	row, err := a.store.Get(ctx, id)
+// notFound is what the caller is told where a statement found no row.
+func notFound(err error, id string) error {
 	if errors.Is(err, keystore.ErrNoRow) {
-		return Key{}, fmt.Errorf("%w: %s", ErrNotFound, id)
+		return fmt.Errorf("%w: %s", ErrNotFound, id)
 	}
-	if err != nil {
-		return Key{}, err
-	}
-	return fromRow(row), nil
+	return err
 }
 
-// Revoke revokes a key for good. The error wraps ErrNotFound or ErrAlreadyRevoked where nothing was changed; with the
-// latter comes the key as it is.
-func (a *Admin) Revoke(ctx context.Context, id string) (Key, error) {
+// Get returns a key. The error wraps ErrNotFound if there is none with that id.
+func (a *Admin) Get(ctx context.Context, actor Actor, id string) (Key, error) {
 	if err := checkID(id); err != nil {
 		return Key{}, err
 	}
-	row, revoked, err := a.store.Revoke(ctx, id)
-	switch {
-	case errors.Is(err, keystore.ErrNoRow):
-		return Key{}, fmt.Errorf("%w: %s", ErrNotFound, id)
-	case err != nil:
-		return Key{}, err
-	case !revoked:
-		return fromRow(row), fmt.Errorf("%w: %s, since %s", ErrAlreadyRevoked, id, row.RevokedAt.UTC().Format(time.RFC3339))
+	row, err := a.store.Get(ctx, actor.reach(), id)
+	if err != nil {
+		return Key{}, notFound(err, id)
 	}
 	return fromRow(row), nil
 }
 
-// ListRequest selects keys. The zero value is the first page of all keys.
-type ListRequest struct {
-	Account string // empty: all accounts
-	Limit   int    // 1 to 100; 0: 100
-	Cursor  string // NextCursor of the page before; empty: the first page
+// Rename gives a key another name. The error wraps ErrNotFound, or is an *InvalidError.
+func (a *Admin) Rename(ctx context.Context, actor Actor, id, name string) (Key, error) {
+	if err := checkText("name", name); err != nil {
+		return Key{}, err
+	}
+	return a.changeOne(ctx, actor, id, func(tx *keystore.Tx, actor Actor) (keystore.Row, error) {
+		row, before, err := tx.Rename(ctx, actor.reach(), id, name)
+		if err != nil || before == name {
+			return row, err
+		}
+		return row, tx.Audit(ctx, entry(actor, KeyRenamed, row, map[string]any{"from": before, "to": name}))
+	})
 }
 
-// Page is one page of a list, newest keys first.
-type Page struct {
-	Keys       []Key  // never nil
-	NextCursor string // empty: the last page
+// Revoke revokes a key for good; the key that asks is no exception. The error wraps ErrNotFound or ErrAlreadyRevoked where
+// nothing was changed; with the latter comes the key as it is.
+func (a *Admin) Revoke(ctx context.Context, actor Actor, id string) (Key, error) {
+	revoked := false
+	key, err := a.changeOne(ctx, actor, id, func(tx *keystore.Tx, actor Actor) (row keystore.Row, err error) {
+		row, revoked, err = tx.Revoke(ctx, actor.reach(), id)
+		if err != nil || !revoked {
+			return row, err
+		}
+		return row, tx.Audit(ctx, entry(actor, KeyRevoked, row, nil))
+	})
+	if err == nil && !revoked {
+		err = fmt.Errorf("%w: %s, since %s", ErrAlreadyRevoked, id, key.RevokedAt.Format(time.RFC3339))
+	}
+	return key, err
 }
 
-const maxPage = 100
-
-// List returns a page of keys. A request that is not acceptable is an *InvalidError.
-func (a *Admin) List(ctx context.Context, request ListRequest) (Page, error) {
-	after, limit, err := request.validate()
+// changeOne is change for one key, which it returns as it is afterwards.
+func (a *Admin) changeOne(ctx context.Context, actor Actor, id string, do func(*keystore.Tx, Actor) (keystore.Row, error)) (Key, error) {
+	if err := checkID(id); err != nil {
+		return Key{}, err
+	}
+	var row keystore.Row
+	err := a.change(ctx, actor, func(tx *keystore.Tx, actor Actor) (err error) {
+		row, err = do(tx, actor)
+		return err
+	})
 	if err != nil {
-		return Page{}, err
+		return Key{}, notFound(err, id)
 	}
-	// One more than asked for tells whether there is a next page.
-	rows, err := a.store.List(ctx, request.Account, after, limit+1)
-	if err != nil {
-		return Page{}, err
-	}
-	page := Page{Keys: make([]Key, 0, min(limit, len(rows)))}
-	if len(rows) > limit {
-		rows = rows[:limit]
-		page.NextCursor = formatCursor(rows[limit-1])
-	}
-	for _, row := range rows {
-		page.Keys = append(page.Keys, fromRow(row))
-	}
-	return page, nil
+	return fromRow(row), nil
 }
-
-func formatCursor(last keystore.Row) string {
-	return base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, "%d %s", last.CreatedAt.UnixMicro(), last.ID))
-}
-
-func parseCursor(s string) (keystore.Position, error) {
-	if s == "" {
-		return keystore.Position{}, nil
-	}
-	invalid := &InvalidError{"cursor", "must be the cursor that came with the page before"}
-	text, err := base64.RawURLEncoding.DecodeString(s)
-	if err != nil {
-		return keystore.Position{}, invalid
-	}
-	micros, id, _ := strings.Cut(string(text), " ")
-	at, err := strconv.ParseInt(micros, 10, 64)
-	if err != nil || at < 0 || at > maxCursor || !idPattern.MatchString(id) {
-		return keystore.Position{}, invalid
-	}
-	return keystore.Position{CreatedAt: time.UnixMicro(at), ID: id}, nil
-}
-
-// maxCursor is the last moment that a key can have been created, in microseconds since 1970: the database checks the same.
-var maxCursor = time.Date(9999, 12, 31, 0, 0, 0, 0, time.UTC).UnixMicro()

@@ -20,6 +20,8 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
+var operator = keyadmin.Operator("test")
+
 func newAdmin(t testing.TB) (admin *keyadmin.Admin, store *keystore.Store, databaseURL string) {
 	t.Helper()
 	databaseURL = pgtest.URL(t)
@@ -43,7 +45,7 @@ func request() keyadmin.CreateRequest {
 
 func create(t testing.TB, admin *keyadmin.Admin, r keyadmin.CreateRequest) keyadmin.Key {
 	t.Helper()
-	key, err := admin.Create(t.Context(), r)
+	key, _, err := admin.Create(t.Context(), operator, r)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -122,6 +124,7 @@ func TestCreateAnswersTheAPIsObject(t *testing.T) {
 		"id": created.ID, "key": key, "name": "Production Backend", "account": "acme", "environment": "sandbox",
 		"scopes": []any{"memories:read", "memories:write"}, "masked": "rk_test_…" + key[len(key)-4:], "status": "active",
 		"created_at": created.CreatedAt.Format(time.RFC3339Nano), "expires_at": created.ExpiresAt.Format(time.RFC3339Nano), "revoked_at": nil,
+		"manage_keys": false, "created_by": "cli:test", "last_used_at": nil, "predecessor": nil, "successor": nil, "overlap_on_first_use": nil,
 	}
 	if fmt.Sprint(object) != fmt.Sprint(want) {
 		t.Errorf("got  %v\nwant %v", object, want)
@@ -134,15 +137,15 @@ func TestCreateAnswersTheAPIsObject(t *testing.T) {
 func TestKeyIsShownOnce(t *testing.T) {
 	admin, _, _ := newAdmin(t)
 	created := create(t, admin, request())
-	page, err := admin.List(t.Context(), keyadmin.ListRequest{})
+	page, err := admin.List(t.Context(), operator, keyadmin.ListRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, err := admin.Get(t.Context(), created.ID)
+	got, err := admin.Get(t.Context(), operator, created.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
-	revoked, err := admin.Revoke(t.Context(), created.ID)
+	revoked, err := admin.Revoke(t.Context(), operator, created.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -214,7 +217,7 @@ func TestUnacceptableRequestSaysWhyAndWritesNothing(t *testing.T) {
 		{"expires_in: must be more than 0 and at most 3650d", with(func(r *keyadmin.CreateRequest) { r.ExpiresIn = "1ns" })},
 		{"expires_in: must be more than 0 and at most 3650d", with(func(r *keyadmin.CreateRequest) { r.ExpiresIn = "3651d" })},
 	} {
-		_, err := admin.Create(t.Context(), test.request)
+		_, _, err := admin.Create(t.Context(), operator, test.request)
 		var invalid *keyadmin.InvalidError
 		if !errors.As(err, &invalid) || !strings.HasPrefix(err.Error(), test.want) {
 			t.Errorf("got %v, want %s", err, test.want)
@@ -223,7 +226,7 @@ func TestUnacceptableRequestSaysWhyAndWritesNothing(t *testing.T) {
 			t.Errorf("the error shows a key: %v", err)
 		}
 	}
-	if page, err := admin.List(t.Context(), keyadmin.ListRequest{}); err != nil || len(page.Keys) != 0 || page.Keys == nil {
+	if page, err := admin.List(t.Context(), operator, keyadmin.ListRequest{}); err != nil || len(page.Keys) != 0 || page.Keys == nil {
 		t.Errorf("%+v, %v", page, err)
 	}
 }
@@ -250,15 +253,15 @@ func TestWhatIsAcceptableIsAcceptableToTheDatabase(t *testing.T) {
 func TestRevokeIsPermanentAndSaysWhatItFound(t *testing.T) {
 	admin, _, _ := newAdmin(t)
 	created, other := create(t, admin, request()), create(t, admin, request())
-	revoked, err := admin.Revoke(t.Context(), created.ID)
+	revoked, err := admin.Revoke(t.Context(), operator, created.ID)
 	if err != nil || revoked.Status != keyadmin.Revoked || revoked.RevokedAt == nil {
 		t.Fatalf("revoked %+v, %v", revoked, err)
 	}
-	again, err := admin.Revoke(t.Context(), created.ID)
+	again, err := admin.Revoke(t.Context(), operator, created.ID)
 	if !errors.Is(err, keyadmin.ErrAlreadyRevoked) || again.RevokedAt == nil || !again.RevokedAt.Equal(*revoked.RevokedAt) {
 		t.Errorf("again %+v, %v", again, err)
 	}
-	if got, err := admin.Get(t.Context(), other.ID); err != nil || got.Status != keyadmin.Active {
+	if got, err := admin.Get(t.Context(), operator, other.ID); err != nil || got.Status != keyadmin.Active {
 		t.Errorf("another key: %+v, %v", got, err)
 	}
 }
@@ -267,8 +270,8 @@ func TestUnknownIDIsNotFoundAndAPastedKeyIsNotQuoted(t *testing.T) {
 	admin, _, _ := newAdmin(t)
 	pasted := create(t, admin, request()).Key.Reveal()
 	for _, id := range []string{"key_" + strings.Repeat("0", 22), "", "key_", pasted, "key_" + pasted, "'; drop table rekall.api_keys; --"} {
-		_, revokeErr := admin.Revoke(t.Context(), id)
-		_, getErr := admin.Get(t.Context(), id)
+		_, revokeErr := admin.Revoke(t.Context(), operator, id)
+		_, getErr := admin.Get(t.Context(), operator, id)
 		for _, err := range []error{revokeErr, getErr} {
 			if !errors.Is(err, keyadmin.ErrNotFound) || apikey.ContainsKey(err.Error()) {
 				t.Errorf("%q: %v", id, err)
@@ -282,10 +285,10 @@ func TestStatusFollowsPostgresClock(t *testing.T) {
 	r := request()
 	r.ExpiresIn = "1us"
 	key := create(t, admin, r)
-	if got, err := admin.Get(t.Context(), key.ID); err != nil || got.Status != keyadmin.Expired {
+	if got, err := admin.Get(t.Context(), operator, key.ID); err != nil || got.Status != keyadmin.Expired {
 		t.Errorf("after its expiry: %+v, %v", got, err)
 	}
-	if got, err := admin.Revoke(t.Context(), key.ID); err != nil || got.Status != keyadmin.Revoked {
+	if got, err := admin.Revoke(t.Context(), operator, key.ID); err != nil || got.Status != keyadmin.Revoked {
 		t.Errorf("after its revocation: %+v, %v", got, err)
 	}
 }
@@ -305,7 +308,7 @@ func TestListPagesFromNewestToOldest(t *testing.T) {
 	var got []string
 	pages := 0
 	for r := (keyadmin.ListRequest{Account: "acme", Limit: 2}); ; pages++ {
-		page, err := admin.List(t.Context(), r)
+		page, err := admin.List(t.Context(), operator, r)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -331,7 +334,7 @@ func TestUnacceptableListRequestSaysWhy(t *testing.T) {
 		{Cursor: "x"}, {Cursor: "%"}, {Cursor: encode("1 key_")}, {Cursor: encode("x key_0123456789abcdefABCDEF")},
 		{Cursor: encode("1")}, {Cursor: encode("9223372036854775807 key_0123456789abcdefABCDEF")}, {Cursor: encode("-1 key_0123456789abcdefABCDEF")},
 	} {
-		_, err := admin.List(t.Context(), r)
+		_, err := admin.List(t.Context(), operator, r)
 		var invalid *keyadmin.InvalidError
 		if !errors.As(err, &invalid) {
 			t.Errorf("%+v: %v", r, err)

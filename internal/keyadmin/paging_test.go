@@ -27,7 +27,7 @@ func TestListNeitherLosesNorRepeatsKeysCreatedAtOnce(t *testing.T) {
 		seen := map[string]bool{}
 		pages := 0
 		for r := (keyadmin.ListRequest{Account: test.account, Limit: test.limit}); ; {
-			page, err := admin.List(t.Context(), r)
+			page, err := admin.List(t.Context(), operator, r)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -57,7 +57,7 @@ func TestListKeepsItsPlaceWhileKeysAreCreated(t *testing.T) {
 		want[create(t, admin, request()).ID] = true
 	}
 	for r := (keyadmin.ListRequest{Limit: 2}); ; {
-		page, err := admin.List(t.Context(), r)
+		page, err := admin.List(t.Context(), operator, r)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -1,6 +1,7 @@
 package keyadmin
 
 import (
+	"context"
 	"strings"
 	"time"
 	"unicode"
@@ -30,36 +31,104 @@ const (
 
 // validate returns the key that the request asks for, without what is random.
 func (r CreateRequest) validate() (keystore.NewKey, error) {
-	key := keystore.NewKey{Name: r.Name, Account: r.Account}
+	key := keystore.NewKey{Name: r.Name, Account: r.Account, ManageKeys: r.ManageKeys}
 	if err := checkText("name", r.Name); err != nil {
 		return key, err
 	}
-	if err := checkText("account", r.Account); err != nil {
+	if err := checkAccount(r.Account); err != nil {
 		return key, err
-	}
-	if r.Account == keystore.CanaryAccount {
-		return key, &InvalidError{"account", "must not be the one that canaries have"}
 	}
 	var err error
 	if key.Environment, err = apikey.ParseEnvironment(r.Environment); err != nil {
-		return key, &InvalidError{"environment", "must be production or sandbox"}
+		return key, errEnvironment
 	}
-	if len(r.Scopes) == 0 {
-		return key, &InvalidError{"scopes", "must name at least one of " + strings.Join(apikey.ScopeNames(), ", ")}
+	if key.Scopes, err = parseScopes(r.Scopes); err != nil {
+		return key, err
 	}
-	if key.Scopes, err = apikey.ParseScopes(r.Scopes); err != nil {
-		return key, &InvalidError{"scopes", err.Error()}
+	if err := checkIdempotencyKey(r.IdempotencyKey); err != nil {
+		return key, err
 	}
-	if r.ExpiresIn == "" {
-		return key, nil
+	switch {
+	case r.ExpiresIn != "" && r.ExpiresAt != "":
+		return key, &InvalidError{"expires_at", "must be left out where expires_in is given"}
+	case r.ExpiresIn != "":
+		key.Lifetime, err = parseLifetime(r.ExpiresIn)
+	case r.ExpiresAt != "":
+		key.ExpiresAt, err = parseTime("expires_at", r.ExpiresAt)
 	}
-	if key.Lifetime, err = ParseDuration(r.ExpiresIn); err != nil {
-		return key, &InvalidError{"expires_in", err.Error()}
+	return key, err
+}
+
+var errEnvironment = &InvalidError{"environment", "must be production or sandbox"}
+
+func checkEnvironment(s string) error {
+	if _, err := apikey.ParseEnvironment(s); err != nil {
+		return errEnvironment
 	}
-	if key.Lifetime < minLifetime || key.Lifetime > maxLifetime {
-		return key, &InvalidError{"expires_in", "must be more than 0 and at most 3650d (ten years)"}
+	return nil
+}
+
+func parseScopes(names []string) (apikey.Scopes, error) {
+	if len(names) == 0 {
+		return 0, &InvalidError{"scopes", "must name at least one of " + strings.Join(apikey.ScopeNames(), ", ")}
 	}
-	return key, nil
+	scopes, err := apikey.ParseScopes(names)
+	if err != nil {
+		return 0, &InvalidError{"scopes", err.Error()}
+	}
+	return scopes, nil
+}
+
+func parseLifetime(s string) (time.Duration, error) {
+	lifetime, err := ParseDuration(s)
+	if err != nil {
+		return 0, &InvalidError{"expires_in", err.Error()}
+	}
+	if lifetime < minLifetime || lifetime > maxLifetime {
+		return 0, &InvalidError{"expires_in", "must be more than 0 and at most 3650d (ten years)"}
+	}
+	return lifetime, nil
+}
+
+func parseTime(field, s string) (*time.Time, error) {
+	t, err := time.Parse(time.RFC3339, s)
+	if err != nil {
+		return nil, &InvalidError{field, "must be a time as RFC 3339 has it, such as 2030-12-31T23:59:59Z"}
+	}
+	return &t, nil
+}
+
+// checkFuture compares an expiry with Postgres's clock, which is what ends the key.
+func checkFuture(ctx context.Context, tx *keystore.Tx, expiresAt *time.Time) error {
+	if expiresAt == nil {
+		return nil
+	}
+	now, err := tx.Now(ctx)
+	if err != nil {
+		return err
+	}
+	if lifetime := expiresAt.Sub(now); lifetime < minLifetime || lifetime > maxLifetime {
+		return &InvalidError{"expires_at", "must be in the future, at most 3650 days (ten years) ahead"}
+	}
+	return nil
+}
+
+func checkAccount(account string) error {
+	if account == keystore.CanaryAccount {
+		return &InvalidError{"account", "must not be the one that canaries have"}
+	}
+	return checkText("account", account)
+}
+
+func checkIdempotencyKey(s string) error {
+	const field, maxLength = "Idempotency-Key", 255
+	switch {
+	case len(s) > maxLength || strings.ContainsFunc(s, func(r rune) bool { return r < 0x21 || r > 0x7e }):
+		return &InvalidError{field, "must have at most 255 printable ASCII characters, without spaces"}
+	case apikey.ContainsKey(s):
+		return &InvalidError{field, "must not contain an API key"}
+	}
+	return nil
 }
 
 // checkText accepts what can stand in a header and in a line of a list. An account with spaces at its ends would reach a
@@ -78,20 +147,13 @@ func checkText(field, s string) error {
 	return nil
 }
 
-// validate returns where the page begins and how long it is.
-func (r ListRequest) validate() (after keystore.Position, limit int, err error) {
-	if r.Account != "" {
-		if err := checkText("account", r.Account); err != nil {
-			return after, 0, err
-		}
+// checkSearch accepts a part of a text that checkText accepts.
+func checkSearch(field, s string) error {
+	switch {
+	case utf8.RuneCountInString(s) > maxText:
+		return &InvalidError{field, "must have at most 200 characters"}
+	case !utf8.ValidString(s) || strings.ContainsFunc(s, unicode.IsControl):
+		return &InvalidError{field, "must be UTF-8 text without control characters"}
 	}
-	limit = r.Limit
-	if limit == 0 {
-		limit = maxPage
-	}
-	if limit < 1 || limit > maxPage {
-		return after, 0, &InvalidError{"limit", "must be from 1 to 100"}
-	}
-	after, err = parseCursor(r.Cursor)
-	return after, limit, err
+	return nil
 }

@@ -54,7 +54,7 @@ type testKey struct {
 
 func (db *database) create(t testing.TB) testKey {
 	t.Helper()
-	key, err := db.admin.Create(context.Background(), keyadmin.CreateRequest{
+	key, _, err := db.admin.Create(context.Background(), keyadmin.Operator("test"), keyadmin.CreateRequest{
 		Name: "test", Account: "test", Environment: "production", Scopes: []string{"memories:read"},
 	})
 	if err != nil {

@@ -10,8 +10,30 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 )
 
-// ErrNoRow says that there is no key with that id.
+// ErrNoRow says that there is no key with that id within reach.
 var ErrNoRow = errors.New("no key with that id")
+
+// Reach is the keys that a statement may see. The zero value is none. What is out of reach and what does not exist are the
+// same to the same statement, so neither its answer nor its time tells them apart.
+type Reach struct {
+	all                  bool
+	account, environment string // environment empty: both
+}
+
+// Everything reaches the keys of all accounts.
+func Everything() Reach { return Reach{all: true} }
+
+// Within reaches the keys of one account, in one environment if it is not empty.
+func Within(account, environment string) Reach {
+	return Reach{account: account, environment: environment}
+}
+
+// oneKey finds the key $1 within the reach $2, $3, $4.
+const oneKey = `k.id = $1 and ($2::boolean or k.account = $3) and ($4 = '' or k.environment = $4)`
+
+func (r Reach) args(id string, more ...any) []any {
+	return append([]any{id, r.all, r.account, r.environment}, more...)
+}
 
 // Row is a key as its owner sees it. Times are Postgres's.
 type Row struct {
@@ -21,34 +43,47 @@ type Row struct {
 	Environment string
 	Hint        string // the key's last four characters; empty: unknown
 	Scopes      []string
+	ManageKeys  bool
+	CreatedBy   string // an actor; empty: unknown
 	CreatedAt   time.Time
 	ExpiresAt   *time.Time // nil: never
 	RevokedAt   *time.Time // nil: not revoked
-	ChangeXid   uint64     // transaction that last changed the row
-	Now         time.Time  // the moment of the answer, by which the key is expired or not
+
+	Predecessor       string         // the key that this one replaces; empty: none
+	Successor         string         // the newest key that replaces this one; empty: none
+	OverlapOnFirstUse *time.Duration // not nil: the first use is awaited, and the predecessor lives so long from then
+	GraceStartedAt    *time.Time     // not nil: the key's expiry was set by its rotation
+	PriorExpiresAt    *time.Time     // expiry before that; nil: never
+
+	ChangeXid uint64    // transaction that last changed the row
+	Now       time.Time // the moment of the answer, by which the key is expired or not
 }
 
-const rowColumns = `id, account, name, environment, coalesce(hint, ''), scopes, created_at, expires_at, revoked_at, change_xid, now()`
-
-// querier is a pool or a transaction.
-type querier interface {
-	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
-}
-
-// readRow runs a statement that returns rowColumns of at most one key.
-func readRow(ctx context.Context, db querier, sql string, args ...any) (Row, error) {
-	rows, _ := db.Query(ctx, sql, args...) // CollectExactlyOneRow returns its error
-	row, err := pgx.CollectExactlyOneRow(rows, scanRow)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return Row{}, ErrNoRow
-	}
-	return row, err
-}
+// rowColumns are what scanRow receives, of a table named k.
+const rowColumns = `k.id, k.account, k.name, k.environment, coalesce(k.hint, ''), k.scopes, k.manage_keys, coalesce(k.created_by, ''),
+	k.created_at, k.expires_at, k.revoked_at, coalesce(k.predecessor, ''),
+	coalesce((select s.id from rekall.api_keys s where s.predecessor = k.id order by s.created_at desc limit 1), ''),
+	k.overlap_on_first_use, k.grace_started_at, k.prior_expires_at, k.change_xid, now()`
 
 func scanRow(row pgx.CollectableRow) (Row, error) {
 	var r Row
-	err := row.Scan(&r.ID, &r.Account, &r.Name, &r.Environment, &r.Hint, &r.Scopes, &r.CreatedAt, &r.ExpiresAt, &r.RevokedAt, &r.ChangeXid, &r.Now)
+	err := row.Scan(&r.ID, &r.Account, &r.Name, &r.Environment, &r.Hint, &r.Scopes, &r.ManageKeys, &r.CreatedBy,
+		&r.CreatedAt, &r.ExpiresAt, &r.RevokedAt, &r.Predecessor, &r.Successor,
+		&r.OverlapOnFirstUse, &r.GraceStartedAt, &r.PriorExpiresAt, &r.ChangeXid, &r.Now)
 	return r, err
+}
+
+// readRow runs a statement that returns rowColumns of at most one key.
+func readRow(ctx context.Context, db querier, doing, sql string, args ...any) (Row, error) {
+	rows, _ := db.Query(ctx, sql, args...) // CollectExactlyOneRow returns its error
+	row, err := pgx.CollectExactlyOneRow(rows, scanRow)
+	if errors.Is(err, pgx.ErrNoRows) {
+		err = ErrNoRow
+	}
+	if err != nil {
+		return Row{}, failed(doing, err)
+	}
+	return row, nil
 }
 
 // NewKey is a row to be inserted.
@@ -58,72 +93,78 @@ type NewKey struct {
 	Digest            apikey.Digest
 	Hint              string // empty: unknown
 	Scopes            apikey.Scopes
-	Lifetime          time.Duration // from now by Postgres's clock, in microseconds; 0: for ever
+	ManageKeys        bool
+	CreatedBy         string         // an actor; empty: unknown
+	Lifetime          time.Duration  // from now by Postgres's clock, in microseconds; 0: for ever
+	ExpiresAt         *time.Time     // in place of Lifetime
+	Predecessor       string         // the key that this one replaces; empty: none
+	OverlapOnFirstUse *time.Duration // as in Row
 }
 
 // Insert adds a key.
-func (s *Store) Insert(ctx context.Context, key NewKey) (Row, error) {
+func (k Keys) Insert(ctx context.Context, key NewKey) (Row, error) {
 	var lifetime *time.Duration
 	if key.Lifetime != 0 {
 		lifetime = &key.Lifetime
 	}
-	row, err := readRow(ctx, s.pool, `
-insert into rekall.api_keys (id, account, name, environment, key_hash, hint, scopes, expires_at)
-values ($1, $2, $3, $4, $5, nullif($6, ''), $7, now() + $8::interval)
-returning `+rowColumns, key.ID, key.Account, key.Name, key.Environment.String(), key.Digest[:], key.Hint, key.Scopes.Names(), lifetime)
-	if err != nil {
-		return Row{}, failed("create key", err)
-	}
-	return row, nil
+	return readRow(ctx, k.db, "create key", `
+insert into rekall.api_keys as k (id, account, name, environment, key_hash, hint, scopes, manage_keys, created_by, expires_at,
+	predecessor, overlap_on_first_use)
+values ($1, $2, $3, $4, $5, nullif($6, ''), $7, $8, nullif($9, ''), coalesce($10, now() + $11::interval), nullif($12, ''), $13)
+returning `+rowColumns, key.ID, key.Account, key.Name, key.Environment.String(), key.Digest[:], key.Hint, key.Scopes.Names(),
+		key.ManageKeys, key.CreatedBy, key.ExpiresAt, lifetime, key.Predecessor, key.OverlapOnFirstUse)
 }
 
 // Get returns a key, or an error that wraps ErrNoRow.
-func (s *Store) Get(ctx context.Context, id string) (Row, error) {
-	row, err := readRow(ctx, s.pool, `select `+rowColumns+` from rekall.api_keys where id = $1`, id)
-	if err != nil {
-		return Row{}, failed("get key", err)
-	}
-	return row, nil
+func (k Keys) Get(ctx context.Context, reach Reach, id string) (Row, error) {
+	return readRow(ctx, k.db, "get key", `select `+rowColumns+` from rekall.api_keys k where `+oneKey, reach.args(id)...)
 }
 
-// Position is a key's place in a list. The zero value is the beginning.
-type Position struct {
-	CreatedAt time.Time
-	ID        string
+// Lock is Get, and keeps others from changing the key until the transaction ends.
+func (t *Tx) Lock(ctx context.Context, reach Reach, id string) (Row, error) {
+	return readRow(ctx, t.db, "lock key", `select `+rowColumns+` from rekall.api_keys k where `+oneKey+` for no key update`, reach.args(id)...)
 }
 
-// List returns up to limit keys that follow a position, newest first. An empty account means all accounts.
-func (s *Store) List(ctx context.Context, account string, after Position, limit int) ([]Row, error) {
-	var createdAt *time.Time
-	if after.ID != "" {
-		createdAt = &after.CreatedAt
+// Find returns the key with this digest, or an error that wraps ErrNoRow.
+func (k Keys) Find(ctx context.Context, reach Reach, digest apikey.Digest) (Row, error) {
+	return readRow(ctx, k.db, "find key", `select `+rowColumns+` from rekall.api_keys k
+where k.key_hash = $1 and ($2::boolean or k.account = $3) and ($4 = '' or k.environment = $4)`, digest[:], reach.all, reach.account, reach.environment)
+}
+
+// Rename gives a key another name, and returns the row as it is now and the name that it had.
+func (t *Tx) Rename(ctx context.Context, reach Reach, id, name string) (row Row, before string, err error) {
+	if row, err = t.Lock(ctx, reach, id); err != nil || row.Name == name {
+		return row, row.Name, err
 	}
-	rows, _ := s.pool.Query(ctx, `
-select `+rowColumns+` from rekall.api_keys
-where (account = $1 or $1 = '' and account <> 'rekall:canary') and ($2::timestamptz is null or (created_at, id) < ($2, $3))
-order by created_at desc, id desc limit $4`, account, createdAt, after.ID, limit) // CollectRows returns its error
-	list, err := pgx.CollectRows(rows, scanRow)
-	if err != nil {
-		return nil, failed("list keys", err)
-	}
-	return list, nil
+	before = row.Name
+	row, err = readRow(ctx, t.db, "rename key", `update rekall.api_keys k set name = $2 where k.id = $1 returning `+rowColumns, id, name)
+	return row, before, err
 }
 
 // Revoke revokes a key for good. It returns the row as it is now, and whether this call is what revoked it; the error wraps
-// ErrNoRow if there is no such key.
-func (s *Store) Revoke(ctx context.Context, id string) (row Row, revoked bool, err error) {
-	err = pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
-		// The lock makes one of two callers at the same time the one that revoked.
-		row, err = readRow(ctx, tx, `select `+rowColumns+` from rekall.api_keys where id = $1 for update`, id)
-		if err != nil || row.RevokedAt != nil {
-			return err
-		}
-		revoked = true
-		row, err = readRow(ctx, tx, `update rekall.api_keys set revoked_at = now() where id = $1 returning `+rowColumns, id)
-		return err
-	})
-	if err != nil {
-		return Row{}, false, failed("revoke key", err)
+// ErrNoRow if there is no such key. Of many calls at once, one revokes: the others wait for its row and find it revoked.
+func (k Keys) Revoke(ctx context.Context, reach Reach, id string) (row Row, revoked bool, err error) {
+	row, err = readRow(ctx, k.db, "revoke key",
+		`update rekall.api_keys k set revoked_at = now() where `+oneKey+` and k.revoked_at is null returning `+rowColumns, reach.args(id)...)
+	if errors.Is(err, ErrNoRow) {
+		row, err = k.Get(ctx, reach, id)
+		return row, false, err
 	}
-	return row, revoked, nil
+	return row, err == nil, err
+}
+
+// Now returns the time that the transaction began, which is "now" in all its statements.
+func (t *Tx) Now(ctx context.Context) (now time.Time, err error) {
+	if err := t.tx.QueryRow(ctx, `select now()`).Scan(&now); err != nil {
+		return now, failed("read the clock", err)
+	}
+	return now, nil
+}
+
+// Xid returns the id of the transaction.
+func (t *Tx) Xid(ctx context.Context) (xid uint64, err error) {
+	if err := t.tx.QueryRow(ctx, `select pg_current_xact_id()`).Scan(&xid); err != nil {
+		return 0, failed("read the transaction's id", err)
+	}
+	return xid, nil
 }

@@ -25,7 +25,7 @@ func TestInsertReturnsTheStoredRow(t *testing.T) {
 		row.Hint != key.Hint || !slices.Equal(row.Scopes, key.Scopes.Names()) || row.ExpiresAt != nil || row.RevokedAt != nil {
 		t.Errorf("row %+v of %+v", row, key)
 	}
-	got, err := store.Get(t.Context(), key.ID)
+	got, err := store.Get(t.Context(), keystore.Everything(), key.ID)
 	if err != nil || got.ID != row.ID || !got.CreatedAt.Equal(row.CreatedAt) {
 		t.Errorf("got %+v, %v", got, err)
 	}
@@ -75,10 +75,10 @@ func TestKeyWithoutHintIsStoredAsNull(t *testing.T) {
 
 func TestUnknownIDIsNoRow(t *testing.T) {
 	store := open(t, database(t), keystore.Options{})
-	if _, err := store.Get(t.Context(), newKey().ID); !errors.Is(err, keystore.ErrNoRow) {
+	if _, err := store.Get(t.Context(), keystore.Everything(), newKey().ID); !errors.Is(err, keystore.ErrNoRow) {
 		t.Errorf("Get: %v", err)
 	}
-	if _, revoked, err := store.Revoke(t.Context(), newKey().ID); revoked || !errors.Is(err, keystore.ErrNoRow) {
+	if _, revoked, err := store.Revoke(t.Context(), keystore.Everything(), newKey().ID); revoked || !errors.Is(err, keystore.ErrNoRow) {
 		t.Errorf("Revoke: %v, %v", revoked, err)
 	}
 }
@@ -91,7 +91,7 @@ func TestOneOfManyRevokesRevokes(t *testing.T) {
 	times := make(chan time.Time, 8)
 	for range cap(times) {
 		wg.Go(func() {
-			row, revoked, err := store.Revoke(t.Context(), key.ID)
+			row, revoked, err := store.Revoke(t.Context(), keystore.Everything(), key.ID)
 			if err != nil {
 				t.Error(err)
 				return
@@ -125,7 +125,11 @@ func TestListPagesAreCompleteThoughCreatedAtOnce(t *testing.T) {
 	for account, want := range map[string]int{"": 50, "even": 25, "none": 0} {
 		seen := map[string]bool{}
 		for after := (keystore.Position{}); ; {
-			page, err := store.List(t.Context(), account, after, 7)
+			reach := keystore.Within(account, "")
+			if account == "" {
+				reach = keystore.Everything()
+			}
+			page, err := store.List(t.Context(), reach, keystore.Filter{}, after, 7)
 			if err != nil {
 				t.Fatal(err)
 			}

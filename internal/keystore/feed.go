@@ -37,7 +37,7 @@ type Snapshot struct {
 }
 
 // recordColumns are what a row receives.
-const recordColumns = `k.id, k.account, k.key_hash, k.environment, k.scopes, k.expires_at, k.revoked_at`
+const recordColumns = `k.id, k.account, k.key_hash, k.environment, k.scopes, k.manage_keys, k.expires_at, k.revoked_at`
 
 // snapshotSQL is one statement, so that watermark and rows belong to the same snapshot. A change that commits later has a
 // transaction id at or above the watermark and comes with a later reading, however late it commits.
@@ -141,11 +141,12 @@ type row struct {
 	id, account, environment *string
 	hash                     []byte
 	scopes                   []string
+	manageKeys               *bool
 	expiresAt, revokedAt     *time.Time
 }
 
 func (r *row) targets() []any {
-	return []any{&r.id, &r.account, &r.hash, &r.environment, &r.scopes, &r.expiresAt, &r.revokedAt}
+	return []any{&r.id, &r.account, &r.hash, &r.environment, &r.scopes, &r.manageKeys, &r.expiresAt, &r.revokedAt}
 }
 
 func (r *row) record() (*apikey.Record, error) {
@@ -155,6 +156,7 @@ func (r *row) record() (*apikey.Record, error) {
 	}
 	record := &apikey.Record{
 		ID: *r.id, Account: *r.account, Environment: environment, Scopes: apikey.KnownScopes(r.scopes),
+		ManageKeys: *r.manageKeys,
 	}
 	if copy(record.Digest[:], r.hash) != len(record.Digest) {
 		return nil, errors.New("stored hash is not a SHA-256")

@@ -177,7 +177,7 @@ func TestRestoredRowsDoNotFloodTheFeed(t *testing.T) {
 	if snap := snapshot(t, store, start.Xmin); len(snap.Changes) != 0 {
 		t.Fatalf("changes %+v", snap.Changes)
 	}
-	if _, _, err := store.Revoke(t.Context(), key.ID); err != nil {
+	if _, _, err := store.Revoke(t.Context(), keystore.Everything(), key.ID); err != nil {
 		t.Fatal(err)
 	}
 	if !revokedIn(snapshot(t, store, start.Xmin), key) {

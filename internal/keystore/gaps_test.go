@@ -32,7 +32,7 @@ func TestRefusedStatementsLeaveEveryColumnAsItWas(t *testing.T) {
 			store := open(t, databaseURL, keystore.Options{})
 			insert(t, store)
 			revoked := insert(t, store)
-			if _, _, err := store.Revoke(t.Context(), revoked.ID); err != nil {
+			if _, _, err := store.Revoke(t.Context(), keystore.Everything(), revoked.ID); err != nil {
 				t.Fatal(err)
 			}
 			conn := connect(t, databaseURL)

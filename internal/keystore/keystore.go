@@ -37,6 +37,7 @@ type Options struct {
 
 // Store is a pool of connections to the Postgres that holds the keys. Its methods may be called concurrently.
 type Store struct {
+	Keys
 	pool     *pgxpool.Pool
 	instance string
 }
@@ -65,7 +66,7 @@ func Open(url string, options Options) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open database: %w", err)
 	}
-	return &Store{pool: pool, instance: options.Instance}, nil
+	return &Store{Keys: Keys{pool}, pool: pool, instance: options.Instance}, nil
 }
 
 // parse reads a database URL. Nothing of it may stand in the error.

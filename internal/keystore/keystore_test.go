@@ -181,18 +181,18 @@ func TestExecModePreparesNothing(t *testing.T) {
 	if found, err := store.Lookup(ctx, []apikey.Digest{key.Digest, newKey().Digest}); err != nil || len(found.Records) != 1 {
 		t.Fatalf("Lookup = %+v, %v", found, err)
 	}
-	if list, err := store.List(ctx, "acme", keystore.Position{}, 10); err != nil || len(list) != 1 {
+	if list, err := store.List(ctx, keystore.Within("acme", ""), keystore.Filter{}, keystore.Position{}, 10); err != nil || len(list) != 1 {
 		t.Fatalf("List = %+v, %v", list, err)
 	}
-	row, err := store.Get(ctx, key.ID)
+	row, err := store.Get(ctx, keystore.Everything(), key.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
 	position := keystore.Position{CreatedAt: row.CreatedAt, ID: row.ID}
-	if list, err := store.List(ctx, "", position, 10); err != nil || len(list) != 0 {
+	if list, err := store.List(ctx, keystore.Everything(), keystore.Filter{}, position, 10); err != nil || len(list) != 0 {
 		t.Fatalf("List = %+v, %v", list, err)
 	}
-	if _, revoked, err := store.Revoke(ctx, key.ID); err != nil || !revoked {
+	if _, revoked, err := store.Revoke(ctx, keystore.Everything(), key.ID); err != nil || !revoked {
 		t.Fatalf("Revoke = %v, %v", revoked, err)
 	}
 	if changes := snapshot(t, store, start.Xmin).Changes; len(changes) != 1 || changes[0].Record.RevokedAt.IsZero() {

@@ -48,7 +48,7 @@ func TestListenWakesOnceItListensAndOnRevocation(t *testing.T) {
 	key := insert(t, store)
 	l := listen(t, store)
 	receive(t, "wake after LISTEN", l.wakes)
-	if _, _, err := store.Revoke(t.Context(), key.ID); err != nil {
+	if _, _, err := store.Revoke(t.Context(), keystore.Everything(), key.ID); err != nil {
 		t.Fatal(err)
 	}
 	receive(t, "wake after a revocation", l.wakes)
@@ -69,7 +69,7 @@ func TestListenIsListeningBeforeTheFirstWake(t *testing.T) {
 		wakes++
 		switch wakes {
 		case 1:
-			if _, _, err := store.Revoke(ctx, key.ID); err != nil {
+			if _, _, err := store.Revoke(ctx, keystore.Everything(), key.ID); err != nil {
 				t.Error(err)
 			}
 		case 2:
@@ -132,7 +132,7 @@ func TestListenOutlastsSilence(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, _, err := store.Revoke(ctx, key.ID); err != nil {
+	if _, _, err := store.Revoke(ctx, keystore.Everything(), key.ID); err != nil {
 		t.Fatal(err)
 	}
 	receive(t, "wake after silence", l.wakes)

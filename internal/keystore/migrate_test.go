@@ -29,7 +29,7 @@ func TestMigrateTwiceDoesNothingTheSecondTime(t *testing.T) {
 	if err != nil || again != to || same != to {
 		t.Fatalf("second: from %d to %d, %v", again, same, err)
 	}
-	if _, err := open(t, databaseURL, keystore.Options{}).Get(t.Context(), key.ID); err != nil {
+	if _, err := open(t, databaseURL, keystore.Options{}).Get(t.Context(), keystore.Everything(), key.ID); err != nil {
 		t.Error(err)
 	}
 }
@@ -141,7 +141,7 @@ func TestMigrateNeedsNoRightToCreateSchemasWhereOneIsGiven(t *testing.T) {
 	store := open(t, u.String(), keystore.Options{})
 	start := snapshot(t, store, 0)
 	key := insert(t, store)
-	if _, revoked, err := store.Revoke(t.Context(), key.ID); err != nil || !revoked {
+	if _, revoked, err := store.Revoke(t.Context(), keystore.Everything(), key.ID); err != nil || !revoked {
 		t.Errorf("revoked %v, %v", revoked, err)
 	}
 	if !revokedIn(snapshot(t, store, start.Xmin), key) {
@@ -155,9 +155,9 @@ func TestDatabaseWithoutSchemaSaysWhatToRun(t *testing.T) {
 		"Snapshot": func(ctx context.Context) error { _, err := store.Snapshot(ctx, 0); return err },
 		"Lookup":   func(ctx context.Context) error { _, err := store.Lookup(ctx, nil); return err },
 		"Insert":   func(ctx context.Context) error { _, err := store.Insert(ctx, newKey()); return err },
-		"Get":      func(ctx context.Context) error { _, err := store.Get(ctx, newKey().ID); return err },
-		"List":     func(ctx context.Context) error { _, err := store.List(ctx, "", keystore.Position{}, 1); return err },
-		"Revoke":   func(ctx context.Context) error { _, _, err := store.Revoke(ctx, newKey().ID); return err },
+		"Get":      func(ctx context.Context) error { _, err := store.Get(ctx, keystore.Everything(), newKey().ID); return err },
+		"List":     func(ctx context.Context) error { _, err := store.List(ctx, keystore.Everything(), keystore.Filter{}, keystore.Position{}, 1); return err },
+		"Revoke":   func(ctx context.Context) error { _, _, err := store.Revoke(ctx, keystore.Everything(), newKey().ID); return err },
 	}
 	for name, call := range calls {
 		if err := call(t.Context()); !errors.Is(err, keystore.ErrNotMigrated) {

@@ -39,10 +39,10 @@ func TestSuperuserCannotReviveMoveOrRemoveAKey(t *testing.T) {
 	databaseURL := database(t)
 	store := open(t, databaseURL, keystore.Options{})
 	key := insert(t, store)
-	if _, _, err := store.Revoke(t.Context(), key.ID); err != nil {
+	if _, _, err := store.Revoke(t.Context(), keystore.Everything(), key.ID); err != nil {
 		t.Fatal(err)
 	}
-	before, err := store.Get(t.Context(), key.ID)
+	before, err := store.Get(t.Context(), keystore.Everything(), key.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -51,7 +51,7 @@ func TestSuperuserCannotReviveMoveOrRemoveAKey(t *testing.T) {
 			t.Errorf("%s: %v", sql, err)
 		}
 	}
-	after, err := store.Get(t.Context(), key.ID)
+	after, err := store.Get(t.Context(), keystore.Everything(), key.ID)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -294,7 +294,7 @@ func cutOff(l *link) *fault {
 
 func (f *fleet) key() keyadmin.Key {
 	f.t.Helper()
-	key, err := f.admin.Create(f.t.Context(), keyadmin.CreateRequest{
+	key, _, err := f.admin.Create(f.t.Context(), keyadmin.Operator("test"), keyadmin.CreateRequest{
 		Name: "fleet", Account: "acme", Environment: "production", Scopes: []string{"memories:read"},
 	})
 	if err != nil {

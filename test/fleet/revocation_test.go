@@ -195,7 +195,7 @@ func (f *fleet) hasAll(names map[string]bool) bool {
 func (f *fleet) waitRevoked() []time.Duration {
 	f.t.Helper()
 	key := f.key()
-	if _, err := f.admin.Revoke(f.t.Context(), key.ID); err != nil {
+	if _, err := f.admin.Revoke(f.t.Context(), keyadmin.Operator("test"), key.ID); err != nil {
 		f.t.Fatal(err)
 	}
 	names := make(map[string]bool)

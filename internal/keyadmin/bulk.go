@@ -1,0 +1,153 @@
+package keyadmin
+
+import (
+	"context"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+// Selection is a set of keys to be revoked in an incident: those to which all that is set applies. An empty one is refused.
+type Selection struct {
+	Account       string // that owns them
+	CreatedBy     string // an actor, such as "key:key_…": the keys that it made, that a key among these made, and so on
+	CreatedAfter  string // RFC 3339: at or after it
+	CreatedBefore string // RFC 3339: before it
+
+	// Hashes are the SHA-256 of the keys. Not nil and empty: no key at all.
+	Hashes [][32]byte
+}
+
+// RevokeMany revokes the keys of a selection for good, in one transaction, and returns how many there were; those that are
+// revoked already do not count. With dryRun it only counts them. The keys of an account that the actor does not manage are
+// none. A selection that is not acceptable is an *InvalidError.
+func (a *Admin) RevokeMany(ctx context.Context, actor Actor, selection Selection, dryRun bool) (Revocation, error) {
+	selected, err := selection.validate()
+	if err != nil {
+		return Revocation{}, err
+	}
+	if actor.rank == nobody {
+		return Revocation{}, errNoManager
+	}
+	if dryRun {
+		count, err := a.store.CountSelected(ctx, actor.within(selection.Account), selected)
+		return Revocation{Count: count}, err
+	}
+	var revocation Revocation
+	err = a.change(ctx, actor, func(tx *keystore.Tx, actor Actor) (err error) {
+		revocation, err = revokeMany(ctx, tx, actor.String(), actor.within(selection.Account), selected, selection.details())
+		if err != nil {
+			return err
+		}
+		details := selection.details()
+		details["count"] = revocation.Count
+		account := selection.Account
+		if actor.rank != operator {
+			account = actor.account
+		}
+		return tx.Audit(ctx, keystore.AuditEntry{
+			Actor: actor.String(), Action: string(KeysRevoked), Account: account, Environment: actor.only(), Details: details,
+		})
+	})
+	if err != nil {
+		return Revocation{}, err
+	}
+	return revocation, nil
+}
+
+func revokeMany(ctx context.Context, tx *keystore.Tx, actor string, reach keystore.Reach, selected keystore.Selection, details map[string]any) (r Revocation, err error) {
+	if r.Count, err = tx.RevokeSelected(ctx, reach, selected, actor, details); err != nil {
+		return Revocation{}, err
+	}
+	if r.At, err = tx.Now(ctx); err != nil {
+		return Revocation{}, err
+	}
+	r.xid, err = tx.Xid(ctx)
+	return r, err
+}
+
+func (s Selection) validate() (selected keystore.Selection, err error) {
+	if s.Account == "" && s.CreatedBy == "" && s.CreatedAfter == "" && s.CreatedBefore == "" && s.Hashes == nil {
+		return selected, &InvalidError{"selection", "must name an account, a creator, a time of creation or hashes"}
+	}
+	if s.Account != "" {
+		if err = checkAccount(s.Account); err != nil {
+			return selected, err
+		}
+	}
+	if s.CreatedBy != "" {
+		if err = checkText("created_by", s.CreatedBy); err != nil {
+			return selected, err
+		}
+	}
+	if s.CreatedAfter != "" {
+		if selected.CreatedAfter, err = parseTime("created_after", s.CreatedAfter); err != nil {
+			return selected, err
+		}
+	}
+	if s.CreatedBefore != "" {
+		if selected.CreatedBefore, err = parseTime("created_before", s.CreatedBefore); err != nil {
+			return selected, err
+		}
+	}
+	selected.CreatedBy = s.CreatedBy
+	if s.Hashes != nil {
+		selected.Digests = make([]apikey.Digest, len(s.Hashes))
+		for i, hash := range s.Hashes {
+			selected.Digests[i] = hash
+		}
+	}
+	return selected, nil
+}
+
+// details are what the audit says of a selection.
+func (s Selection) details() map[string]any {
+	details := map[string]any{}
+	for name, value := range map[string]string{
+		"account": s.Account, "created_by": s.CreatedBy, "created_after": s.CreatedAfter, "created_before": s.CreatedBefore,
+	} {
+		if value != "" {
+			details[name] = value
+		}
+	}
+	if s.Hashes != nil {
+		details["hashes"] = len(s.Hashes)
+	}
+	return map[string]any{"selection": details}
+}
+
+// maxLeaked is how many keys a report of a leak may have.
+const maxLeaked = 1000
+
+// Leaked revokes the keys that somebody has found: possession is the proof. source says who reported them, in the audit as
+// "leak:<source>". What is no key of ours is passed over. The count is for the log alone: told to the reporter, it would
+// tell which keys exist. A report that is not acceptable is an *InvalidError, which does not quote it.
+func (a *Admin) Leaked(ctx context.Context, source string, keys []string) (Revocation, error) {
+	if err := checkText("source", source); err != nil {
+		return Revocation{}, err
+	}
+	if len(keys) == 0 || len(keys) > maxLeaked {
+		return Revocation{}, &InvalidError{"keys", "must have 1 to 1000 keys"}
+	}
+	selected := keystore.Selection{Digests: []apikey.Digest{}}
+	for _, key := range keys {
+		if _, err := apikey.Parse(key); err == nil {
+			selected.Digests = append(selected.Digests, apikey.Hash(key))
+		}
+	}
+	reporter := "leak:" + source
+	var revocation Revocation
+	err := a.store.Change(ctx, func(tx *keystore.Tx) (err error) {
+		revocation, err = revokeMany(ctx, tx, reporter, keystore.Everything(), selected, map[string]any{"reason": "leaked"})
+		if err != nil {
+			return err
+		}
+		return tx.Audit(ctx, keystore.AuditEntry{
+			Actor: reporter, Action: string(LeakReported), Details: map[string]any{"keys": len(keys), "revoked": revocation.Count},
+		})
+	})
+	if err != nil {
+		return Revocation{}, err
+	}
+	return revocation, nil
+}

@@ -1,0 +1,145 @@
+package keyadmin
+
+import (
+	"context"
+	"encoding/base64"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+// expiringWithin is how near its end an active key is listed as expiring: time enough for two weekly deployments.
+const expiringWithin = 14 * day
+
+// ListRequest selects keys: those to which all that is set applies. The zero value is the first page of all keys.
+type ListRequest struct {
+	Account     string // empty: all that the actor manages
+	Environment string // production or sandbox; empty: both
+	Status      string // active, expired or revoked, or expiring: active and in its last 14 days; empty: any
+	Name        string // part of the name, in upper or lower case; for all accounts at once, its beginning; empty: any
+	CreatedBy   string // an actor, such as "key:key_…"; empty: any
+	Limit       int    // 1 to 100; 0: 100
+	Cursor      string // NextCursor of the page before; empty: the first page
+	WithTotal   bool   // whether Page.Total is wanted
+}
+
+// Page is one page of a list, newest keys first.
+type Page struct {
+	Keys       []Key  // never nil
+	NextCursor string // empty: the last page
+	Total      *int64 // on all pages together; nil: not asked for, or not counted since it is of all accounts
+}
+
+const maxPage = 100
+
+// List returns a page of keys. A request that is not acceptable is an *InvalidError.
+func (a *Admin) List(ctx context.Context, actor Actor, request ListRequest) (Page, error) {
+	filter, after, limit, err := request.validate()
+	if err != nil {
+		return Page{}, err
+	}
+	reach := actor.within(request.Account)
+	// One more than asked for tells whether there is a next page.
+	rows, err := a.store.List(ctx, reach, filter, after, limit+1)
+	if err != nil {
+		return Page{}, err
+	}
+	var page Page
+	if len(rows) > limit {
+		rows = rows[:limit]
+		page.NextCursor = formatCursor(rows[limit-1])
+	}
+	page.Keys = fromRows(rows)
+	if request.WithTotal && (request.Account != "" || actor.rank != operator) {
+		total, err := a.store.Count(ctx, reach, filter)
+		if err != nil {
+			return Page{}, err
+		}
+		page.Total = &total
+	}
+	return page, nil
+}
+
+// validate returns what to look for, where the page begins and how long it is.
+func (r ListRequest) validate() (filter keystore.Filter, after keystore.Position, limit int, err error) {
+	filter = keystore.Filter{Environment: r.Environment, CreatedBy: r.CreatedBy, Name: r.Name, ExpiringWithin: expiringWithin}
+	for field, text := range map[string]string{"account": r.Account, "created_by": r.CreatedBy} {
+		if text != "" {
+			if err = checkText(field, text); err != nil {
+				return filter, after, 0, err
+			}
+		}
+	}
+	if r.Name != "" {
+		if err = checkSearch("name", r.Name); err != nil {
+			return filter, after, 0, err
+		}
+	}
+	if r.Environment != "" {
+		if err = checkEnvironment(r.Environment); err != nil {
+			return filter, after, 0, err
+		}
+	}
+	if filter.State, err = parseState(r.Status); err != nil {
+		return filter, after, 0, err
+	}
+	if limit, err = checkLimit(r.Limit); err != nil {
+		return filter, after, 0, err
+	}
+	after, err = parseCursor(r.Cursor)
+	return filter, after, limit, err
+}
+
+func parseState(status string) (keystore.State, error) {
+	switch status {
+	case "":
+		return keystore.AnyState, nil
+	case string(Active):
+		return keystore.Active, nil
+	case "expiring":
+		return keystore.Expiring, nil
+	case string(Expired):
+		return keystore.Expired, nil
+	case string(Revoked):
+		return keystore.Revoked, nil
+	}
+	return 0, &InvalidError{"status", "must be active, expiring, expired or revoked"}
+}
+
+func checkLimit(limit int) (int, error) {
+	if limit == 0 {
+		return maxPage, nil
+	}
+	if limit < 1 || limit > maxPage {
+		return 0, &InvalidError{"limit", "must be from 1 to 100"}
+	}
+	return limit, nil
+}
+
+func formatCursor(last keystore.Row) string {
+	return base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, "%d %s", last.CreatedAt.UnixMicro(), last.ID))
+}
+
+var errCursor = &InvalidError{"cursor", "must be the cursor that came with the page before"}
+
+func parseCursor(s string) (keystore.Position, error) {
+	if s == "" {
+		return keystore.Position{}, nil
+	}
+	text, err := base64.RawURLEncoding.DecodeString(s)
+	if err != nil {
+		return keystore.Position{}, errCursor
+	}
+	micros, id, _ := strings.Cut(string(text), " ")
+	at, err := strconv.ParseInt(micros, 10, 64)
+	if err != nil || at < 0 || at > maxCursor || !idPattern.MatchString(id) {
+		return keystore.Position{}, errCursor
+	}
+	return keystore.Position{CreatedAt: time.UnixMicro(at), ID: id}, nil
+}
+
+// maxCursor is the last moment that a key can have been created, in microseconds since 1970: the database checks the same.
+var maxCursor = time.Date(9999, 12, 31, 0, 0, 0, 0, time.UTC).UnixMicro()

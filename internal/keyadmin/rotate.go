@@ -1,0 +1,251 @@
+package keyadmin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+const (
+	defaultOverlap = day
+
+	// maxOverlap is a year: two keys for longer are two keys, not a rotation.
+	maxOverlap = 365 * day
+)
+
+// Overlap says when the old key of a rotation ends. The zero value is at once. No key lives longer for being rotated.
+type Overlap struct {
+	For        time.Duration // so long the old key lives on
+	OnFirstUse bool          // from the first use of its successor; otherwise from now
+}
+
+// ParseOverlap reads an overlap: a duration as ParseDuration reads it, "on-first-use" for a day from the first use,
+// "on-first-use:12h", "0" for at once, or nothing for a day from now. It is an *InvalidError if it is none, or more than
+// 365 days.
+func ParseOverlap(s string) (Overlap, error) {
+	const onFirstUse = "on-first-use"
+	overlap := Overlap{For: defaultOverlap}
+	switch {
+	case s == "":
+		return overlap, nil
+	case s == onFirstUse:
+		overlap.OnFirstUse = true
+		return overlap, nil
+	case len(s) > len(onFirstUse) && s[:len(onFirstUse)+1] == onFirstUse+":":
+		overlap.OnFirstUse = true
+		s = s[len(onFirstUse)+1:]
+	}
+	var err error
+	if overlap.For, err = ParseDuration(s); err != nil {
+		return Overlap{}, &InvalidError{"overlap", err.Error() + ", or on-first-use"}
+	}
+	return overlap, overlap.check()
+}
+
+func (o Overlap) check() error {
+	if o.For < 0 || o.For > maxOverlap {
+		return &InvalidError{"overlap", "must be from 0 to 365d"}
+	}
+	return nil
+}
+
+// String returns the overlap as ParseOverlap reads it.
+func (o Overlap) String() string {
+	if o.OnFirstUse {
+		return "on-first-use:" + FormatDuration(o.For)
+	}
+	return FormatDuration(o.For)
+}
+
+// Rotate makes the successor of a key: a new key with the same name, account, environment, scopes and manage_keys, and with
+// the same time to live as the old one had when it was made. The answer is the successor, with the key itself; its
+// Predecessor is the old key, which ends after the overlap. The error wraps ErrNotFound, ErrEnded or ErrAlreadyRotated, or is
+// a *ForbiddenError: whoever rotates a key holds its successor.
+func (a *Admin) Rotate(ctx context.Context, actor Actor, id string, overlap Overlap) (Key, error) {
+	return a.rotate(ctx, actor, id, overlap, func(Key) error { return nil })
+}
+
+// rotate is Rotate, and hands the successor out as its last step before it commits. A key that could not be handed out is
+// never in force, and its predecessor lives on.
+func (a *Admin) rotate(ctx context.Context, actor Actor, id string, overlap Overlap, handOut func(Key) error) (Key, error) {
+	if err := checkID(id); err != nil {
+		return Key{}, err
+	}
+	if err := overlap.check(); err != nil {
+		return Key{}, err
+	}
+	var successor Key
+	err := a.change(ctx, actor, func(tx *keystore.Tx, actor Actor) error {
+		old, err := tx.Lock(ctx, actor.reach(), id)
+		if err != nil {
+			return err
+		}
+		next, err := successorOf(old, actor, overlap)
+		if err != nil {
+			return err
+		}
+		if has, err := tx.HasSuccessor(ctx, id); err != nil || has {
+			return errors.Join(err, rotatedIf(has, old))
+		}
+		if err := setEnd(ctx, tx, id, overlap); err != nil {
+			return err
+		}
+		secret := generate(&next)
+		row, err := insert(ctx, tx, actor, next)
+		if err != nil {
+			return err
+		}
+		if err := tx.Audit(ctx, entry(actor, KeyRotated, old, map[string]any{"successor": row.ID, "overlap": overlap.String()})); err != nil {
+			return err
+		}
+		successor = fromRow(row)
+		successor.Key = Secret(secret)
+		return handOut(successor)
+	})
+	if err != nil {
+		return Key{}, notFound(err, id)
+	}
+	return successor, nil
+}
+
+func rotatedIf(has bool, old keystore.Row) error {
+	if !has {
+		return nil
+	}
+	return fmt.Errorf("%w: %s has the successor %s", ErrAlreadyRotated, old.ID, old.Successor)
+}
+
+// successorOf returns the key that is to replace another, without what is random.
+func successorOf(old keystore.Row, actor Actor, overlap Overlap) (keystore.NewKey, error) {
+	if s := status(old); s != Active {
+		return keystore.NewKey{}, fmt.Errorf("%w: %s is %s", ErrEnded, old.ID, s)
+	}
+	environment, err := apikey.ParseEnvironment(old.Environment)
+	if err != nil {
+		return keystore.NewKey{}, err
+	}
+	next := keystore.NewKey{
+		Account: old.Account, Name: old.Name, Environment: environment, Scopes: apikey.KnownScopes(old.Scopes), ManageKeys: old.ManageKeys,
+		CreatedBy: actor.String(), Predecessor: old.ID,
+	}
+	if expiry := ownExpiry(old); expiry != nil {
+		next.Lifetime = max(expiry.Sub(old.CreatedAt), minLifetime)
+	}
+	if overlap.OnFirstUse {
+		next.OverlapOnFirstUse = &overlap.For
+	}
+	return next, actor.mayHold(next.Account, next.Environment, next.Scopes)
+}
+
+// ownExpiry is when a key would end if it were not being rotated; nil: never.
+func ownExpiry(row keystore.Row) *time.Time {
+	if row.GraceStartedAt != nil {
+		return row.PriorExpiresAt
+	}
+	return row.ExpiresAt
+}
+
+// setEnd sets the end of a key that is rotated. An earlier rotation, whose successor was revoked, no longer counts.
+func setEnd(ctx context.Context, tx *keystore.Tx, id string, overlap Overlap) error {
+	if err := tx.EndGrace(ctx, id); err != nil {
+		return err
+	}
+	if overlap.OnFirstUse {
+		return nil
+	}
+	return tx.StartGrace(ctx, id, overlap.For)
+}
+
+// UndoRotation gives a key back the expiry that it had before it was rotated, and revokes its successor, which is then
+// nobody's successor. The answer is the old key. The error wraps ErrNotFound, ErrNotRotated, or ErrEnded: a key that has
+// ended is not revived.
+func (a *Admin) UndoRotation(ctx context.Context, actor Actor, id string) (Key, error) {
+	return a.changeOne(ctx, actor, id, func(tx *keystore.Tx, actor Actor) (keystore.Row, error) {
+		old, err := tx.Lock(ctx, actor.reach(), id)
+		if err != nil {
+			return old, err
+		}
+		if old.Successor == "" {
+			return old, fmt.Errorf("%w: %s", ErrNotRotated, id)
+		}
+		if s := status(old); s != Active {
+			return old, fmt.Errorf("%w: %s is %s, and a key that has ended is not revived", ErrEnded, id, s)
+		}
+		if err := tx.EndGrace(ctx, id); err != nil {
+			return old, err
+		}
+		if err := withdraw(ctx, tx, actor, old); err != nil {
+			return old, err
+		}
+		if err := tx.Audit(ctx, entry(actor, KeyRotationUndone, old, map[string]any{"successor": old.Successor})); err != nil {
+			return old, err
+		}
+		return tx.Get(ctx, actor.reach(), id)
+	})
+}
+
+// withdraw revokes the successor of a key and makes it nobody's.
+func withdraw(ctx context.Context, tx *keystore.Tx, actor Actor, old keystore.Row) error {
+	row, revoked, err := tx.Revoke(ctx, actor.reach(), old.Successor)
+	if err != nil {
+		return err
+	}
+	if revoked {
+		if err := tx.Audit(ctx, entry(actor, KeyRevoked, row, map[string]any{"rotation_undone": old.ID})); err != nil {
+			return err
+		}
+	}
+	return tx.Detach(ctx, row.ID)
+}
+
+// RotateDueRequest selects the keys that RotateDue rotates.
+type RotateDueRequest struct {
+	Account   string  // empty: all that the actor manages
+	OlderThan string  // as ParseDuration reads it: since the key was created
+	Overlap   Overlap // for each
+}
+
+// RotateDue rotates every key that is older than a given age, oldest first, each in a transaction of its own, and returns how
+// many. Keys that have ended, or have a successor that is not revoked, are passed over, so it can be run again after it was
+// interrupted. handOut gets each successor with the key itself, just before it is in force; its error ends the run and
+// leaves that key as it was. With dryRun nothing is written and handOut gets the old keys.
+func (a *Admin) RotateDue(ctx context.Context, actor Actor, request RotateDueRequest, dryRun bool, handOut func(Key) error) (count int, err error) {
+	age, err := ParseDuration(request.OlderThan)
+	if err != nil {
+		return 0, &InvalidError{"older_than", err.Error()}
+	}
+	now, err := a.store.Now(ctx)
+	if err != nil {
+		return 0, err
+	}
+	if age > now.Sub(time.Unix(0, 0)) {
+		return 0, &InvalidError{"older_than", "must not be before 1970"}
+	}
+	// The moment is fixed: successors that this run makes must not become due in it.
+	for after := (keystore.Position{}); ; {
+		due, err := a.store.ListDue(ctx, actor.within(request.Account), now.Add(-age), after, maxPage)
+		if err != nil || len(due) == 0 {
+			return count, err
+		}
+		for _, row := range due {
+			if dryRun {
+				err = handOut(fromRow(row))
+			} else {
+				_, err = a.rotate(ctx, actor, row.ID, request.Overlap, handOut)
+			}
+			if errors.Is(err, ErrEnded) || errors.Is(err, ErrAlreadyRotated) {
+				continue // meanwhile
+			}
+			if err != nil {
+				return count, fmt.Errorf("rotate %s: %w", row.ID, err)
+			}
+			count++
+		}
+		last := due[len(due)-1]
+		after = keystore.Position{CreatedAt: last.CreatedAt, ID: last.ID}
+	}
+}

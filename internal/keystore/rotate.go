@@ -1,0 +1,71 @@
+package keystore
+
+import (
+	"context"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// StartGrace sets a key to end after overlap, or when it would have ended anyway, and keeps the expiry that it had.
+func (t *Tx) StartGrace(ctx context.Context, id string, overlap time.Duration) error {
+	return t.exec(ctx, "start grace period", `
+update rekall.api_keys k set prior_expires_at = k.expires_at, expires_at = least(k.expires_at, now() + $2::interval), grace_started_at = now()
+where k.id = $1`, id, overlap)
+}
+
+// EndGrace gives a key back the expiry that it had before StartGrace. Without a grace period it changes nothing.
+func (t *Tx) EndGrace(ctx context.Context, id string) error {
+	return t.exec(ctx, "undo grace period", `
+update rekall.api_keys k set expires_at = k.prior_expires_at, prior_expires_at = null, grace_started_at = null
+where k.id = $1 and k.grace_started_at is not null`, id)
+}
+
+// Detach makes a key nobody's successor.
+func (t *Tx) Detach(ctx context.Context, id string) error {
+	return t.exec(ctx, "detach successor", `
+update rekall.api_keys k set predecessor = null, overlap_on_first_use = null where k.id = $1`, id)
+}
+
+// HasSuccessor reports whether a key has a successor that is not revoked.
+func (t *Tx) HasSuccessor(ctx context.Context, id string) (has bool, err error) {
+	err = t.tx.QueryRow(ctx, `select exists (select from rekall.api_keys where predecessor = $1 and revoked_at is null)`, id).Scan(&has)
+	if err != nil {
+		return false, failed("find successor", err)
+	}
+	return has, nil
+}
+
+func (t *Tx) exec(ctx context.Context, doing, sql string, args ...any) error {
+	if _, err := t.tx.Exec(ctx, sql, args...); err != nil {
+		return failed(doing, err)
+	}
+	return nil
+}
+
+// ListDue returns up to limit keys that follow a position, oldest first: those that were created before a moment, have not
+// ended, and have no successor that is not revoked.
+func (s *Store) ListDue(ctx context.Context, reach Reach, createdBefore time.Time, after Position, limit int) ([]Row, error) {
+	q := new(conditions)
+	q.reach(reach)
+	q.add("k.created_at < ?", createdBefore)
+	q.add("(k.created_at, k.id) > (?, ?)", after.CreatedAt, after.ID)
+	q.add("k.revoked_at is null and (k.expires_at is null or k.expires_at > now())")
+	q.add("not exists (select from rekall.api_keys s where s.predecessor = k.id and s.revoked_at is null)")
+	q.args = append(q.args, limit)
+	rows, _ := s.pool.Query(ctx, `select `+rowColumns+` from rekall.api_keys k where `+q.where()+`
+order by k.created_at, k.id limit `+placeholder(len(q.args)), q.args...) // CollectRows returns its error
+	due, err := pgx.CollectRows(rows, scanRow)
+	if err != nil {
+		return nil, failed("list keys that are due", err)
+	}
+	return due, nil
+}
+
+// Now returns Postgres's clock.
+func (s *Store) Now(ctx context.Context) (now time.Time, err error) {
+	if err := s.pool.QueryRow(ctx, `select now()`).Scan(&now); err != nil {
+		return now, failed("read the clock", err)
+	}
+	return now, nil
+}
