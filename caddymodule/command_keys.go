@@ -148,4 +148,3 @@ func waitRevoked(ctx context.Context, cmd *cobra.Command, admin *keyadmin.Admin,
 		fmt.Fprintf(w, "Revoked %s. No edge allows it (%d edges).\n", key.ID, len(confirmations))
 	})
 }
-

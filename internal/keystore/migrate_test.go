@@ -155,9 +155,18 @@ func TestDatabaseWithoutSchemaSaysWhatToRun(t *testing.T) {
 		"Snapshot": func(ctx context.Context) error { _, err := store.Snapshot(ctx, 0); return err },
 		"Lookup":   func(ctx context.Context) error { _, err := store.Lookup(ctx, nil); return err },
 		"Insert":   func(ctx context.Context) error { _, err := store.Insert(ctx, newKey()); return err },
-		"Get":      func(ctx context.Context) error { _, err := store.Get(ctx, keystore.Everything(), newKey().ID); return err },
-		"List":     func(ctx context.Context) error { _, err := store.List(ctx, keystore.Everything(), keystore.Filter{}, keystore.Position{}, 1); return err },
-		"Revoke":   func(ctx context.Context) error { _, _, err := store.Revoke(ctx, keystore.Everything(), newKey().ID); return err },
+		"Get": func(ctx context.Context) error {
+			_, err := store.Get(ctx, keystore.Everything(), newKey().ID)
+			return err
+		},
+		"List": func(ctx context.Context) error {
+			_, err := store.List(ctx, keystore.Everything(), keystore.Filter{}, keystore.Position{}, 1)
+			return err
+		},
+		"Revoke": func(ctx context.Context) error {
+			_, _, err := store.Revoke(ctx, keystore.Everything(), newKey().ID)
+			return err
+		},
 	}
 	for name, call := range calls {
 		if err := call(t.Context()); !errors.Is(err, keystore.ErrNotMigrated) {

@@ -30,22 +30,24 @@ const attempts = 5
 // its expense: two keys that revoke each other wait for each other.
 func (s *Store) Change(ctx context.Context, do func(*Tx) error) error {
 	for attempt := 1; ; attempt++ {
-		err := pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error { return do(&Tx{Keys{tx}, tx}) })
-		if !deadlocked(err) || attempt == attempts {
-			return failedToCommit(err)
+		err := s.ChangeOnce(ctx, do)
+		var pgErr *pgconn.PgError
+		if attempt == attempts || !errors.As(err, &pgErr) || pgErr.Code != deadlockDetected {
+			return err
 		}
 	}
 }
 
-func deadlocked(err error) bool {
-	var pgErr *pgconn.PgError
-	return errors.As(err, &pgErr) && pgErr.Code == "40P01"
-}
+const deadlockDetected = "40P01"
 
-// failedToCommit gives BEGIN's and COMMIT's bare errors a subject. What do returned has one.
-func failedToCommit(err error) error {
-	switch err.(type) { //nolint:errorlint // only what pgx returned as it is
-	case *pgconn.PgError, *pgconn.ConnectError:
+// ChangeOnce is Change without a second attempt: what do reads may not be there twice.
+func (s *Store) ChangeOnce(ctx context.Context, do func(*Tx) error) error {
+	var failure error
+	err := pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
+		failure = do(&Tx{Keys{tx}, tx})
+		return failure
+	})
+	if err != nil && failure == nil { // BEGIN or COMMIT: what do returns has a subject
 		return failed("change keys", err)
 	}
 	return err
