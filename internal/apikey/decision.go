@@ -2,16 +2,17 @@ package apikey
 
 import "time"
 
-// Record is what an edge knows of a key. It is immutable: a change makes a new one. It has no name and no key.
+// Record is what an edge knows of a key. It is immutable: a change makes a new one. It has no name and no key. An edge holds
+// up to millions of them, so its fields are ordered and sized for memory.
 type Record struct {
 	ID          string
 	Account     string
 	Digest      Digest
-	Environment Environment
+	ExpiresAt   Time // zero: never
+	RevokedAt   Time // zero: not revoked
 	Scopes      Scopes
-	ManageKeys  bool      // may manage the keys of its account
-	ExpiresAt   time.Time // zero: never
-	RevokedAt   time.Time // zero: not revoked
+	ManageKeys  bool // may manage the keys of its account
+	Environment Environment
 }
 
 // Outcome is the result of a decision: a closed set, which is also the label of rekall_decisions_total.
@@ -59,7 +60,7 @@ func (r *Record) Validity(now time.Time) Outcome {
 		return Unknown
 	case !r.RevokedAt.IsZero():
 		return Revoked
-	case !r.ExpiresAt.IsZero() && !now.Before(r.ExpiresAt):
+	case r.ExpiresAt.Reached(now):
 		return Expired
 	}
 	return Allowed

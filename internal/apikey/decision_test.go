@@ -11,7 +11,7 @@ func TestDecideTable(t *testing.T) {
 	now := time.Date(2025, 11, 23, 12, 0, 0, 0, time.UTC)
 	const read, write = apikey.MemoriesRead, apikey.MemoriesWrite
 	record := func(scopes apikey.Scopes, expires, revoked time.Time) *apikey.Record {
-		return &apikey.Record{ID: "1", Environment: apikey.Production, Scopes: scopes, ExpiresAt: expires, RevokedAt: revoked}
+		return &apikey.Record{ID: "1", Environment: apikey.Production, Scopes: scopes, ExpiresAt: apikey.TimeOf(expires), RevokedAt: apikey.TimeOf(revoked)}
 	}
 	var never time.Time
 	for _, tt := range []struct {
@@ -26,11 +26,11 @@ func TestDecideTable(t *testing.T) {
 		{"other scope", record(write, never, never), apikey.Allowed, apikey.Insufficient},
 		{"no scopes", record(0, never, never), apikey.Allowed, apikey.Insufficient},
 		{"every other scope", record(apikey.AllScopes&^read, never, never), apikey.Allowed, apikey.Insufficient},
-		{"one nanosecond before expiry", record(read, now.Add(1), never), apikey.Allowed, apikey.Allowed},
+		{"one microsecond before expiry", record(read, now.Add(time.Microsecond), never), apikey.Allowed, apikey.Allowed},
 		{"the instant of expiry", record(read, now, never), apikey.Expired, apikey.Expired},
 		{"the instant of expiry, in another zone", record(read, now.In(time.FixedZone("", 3600)), never), apikey.Expired, apikey.Expired},
-		{"one nanosecond after expiry", record(read, now.Add(-1), never), apikey.Expired, apikey.Expired},
-		{"expired, without the scope", record(write, now.Add(-1), never), apikey.Expired, apikey.Expired},
+		{"one microsecond after expiry", record(read, now.Add(-time.Microsecond), never), apikey.Expired, apikey.Expired},
+		{"expired, without the scope", record(write, now.Add(-time.Microsecond), never), apikey.Expired, apikey.Expired},
 		{"revoked", record(read, never, now.Add(-time.Hour)), apikey.Revoked, apikey.Revoked},
 		{"revoked now", record(read, never, now), apikey.Revoked, apikey.Revoked},
 		{"revoked by a clock that is ahead", record(read, never, now.Add(time.Hour)), apikey.Revoked, apikey.Revoked},

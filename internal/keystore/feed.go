@@ -2,7 +2,6 @@ package keystore
 
 import (
 	"context"
-	"errors"
 	"strconv"
 	"time"
 
@@ -36,8 +35,8 @@ type Snapshot struct {
 	Changes []Change  // in no order
 }
 
-// recordColumns are what a row receives.
-const recordColumns = `k.id, k.account, k.key_hash, k.environment, k.scopes, k.manage_keys, k.expires_at, k.revoked_at`
+// recordColumns are what a row receives. Scopes come as one text, which is read without allocating.
+const recordColumns = `k.id, k.account, k.key_hash, k.environment, array_to_string(k.scopes, ','), k.manage_keys, k.expires_at, k.revoked_at`
 
 // snapshotSQL is one statement, so that watermark and rows belong to the same snapshot. A change that commits later has a
 // transaction id at or above the watermark and comes with a later reading, however late it commits.
@@ -80,7 +79,7 @@ func (s *Store) Snapshot(ctx context.Context, since uint64) (Snapshot, error) {
 		if err != nil {
 			return err
 		}
-		snap.Changes = append(snap.Changes, Change{Record: record, Xid: *xid})
+		snap.Changes = append(snap.Changes, Change{Record: &record, Xid: *xid})
 		return nil
 	})
 	if err != nil {
@@ -126,7 +125,7 @@ func (s *Store) Lookup(ctx context.Context, digests []apikey.Digest) (Found, err
 		if err != nil {
 			return err
 		}
-		found.Records = append(found.Records, record)
+		found.Records = append(found.Records, &record)
 		return nil
 	})
 	if err != nil {
@@ -134,38 +133,4 @@ func (s *Store) Lookup(ctx context.Context, digests []apikey.Digest) (Found, err
 	}
 	found.StartedAt = started.UnixMicro()
 	return found, nil
-}
-
-// row receives recordColumns, all null where the join found no key.
-type row struct {
-	id, account, environment *string
-	hash                     []byte
-	scopes                   []string
-	manageKeys               *bool
-	expiresAt, revokedAt     *time.Time
-}
-
-func (r *row) targets() []any {
-	return []any{&r.id, &r.account, &r.hash, &r.environment, &r.scopes, &r.manageKeys, &r.expiresAt, &r.revokedAt}
-}
-
-func (r *row) record() (*apikey.Record, error) {
-	environment, err := apikey.ParseEnvironment(*r.environment)
-	if err != nil {
-		return nil, err
-	}
-	record := &apikey.Record{
-		ID: *r.id, Account: *r.account, Environment: environment, Scopes: apikey.KnownScopes(r.scopes),
-		ManageKeys: *r.manageKeys,
-	}
-	if copy(record.Digest[:], r.hash) != len(record.Digest) {
-		return nil, errors.New("stored hash is not a SHA-256")
-	}
-	if r.expiresAt != nil {
-		record.ExpiresAt = *r.expiresAt
-	}
-	if r.revokedAt != nil {
-		record.RevokedAt = *r.revokedAt
-	}
-	return record, nil
 }

@@ -1,0 +1,78 @@
+package keystore
+
+import (
+	"errors"
+	"strings"
+
+	"github.com/jackc/pgx/v5/pgtype"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+)
+
+// row receives recordColumns, all null where a join found no key. It is used for row after row: what it holds is valid until
+// the next.
+type row struct {
+	id, account, hash, environment, scopes column
+	manageKeys                             pgtype.Bool
+	expiresAt, revokedAt                   pgtype.Timestamptz
+
+	text   []byte
+	parsed map[string]apikey.Scopes // few sets of scopes serve most keys
+}
+
+// maxParsed bounds row.parsed.
+const maxParsed = 1000
+
+// column is a text or bytea; nil if it is null. Unlike *string it takes no memory for each row.
+type column []byte
+
+// ScanBytes implements pgtype.BytesScanner. The argument is pgx's, and overwritten by the next row.
+func (c *column) ScanBytes(v []byte) error {
+	if v == nil {
+		*c = nil
+		return nil
+	}
+	*c = append((*c)[:0], v...)
+	return nil
+}
+
+func (r *row) targets() []any {
+	return []any{&r.id, &r.account, &r.hash, &r.environment, &r.scopes, &r.manageKeys, &r.expiresAt, &r.revokedAt}
+}
+
+func (r *row) record() (apikey.Record, error) {
+	environment, err := apikey.ParseEnvironment(string(r.environment))
+	if err != nil {
+		return apikey.Record{}, err
+	}
+	r.text = append(append(r.text[:0], r.id...), r.account...)
+	text := string(r.text) // one piece of memory for both
+	record := apikey.Record{
+		ID: text[:len(r.id)], Account: text[len(r.id):], Environment: environment, Scopes: r.knownScopes(),
+		ManageKeys: r.manageKeys.Bool,
+	}
+	if copy(record.Digest[:], r.hash) != len(record.Digest) {
+		return apikey.Record{}, errors.New("stored hash is not a SHA-256")
+	}
+	if r.expiresAt.Valid {
+		record.ExpiresAt = apikey.TimeOf(r.expiresAt.Time)
+	}
+	if r.revokedAt.Valid {
+		record.RevokedAt = apikey.TimeOf(r.revokedAt.Time)
+	}
+	return record, nil
+}
+
+func (r *row) knownScopes() apikey.Scopes {
+	scopes, ok := r.parsed[string(r.scopes)]
+	if ok {
+		return scopes
+	}
+	names := string(r.scopes)
+	scopes = apikey.KnownScopes(strings.Split(names, ","))
+	if r.parsed == nil || len(r.parsed) >= maxParsed {
+		r.parsed = make(map[string]apikey.Scopes)
+	}
+	r.parsed[names] = scopes
+	return scopes
+}

@@ -1,0 +1,91 @@
+package keystore
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+)
+
+// scanTimeout bounds a scan, whatever statement_timeout a role has for its short statements: 10 million hashes take some 15 s.
+const scanTimeout = 5 * time.Minute
+
+// HashPrefix is how many bytes of each key's hash ScanHashes reads: enough that no two keys ever share them by chance.
+const HashPrefix = 16
+
+const serverSQL = `
+select (select system_identifier from pg_control_system()), pg_postmaster_start_time(), pg_is_in_recovery(),
+	(select oid from pg_database where datname = current_database())`
+
+// recentSQL decides which keys are worth having in memory first.
+const recentSQL = `select ` + recordColumns + ` from rekall.api_keys k order by k.created_at desc, k.id desc limit $1`
+
+// ScanHashes reads the hash of every key that was committed before the call. First it calls begin with the server and the
+// number of keys, and ends with begin's error if there is one; then it calls each with the first HashPrefix bytes of each
+// hash, in no order. They are valid during the call only. It holds one connection and the memory of a few rows.
+func (s *Store) ScanHashes(ctx context.Context, begin func(server Server, keys int) error, each func(prefix []byte)) error {
+	return s.scan(ctx, "scan key hashes", func(tx pgx.Tx, server Server) error {
+		var keys int
+		if err := tx.QueryRow(ctx, `select count(*) from rekall.api_keys`).Scan(&keys); err != nil {
+			return err
+		}
+		if err := begin(server, keys); err != nil {
+			return err
+		}
+		var prefix column
+		rows, _ := tx.Query(ctx, fmt.Sprintf(`select substring(key_hash for %d) from rekall.api_keys`, HashPrefix)) // ForEachRow returns its error
+		_, err := pgx.ForEachRow(rows, []any{&prefix}, func() error {
+			each(prefix)
+			return nil
+		})
+		return err
+	})
+}
+
+// ScanRecent reads the rows of the n keys that are the likeliest to be used next, likeliest first. First it calls begin with
+// the server, and ends with begin's error if there is one; then it calls each with each row.
+func (s *Store) ScanRecent(ctx context.Context, n int, begin func(Server) error, each func(apikey.Record)) error {
+	return s.scan(ctx, "scan recent keys", func(tx pgx.Tx, server Server) error {
+		if err := begin(server); err != nil {
+			return err
+		}
+		var key row
+		rows, _ := tx.Query(ctx, recentSQL, n) // ForEachRow returns its error
+		_, err := pgx.ForEachRow(rows, key.targets(), func() error {
+			record, err := key.record()
+			if err != nil {
+				return err
+			}
+			each(record)
+			return nil
+		})
+		return err
+	})
+}
+
+// scan runs do in a transaction, which keeps all its statements on one server even behind a pooler.
+func (s *Store) scan(ctx context.Context, doing string, do func(pgx.Tx, Server) error) error {
+	ctx, cancel := context.WithTimeout(ctx, scanTimeout)
+	defer cancel()
+	err := pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, fmt.Sprintf("set local statement_timeout = %d", scanTimeout.Milliseconds())); err != nil {
+			return err
+		}
+		var (
+			server  Server
+			started time.Time
+		)
+		if err := tx.QueryRow(ctx, serverSQL).Scan(&server.SystemID, &started, &server.InRecovery, &server.Database); err != nil {
+			return err
+		}
+		server.StartedAt = started.UnixMicro()
+		return do(tx, server)
+	})
+	if err != nil {
+		return failed(doing, err)
+	}
+	return nil
+}
