@@ -24,7 +24,7 @@ func (c *Cut) Is(target error) bool { return target == context.Canceled }
 type Flight struct {
 	prev, next *Flight
 	digest     apikey.Digest
-	expiresAt  time.Time
+	expiresAt  apikey.Time
 	vouchedAt  time.Time
 	request    Request // nil once cut
 }
@@ -76,10 +76,10 @@ func (c *Cache) InFlight() int {
 	return n
 }
 
-func shardOf(d apikey.Digest) int { return int(d[24] % flightShards) }
+func shardOf(d *apikey.Digest) int { return int(d[24] % flightShards) }
 
 func (fs *flights) add(f *Flight) {
-	shard := &fs[shardOf(f.digest)]
+	shard := &fs[shardOf(&f.digest)]
 	shard.mu.Lock()
 	f.next = shard.head.next
 	f.prev = &shard.head
@@ -92,7 +92,7 @@ func (fs *flights) add(f *Flight) {
 }
 
 func (fs *flights) remove(f *Flight) {
-	shard := &fs[shardOf(f.digest)]
+	shard := &fs[shardOf(&f.digest)]
 	shard.mu.Lock()
 	f.prev.next = f.next
 	if f.next != nil {
@@ -125,20 +125,16 @@ func (fs *flights) digests() []apikey.Digest {
 	return digests
 }
 
-// apply tells the flights of a key that its row is now e.
-func (c *Cache) apply(e *entry, pgNow time.Time) {
-	var record *apikey.Record
-	if e.exists {
-		record = &e.record
-	}
+// apply tells the flights of a key that its row is now record; nil if there is none.
+func (c *Cache) apply(d *apikey.Digest, record *apikey.Record, pgNow time.Time) {
 	outcome := record.Validity(pgNow)
-	c.flight.each(shardOf(e.record.Digest), func(f *Flight) {
+	c.flight.each(shardOf(d), func(f *Flight) {
 		switch {
-		case f.digest != e.record.Digest:
+		case f.digest != *d:
 		case outcome != apikey.Allowed:
 			c.cut(f, outcome)
 		default:
-			f.expiresAt = e.record.ExpiresAt
+			f.expiresAt = record.ExpiresAt
 		}
 	})
 }
@@ -157,7 +153,7 @@ func (c *Cache) cut(f *Flight, outcome apikey.Outcome) {
 func (c *Cache) expire(pgNow time.Time) {
 	for shard := range c.flight {
 		c.flight.each(shard, func(f *Flight) {
-			if !f.expiresAt.IsZero() && !pgNow.Before(f.expiresAt) {
+			if f.expiresAt.Reached(pgNow) {
 				c.cut(f, apikey.Expired)
 			}
 		})

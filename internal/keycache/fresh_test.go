@@ -39,9 +39,9 @@ func TestFreshnessEndsOnTheClockThatShowsMoreTime(t *testing.T) {
 
 func TestExpiryFollowsPostgresClock(t *testing.T) {
 	synced := time.Now()
-	pgNow := synced.Add(-3 * time.Hour) // this edge's clock is three hours fast
+	pgNow := synced.Add(-3 * time.Hour).Truncate(time.Microsecond) // this edge's clock is three hours fast
 	s := &state{syncedAt: synced, readAt: synced, pgNow: pgNow}
-	record := &apikey.Record{ExpiresAt: pgNow.Add(10 * time.Second)}
+	record := &apikey.Record{ExpiresAt: apikey.TimeOf(pgNow.Add(10 * time.Second))}
 	if got := record.Validity(s.pgTime(synced.Add(9 * time.Second))); got != apikey.Allowed {
 		t.Errorf("9s on: %v, want allowed", got)
 	}

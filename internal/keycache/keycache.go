@@ -11,6 +11,14 @@
 //     now will do.
 //   - One server. Fills and feed must read the same Postgres: after a failover rows may be older than the feed's state. A
 //     row from another server than the state's waits for the next sync, which starts over with a new horizon.
+//
+// Keys that Postgres does not have are a fourth matter, since anyone can present any number of them. A filter holds every
+// hash in Postgres: it is streamed once the feed has begun, and the feed adds to it before each state is published. So a
+// key that is not in the filter was absent as of the state, and can only have been created since. A few each second are asked
+// for at once. The others wait for a sync that began after they came, of which there are at most 20 a second: it brings the
+// key or proves that it is absent, for all of them in one statement. Neither waits in line with keys that may exist. This
+// takes for granted what the feed does, that the trigger stamps every row; and no key is called unknown on the word of a filter
+// alone.
 package keycache
 
 import (
@@ -38,11 +46,14 @@ type Store interface {
 	Snapshot(ctx context.Context, since uint64) (keystore.Snapshot, error)
 	Lookup(ctx context.Context, digests []apikey.Digest) (keystore.Found, error)
 	Listen(ctx context.Context, wake func()) error
+	ScanHashes(ctx context.Context, begin func(server keystore.Server, keys int) error, each func(prefix []byte)) error
+	ScanRecent(ctx context.Context, n int, begin func(keystore.Server) error, each func(apikey.Record)) error
 }
 
-// Config of a Cache. NoListen, SentAt and Changed may be left out.
+// Config of a Cache. Warm, NoListen, SentAt and Changed may be left out.
 type Config struct {
 	Size         int           // keys held, at most
+	Warm         int           // keys read into memory when the feed starts over, at most Size; 0: none
 	Refresh      time.Duration // between two syncs
 	MaxStaleness time.Duration // after which a sync vouches for nothing
 	NoListen     bool          // do not LISTEN for early wake-ups, e.g. behind PgBouncer
@@ -53,14 +64,8 @@ type Config struct {
 	Logger  func() *zap.Logger // asked at each line: a config reload closes the old logger's writers
 }
 
-const (
-	// answerWithin bounds Find, so that a request is answered within 1 s even when Postgres hangs.
-	answerWithin = 900 * time.Millisecond
-
-	// absentSlots bounds the memory that unknown keys can take. They never enter the cache of known keys, so a flood
-	// of them evicts nothing.
-	absentSlots = 1 << 13
-)
+// answerWithin bounds Find, so that a request is answered within 1 s even when Postgres hangs.
+const answerWithin = 900 * time.Millisecond
 
 // Cache of key records, kept true by its own sync loop (Run) and asked by Find.
 type Cache struct {
@@ -68,10 +73,11 @@ type Cache struct {
 	store   Store
 	state   atomic.Pointer[state]
 	known   *ristretto.Cache[uint64, *entry]
-	absent  [absentSlots]atomic.Pointer[entry]
+	unknown unknowns
 	loader  *loader
 	flight  flights
 	wake    chan struct{}
+	refill  chan struct{} // to read all keys again
 	counts  counts
 	applied atomic.Pointer[Applied]
 	canary  atomic.Int64 // nanoseconds that the last canary stayed allowed after its revocation; 0: none yet
@@ -80,13 +86,16 @@ type Cache struct {
 	closed  bool
 }
 
-// entry is a row, or the proven absence of one, as of an epoch.
+// entry is a row as of an epoch. There may be millions: it has no field that it can do without.
 type entry struct {
-	record apikey.Record // Digest is set even if Postgres has no such key
-	exists bool
+	record apikey.Record
 	asOf   atomic.Uint64 // epoch loaded before the row was read, raised on each successful use
-	readAt time.Time     // when the row was asked for
-	pgNow  time.Time     // Postgres's clock when it answered
+}
+
+func newEntry(record apikey.Record, asOf uint64) *entry {
+	e := &entry{record: record}
+	e.asOf.Store(asOf)
+	return e
 }
 
 // Found is an answer of Find.
@@ -94,7 +103,7 @@ type Found struct {
 	Record *apikey.Record // nil: Postgres has no such key
 	Now    time.Time      // Postgres's clock, which expiry follows
 
-	entry     *entry
+	entry     *entry // of Record
 	state     *state
 	vouchedAt time.Time // start of the read or sync that vouches for Record
 }
@@ -111,7 +120,7 @@ func New(store Store, cfg Config) (*Cache, error) {
 	if err != nil {
 		return nil, fmt.Errorf("create cache: %w", err)
 	}
-	c := &Cache{cfg: cfg, store: store, known: known, wake: make(chan struct{}, 1)}
+	c := &Cache{cfg: cfg, store: store, known: known, unknown: newUnknowns(), wake: make(chan struct{}, 1), refill: make(chan struct{}, 1)}
 	c.loader = newLoader(c)
 	c.state.Store(newState())
 	c.applied.Store(new(Applied))
@@ -124,34 +133,38 @@ func (c *Cache) Find(ctx context.Context, d apikey.Digest) (Found, error) {
 	now := time.Now()
 	s := c.state.Load()
 	if s.fresh(now, c.cfg.MaxStaleness) {
-		if e := c.cached(s, d, now); e != nil {
-			c.counts.hits.Add(1)
+		if e := c.cached(s, &d); e != nil {
+			c.counts.hits.add(&d)
 			return found(e, s, s.pgTime(now), s.syncedAt), nil
+		}
+		if c.remembered(s, &d, now) {
+			c.counts.hits.add(&d)
+			return found(nil, s, s.pgTime(now), s.syncedAt), nil
 		}
 	}
 	c.counts.misses.Add(1)
+	if c.unknown.certain(s, &d) && !c.unknown.mayAsk(now) {
+		return c.prove(ctx, d, now)
+	}
 	return c.ask(ctx, d)
 }
 
+// found makes an answer of an entry, or of the absence of one.
 func found(e *entry, s *state, pgNow, vouchedAt time.Time) Found {
 	f := Found{Now: pgNow, entry: e, state: s, vouchedAt: vouchedAt}
-	if e.exists {
+	if e != nil {
 		f.Record = &e.record
 	}
 	return f
 }
 
 // cached returns an entry that the fresh state s vouches for, or nil.
-func (c *Cache) cached(s *state, d apikey.Digest, now time.Time) *entry {
-	if e, ok := c.known.Get(place(d)); ok && e.record.Digest == d && s.usable(e) {
+func (c *Cache) cached(s *state, d *apikey.Digest) *entry {
+	if e, ok := c.known.Get(place(d)); ok && e.record.Digest == *d && s.usable(e) {
 		return e
 	}
-	if ch, ok := s.changes[d]; ok { // the feed itself brought the row
+	if ch, ok := s.changes[*d]; ok { // the feed itself brought the row
 		return ch.entry
-	}
-	// Absence is trusted for one tick only: a key created since then must work.
-	if e := c.absentSlot(d).Load(); e != nil && e.record.Digest == d && age(e.readAt, now) < c.cfg.Refresh && s.usable(e) {
-		return e
 	}
 	return nil
 }
@@ -162,20 +175,20 @@ func (c *Cache) ask(ctx context.Context, d apikey.Digest) (Found, error) {
 	defer cancel()
 	for {
 		s := c.state.Load()
-		e, err := c.loader.load(ctx, d, s.epoch)
+		a, err := c.loader.load(ctx, d, s.epoch)
 		if err == nil {
 			// The row was asked for moments ago; what can be wrong with it is a change that the feed has applied since,
 			// and a process that was stopped between the answer and now.
 			s = c.state.Load()
-			now, vouchedAt := time.Now(), e.readAt
+			now, vouchedAt := time.Now(), a.readAt
 			if c.cfg.SentAt != nil { // a standby's row is as old as the standby
 				vouchedAt = s.syncedAt
 				if !s.fresh(now, c.cfg.MaxStaleness) {
 					return Found{}, fmt.Errorf("%w: %w", ErrUnavailable, errBlind)
 				}
 			}
-			if s.usable(e) && age(vouchedAt, now) < c.cfg.MaxStaleness {
-				return found(e, s, e.pgNow, vouchedAt), nil
+			if s.unchanged(&d, a.asOf) && age(vouchedAt, now) < c.cfg.MaxStaleness {
+				return found(a.entry, s, a.pgNow, vouchedAt), nil
 			}
 			if err := ctx.Err(); err != nil {
 				return Found{}, fmt.Errorf("%w: %w", ErrUnavailable, err)
@@ -196,23 +209,15 @@ func (c *Cache) ask(ctx context.Context, d apikey.Digest) (Found, error) {
 
 // place is a digest's key in the cache: its first 64 bits, which are uniform already. Two digests that share them would only
 // evict each other, since the whole digest is compared on use. A slice of the digest would allocate on each request.
-func place(d apikey.Digest) uint64 { return binary.LittleEndian.Uint64(d[:]) }
+func place(d *apikey.Digest) uint64 { return binary.LittleEndian.Uint64(d[:]) }
 
 // keep offers an entry to the cache. What the cache makes of it does not matter for safety.
 func (c *Cache) keep(e *entry) {
-	if !e.exists {
-		c.absentSlot(e.record.Digest).Store(e)
-		return
-	}
 	c.closing.RLock()
 	defer c.closing.RUnlock()
 	if !c.closed {
-		c.known.Set(place(e.record.Digest), e, 1)
+		c.known.Set(place(&e.record.Digest), e, 1)
 	}
-}
-
-func (c *Cache) absentSlot(d apikey.Digest) *atomic.Pointer[entry] {
-	return &c.absent[binary.LittleEndian.Uint16(d[16:])%absentSlots]
 }
 
 // Wake makes the sync loop read the feed now instead of at its next tick.
@@ -236,5 +241,5 @@ func (c *Cache) Close() {
 // age is the time since a reading, on the clock that shows more of it: the monotonic clock stops while a machine is
 // suspended, the wall clock can be set back.
 func age(since, now time.Time) time.Duration {
-	return max(now.Sub(since), now.Round(0).Sub(since.Round(0)))
+	return max(now.Sub(since), time.Duration(now.UnixNano()-since.UnixNano()))
 }

@@ -14,89 +14,173 @@ const (
 	maxLookups = 3
 
 	// lookupBatch is the most digests in one lookup.
-	lookupBatch = 256
+	lookupBatch = 1024
 
 	// lookupTimeout leaves the rest of answerWithin for waiting in line and for the answer.
 	lookupTimeout = 700 * time.Millisecond
+
+	// lookupGap is what a lookup of one key puts the next one off by, once lookupBurst is used up: at first each key is read
+	// at once, then those that come together are read together. Each further lookupShare keys put it off by as much
+	// again, up to maxLookupGap: the more keys there are to read, the more of them share a statement.
+	lookupGap    = 4 * time.Millisecond
+	lookupBurst  = 32 * lookupGap
+	lookupShare  = 8
+	maxLookupGap = 40 * time.Millisecond
+
+	// maxWaiting bounds the memory of lookups that a Postgres which hangs leaves waiting.
+	maxWaiting = 1 << 16
 )
 
-// errOtherServer says that a row came from another server than the one whose changes the feed follows.
-var errOtherServer = errors.New("lookup was answered by another server than the feed's")
+var (
+	// errOtherServer says that a row came from another server than the one whose changes the feed follows.
+	errOtherServer = errors.New("lookup was answered by another server than the feed's")
+
+	errWaiting = errors.New("too many keys wait to be looked up")
+)
 
 // loader reads rows: one lookup per key at a time, and as many waiting keys in one statement as there are.
 type loader struct {
 	cache *Cache
 
-	mu      sync.Mutex
-	calls   map[apikey.Digest]*call // waiting and running
-	waiting []*call
-	running int
+	mu        sync.Mutex
+	calls     map[apikey.Digest]*call // waiting and running
+	waiting   []*call                 // in the order in which they came; abandoned ones too
+	running   int                     // lookups, the gathering one included
+	gathering bool                    // a lookup waits for its turn
+	reserved  int                     // connections that others use
+	turns     pace
 }
 
 type call struct {
+	digest  apikey.Digest
+	waiters int
+	epoch   uint64 // loaded before the query; set when it starts
+	begun   bool
+	done    chan struct{}
+	answer  answer
+	err     error
+}
+
+// answer is what Postgres said of a key.
+type answer struct {
 	digest apikey.Digest
-	epoch  uint64 // loaded before the query; set when it starts
-	begun  bool
-	done   chan struct{}
-	entry  *entry
-	err    error
+	entry  *entry    // nil: there is no such key
+	asOf   uint64    // epoch loaded before the row was read
+	readAt time.Time // when the row was asked for
+	pgNow  time.Time // Postgres's clock when it answered
+}
+
+func (a *answer) record() *apikey.Record {
+	if a.entry == nil {
+		return nil
+	}
+	return &a.entry.record
 }
 
 func newLoader(c *Cache) *loader {
-	return &loader{cache: c, calls: make(map[apikey.Digest]*call)}
+	return &loader{cache: c, calls: make(map[apikey.Digest]*call), turns: pace{gap: lookupGap, burst: lookupBurst}}
 }
 
 // load returns the row of d, read in a statement that began after the given epoch was published.
-func (l *loader) load(ctx context.Context, d apikey.Digest, epoch uint64) (*entry, error) {
-	c := l.join(d, epoch)
+func (l *loader) load(ctx context.Context, d apikey.Digest, epoch uint64) (answer, error) {
+	c, err := l.join(d, epoch)
+	if err != nil {
+		return answer{}, err
+	}
 	select {
 	case <-c.done:
-		return c.entry, c.err
+		return c.answer, c.err
 	case <-ctx.Done():
-		return nil, ctx.Err()
+		l.leave(c)
+		return answer{}, ctx.Err()
 	}
 }
 
-func (l *loader) join(d apikey.Digest, epoch uint64) *call {
+func (l *loader) join(d apikey.Digest, epoch uint64) (*call, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	// A lookup that began before the epoch may hold a row from before a change that the caller must see.
 	if c, ok := l.calls[d]; ok && (!c.begun || c.epoch >= epoch) {
-		return c
+		c.waiters++
+		return c, nil
 	}
-	c := &call{digest: d, done: make(chan struct{})}
+	if len(l.waiting) >= maxWaiting {
+		return nil, errWaiting
+	}
+	c := &call{digest: d, waiters: 1, done: make(chan struct{})}
 	l.calls[d] = c
 	l.waiting = append(l.waiting, c)
-	if l.running < maxLookups {
-		l.running++
-		go l.run()
-	}
-	return c
+	l.start()
+	return c, nil
 }
 
-// run serves the waiting calls until there are none.
-func (l *loader) run() {
-	for batch := l.next(); batch != nil; batch = l.next() {
+// leave takes a waiter away. A call without any is not made.
+func (l *loader) leave(c *call) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	c.waiters--
+}
+
+// reserve sets n of the lookups' connections aside for another use, or gives them back if n is negative.
+func (l *loader) reserve(n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.reserved += n
+	l.start()
+}
+
+// start begins a lookup if there is need of one and room for it. The caller holds the lock.
+func (l *loader) start() {
+	if l.gathering || len(l.waiting) == 0 || l.running >= maxLookups-l.reserved {
+		return
+	}
+	l.running++
+	l.gathering = true
+	var wait time.Duration
+	if len(l.waiting) < lookupBatch {
+		wait = l.turns.wait(time.Now())
+	}
+	go l.run(wait)
+}
+
+func (l *loader) run(wait time.Duration) {
+	if wait > 0 {
+		<-time.After(wait)
+	}
+	batch := l.next()
+	if len(batch) > 0 {
 		l.lookup(batch)
-		l.finish(batch)
 	}
+	l.finish(batch)
 }
 
+// next takes the calls for one lookup off the line.
 func (l *loader) next() []*call {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	n := min(len(l.waiting), lookupBatch)
-	if n == 0 {
-		l.running--
-		l.waiting = nil
-		return nil
-	}
-	batch := l.waiting[:n:n]
-	l.waiting = l.waiting[n:]
+	l.gathering = false
 	epoch := l.cache.state.Load().epoch
-	for _, c := range batch {
+	batch := make([]*call, 0, min(len(l.waiting), lookupBatch))
+	taken := 0
+	for _, c := range l.waiting {
+		if len(batch) == lookupBatch {
+			break
+		}
+		taken++
+		if c.waiters == 0 {
+			l.forget(c)
+			continue
+		}
 		c.epoch, c.begun = epoch, true
+		batch = append(batch, c)
 	}
+	if l.waiting = l.waiting[taken:]; len(l.waiting) == 0 {
+		l.waiting = nil // and its memory
+	}
+	if n := len(batch); n < lookupBatch { // nothing is gained by waiting with a full batch
+		l.turns.spend(time.Now(), min(l.turns.gap*time.Duration(1+n/lookupShare), maxLookupGap))
+	}
+	l.start()
 	return batch
 }
 
@@ -104,10 +188,16 @@ func (l *loader) finish(batch []*call) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, c := range batch {
-		if l.calls[c.digest] == c {
-			delete(l.calls, c.digest)
-		}
+		l.forget(c)
 		close(c.done)
+	}
+	l.running--
+	l.start()
+}
+
+func (l *loader) forget(c *call) {
+	if l.calls[c.digest] == c {
+		delete(l.calls, c.digest)
 	}
 }
 
@@ -118,19 +208,19 @@ func (l *loader) lookup(batch []*call) {
 	for i, c := range batch {
 		digests[i] = c.digest
 	}
-	entries, err := l.cache.read(ctx, digests, batch[0].epoch)
+	answers, err := l.cache.read(ctx, digests, batch[0].epoch)
 	for i, c := range batch {
 		if err != nil {
 			c.err = err
 			continue
 		}
-		c.entry = entries[i]
-		l.cache.keep(c.entry)
+		c.answer = answers[i]
+		l.cache.accept(&c.answer)
 	}
 }
 
-// read returns an entry for each digest, as of an epoch that the caller loaded before.
-func (c *Cache) read(ctx context.Context, digests []apikey.Digest, epoch uint64) ([]*entry, error) {
+// read returns an answer for each digest, as of an epoch that the caller loaded before.
+func (c *Cache) read(ctx context.Context, digests []apikey.Digest, epoch uint64) ([]answer, error) {
 	readAt := time.Now()
 	c.counts.lookups.Add(1)
 	found, err := c.store.Lookup(ctx, digests)
@@ -149,15 +239,22 @@ func (c *Cache) read(ctx context.Context, digests []apikey.Digest, epoch uint64)
 	for _, r := range found.Records {
 		records[r.Digest] = r
 	}
-	entries := make([]*entry, len(digests))
+	answers := make([]answer, len(digests))
 	for i, d := range digests {
-		e := &entry{readAt: readAt, pgNow: found.Now}
+		answers[i] = answer{digest: d, asOf: epoch, readAt: readAt, pgNow: found.Now}
 		if r, ok := records[d]; ok {
-			e.record, e.exists = *r, true
+			answers[i].entry = newEntry(*r, epoch)
 		}
-		e.record.Digest = d
-		e.asOf.Store(epoch)
-		entries[i] = e
 	}
-	return entries, nil
+	return answers, nil
+}
+
+// accept keeps what Postgres said of a key.
+func (c *Cache) accept(a *answer) {
+	if a.entry == nil {
+		c.unknown.slot(&a.digest).Store(&absence{digest: a.digest, asOf: a.asOf, at: a.readAt})
+		return
+	}
+	c.learn(&a.digest)
+	c.keep(a.entry)
 }

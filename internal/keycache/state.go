@@ -14,6 +14,7 @@ const maxChanges = 10_000
 // state is what the feed knows after a sync. It is immutable and replaced as a whole.
 type state struct {
 	epoch   uint64
+	origin  uint64 // epoch in which the feed started over
 	horizon uint64
 	changes map[apikey.Digest]change // every key changed in an epoch after horizon
 	log     []epochChanges           // the same keys, oldest epoch first
@@ -47,17 +48,24 @@ func (s *state) fresh(now time.Time, maxStaleness time.Duration) bool {
 	return !s.syncedAt.IsZero() && age(s.syncedAt, now) < maxStaleness
 }
 
-// usable reports whether e is the row as of the epoch of s: it was read not before the horizon and its key has not
-// changed since. Success is remembered in e, so that an entry in use never falls behind the horizon.
-func (s *state) usable(e *entry) bool {
-	asOf := e.asOf.Load()
+// unchanged reports whether what was read of a key as of an epoch is so as of the epoch of s: it was read not before the
+// horizon and the key has not changed since.
+func (s *state) unchanged(d *apikey.Digest, asOf uint64) bool {
 	if asOf < s.horizon {
 		return false
 	}
 	if asOf >= s.epoch {
 		return true
 	}
-	if ch, ok := s.changes[e.record.Digest]; ok && ch.epoch > asOf {
+	ch, ok := s.changes[*d]
+	return !ok || ch.epoch <= asOf
+}
+
+// usable reports whether e is the row as of the epoch of s. Success is remembered in e, so that an entry in use never
+// falls behind the horizon.
+func (s *state) usable(e *entry) bool {
+	asOf := e.asOf.Load()
+	if !s.unchanged(&e.record.Digest, asOf) {
 		return false
 	}
 	for asOf < s.epoch && !e.asOf.CompareAndSwap(asOf, s.epoch) {
@@ -78,7 +86,7 @@ func (s *state) sameServer(snap keystore.Snapshot) bool {
 // restart returns the state after a sync that has nothing in common with s: no entry read before it is usable.
 func (s *state) restart(snap keystore.Snapshot, readAt, vouchedAt time.Time) *state {
 	return &state{
-		epoch: s.epoch + 1, horizon: s.epoch + 1,
+		epoch: s.epoch + 1, origin: s.epoch + 1, horizon: s.epoch + 1,
 		server: snap.Server, watermark: snap.Xmin, xmax: snap.Xmax,
 		syncedAt: vouchedAt, readAt: readAt, pgNow: snap.Now, superseded: make(chan struct{}),
 	}
@@ -87,7 +95,7 @@ func (s *state) restart(snap keystore.Snapshot, readAt, vouchedAt time.Time) *st
 // next returns the state after a sync that continues s, and the keys changed in it.
 func (s *state) next(snap keystore.Snapshot, readAt, vouchedAt time.Time) (n *state, changed []*entry) {
 	n = &state{
-		epoch: s.epoch + 1, horizon: s.horizon, changes: s.changes, log: s.log,
+		epoch: s.epoch + 1, origin: s.origin, horizon: s.horizon, changes: s.changes, log: s.log,
 		server: snap.Server, watermark: snap.Xmin, xmax: snap.Xmax, window: make(map[apikey.Digest]uint64, len(snap.Changes)),
 		syncedAt: vouchedAt, readAt: readAt, pgNow: snap.Now, superseded: make(chan struct{}),
 	}
@@ -99,9 +107,7 @@ func (s *state) next(snap keystore.Snapshot, readAt, vouchedAt time.Time) (n *st
 		if s.window[d] == ch.Xid {
 			continue
 		}
-		e := &entry{record: *ch.Record, exists: true, readAt: readAt, pgNow: snap.Now}
-		e.asOf.Store(n.epoch)
-		changed = append(changed, e)
+		changed = append(changed, newEntry(*ch.Record, n.epoch))
 		digests = append(digests, d)
 	}
 	if len(changed) > 0 {

@@ -3,10 +3,30 @@ package keycache
 import (
 	"sync/atomic"
 	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
 )
 
 type counts struct {
-	hits, misses, lookups, lookupErrors, syncs, syncErrors, listenErrors, cuts atomic.Uint64
+	hits striped
+
+	misses, proofs, refused, lookups, lookupErrors, syncs, syncErrors, listenErrors, cuts atomic.Uint64
+}
+
+// striped is a counter for what happens on every request: CPUs that count for different keys do not wait for each other.
+type striped [16]struct {
+	atomic.Uint64
+	_ [56]byte // to the end of the cache line
+}
+
+func (s *striped) add(d *apikey.Digest) { s[d[20]%uint8(len(s))].Add(1) }
+
+func (s *striped) load() uint64 {
+	var sum uint64
+	for i := range s {
+		sum += s[i].Load()
+	}
+	return sum
 }
 
 // Status is what an operator may want to know of a cache at one moment.
@@ -18,7 +38,12 @@ type Status struct {
 	InFlight int           // requests being tracked
 	Canary   time.Duration // from the last canary's revocation to its refusal here; 0: none yet
 
-	Hits, Misses             uint64 // answers from memory, and those that asked Postgres
+	FilterKeys  int // digests in the filter of all keys; 0: it is not built
+	FilterBytes int
+
+	Hits, Misses             uint64 // answers from memory, and those for which Postgres was asked
+	Proofs                   uint64 // of the misses, those that the feed proved to be unknown keys
+	Refused                  uint64 // of the misses, those for which there was no room to wait
 	Lookups, LookupErrors    uint64 // statements
 	Syncs, SyncErrors        uint64
 	ListenErrors, StreamsCut uint64
@@ -39,10 +64,13 @@ func (c *Cache) Status() Status {
 	s := c.state.Load()
 	st := Status{
 		Epoch: s.epoch, SyncedAt: s.syncedAt, InFlight: c.InFlight(), Canary: time.Duration(c.canary.Load()), Watermark: s.watermark,
-		Hits: c.counts.hits.Load(), Misses: c.counts.misses.Load(),
+		Hits: c.counts.hits.load(), Misses: c.counts.misses.Load(), Proofs: c.counts.proofs.Load(), Refused: c.counts.refused.Load(),
 		Lookups: c.counts.lookups.Load(), LookupErrors: c.counts.lookupErrors.Load(),
 		Syncs: c.counts.syncs.Load(), SyncErrors: c.counts.syncErrors.Load(),
 		ListenErrors: c.counts.listenErrors.Load(), StreamsCut: c.counts.cuts.Load(),
+	}
+	if f := c.unknown.filter.Load(); f != nil && f.origin == s.origin {
+		st.FilterKeys, st.FilterBytes = int(f.keys.Load()), f.bytes()
 	}
 	if !s.syncedAt.IsZero() {
 		now := time.Now()

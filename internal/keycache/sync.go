@@ -35,6 +35,7 @@ var (
 func (c *Cache) Run(ctx context.Context) {
 	var wg sync.WaitGroup
 	wg.Go(func() { c.watch(ctx) })
+	wg.Go(func() { c.fillLoop(ctx) })
 	if !c.cfg.NoListen {
 		wg.Go(func() { c.listen(ctx) })
 	}
@@ -46,6 +47,7 @@ func (c *Cache) syncLoop(ctx context.Context) {
 	var s syncer
 	failing := false
 	for ctx.Err() == nil {
+		c.unknown.unwant()
 		startedAt := time.Now()
 		err := s.sync(ctx, c)
 		switch {
@@ -58,9 +60,26 @@ func (c *Cache) syncLoop(ctx context.Context) {
 			c.cfg.Logger().Info("key sync works again")
 		}
 		failing = err != nil
-		if !pause(ctx, wakeGap, nil) || !pause(ctx, c.cfg.Refresh-time.Since(startedAt), c.wake) {
+		if !pause(ctx, wakeGap, nil) || !c.awaitSync(ctx, startedAt, time.Since(startedAt)) {
 			return
 		}
+	}
+}
+
+// awaitSync waits for the time of the next sync after one that began at startedAt. It reports false when ctx is done.
+func (c *Cache) awaitSync(ctx context.Context, startedAt time.Time, took time.Duration) bool {
+	timer := time.NewTimer(c.cfg.Refresh - time.Since(startedAt))
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-c.wake:
+		return true
+	case <-c.unknown.wanted:
+		gap := min(max(proofGap, proofShare*took), c.cfg.Refresh)
+		return pause(ctx, gap-time.Since(startedAt), c.wake)
+	case <-ctx.Done():
+		return false
 	}
 }
 
@@ -108,16 +127,20 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 		c.cfg.Logger().Info("key sync starts over", zap.Bool("first", old.syncedAt.IsZero()))
 		// Flights that begin from here on are checked against the new state by Track.
 		s.unverified, s.vouchedAt = c.flight.digests(), old.syncedAt
+		c.wantFill()
 	} else {
 		var n *state
 		n, changed = old.next(snap, startedAt, vouchedAt)
+		for _, e := range changed {
+			c.learn(&e.record.Digest)
+		}
 		c.publish(old, n)
 		news = len(changed) > 0
 		for _, e := range changed {
-			if _, ok := c.known.Get(place(e.record.Digest)); ok {
+			if _, ok := c.known.Get(place(&e.record.Digest)); ok {
 				c.keep(e) // thrift: a key in use needs no lookup after its change
 			}
-			c.apply(e, snap.Now)
+			c.apply(&e.record.Digest, &e.record, snap.Now)
 		}
 	}
 	if err := s.verify(ctx, c); err != nil {
@@ -126,7 +149,7 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 	}
 	for _, e := range changed {
 		if e.record.Account == keystore.CanaryAccount && !e.record.RevokedAt.IsZero() {
-			c.canary.Store(int64(c.state.Load().pgTime(time.Now()).Sub(e.record.RevokedAt)))
+			c.canary.Store(int64(c.state.Load().pgTime(time.Now()).Sub(e.record.RevokedAt.Time())))
 		}
 	}
 	// Only now: a confirmed change has also reached the requests in flight.
@@ -164,7 +187,7 @@ func (s *syncer) verify(ctx context.Context, c *Cache) error {
 	for len(s.unverified) > 0 {
 		n := min(len(s.unverified), lookupBatch)
 		state := c.state.Load()
-		entries, err := c.read(ctx, s.unverified[:n], state.epoch)
+		answers, err := c.read(ctx, s.unverified[:n], state.epoch)
 		if err != nil {
 			if age(s.vouchedAt, time.Now()) >= c.cfg.MaxStaleness {
 				c.cutKeys(s.unverified)
@@ -172,9 +195,9 @@ func (s *syncer) verify(ctx context.Context, c *Cache) error {
 			}
 			return err
 		}
-		for _, e := range entries {
-			c.keep(e)
-			c.apply(e, e.pgNow)
+		for i := range answers {
+			c.accept(&answers[i])
+			c.apply(&answers[i].digest, answers[i].record(), answers[i].pgNow)
 		}
 		s.unverified = s.unverified[n:]
 	}
@@ -183,7 +206,7 @@ func (s *syncer) verify(ctx context.Context, c *Cache) error {
 
 func (c *Cache) cutKeys(digests []apikey.Digest) {
 	for _, d := range digests {
-		c.flight.each(shardOf(d), func(f *Flight) {
+		c.flight.each(shardOf(&d), func(f *Flight) {
 			if f.digest == d {
 				c.cut(f, apikey.Unavailable)
 			}

@@ -1,0 +1,129 @@
+package keycache
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+const (
+	fillRetryMin = time.Second
+	fillRetryMax = time.Minute
+
+	// fillSpread is how many ticks a fleet takes to read all keys after a failover, when every edge starts over at once.
+	fillSpread = 10
+
+	// warmChunk is how many entries are offered to ristretto before it is waited for: it drops those for which its
+	// buffer of 32,768 has no room.
+	warmChunk = 1 << 13
+)
+
+// wantFill asks for the filter to be built again.
+func (c *Cache) wantFill() {
+	select {
+	case c.refill <- struct{}{}:
+	default:
+	}
+}
+
+// fillLoop reads what is worth having in memory each time that the feed starts over: the keys used last, then the filter of
+// all keys. Until that is done, or while it fails, keys are asked for one by one.
+func (c *Cache) fillLoop(ctx context.Context) {
+	warmed := uint64(0)
+	for first := true; ; first = false {
+		select {
+		case <-c.refill:
+		case <-ctx.Done():
+			return
+		}
+		if !first && !pause(ctx, rand.N(fillSpread*c.cfg.Refresh), nil) {
+			return
+		}
+		for delay := fillRetryMin; ; delay = min(2*delay, fillRetryMax) {
+			err := c.fill(ctx, &warmed)
+			if ctx.Err() != nil {
+				return
+			}
+			if err == nil {
+				break
+			}
+			c.cfg.Logger().Warn("reading all keys failed; keys that are not in memory are asked for one by one", zap.Error(err))
+			if !pause(ctx, delay/2+rand.N(delay), c.refill) {
+				return
+			}
+		}
+	}
+}
+
+func (c *Cache) fill(ctx context.Context, warmed *uint64) error {
+	c.loader.reserve(1)
+	defer c.loader.reserve(-1)
+	s := c.state.Load() // before anything is read: the feed brings what changes from here on
+	if c.cfg.Warm > 0 && *warmed != s.origin {
+		if err := c.warm(ctx, s); err != nil {
+			return fmt.Errorf("warm cache: %w", err)
+		}
+		*warmed = s.origin
+	}
+	if err := c.buildFilter(ctx, s); err != nil {
+		return fmt.Errorf("build filter: %w", err)
+	}
+	return nil
+}
+
+// warm reads the rows of the keys that are the likeliest to be used.
+func (c *Cache) warm(ctx context.Context, s *state) error {
+	startedAt, keys := time.Now(), 0
+	err := c.store.ScanRecent(ctx, min(c.cfg.Warm, c.cfg.Size), s.isOn, func(r apikey.Record) {
+		c.keep(newEntry(r, s.epoch))
+		if keys++; keys%warmChunk == 0 {
+			c.settle()
+		}
+	})
+	if err == nil {
+		c.cfg.Logger().Info("cache is warm", zap.Int("keys", keys), zap.Duration("took", time.Since(startedAt)))
+	}
+	return err
+}
+
+// settle waits until ristretto has taken in what it was offered.
+func (c *Cache) settle() {
+	c.closing.RLock()
+	defer c.closing.RUnlock()
+	if !c.closed {
+		c.known.Wait()
+	}
+}
+
+// buildFilter reads every hash. The feed adds to the new filter from before the first is read.
+func (c *Cache) buildFilter(ctx context.Context, s *state) error {
+	defer c.unknown.building.Store(nil)
+	startedAt := time.Now()
+	var f *filter
+	err := c.store.ScanHashes(ctx, func(server keystore.Server, keys int) error {
+		f = newFilter(s.origin, keys)
+		c.unknown.building.Store(f)
+		return s.isOn(server)
+	}, func(prefix []byte) { f.add(prefix) })
+	if err != nil {
+		return err
+	}
+	c.unknown.filter.Store(f)
+	c.cfg.Logger().Info("filter of all keys is built",
+		zap.Int64("keys", f.keys.Load()), zap.Int("bytes", f.bytes()), zap.Duration("took", time.Since(startedAt)))
+	return nil
+}
+
+// isOn returns an error unless server is the one that the feed of s is read from.
+func (s *state) isOn(server keystore.Server) error {
+	if server != s.server {
+		return errOtherServer
+	}
+	return nil
+}

@@ -1,0 +1,75 @@
+package keycache
+
+import (
+	"encoding/binary"
+	"math/bits"
+	"sync/atomic"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+)
+
+const (
+	// filterBits is the memory for each key. With 16 bits about one unknown key in a thousand looks known.
+	filterBits = 16
+
+	// filterWords is the number of words in a block, one cache line, and of bits set for each key, one in each word.
+	filterWords = 8
+
+	filterBlockKeys = filterWords * 64 / filterBits
+
+	// minFilterKeys leaves a small installation room to grow.
+	minFilterKeys = 1 << 16
+)
+
+// filter is a set of digests that may report a digest which is not in it, and never misses one that is: a split block Bloom
+// filter. Digests are added while others look. None is ever removed, since keys are never deleted.
+type filter struct {
+	origin   uint64 // of the states that it belongs to
+	blocks   [][filterWords]atomic.Uint64
+	keys     atomic.Int64 // that were added, save the few that looked known
+	capacity int64        // beyond which too many unknown keys look known
+}
+
+// newFilter returns an empty filter with room for that many keys and an eighth more.
+func newFilter(origin uint64, keys int) *filter {
+	capacity := max(minFilterKeys, keys+keys/8)
+	return &filter{
+		origin: origin, capacity: int64(capacity),
+		blocks: make([][filterWords]atomic.Uint64, (capacity+filterBlockKeys-1)/filterBlockKeys),
+	}
+}
+
+// at returns the block of a digest and what selects a bit in each of its words. Digests are uniform: they need no hashing,
+// and nobody can choose them.
+func (f *filter) at(prefix []byte) (*[filterWords]atomic.Uint64, uint64) {
+	block, _ := bits.Mul64(binary.LittleEndian.Uint64(prefix), uint64(len(f.blocks)))
+	return &f.blocks[block], binary.LittleEndian.Uint64(prefix[8:])
+}
+
+// add takes the first keystore.HashPrefix bytes of a digest, or more.
+func (f *filter) add(prefix []byte) {
+	block, selector := f.at(prefix)
+	added := false
+	for i := range block {
+		bit := uint64(1) << (selector >> (6 * i) & 63)
+		added = block[i].Or(bit)&bit == 0 || added
+	}
+	if added {
+		f.keys.Add(1)
+	}
+}
+
+// has reports whether d may be in the filter. False is certain.
+func (f *filter) has(d *apikey.Digest) bool {
+	block, selector := f.at(d[:])
+	for i := range block {
+		if block[i].Load()&(1<<(selector>>(6*i)&63)) == 0 {
+			return false
+		}
+	}
+	return true
+}
+
+func (f *filter) full() bool { return f.keys.Load() > f.capacity }
+
+func (f *filter) bytes() int { return len(f.blocks) * filterWords * 8 }

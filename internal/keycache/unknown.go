@@ -1,0 +1,151 @@
+package keycache
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+)
+
+const (
+	// absentSlots bounds the memory that unknown keys can take. They never enter the cache of known keys, so a flood
+	// of them evicts nothing.
+	absentSlots = 1 << 13
+
+	// askGap and askBurst are the budget of lookups for keys that the filter does not know: ten a second.
+	askGap   = 100 * time.Millisecond
+	askBurst = 900 * time.Millisecond
+
+	// proofGap is the least time between two syncs that are made to prove absence: 20 a second at most.
+	proofGap = 50 * time.Millisecond
+
+	// proofShare is the part of the time, one in so many, that such syncs may take of Postgres.
+	proofShare = 4
+
+	// maxProving is how many requests may wait for such a proof. A request that waits holds some 10 KiB.
+	maxProving = 1 << 11
+)
+
+var errProving = errors.New("too many unknown keys wait for proof of their absence")
+
+// absence is the proof that Postgres had no key with that digest.
+type absence struct {
+	digest apikey.Digest
+	asOf   uint64    // an epoch, as in entry
+	at     time.Time // when it was so
+}
+
+// unknowns is what the cache does about keys that are not in Postgres.
+type unknowns struct {
+	absent [absentSlots]atomic.Pointer[absence]
+
+	// filter has every digest of the feed's Postgres, as of the published state; nil until it is built. building is its
+	// successor: the feed adds to both.
+	filter, building atomic.Pointer[filter]
+
+	mu      sync.Mutex
+	asking  pace
+	proving atomic.Int64
+	wanted  chan struct{} // a sync, as proof of absence
+}
+
+func newUnknowns() unknowns {
+	return unknowns{asking: pace{gap: askGap, burst: askBurst}, wanted: make(chan struct{}, 1)}
+}
+
+// learn adds a digest to the filter. It must come before the state that brings the key is published.
+func (c *Cache) learn(d *apikey.Digest) {
+	// In this order: the successor becomes the filter before it ceases to be the successor.
+	building := c.unknown.building.Load()
+	current := c.unknown.filter.Load()
+	if building != nil {
+		building.add(d[:])
+	}
+	if current != nil {
+		current.add(d[:])
+		if building == nil && current.full() {
+			c.wantFill()
+		}
+	}
+}
+
+// certain reports whether it is certain that d was not in Postgres as of the state.
+func (u *unknowns) certain(s *state, d *apikey.Digest) bool {
+	f := u.filter.Load()
+	return f != nil && f.origin == s.origin && !f.has(d)
+}
+
+// want asks for a sync.
+func (u *unknowns) want() {
+	select {
+	case u.wanted <- struct{}{}:
+	default: // somebody has
+	}
+}
+
+// unwant says that one is about to begin.
+func (u *unknowns) unwant() {
+	select {
+	case <-u.wanted:
+	default:
+	}
+}
+
+// mayAsk spends from the budget of lookups for keys that the filter does not know.
+func (u *unknowns) mayAsk(now time.Time) bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.asking.take(now)
+}
+
+func (u *unknowns) slot(d *apikey.Digest) *atomic.Pointer[absence] {
+	return &u.absent[binary.LittleEndian.Uint16(d[16:])%absentSlots]
+}
+
+// remembered reports whether d was absent less than a tick ago, and no change has brought it since. Not longer: a key
+// created meanwhile must work.
+func (c *Cache) remembered(s *state, d *apikey.Digest, now time.Time) bool {
+	a := c.unknown.slot(d).Load()
+	return a != nil && a.digest == *d && age(a.at, now) < c.cfg.Refresh && s.unchanged(d, a.asOf)
+}
+
+// prove finds out from the feed about a key that is not in the filter. A sync that begins now brings the key if it was
+// created by now; if not, it was absent. One sync proves that for all that wait, however many: so a flood of unknown keys
+// costs Postgres a fixed number of statements, and a key created during it works.
+func (c *Cache) prove(ctx context.Context, d apikey.Digest, since time.Time) (Found, error) {
+	defer c.unknown.proving.Add(-1)
+	if c.unknown.proving.Add(1) > maxProving {
+		c.counts.refused.Add(1)
+		return Found{}, fmt.Errorf("%w: %w", ErrUnavailable, errProving)
+	}
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
+	s := c.state.Load()
+	for !s.syncedAt.After(since) {
+		c.unknown.want()
+		select {
+		case <-s.superseded:
+		case <-ctx.Done():
+			return Found{}, fmt.Errorf("%w: %w", ErrUnavailable, ctx.Err())
+		}
+		s = c.state.Load()
+	}
+	now := time.Now()
+	if !s.fresh(now, c.cfg.MaxStaleness) { // the process was stopped
+		return c.ask(ctx, d)
+	}
+	if e := c.cached(s, &d); e != nil { // created since the filter was asked
+		return found(e, s, s.pgTime(now), s.syncedAt), nil
+	}
+	if !c.unknown.certain(s, &d) { // created, with many others; or the feed started over
+		return c.ask(ctx, d)
+	}
+	c.counts.proofs.Add(1)
+	c.unknown.slot(&d).Store(&absence{digest: d, asOf: s.epoch, at: s.syncedAt})
+	return found(nil, s, s.pgTime(now), s.syncedAt), nil
+}
