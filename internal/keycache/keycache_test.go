@@ -111,6 +111,15 @@ func tick(t testing.TB, s *syncer, c *Cache) {
 	}
 }
 
+// fill reads all keys, as the cache does when the feed starts over.
+func fill(t testing.TB, c *Cache) {
+	t.Helper()
+	if err := c.fill(context.Background(), new(uint64)); err != nil {
+		t.Fatal(err)
+	}
+	c.known.Wait()
+}
+
 // outcome is what a request with that key would get.
 func outcome(t testing.TB, c *Cache, d apikey.Digest) apikey.Outcome {
 	t.Helper()
@@ -256,6 +265,8 @@ type hookedStore struct {
 	lookups     atomic.Int64
 	afterLookup func()
 	change      func(*keystore.Snapshot)
+	afterScan   func() // after the first hash of a scan has been read
+	failing     error  // of each sync
 }
 
 func (s *hookedStore) Lookup(ctx context.Context, digests []apikey.Digest) (keystore.Found, error) {
@@ -272,7 +283,20 @@ func (s *hookedStore) Snapshot(ctx context.Context, since uint64) (keystore.Snap
 	if s.change != nil {
 		s.change(&snap)
 	}
+	if s.failing != nil {
+		err = s.failing
+	}
 	return snap, err
+}
+
+func (s *hookedStore) ScanHashes(ctx context.Context, begin func(keystore.Server, int) error, each func([]byte)) error {
+	return s.Store.ScanHashes(ctx, begin, func(prefix []byte) {
+		each(prefix)
+		if s.afterScan != nil {
+			s.afterScan()
+			s.afterScan = nil
+		}
+	})
 }
 
 func TestFillThatRacesARevocationIsNotBelieved(t *testing.T) {
@@ -407,9 +431,10 @@ func (s *slot) get() apikey.Digest {
 	return s.key.digest
 }
 
-// TestInterleavingNeverAllowsARevokedKey creates, revokes, expires, finds, evicts and syncs at random: once the feed has
-// applied a revocation, no Find that begins afterwards may allow the key.
-func TestInterleavingNeverAllowsARevokedKey(t *testing.T) {
+// TestInterleavingIsNeverWrong creates, revokes, expires, finds, evicts and syncs at random, and builds filters: once the
+// feed has applied a revocation, no Find that begins afterwards may allow the key, and none that begins after a key was
+// created may call it unknown.
+func TestInterleavingIsNeverWrong(t *testing.T) {
 	duration := 5 * time.Second
 	if s := os.Getenv("REKALL_STRESS"); s != "" {
 		var err error
@@ -419,7 +444,8 @@ func TestInterleavingNeverAllowsARevokedKey(t *testing.T) {
 	}
 	db := newDatabase(t, pgtest.URL(t))
 	c, s := newCache(t, db.store, func(cfg *Config) { cfg.Size = 40; cfg.Refresh = 20 * time.Millisecond }), new(syncer)
-	c.loader.turns.gap = 0 // more fills, more races
+	c.loader.turns.gap = 0                // more fills, more races
+	c.unknown.asking = pace{gap: 1 << 62} // and proofs in place of them
 	tick(t, s, c)
 
 	const universe = 80
@@ -431,7 +457,7 @@ func TestInterleavingNeverAllowsARevokedKey(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), duration)
 	defer cancel()
-	var finds, ends, wrong atomic.Int64
+	var finds, ends, filters, wrong, unknown atomic.Int64
 	var wg sync.WaitGroup
 	var pendingMu sync.Mutex
 	var pending []apikey.Digest
@@ -464,6 +490,9 @@ func TestInterleavingNeverAllowsARevokedKey(t *testing.T) {
 				raced()
 				<-time.After(time.Duration(rand.IntN(3)) * time.Millisecond)
 				fresh := db.create(t)
+				if outcome(t, c, fresh.digest) == apikey.Unknown {
+					unknown.Add(1)
+				}
 				sl.mu.Lock()
 				sl.key = fresh
 				sl.mu.Unlock()
@@ -485,6 +514,26 @@ func TestInterleavingNeverAllowsARevokedKey(t *testing.T) {
 			}
 		}
 	})
+	wg.Go(func() { // builds filters
+		for ctx.Err() == nil {
+			if err := c.fill(context.Background(), new(uint64)); err != nil {
+				t.Error(err)
+				return
+			}
+			filters.Add(1)
+			if rand.IntN(2) == 0 {
+				c.unknown.filter.Store(nil)
+			}
+		}
+	})
+	wg.Go(func() { // presents unknown keys
+		for ctx.Err() == nil {
+			got := outcome(t, c, apikey.Hash(apikey.Generate(apikey.Production)))
+			if got != apikey.Unknown && ctx.Err() == nil { // the syncs have ended
+				t.Errorf("an unknown key is %v", got)
+			}
+		}
+	})
 	wg.Go(func() { // evicts
 		for ctx.Err() == nil {
 			d := slots[rand.IntN(universe)].get()
@@ -500,15 +549,22 @@ func TestInterleavingNeverAllowsARevokedKey(t *testing.T) {
 					d = *p
 				}
 				_, over := applied.Load(d)
-				if got := outcome(t, c, d); over && got == apikey.Allowed {
+				switch got := outcome(t, c, d); {
+				case over && got == apikey.Allowed:
 					wrong.Add(1)
+				case got == apikey.Unknown:
+					unknown.Add(1)
 				}
 				finds.Add(1)
 			}
 		})
 	}
 	wg.Wait()
-	t.Logf("%d finds, %d ends, %d syncs, %d lookups", finds.Load(), ends.Load(), c.Status().Syncs, c.Status().Lookups)
+	st := c.Status()
+	t.Logf("%d finds, %d ends, %d syncs, %d lookups, %d filters, %d proofs", finds.Load(), ends.Load(), st.Syncs, st.Lookups, filters.Load(), st.Proofs)
+	if unknown.Load() > 0 {
+		t.Errorf("%d finds called a key unknown that was created before", unknown.Load())
+	}
 	if wrong.Load() > 0 {
 		t.Errorf("%d finds allowed a key whose end the feed had applied", wrong.Load())
 	}
