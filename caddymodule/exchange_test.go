@@ -28,7 +28,7 @@ func (k *cutWhileTracking) Find(context.Context, apikey.Digest) (keycache.Found,
 }
 
 func (k *cutWhileTracking) Track(_ *keycache.Flight, _ keycache.Found, request keycache.Request) bool {
-	k.record.RevokedAt = time.Now()
+	k.record.RevokedAt = apikey.TimeOf(time.Now())
 	request.Cut(&keycache.Cut{Outcome: apikey.Revoked})
 	return k.tracked
 }
