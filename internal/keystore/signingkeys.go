@@ -1,0 +1,56 @@
+package keystore
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// SigningKey is the public half of an edge's key for identity tokens.
+type SigningKey struct {
+	ID        string // RFC 7638 thumbprint
+	PublicKey [32]byte
+}
+
+var errBadSigningKey = errors.New("stored public key does not have 32 bytes")
+
+// PublishSigningKeys writes the public keys of an edge, or renews them, so that SigningKeys returns them for the time of
+// lease from now. It removes keys that nobody renewed.
+func (s *Store) PublishSigningKeys(ctx context.Context, instance string, keys []SigningKey, lease time.Duration) error {
+	ids, publicKeys := make([]string, len(keys)), make([][]byte, len(keys))
+	for i := range keys {
+		ids[i], publicKeys[i] = keys[i].ID, keys[i].PublicKey[:]
+	}
+	_, err := s.pool.Exec(ctx, `
+with gone as (delete from rekall.signing_keys where expires_at <= now() and id <> all($2::text[]))
+insert into rekall.signing_keys (id, public_key, instance, expires_at)
+select id, public_key, $1, now() + $4::interval from unnest($2::text[], $3::bytea[]) as k (id, public_key)
+on conflict (id) do update set expires_at = excluded.expires_at`, instance, ids, publicKeys, lease)
+	if err != nil {
+		return failed("publish signing keys", err)
+	}
+	return nil
+}
+
+// SigningKeys returns the published keys of all edges, oldest first.
+func (s *Store) SigningKeys(ctx context.Context) ([]SigningKey, error) {
+	rows, _ := s.pool.Query(ctx, `
+select id, public_key from rekall.signing_keys where expires_at > now() order by created_at, id`) // CollectRows returns its error
+	keys, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (SigningKey, error) {
+		var key SigningKey
+		var public []byte
+		if err := row.Scan(&key.ID, &public); err != nil {
+			return key, err
+		}
+		if copy(key.PublicKey[:], public) != len(public) || len(public) != len(key.PublicKey) {
+			return key, errBadSigningKey
+		}
+		return key, nil
+	})
+	if err != nil {
+		return nil, failed("read signing keys", err)
+	}
+	return keys, nil
+}
