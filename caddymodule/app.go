@@ -62,6 +62,7 @@ type App struct {
 	ctx     caddy.Context
 	runtime *runtime
 	poolKey string
+	signs   bool // a gateway of this configuration sends identity tokens
 }
 
 // CaddyModule returns the Caddy module information.
@@ -148,6 +149,9 @@ func (a *App) Start() error {
 	}
 	tuneGarbageCollector()
 	a.runtime.start(a.ctx.Logger())
+	if a.signs {
+		a.runtime.startSigner()
+	}
 	return nil
 }
 

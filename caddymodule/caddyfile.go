@@ -16,6 +16,9 @@ func init() {
 	httpcaddyfile.RegisterGlobalOption("rekall", parseApp)
 	httpcaddyfile.RegisterHandlerDirective("rekall_gateway", parseGateway)
 	httpcaddyfile.RegisterDirectiveOrder("rekall_gateway", httpcaddyfile.Before, "reverse_proxy")
+	httpcaddyfile.RegisterHandlerDirective("rekall_jwks", parseJWKS)
+	// Before the gateway, which nothing comes after.
+	httpcaddyfile.RegisterDirectiveOrder("rekall_jwks", httpcaddyfile.Before, "respond")
 	httpcaddyfile.RegisterHandlerDirective("rekall_tls_only", parseTLSOnly)
 	// Before all that could answer or redirect: a redirect invites the client to send its key in the clear again.
 	httpcaddyfile.RegisterDirectiveOrder("rekall_tls_only", httpcaddyfile.Before, "redir")
@@ -114,6 +117,11 @@ func parseDuration(s string) (caddy.Duration, error) {
 //		scope <scope> <method> <path>
 //		scopes report_only
 //		forward_credential
+//		identity_token {
+//			issuer   <name>
+//			audience <names...>
+//			lifetime <duration>
+//		}
 //		production {
 //			<directives...>
 //		}
@@ -162,14 +170,64 @@ func parseGateway(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 				return nil, h.ArgErr()
 			}
 			g.ForwardCredential = true
+		case "identity_token":
+			if g.IdentityToken != nil {
+				return nil, h.Err("identity_token is given twice: merge the two")
+			}
+			var err error
+			if g.IdentityToken, err = parseIdentityToken(h); err != nil {
+				return nil, err
+			}
 		default:
-			return nil, h.Errf("unknown option %q: use production, sandbox, scope, scopes or forward_credential", option)
+			return nil, h.Errf("unknown option %q: use production, sandbox, scope, scopes, forward_credential or identity_token", option)
 		}
 	}
 	if g.ProductionRaw == nil && g.SandboxRaw == nil {
 		return nil, h.Err("rekall_gateway needs a production block, a sandbox block, or both")
 	}
 	return g, nil
+}
+
+func parseIdentityToken(h httpcaddyfile.Helper) (*IdentityToken, error) {
+	if h.NextArg() {
+		return nil, h.Err("identity_token takes no arguments: put issuer, audience and lifetime in a block")
+	}
+	token, seen := new(IdentityToken), map[string]bool{}
+	for nesting := h.Nesting(); h.NextBlock(nesting); {
+		option, values := h.Val(), h.RemainingArgs()
+		if seen[option] {
+			return nil, h.Errf("%s is given twice", option)
+		}
+		seen[option] = true
+		switch {
+		case option != "issuer" && option != "audience" && option != "lifetime":
+			return nil, h.Errf("unknown identity_token option %q: use issuer, audience or lifetime", option)
+		case len(values) == 0:
+			return nil, h.Errf("%s needs a value", option)
+		case len(values) > 1 && option != "audience":
+			return nil, h.Errf("%s takes one value", option)
+		}
+		switch option {
+		case "issuer":
+			token.Issuer = values[0]
+		case "audience":
+			token.Audience = values
+		case "lifetime":
+			var err error
+			if token.Lifetime, err = parseDuration(values[0]); err != nil {
+				return nil, h.Errf("lifetime: %q is not usable: %v", values[0], err)
+			}
+		}
+	}
+	return token, nil
+}
+
+func parseJWKS(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
+	h.Next()
+	if h.NextArg() || h.NextBlock(h.Nesting()) {
+		return nil, h.Err("rekall_jwks takes no arguments and no block")
+	}
+	return new(JWKS), nil
 }
 
 func parseTLSOnly(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {

@@ -101,10 +101,21 @@ func TestContradictorySettingsAreRefusedWithTheReason(t *testing.T) {
 
 func TestServerThatOnlySpeaksHTTP3IsRefused(t *testing.T) {
 	t.Setenv(databaseVariable, "postgres://h/d")
-	for _, directive := range []string{"rekall_gateway {\nproduction {\nrespond 200\n}\n}", "rekall_tls_only"} {
+	for _, directive := range []string{"rekall_gateway {\nproduction {\nrespond 200\n}\n}", "rekall_tls_only", "rekall_jwks"} {
 		err := validate(t, "{\nadmin off\nauto_https off\nservers {\nprotocols h3\n}\n}\nhttps://127.0.0.1:1 {\n"+directive+"\n}\n")
 		if err == nil || !strings.Contains(err.Error(), "HTTP/3") {
 			t.Errorf("error %v, want one about HTTP/3", err)
+		}
+	}
+}
+
+func TestIdentityTokenThatLivesTooShortOrTooLongIsRefused(t *testing.T) {
+	t.Setenv(databaseVariable, "postgres://h/d")
+	for _, lifetime := range []string{"1m59s", "61m"} {
+		err := validate(t, "{\nadmin off\n}\nhttp://127.0.0.1:1 {\nrekall_gateway {\nidentity_token {\nlifetime "+lifetime+
+			"\n}\nproduction {\nrespond 200\n}\n}\n}\n")
+		if err == nil || !strings.Contains(err.Error(), "identity_token: lifetime must be between 2m and 1h") {
+			t.Errorf("%s: error %v", lifetime, err)
 		}
 	}
 }

@@ -29,13 +29,14 @@ type exchange struct {
 	environment apikey.Environment // by the prefix of the key
 	record      *apikey.Record     // nil until found
 	required    apikey.Scopes      // what an Insufficient key lacks
+	token       string             // X-Rekall-Identity-Token; empty: none is asked for
 	outcome     apikey.Outcome
 	flight      keycache.Flight
 	decision    decision                // once allowed
 	cancel      context.CancelCauseFunc // of the decision's context
 	wroteHeader bool
 	cutBy       atomic.Pointer[keycache.Cut] // once cut, nothing more is to be written
-	values      [6]string                    // of the headers that are set: one allocation with the exchange, not six
+	values      [7]string                    // of the headers that are set: one allocation with the exchange, not seven
 
 	mu   sync.Mutex // guards done
 	done bool
@@ -104,6 +105,9 @@ func (x *exchange) identify(r *http.Request) {
 	x.set(h, "X-Rekall-Environment", 2, x.environment.String())
 	x.set(h, "X-Rekall-Scopes", 3, x.record.Scopes.String())
 	x.set(h, "X-Request-Id", 4, x.requestID)
+	if x.token != "" {
+		x.set(h, "X-Rekall-Identity-Token", 6, x.token)
+	}
 }
 
 // set sets a header that has one value, which is kept in the exchange.

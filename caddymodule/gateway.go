@@ -13,6 +13,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/credential"
+	"github.com/rekall-ai/gateway/internal/identitytoken"
 	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/scoperule"
 )
@@ -43,9 +44,15 @@ type Gateway struct {
 	// false.
 	ForwardCredential bool `json:"forward_credential,omitempty"`
 
+	// Adds a signed token (JWT) to each request for the backends, in X-Rekall-Identity-Token, by which they can tell that
+	// it came through a gateway and whose key allowed it. The handler rekall_jwks serves the keys to verify it with. A
+	// request for which no token can be signed is answered 503. Default: none.
+	IdentityToken *IdentityToken `json:"identity_token,omitempty"`
+
 	production, sandbox caddyhttp.MiddlewareHandler
 	rules               *scoperule.Table
 	cache               keys
+	issuer              *identitytoken.Issuer // nil: no identity tokens
 	metrics             *metrics
 	logger              *zap.Logger
 }
@@ -93,6 +100,9 @@ func (g *Gateway) Provision(ctx caddy.Context) error {
 	}
 	if g.rules, err = g.scopeTable(); err != nil {
 		return fmt.Errorf("rekall_gateway: %w", err)
+	}
+	if err := g.provisionIdentityToken(app); err != nil {
+		return fmt.Errorf("rekall_gateway: identity_token: %w", err)
 	}
 	if err := guardDoor(ctx); err != nil {
 		return fmt.Errorf("rekall_gateway: %w", err)
@@ -228,6 +238,9 @@ func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential
 		return false, nil
 	}
 	defer x.gateway.cache.Untrack(&x.flight)
+	if err := x.signIdentity(found); err != nil {
+		return true, x.unavailable(x.ResponseWriter, err)
+	}
 	x.count()
 	forwarded := r.WithContext(&x.decision)
 	x.identify(forwarded)

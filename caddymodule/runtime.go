@@ -12,6 +12,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/internal/edge"
+	"github.com/rekall-ai/gateway/internal/identitytoken"
 	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
@@ -45,6 +46,10 @@ type runtime struct {
 	cancel    context.CancelFunc
 	ctx       context.Context
 	running   sync.WaitGroup
+
+	signer   *identitytoken.Signer // runs once a configuration asks for identity tokens
+	signOnce sync.Once
+	tokens   int // kept at most: one for each key in the cache
 }
 
 func newRuntime(s settings) (*runtime, error) {
@@ -58,6 +63,7 @@ func newRuntime(s settings) (*runtime, error) {
 		rt.canary = edge.NewCanary(store, rt.logger.Load)
 	}
 	rt.logger.Store(zap.NewNop())
+	rt.signer, rt.tokens = identitytoken.NewSigner(store, instance, rt.logger.Load), s.cacheSize
 	rt.reporter = edge.NewReporter(store, edge.Identity{
 		Instance: instance, Name: s.edgeName, Region: s.edgeRegion, Version: version(), MaxStaleness: s.maxStaleness,
 	}, rt.logger.Load)
@@ -107,6 +113,13 @@ func (rt *runtime) start(logger *zap.Logger) {
 		if rt.canary != nil {
 			rt.running.Go(func() { rt.canary.Run(rt.ctx, 2*rt.refresh) })
 		}
+	})
+}
+
+// startSigner begins to make keys for identity tokens and to publish them. start comes first.
+func (rt *runtime) startSigner() {
+	rt.signOnce.Do(func() {
+		rt.running.Go(func() { rt.signer.Run(rt.ctx) })
 	})
 }
 
