@@ -74,7 +74,6 @@ type slot struct {
 // token is a signed token and what it was made from.
 type token struct {
 	text     string
-	key      *key
 	signedAt time.Time
 	record   apikey.Record
 }
@@ -115,7 +114,7 @@ func (i *Issuer) Token(ctx context.Context, r *apikey.Record, now time.Time) (st
 	s := shard.slots[r.Digest]
 	shard.mu.RUnlock()
 	if s != nil {
-		if t := s.token.Load(); t.serves(r, i.signer.active.Load().key, now) {
+		if t := s.token.Load(); t.serves(r, now) {
 			return t.text, nil
 		}
 	}
@@ -123,8 +122,8 @@ func (i *Issuer) Token(ctx context.Context, r *apikey.Record, now time.Time) (st
 }
 
 // serves reports whether the token still says what is known of its key. A change makes another record, not a changed one.
-func (t *token) serves(r *apikey.Record, with *key, now time.Time) bool {
-	return t != nil && t.key == with && now.Sub(t.signedAt).Abs() < resignAfter &&
+func (t *token) serves(r *apikey.Record, now time.Time) bool {
+	return t != nil && now.Sub(t.signedAt).Abs() < resignAfter &&
 		t.record.Scopes == r.Scopes && t.record.Environment == r.Environment && t.record.ExpiresAt.Equal(r.ExpiresAt) &&
 		t.record.ID == r.ID && t.record.Account == r.Account
 }
@@ -137,14 +136,14 @@ func (i *Issuer) sign(ctx context.Context, shard *shard, r *apikey.Record, now t
 	slot := shard.slot(r.Digest, i.limit, now)
 	slot.mu.Lock()
 	defer slot.mu.Unlock()
-	if t := slot.token.Load(); t.serves(r, key, now) {
+	if t := slot.token.Load(); t.serves(r, now) {
 		return t.text, nil
 	}
 	text, err := i.signed(key, r, now)
 	if err != nil {
 		return "", fmt.Errorf("sign identity token: %w", err)
 	}
-	slot.token.Store(&token{text: text, key: key, signedAt: now, record: *r})
+	slot.token.Store(&token{text: text, signedAt: now, record: *r})
 	return text, nil
 }
 

@@ -128,7 +128,11 @@ func TestTokenDoesNotOutliveItsKeyNorIsHandedOutExpired(t *testing.T) {
 		r := record()
 		i := issuer(t, signer, Options{Lifetime: MinLifetime})
 		r.ExpiresAt = time.Now().Add(10*time.Minute + 500*time.Millisecond)
+		var moments []time.Time
 		for now := time.Now(); now.Before(r.ExpiresAt); now = now.Add(7 * time.Second) {
+			moments = append(moments, now)
+		}
+		for _, now := range append(moments, r.ExpiresAt.Add(-time.Millisecond)) {
 			sleep(time.Until(now))
 			claims := verify(t, mustToken(t, i, r, now), mustJWKS(t, signer))
 			expiry := time.Unix(int64(claims["exp"].(float64)), 0)
