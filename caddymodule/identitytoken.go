@@ -46,7 +46,7 @@ func (x *exchange) signIdentity(found keycache.Found) error {
 		return nil
 	}
 	var err error
-	x.token, err = x.gateway.issuer.Token(x.ctx, found.Record, found.Now)
+	x.token, err = x.gateway.issuer.Token(&x.decision, found.Record, found.Now)
 	return err
 }
 
@@ -76,7 +76,7 @@ func (j *JWKS) Provision(ctx caddy.Context) error {
 }
 
 var (
-	jwksUnavailable = answer{http.StatusServiceUnavailable, "JWKS_UNAVAILABLE", "The signing keys cannot be read right now. Try again shortly.", ""}
+	jwksUnavailable = newAnswer(http.StatusServiceUnavailable, "JWKS_UNAVAILABLE", "The signing keys cannot be read right now. Try again shortly.", "")
 	jwksMaxAge      = "public, max-age=" + strconv.Itoa(int(identitytoken.JWKSMaxAge.Seconds()))
 )
 

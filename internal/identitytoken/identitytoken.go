@@ -123,9 +123,7 @@ func (i *Issuer) Token(ctx context.Context, r *apikey.Record, now time.Time) (st
 
 // serves reports whether the token still says what is known of its key. A change makes another record, not a changed one.
 func (t *token) serves(r *apikey.Record, now time.Time) bool {
-	return t != nil && now.Sub(t.signedAt).Abs() < resignAfter &&
-		t.record.Scopes == r.Scopes && t.record.Environment == r.Environment && t.record.ExpiresAt.Equal(r.ExpiresAt) &&
-		t.record.ID == r.ID && t.record.Account == r.Account
+	return t != nil && now.Sub(t.signedAt).Abs() < resignAfter && t.record == *r
 }
 
 func (i *Issuer) sign(ctx context.Context, shard *shard, r *apikey.Record, now time.Time) (string, error) {
@@ -157,8 +155,8 @@ type claims struct {
 
 func (i *Issuer) signed(key *key, r *apikey.Record, now time.Time) (string, error) {
 	expiry := now.Add(i.options.Lifetime)
-	if !r.ExpiresAt.IsZero() && r.ExpiresAt.Before(expiry) {
-		expiry = r.ExpiresAt.Add(time.Second - 1) // claims have whole seconds: the one in which the key expires is its last
+	if r.ExpiresAt.Reached(expiry) {
+		expiry = r.ExpiresAt.Time().Add(time.Second - 1) // claims have whole seconds: the one in which the key expires is its last
 	}
 	payload, err := json.Marshal(claims{
 		Claims: jwt.Claims{

@@ -102,7 +102,7 @@ func TestTokenSaysWhatIsKnownNow(t *testing.T) {
 		last := mustToken(t, i, &r, now)
 		for name, change := range map[string]func(*apikey.Record){
 			"scopes":      func(r *apikey.Record) { r.Scopes = apikey.AgentsRead },
-			"expiry":      func(r *apikey.Record) { r.ExpiresAt = now.Add(time.Minute) },
+			"expiry":      func(r *apikey.Record) { r.ExpiresAt = apikey.TimeOf(now.Add(time.Minute)) },
 			"account":     func(r *apikey.Record) { r.Account = "other" },
 			"environment": func(r *apikey.Record) { r.Environment = apikey.Production },
 			"id":          func(r *apikey.Record) { r.ID = "key_other" },
@@ -127,17 +127,18 @@ func TestTokenDoesNotOutliveItsKeyNorIsHandedOutExpired(t *testing.T) {
 		signer := run(t, newShelf(), standard)
 		r := record()
 		i := issuer(t, signer, Options{Lifetime: MinLifetime})
-		r.ExpiresAt = time.Now().Add(10*time.Minute + 500*time.Millisecond)
+		end := time.Now().Add(10*time.Minute + 500*time.Millisecond)
+		r.ExpiresAt = apikey.TimeOf(end)
 		var moments []time.Time
-		for now := time.Now(); now.Before(r.ExpiresAt); now = now.Add(7 * time.Second) {
+		for now := time.Now(); now.Before(end); now = now.Add(7 * time.Second) {
 			moments = append(moments, now)
 		}
-		for _, now := range append(moments, r.ExpiresAt.Add(-time.Millisecond)) {
+		for _, now := range append(moments, end.Add(-time.Millisecond)) {
 			sleep(time.Until(now))
 			claims := verify(t, mustToken(t, i, r, now), mustJWKS(t, signer))
 			expiry := time.Unix(int64(claims["exp"].(float64)), 0)
-			if !expiry.After(now) || expiry.Sub(r.ExpiresAt) > time.Second {
-				t.Fatalf("at %s a token that expires at %s, of a key that expires at %s", now, expiry, r.ExpiresAt)
+			if !expiry.After(now) || expiry.Sub(end) > time.Second {
+				t.Fatalf("at %s a token that expires at %s, of a key that expires at %s", now, expiry, end)
 			}
 		}
 	})
