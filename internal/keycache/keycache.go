@@ -133,7 +133,7 @@ func (c *Cache) Find(ctx context.Context, d apikey.Digest) (Found, error) {
 	now := time.Now()
 	s := c.state.Load()
 	if s.fresh(now, c.cfg.MaxStaleness) {
-		if e := c.cached(s, &d); e != nil {
+		if e := c.cached(s, &d); e != nil && !s.disputed(e, now) {
 			c.counts.hits.add(&d)
 			return found(e, s, s.pgTime(now), s.syncedAt), nil
 		}

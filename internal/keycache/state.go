@@ -74,8 +74,19 @@ func (s *state) usable(e *entry) bool {
 	return true
 }
 
-// pgTime is Postgres's clock at now: its reading at the sync plus the time since.
+// pgTime is Postgres's clock at now, at the latest: its reading at the sync plus the time since, on the clock that shows more
+// of it.
 func (s *state) pgTime(now time.Time) time.Time { return s.pgNow.Add(age(s.readAt, now)) }
+
+// steadyPgTime is the same by the monotonic clock, which nobody sets. It stands still while the machine is suspended.
+func (s *state) steadyPgTime(now time.Time) time.Time { return s.pgNow.Add(now.Sub(s.readAt)) }
+
+// disputed reports whether e has expired by one clock and not by the other: the wall clock was set forward or the machine
+// suspended since the sync. Then only Postgres knows.
+func (s *state) disputed(e *entry, now time.Time) bool {
+	at := e.record.ExpiresAt
+	return at.Reached(s.pgTime(now)) && !at.Reached(s.steadyPgTime(now))
+}
 
 // sameServer reports whether snap continues s: the same server process and database, whose transaction ids have not gone
 // back. A failover, a promotion and a restored dump all show in one of these.

@@ -214,32 +214,76 @@ func (c *Cache) cutKeys(digests []apikey.Digest) {
 	}
 }
 
-// watchInterval is the longest time between two looks at the requests in flight.
-const watchInterval = 250 * time.Millisecond
+const (
+	// watchInterval is the longest time between two looks at the requests in flight.
+	watchInterval = 250 * time.Millisecond
+
+	// leapGrace is how long streams wait for a sync when the data has become too old in one leap: the wall clock was set
+	// forward, or the process or the machine was stopped. One sync clears it up, on connections that must be made anew.
+	leapGrace = time.Second
+)
 
 // watch cuts the requests in flight whose key expires, and all that nobody vouches for any longer. It is not part of the
 // sync, which may be waiting for a Postgres that hangs.
 func (c *Cache) watch(ctx context.Context) {
 	interval := min(c.cfg.Refresh, watchInterval)
-	stale := false
-	for pause(ctx, interval, nil) {
+	var staleAt time.Time // when this was seen first; zero: it is not
+	var grace time.Duration
+	distrusted := false
+	for last := time.Now(); pause(ctx, interval, nil); {
 		now := time.Now()
+		c.tellOfLeap(last, now, interval)
+		last = now
 		s := c.state.Load()
-		if s.fresh(now, c.cfg.MaxStaleness) {
-			c.expire(s.pgTime(now))
+		fresh := s.fresh(now, c.cfg.MaxStaleness)
+		if fresh {
+			c.expire(s.steadyPgTime(now)) // the next sync tells of a suspended machine
 		}
-		// Streams are cut on the second look, since one sync clears it up when the wall clock was set forward or the
-		// process was stopped. Looking two intervals ahead, the second look still comes within the bound.
+		distrusted = c.tellOfTrust(s, now, distrusted)
+		// Looking two intervals ahead, the next look still comes within the bound.
 		if s.fresh(now.Add(2*interval), c.cfg.MaxStaleness) {
-			stale = false
+			staleAt = time.Time{}
 			continue
 		}
-		if stale {
+		switch {
+		case !staleAt.IsZero() && now.Sub(staleAt) >= grace:
 			c.cutUnvouched(now.Add(interval))
+		case staleAt.IsZero() && fresh:
+			staleAt, grace = now, 0
+		case staleAt.IsZero():
+			staleAt, grace = now, leapGrace
 		}
-		stale = true
 		c.Wake()
 	}
+}
+
+// leapNoticed is how far the clocks may be off between two looks without a word about it.
+const leapNoticed = time.Second
+
+// tellOfLeap logs what else than time went by between two looks: it explains refusals that no fault of Postgres does.
+func (c *Cache) tellOfLeap(last, now time.Time, interval time.Duration) {
+	elapsed := now.Sub(last)
+	if elapsed > interval+leapNoticed {
+		c.cfg.Logger().Warn("process stood still", zap.Duration("for", elapsed))
+	}
+	if by := now.Round(0).Sub(last.Round(0)) - elapsed; by.Abs() > leapNoticed {
+		c.cfg.Logger().Warn("wall clock was set, or the machine was suspended", zap.Duration("by", by))
+	}
+}
+
+// tellOfTrust logs when the data becomes too old and when it is fresh again, each once.
+func (c *Cache) tellOfTrust(s *state, now time.Time, distrusted bool) bool {
+	fresh := s.fresh(now, c.cfg.MaxStaleness)
+	switch {
+	case fresh && distrusted:
+		c.cfg.Logger().Info("cached keys are trusted again")
+	case !fresh && !distrusted && !s.syncedAt.IsZero():
+		c.cfg.Logger().Error("cached keys are not trusted any longer: the last good sync is too old",
+			zap.Duration("age", age(s.syncedAt, now)), zap.Duration("max_staleness", c.cfg.MaxStaleness))
+	case s.syncedAt.IsZero(): // it never was
+		return false
+	}
+	return !fresh
 }
 
 // listen wakes the sync loop on notifications. It is never the only signal: the loop syncs every Refresh all the same.
