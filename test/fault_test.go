@@ -121,7 +121,7 @@ func TestOutageNeverTurnsAGoodKeyAwayAsBadNorLetsARevokedOneIn(t *testing.T) {
 				}
 				return code == "AUTH_UNAVAILABLE"
 			})
-			ends(t, f.stream)
+			f.stream.ends(t)
 			if ready := do(t, "GET", f.g.admin+"/rekall/ready", nil, nil); ready.StatusCode != http.StatusServiceUnavailable {
 				t.Errorf("ready answers %d past the bound", ready.StatusCode)
 			}
@@ -146,20 +146,24 @@ type faultRig struct {
 	network            *network // between the gateway and the server
 	g                  *gateway
 	key, revoked, cold keyadmin.Key // cold has never been used
-	stream             *http.Response
+	stream             *follower
 }
 
-func newFaultRig(t *testing.T) *faultRig {
+// newFaultRig takes options of the rekall block in place of its own.
+func newFaultRig(t *testing.T, options ...string) *faultRig {
 	t.Helper()
+	if options == nil {
+		options = []string{"refresh 100ms", "max_staleness " + faultBound.String()}
+	}
 	f := &faultRig{server: pgtest.Server(t)}
 	f.rig = newRigOn(t, f.server.URL())
 	f.key, f.revoked, f.cold = f.rig.key("production", "memories:read"), f.rig.key("production", "memories:read"), f.rig.key("production", "memories:read")
 	throughNetwork := *f.rig
 	f.network, throughNetwork.database = newNetwork(t, f.database)
-	f.g = throughNetwork.start(standardSite, "refresh 100ms", "max_staleness "+faultBound.String())
+	f.g = throughNetwork.start(standardSite, options...)
 	f.g.do("GET", "/v1/memories", bearer(f.key)).wantCode(t, 200, "")
 	f.g.do("GET", "/v1/memories", bearer(f.revoked)).wantCode(t, 200, "")
-	f.stream = f.g.open("GET", "/v1/memories", demo(f.key, "sse"), nil)
+	f.stream = follow(f.g.open("GET", "/v1/memories", demo(f.key, "sse"), nil))
 	f.revoke(f.revoked.ID)
 	eventually(t, "the revocation holds", func() bool {
 		return f.g.ask(f.revoked) == "API_KEY_REVOKED"
@@ -254,7 +258,7 @@ func TestPartitionedEdgeStopsAtTheBoundWhileOthersRefuseAtOnce(t *testing.T) {
 		}
 		return code == "AUTH_UNAVAILABLE"
 	})
-	ends(t, f.stream)
+	f.stream.ends(t)
 	f.network.heal()
 	eventually(t, "the cut-off edge knows", func() bool {
 		return f.g.ask(f.key) == "API_KEY_REVOKED"
@@ -270,9 +274,7 @@ func TestReadOnlyDatabaseDoesNotDisturbRequests(t *testing.T) {
 		f.g.do("GET", "/v1/memories", bearer(f.key)).wantCode(t, 200, "")
 		return f.g.status().Epoch > epoch+40
 	})
-	if _, err := io.ReadFull(f.stream.Body, make([]byte, 64)); err != nil {
-		t.Errorf("the stream of a good key ended: %v", err)
-	}
+	f.stream.goesOn(t)
 	f.g.do("GET", "/v1/memories", bearer(f.revoked)).wantCode(t, 401, "API_KEY_REVOKED")
 }
 
