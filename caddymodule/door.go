@@ -24,8 +24,8 @@ func (d door) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // guardDoor makes the server in which a handler is being provisioned take credentials out of each request before it
 // copies the request for its logs. A handler is too late: by then "X-Api-Key" and "?api_key=" stand in the copy.
 //
-// Caddy calls RegisterConnContext's function in the accept loop, before the first request of the first connection, with a
-// context that holds the *http.Server (documented by net/http). There the server's handler is wrapped, once.
+// The servers on Caddy's HTTP port are guarded with it: there Caddy redirects to this server what came without TLS, on its
+// own account and with this server's log.
 func guardDoor(ctx caddy.Context) error {
 	server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
 	if !ok {
@@ -34,6 +34,19 @@ func guardDoor(ctx caddy.Context) error {
 	if !onlyTCP(server) {
 		return errors.New("the server serves HTTP/3 only, where API keys could reach its logs: add h1 or h2 to its protocols")
 	}
+	guard(server)
+	for _, module := range ctx.Modules() {
+		if app, ok := module.(*caddyhttp.App); ok {
+			guardHTTPPort(app)
+		}
+	}
+	return nil
+}
+
+// guard wraps the handler of a server. Caddy calls RegisterConnContext's function in the accept loop, before the first
+// request of the first connection, with a context that holds the *http.Server (documented by net/http). There the server's
+// handler is wrapped, once.
+func guard(server *caddyhttp.Server) {
 	var once sync.Once
 	server.RegisterConnContext(func(ctx context.Context, _ net.Conn) context.Context {
 		once.Do(func() {
@@ -46,7 +59,22 @@ func guardDoor(ctx caddy.Context) error {
 		})
 		return ctx
 	})
-	return nil
+}
+
+func guardHTTPPort(app *caddyhttp.App) {
+	port := uint(app.HTTPPort)
+	if port == 0 {
+		port = caddyhttp.DefaultHTTPPort
+	}
+	for _, server := range app.Servers {
+		for _, listen := range server.Listen {
+			address, err := caddy.ParseNetworkAddress(listen)
+			if err == nil && address.StartPort <= port && port <= address.EndPort {
+				guard(server)
+				break
+			}
+		}
+	}
 }
 
 // onlyTCP takes HTTP/3 out of the server's protocols, whose own server has no such hook, and reports whether anything is

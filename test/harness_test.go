@@ -33,13 +33,17 @@ func TestMain(m *testing.M) {
 		panic(err)
 	}
 	program = filepath.Join(dir, "rekall-gateway")
-	build := exec.Command("go", append(append([]string{"build"}, raceFlag...), "-o", program, "../cmd/rekall-gateway")...)
-	build.Stdout, build.Stderr = os.Stderr, os.Stderr
-	if err := build.Run(); err != nil {
+	if err := build(program, "../cmd/rekall-gateway"); err != nil {
 		fmt.Fprintln(os.Stderr, "build the gateway:", err)
 		os.Exit(1)
 	}
 	pgtest.Main(cleanedUp{m, dir})
+}
+
+func build(program, command string) error {
+	build := exec.Command("go", append(append([]string{"build"}, raceFlag...), "-o", program, command)...)
+	build.Stdout, build.Stderr = os.Stderr, os.Stderr
+	return build.Run()
 }
 
 // cleanedUp removes the built binary after the tests.
@@ -119,6 +123,9 @@ type gateway struct {
 	cmd   *exec.Cmd
 	done  chan struct{}
 	file  string
+
+	program string   // the gateway under test, unless a test brings its own
+	env     []string // in addition to the test's
 }
 
 // log collects a process's output.
@@ -198,7 +205,7 @@ func (r *rig) prepare(sites string, options ...string) *gateway {
 		"PRODUCTION", r.production.Address(), "SANDBOX", r.sandbox.Address()).Replace(text)
 	g := &gateway{
 		t: r.t, admin: fmt.Sprintf("http://127.0.0.1:%d", admin), http: fmt.Sprintf("http://127.0.0.1:%d", port),
-		log: new(log), file: filepath.Join(dir, "Caddyfile"),
+		log: new(log), file: filepath.Join(dir, "Caddyfile"), program: program,
 	}
 	if err := os.WriteFile(g.file, []byte(text), 0o600); err != nil {
 		r.t.Fatal(err)
@@ -208,8 +215,9 @@ func (r *rig) prepare(sites string, options ...string) *gateway {
 
 func (g *gateway) run(database string) {
 	g.t.Helper()
-	g.cmd = exec.Command(program, "run", "--config", g.file, "--adapter", "caddyfile")
+	g.cmd = exec.Command(g.program, "run", "--config", g.file, "--adapter", "caddyfile")
 	g.cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+database, "HOME="+filepath.Dir(g.file), "GORACE=halt_on_error=1")
+	g.cmd.Env = append(g.cmd.Env, g.env...)
 	g.cmd.Stdout, g.cmd.Stderr = g.log, g.log
 	if err := g.cmd.Start(); err != nil {
 		g.t.Fatal(err)

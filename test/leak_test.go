@@ -1,12 +1,15 @@
 package test
 
 import (
+	"bytes"
 	"context"
 	"encoding/base64"
 	"encoding/hex"
 	"fmt"
 	"net/http"
 	"net/url"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -40,13 +43,18 @@ func (c *canaries) add(name, secret string) {
 // find returns whose canaries are in the text, written plainly or percent-encoded.
 func (c *canaries) find(text string) []string {
 	var found []string
-	for _, layer := range []string{text, unescape(text), unescape(unescape(text))} {
-		layer = strings.ToLower(layer)
+	for range 3 {
+		layer := strings.ToLower(text)
 		for needle, name := range c.needles {
 			if strings.Contains(layer, needle) && !slices.Contains(found, name) {
 				found = append(found, name)
 			}
 		}
+		decoded := unescape(text)
+		if decoded == text {
+			break
+		}
+		text = decoded
 	}
 	return found
 }
@@ -202,11 +210,27 @@ func placements(site, key string) map[string]string {
 	return requests
 }
 
-// sites are all that one listener may serve, and how they answer.
+// leakSites are all that one listener may serve, and how they answer. There is no log filter in them; what operators may add
+// to logs and spans is there instead.
 const leakSites = `
-http://api.example:PORT {
+(site) {
 	bind 127.0.0.1
 	log
+	log_append uri {uri}
+	log_append query {query}
+	log_append key {header.X-Api-Key}
+	log_append authorization {header.Authorization}
+	tracing {
+		span "span of {args[0]}"
+		span_attributes {
+			uri {uri}
+			query {query}
+			headers "{header.Authorization} {header.X-Api-Key} {header.Referer} {header.Cookie}"
+		}
+	}
+}
+http://api.example:PORT {
+	import site api.example
 	rekall_gateway {
 		production {
 			reverse_proxy PRODUCTION
@@ -217,8 +241,7 @@ http://api.example:PORT {
 	}
 }
 http://down.example:PORT {
-	bind 127.0.0.1
-	log
+	import site down.example
 	rekall_gateway {
 		production {
 			reverse_proxy 127.0.0.1:1
@@ -232,24 +255,34 @@ http://down.example:PORT {
 	}
 }
 http://plain.example:PORT {
-	bind 127.0.0.1
-	log
+	import site plain.example
 	rekall_tls_only
 }
+http://panic.example:PORT {
+	import site panic.example
+	rekall_gateway {
+		production {
+			panic
+		}
+		sandbox {
+			panic
+		}
+	}
+}
+http://panic-outside.example:PORT {
+	import site panic-outside.example
+	panic
+}
 http://other.example:PORT {
-	bind 127.0.0.1
-	log {
+	import site other.example
+	log console {
 		output stderr
 		format console
 	}
-	log_append uri {uri}
-	log_append headers "{header.Authorization} {header.X-Api-Key} {header.Cookie} {query}"
-	tracing
 	reverse_proxy OTHER
 }
 http://:PORT {
-	bind 127.0.0.1
-	log
+	import site any
 	respond "{method} {uri} {host} {query} {header.Authorization} {header.X-Api-Key} {header.Cookie} {header.User-Agent}"
 }
 `
@@ -272,12 +305,24 @@ func TestNoKeyIsInAnySink(t *testing.T) {
 	if password, ok := database.User.Password(); ok {
 		hidden.add("database password", password)
 	}
-	other := r.backend("other")
-	g := r.start(strings.ReplaceAll(leakSites, "OTHER", other.Address()))
-	for _, site := range []string{"api.example", "down.example", "plain.example", "other.example", "unheard-of.example"} {
+	other, traces := r.backend("other"), newCollector(t)
+	g := r.prepare(strings.ReplaceAll(leakSites, "OTHER", other.Address()))
+	g.program = filepath.Join(t.TempDir(), "panicking")
+	if err := build(g.program, "./panicking"); err != nil {
+		t.Fatal(err)
+	}
+	g.env = traces.env()
+	g.run(r.database)
+	g.waitReady()
+	sites := []string{"api.example", "down.example", "plain.example", "panic.example", "panic-outside.example", "other.example"}
+	statuses := map[int]bool{}
+	for _, site := range append(sites, "unheard-of.example") {
 		for name, key := range keys {
 			for place, request := range placements(site, key) {
-				_, received := g.raw(request)
+				answer, received := g.raw(request)
+				if answer.Response != nil {
+					statuses[answer.StatusCode] = true
+				}
 				if site == "other.example" && strings.HasPrefix(place, "trailer") {
 					continue // its backend is none of ours, and no log shows trailers
 				}
@@ -288,6 +333,12 @@ func TestNoKeyIsInAnySink(t *testing.T) {
 	plantHTTP2(t, g, &hidden, keys["production"])
 	plantNearMisses(t, g, &hidden)
 
+	for _, status := range []int{200, 400, 401, 403, 405, 431, 500, 501, 502} { // 503: TestNoKeyIsLoggedWhileNobodyCanTell
+		if !statuses[status] {
+			t.Errorf("nothing was answered %d", status)
+		}
+	}
+
 	for _, path := range []string{"/metrics", "/rekall/status", "/rekall/ready", "/rekall/live", "/config/", "/reverse_proxy/upstreams", "/debug/vars", "/debug/pprof/goroutine?debug=2"} {
 		answer := do(t, "GET", g.admin+path, nil, nil)
 		if answer.StatusCode != http.StatusOK || answer.body == "" {
@@ -296,13 +347,19 @@ func TestNoKeyIsInAnySink(t *testing.T) {
 		hidden.want(t, "admin endpoint, "+path, answer.body)
 	}
 	hidden.want(t, "database", dump(t, r.database))
-	g.stop()
+	if inFlight := g.series(t, "rekall_requests_in_flight"); inFlight != 0 {
+		t.Errorf("%g requests are in flight: a panic left one behind", inFlight)
+	}
+	g.stop() // which also exports the last spans
+	hidden.want(t, "traces", traces.wantSpans(t, append(sites, "any")...))
 	log := g.log.String()
 	hidden.want(t, "log", log)
-	wantCalm(t, g)
-	for _, host := range []string{"api.example", "down.example", "plain.example", "other.example"} { // or the search proves nothing
-		if !strings.Contains(log, host) {
-			t.Errorf("the log has nothing of %s", host)
+	if all, ours := strings.Count(log, "panic serving"), strings.Count(log, "on purpose: "); ours == 0 || all != ours {
+		t.Errorf("%d panics, of which %d were on purpose", all, ours)
+	}
+	for _, part := range append(sites, `"level":"debug"`, "upstream roundtrip", "handled request") { // or the search proves nothing
+		if !strings.Contains(log, part) {
+			t.Errorf("the log has no %s", part)
 		}
 	}
 	if r.production.Requests() == 0 || r.sandbox.Requests() == 0 || other.Requests() == 0 {
@@ -313,7 +370,7 @@ func TestNoKeyIsInAnySink(t *testing.T) {
 // plantHTTP2 sends a key in the places of an HTTP/2 request, in cleartext.
 func plantHTTP2(t *testing.T, g *gateway, hidden *canaries, key string) {
 	t.Helper()
-	for _, host := range []string{"api.example", "plain.example", "other.example"} {
+	for _, host := range []string{"api.example", "plain.example", "panic.example", "other.example"} {
 		request := func(path string, more ...[2]string) [][2]string {
 			return append([][2]string{{":method", "GET"}, {":scheme", "http"}, {":authority", host}, {":path", path}}, more...)
 		}
@@ -327,10 +384,15 @@ func plantHTTP2(t *testing.T, g *gateway, hidden *canaries, key string) {
 			"refused":   request("/v1/memories", [2]string{"connection", key}, [2]string{"x-api-key", key}),
 		} {
 			answer := g.h2(t, fields, "", nil)
-			if answer.status == "" {
+			if answer.status == "" && host != "panic.example" {
 				t.Errorf("HTTP/2, %s, %s: no answer", host, place)
 			}
 			hidden.want(t, "HTTP/2, "+host+", "+place, answer.body)
+		}
+		if host != "other.example" { // whose backend is none of ours
+			trailers := [][2]string{{"authorization", "Bearer " + key}, {"x-a", key}, {"x-rekall-key-id", key}}
+			answer := g.h2(t, request("/v1/memories", [2]string{"authorization", "Bearer " + key}, [2]string{"trailer", "x-a"}), "ab", trailers)
+			hidden.want(t, "HTTP/2, "+host+", trailers", answer.body)
 		}
 	}
 }
@@ -375,7 +437,7 @@ func (g *gateway) stop() {
 	}
 }
 
-// dump returns every row of every table of ours as text.
+// dump returns every row of every table as text, and what Postgres tells of the statements it runs.
 func dump(t *testing.T, database string) string {
 	t.Helper()
 	conn, err := pgx.Connect(t.Context(), database)
@@ -383,13 +445,14 @@ func dump(t *testing.T, database string) string {
 		t.Fatal(err)
 	}
 	defer func() { _ = conn.Close(context.Background()) }()
-	tables, err := conn.Query(t.Context(), "select table_schema || '.' || table_name from information_schema.tables where table_schema not in ('pg_catalog', 'information_schema')")
+	tables, err := conn.Query(t.Context(), `select table_schema || '.' || table_name from information_schema.tables
+		where table_schema not in ('pg_catalog', 'information_schema') or table_name in ('pg_stat_activity', 'pg_prepared_statements')`)
 	if err != nil {
 		t.Fatal(err)
 	}
 	names, err := pgx.CollectRows(tables, pgx.RowTo[string])
-	if err != nil || len(names) < 2 {
-		t.Fatalf("tables %v: %v", names, err)
+	if err != nil {
+		t.Fatal(err)
 	}
 	var text strings.Builder
 	for _, name := range names {
@@ -397,14 +460,20 @@ func dump(t *testing.T, database string) string {
 		if err != nil {
 			t.Fatal(err)
 		}
-		content, err := pgx.CollectRows(rows, pgx.RowTo[string])
+		content, err := pgx.CollectRows(rows, pgx.RowTo[*string]) // null: a row of nothing but nulls
 		if err != nil {
-			t.Fatal(err)
+			t.Fatalf("%s: %v", name, err)
 		}
-		text.WriteString(strings.Join(content, "\n") + "\n")
+		for _, row := range content {
+			if row != nil {
+				text.WriteString(*row + "\n")
+			}
+		}
 	}
-	if !strings.Contains(text.String(), "acme") {
-		t.Fatal("the dump holds no key's row")
+	for _, part := range []string{"acme", "from rekall."} {
+		if !strings.Contains(text.String(), part) {
+			t.Errorf("the dump of %d tables has no %s", len(names), part)
+		}
 	}
 	return text.String()
 }
@@ -415,7 +484,7 @@ func TestNoKeyIsLoggedWhileNobodyCanTell(t *testing.T) {
 	var hidden canaries
 	password := apikey.RandomText(24)
 	hidden.add("database password", password)
-	g := r.prepare(standardSite)
+	g := r.prepare(standardSite + "http://plain.example:PORT {\nbind 127.0.0.1\nlog\nrekall_tls_only\n}\n")
 	g.run(fmt.Sprintf("postgres://gateway:%s@127.0.0.1:1/rekall?connect_timeout=1", password))
 	eventually(t, "the gateway serves", func() bool {
 		_, err := http.Get(g.http)
@@ -432,6 +501,12 @@ func TestNoKeyIsLoggedWhileNobodyCanTell(t *testing.T) {
 		answer.wantCode(t, http.StatusServiceUnavailable, "AUTH_UNAVAILABLE")
 		hidden.want(t, "answer", received)
 	}
+	for _, site := range []string{"api.example", "plain.example"} {
+		for place, request := range placements(site, key) {
+			_, received := g.raw(request)
+			hidden.want(t, site+", "+place+": the answer", received)
+		}
+	}
 	for _, path := range []string{"/config/", "/rekall/status", "/metrics"} {
 		hidden.want(t, path, do(t, "GET", g.admin+path, nil, nil).body)
 	}
@@ -439,6 +514,49 @@ func TestNoKeyIsLoggedWhileNobodyCanTell(t *testing.T) {
 	hidden.want(t, "log", g.log.String())
 	if r.production.Requests() != 0 {
 		t.Error("the backend was contacted")
+	}
+}
+
+// TestNoKeyIsLoggedWhereCaddyRedirects is about the server that Caddy adds for plain HTTP to a site that has TLS, unless the
+// operator says otherwise. It has the site's log, and none of our handlers.
+func TestNoKeyIsLoggedWhereCaddyRedirects(t *testing.T) {
+	const site = "https://localhost:PORT {\nbind 127.0.0.1\ntls internal\nlog\n" + "rekall_gateway {\nproduction {\nrespond 200\n}\n}\n}\n"
+	r := newRig(t)
+	key := apikey.Generate(apikey.Production)
+	for name, tc := range map[string]struct{ sites, host string }{
+		"a server of its own":       {site, "localhost"},
+		"the server of other sites": {site + "http://other.example:PLAIN {\nbind 127.0.0.1\nlog\nrespond 200\n}\n", "other.example"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var hidden canaries
+			hidden.add("key", key)
+			plain := fmt.Sprint(freePort(t))
+			g := r.of(t).prepare(strings.ReplaceAll(tc.sites, "PLAIN", plain))
+			text, err := os.ReadFile(g.file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			text = bytes.Replace(text, []byte("auto_https disable_redirects"), []byte("http_port "+plain), 1)
+			if err := os.WriteFile(g.file, text, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			g.run(r.database)
+			g.waitReady()
+			g.http = "http://127.0.0.1:" + plain
+			for _, host := range []string{"localhost", "other.example"} {
+				for place, request := range placements(host, key) {
+					answer, _ := g.raw(request) // the redirect repeats what it was asked for
+					if place == "bearer" && host == tc.host && answer.Response == nil {
+						t.Error("no answer")
+					}
+				}
+			}
+			g.stop()
+			if !strings.Contains(g.log.String(), "http.log.access") {
+				t.Error("nothing was logged")
+			}
+			hidden.want(t, "log", g.log.String())
+		})
 	}
 }
 
