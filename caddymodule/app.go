@@ -44,6 +44,10 @@ type App struct {
 	// How many keys are kept in memory. Default: 100000.
 	CacheSize int `json:"cache_size,omitempty"`
 
+	// How many keys are read into memory at the start, those first that are the likeliest to be used; cache_size at most.
+	// Default: none, each is read when it is first used.
+	Warm int `json:"warm,omitempty"`
+
 	// Whether to do without LISTEN, which needs a session of its own: changes then arrive with the next refresh.
 	// Default: false.
 	ListenOff bool `json:"listen_off,omitempty"`
@@ -93,6 +97,7 @@ func (a *App) settings() (settings, error) {
 		refresh:      time.Duration(a.Refresh),
 		maxStaleness: time.Duration(a.MaxStaleness),
 		cacheSize:    a.CacheSize,
+		warm:         a.Warm,
 		listen:       !a.ListenOff,
 		edgeName:     a.EdgeName,
 		edgeRegion:   a.EdgeRegion,
@@ -116,6 +121,8 @@ func (a *App) settings() (settings, error) {
 		return s, errors.New("max_staleness must be longer than refresh, or no cached key is ever trusted")
 	case s.cacheSize < 0:
 		return s, errors.New("cache_size must be a positive number of keys")
+	case s.warm < 0 || s.warm > s.cacheSize:
+		return s, errors.New("warm must be a number of keys, at most cache_size")
 	}
 	if s.edgeName == "" {
 		var err error

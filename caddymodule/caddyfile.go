@@ -32,6 +32,7 @@ func init() {
 //		refresh       <duration>
 //		max_staleness <duration>
 //		cache_size    <keys>
+//		warm          <keys>
 //		listen        on|off
 //		edge          <name> [<region>]
 //		canary
@@ -88,13 +89,17 @@ func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 			if app.CacheSize, err = strconv.Atoi(value); err == nil && app.CacheSize <= 0 {
 				err = strconv.ErrRange
 			}
+		case "warm":
+			if app.Warm, err = strconv.Atoi(value); err == nil && app.Warm <= 0 {
+				err = strconv.ErrRange
+			}
 		case "listen":
 			if value != "on" && value != "off" {
 				return nil, d.Err("listen must be on or off")
 			}
 			app.ListenOff = value == "off"
 		default:
-			return nil, d.Errf("unknown rekall option %q: use database, read_database, refresh, max_staleness, cache_size, listen, edge or canary", option)
+			return nil, d.Errf("unknown rekall option %q: use database, read_database, refresh, max_staleness, cache_size, warm, listen, edge or canary", option)
 		}
 		if err != nil {
 			return nil, d.Errf("%s: %q is not usable: %v", option, value, err)

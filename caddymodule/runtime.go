@@ -25,7 +25,7 @@ type settings struct {
 	database              string
 	readDatabase          string // a standby's; empty: database
 	refresh, maxStaleness time.Duration
-	cacheSize             int
+	cacheSize, warm       int
 	listen                bool
 	edgeName, edgeRegion  string
 	canary                bool
@@ -68,7 +68,7 @@ func newRuntime(s settings) (*runtime, error) {
 		Instance: instance, Name: s.edgeName, Region: s.edgeRegion, Version: version(), MaxStaleness: s.maxStaleness,
 	}, rt.logger.Load)
 	config := keycache.Config{
-		Size: s.cacheSize, Refresh: s.refresh, MaxStaleness: s.maxStaleness, NoListen: !s.listen,
+		Size: s.cacheSize, Warm: s.warm, Refresh: s.refresh, MaxStaleness: s.maxStaleness, NoListen: !s.listen,
 		Changed: rt.reporter.Changed, Logger: rt.logger.Load,
 	}
 	var reads keycache.Store = store
