@@ -3,6 +3,8 @@ package keycache
 import (
 	"context"
 	"errors"
+	"math/rand/v2"
+	"strconv"
 	"testing"
 	"time"
 
@@ -278,21 +280,39 @@ func TestFlightsAreCountedInEveryOrderOfEnding(t *testing.T) {
 	}
 }
 
-func BenchmarkFindKnownKey(b *testing.B) {
+// BenchmarkFind finds keys that are in memory: one of them only, as a busy client makes it, and many in turn.
+func BenchmarkFind(b *testing.B) {
 	db := newDatabase(b, pgtest.URL(b))
-	c := newCache(b, db.store, func(cfg *Config) { cfg.MaxStaleness = time.Hour })
-	if err := new(syncer).sync(context.Background(), c); err != nil {
-		b.Fatal(err)
+	const keys = 20_000
+	db.makeKeys(b, keys)
+	c := newCache(b, db.store, func(cfg *Config) { cfg.Size, cfg.Warm, cfg.MaxStaleness = keys, keys, time.Hour })
+	tick(b, new(syncer), c)
+	fill(b, c)
+	digests := make([]apikey.Digest, 0, keys)
+	for n := range keys {
+		digests = append(digests, apikey.Hash(strconv.Itoa(n+1)))
 	}
-	key := db.create(b)
-	want(b, c, key.digest, apikey.Allowed)
-	c.known.Wait()
-	b.ReportAllocs()
-	for b.Loop() {
-		if _, err := c.Find(context.Background(), key.digest); err != nil {
+	find := func(b *testing.B, d apikey.Digest) {
+		if found, err := c.Find(context.Background(), d); err != nil || found.Record == nil {
 			b.Fatal(err)
 		}
 	}
+	for _, n := range []int{1, 1000, keys} {
+		b.Run(strconv.Itoa(n)+"keys", func(b *testing.B) {
+			b.ReportAllocs()
+			for i := 0; b.Loop(); i++ {
+				find(b, digests[i%n])
+			}
+		})
+	}
+	b.Run("parallel", func(b *testing.B) {
+		b.ReportAllocs()
+		b.RunParallel(func(pb *testing.PB) {
+			for i := rand.IntN(keys); pb.Next(); i++ {
+				find(b, digests[i%1000])
+			}
+		})
+	})
 }
 
 // newTracked returns a cache and a key that was found in it.

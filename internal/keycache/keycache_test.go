@@ -572,3 +572,30 @@ func TestInterleavingIsNeverWrong(t *testing.T) {
 		t.Errorf("only %d keys ended: the test showed little", ends.Load())
 	}
 }
+
+func TestHotEntryIsBelievedNoMoreThanAnyOther(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	c, s := newCache(t, db.store, nil), new(syncer)
+	key, other := db.create(t), db.create(t)
+	tick(t, s, c)
+	found, err := c.Find(t.Context(), key.digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stale := found.entry
+	hot := func(d apikey.Digest) { c.hot[place(&d)%hotSlots].Store(stale) }
+	hot(key.digest)
+	want(t, c, key.digest, apikey.Allowed)
+	if n := c.Status().Lookups; n != 1 {
+		t.Errorf("%d lookups, want 1", n)
+	}
+	db.revoke(t, key)
+	db.revoke(t, other)
+	tick(t, s, c)
+	hot(key.digest)
+	hot(other.digest)
+	for range 10 * hotShare {
+		want(t, c, key.digest, apikey.Revoked)
+		want(t, c, other.digest, apikey.Revoked)
+	}
+}

@@ -139,7 +139,7 @@ func (c *Cache) prove(ctx context.Context, d apikey.Digest, since time.Time) (Fo
 	if !s.fresh(now, c.cfg.MaxStaleness) { // the process was stopped
 		return c.ask(ctx, d)
 	}
-	if e := c.cached(s, &d); e != nil { // created since the filter was asked
+	if e := c.cached(s, &d, false); e != nil { // created since the filter was asked
 		return found(e, s, s.pgTime(now), s.syncedAt), nil
 	}
 	if !c.unknown.certain(s, &d) { // created, with many others; or the feed started over
