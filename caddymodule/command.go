@@ -29,17 +29,6 @@ const (
 
 func init() {
 	caddycmd.RegisterCommand(caddycmd.Command{
-		Name:  "migrate",
-		Usage: "[--database <url>] [--json]",
-		Short: "Creates or updates Rekall's schema in Postgres",
-		Long:  "Creates the schema 'rekall' or brings it up to this version. Safe to repeat, and to run from several machines at once.",
-		CobraFunc: func(cmd *cobra.Command) {
-			cmd.Args = cobra.NoArgs
-			databaseFlags(cmd)
-			cmd.RunE = run(migrate)
-		},
-	})
-	caddycmd.RegisterCommand(caddycmd.Command{
 		Name:  "keys",
 		Usage: "create|list|revoke",
 		Short: "Manages API keys",
@@ -105,24 +94,6 @@ func databaseURL(cmd *cobra.Command) (string, error) {
 		return "", errors.New("no database: give --database or set " + databaseVariable)
 	}
 	return url, nil
-}
-
-func migrate(ctx context.Context, cmd *cobra.Command, _ []string) error {
-	url, err := databaseURL(cmd)
-	if err != nil {
-		return err
-	}
-	from, to, err := keystore.Migrate(ctx, url)
-	if err != nil {
-		return err
-	}
-	return show(cmd, map[string]int32{"from": from, "to": to}, func(w io.Writer) {
-		if from == to {
-			fmt.Fprintf(w, "Schema rekall is up to date (version %d).\n", to)
-			return
-		}
-		fmt.Fprintf(w, "Schema rekall migrated from version %d to %d.\n", from, to)
-	})
 }
 
 // admin runs do with the key administration of the command's database.

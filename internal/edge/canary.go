@@ -59,6 +59,5 @@ func (c *Canary) send(ctx context.Context, settle time.Duration) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	_, _, err = c.store.Revoke(ctx, keystore.Within(keystore.CanaryAccount, ""), id)
-	return err
+	return c.store.RevokeCanary(ctx, id)
 }

@@ -14,3 +14,12 @@ var (
 )
 
 func (s *Store) Pool() *pgxpool.Pool { return s.pool }
+
+// Grants maps each object of the table of grants to whether a role has rights on it.
+func Grants() map[string]bool {
+	objects := map[string]bool{}
+	for _, g := range grants {
+		objects[g.on] = g.edge != "" || g.admin != ""
+	}
+	return objects
+}

@@ -13,8 +13,12 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// ErrNotMigrated says that the database lacks tables or columns that this binary needs.
+// ErrNotMigrated says that the database lacks tables, columns or functions that this binary needs.
 var ErrNotMigrated = errors.New(`database has no schema rekall, or an older one: run "rekall-gateway migrate"`)
+
+// errNotGranted stands before Postgres's own words, which name the table.
+var errNotGranted = errors.New(`database user lacks a right: make it a member of the role of "rekall-gateway migrate --edge-role" ` +
+	`or "--admin-role", and run that again after an upgrade`)
 
 // errBadURL replaces pgx's errors, which quote the URL and mask passwords on a best-effort basis only.
 var errBadURL = errors.New("database URL is not usable: write it as postgres://user:password@host:5432/database, " +
@@ -98,8 +102,10 @@ func failed(doing string, err error) error {
 	var pgErr *pgconn.PgError
 	if errors.As(err, &pgErr) {
 		switch pgErr.Code {
-		case "42P01", "42703", "3F000": // undefined table, column, schema
+		case "42P01", "42703", "42883", "3F000": // undefined table, column, function, schema
 			return fmt.Errorf("%s: %w (SQLSTATE %s)", doing, ErrNotMigrated, pgErr.Code)
+		case "42501": // insufficient privilege
+			return fmt.Errorf("%s: %w: %w", doing, errNotGranted, err)
 		}
 	}
 	var connectErr *pgconn.ConnectError

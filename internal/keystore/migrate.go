@@ -37,6 +37,16 @@ func (e *NewerSchemaError) Error() string {
 // number of processes may call it at once: one works, the others wait. It must not go through PgBouncer's transaction
 // pooling, which does not hold locks.
 func Migrate(ctx context.Context, url string) (from, to int32, err error) {
+	return MigrateAndGrant(ctx, url, Roles{})
+}
+
+// MigrateAndGrant is Migrate, and then gives the roles exactly the rights that they need in the schema: it creates a role
+// that does not exist, as a group that cannot log in, and takes away what is too much. Where it returns an error, the
+// rights are what they were. It fails if a role has rights that no revocation reaches, such as a superuser's.
+func MigrateAndGrant(ctx context.Context, url string, roles Roles) (from, to int32, err error) {
+	if err := roles.check(); err != nil {
+		return 0, 0, err
+	}
 	config, err := parse(url, migrateConnectTimeout)
 	if err != nil {
 		return 0, 0, err
@@ -56,6 +66,9 @@ func Migrate(ctx context.Context, url string) (from, to int32, err error) {
 	}
 	if from, to, err = migrateTo(ctx, conn, files); err != nil {
 		return from, from, fmt.Errorf("migrate: %w", err)
+	}
+	if err = grantTo(ctx, conn, roles); err != nil {
+		return from, to, fmt.Errorf("grant rights: %w", err)
 	}
 	return from, to, nil
 }

@@ -130,3 +130,31 @@ func TryExec(databaseURL, sql string, args ...any) error {
 	_, err = conn.Exec(ctx, sql, args...)
 	return err
 }
+
+// Role returns a name for a role. If it exists when the test ends, it is removed, with its rights in the database.
+func Role(t testing.TB, databaseURL string) string {
+	t.Helper()
+	role := "test_" + strings.ToLower(rand.Text())
+	t.Cleanup(func() {
+		Exec(t, databaseURL, fmt.Sprintf(`do $$ begin
+			if exists (select from pg_roles where rolname = '%[1]s') then
+				drop owned by %[1]s;
+				drop role %[1]s;
+			end if;
+		end $$`, role))
+	})
+	return role
+}
+
+// Login returns the database's URL for a new user, who is a member of a role and is removed when the test ends.
+func Login(t testing.TB, databaseURL, memberOf string) string {
+	t.Helper()
+	user, password := Role(t, databaseURL), rand.Text()
+	Exec(t, databaseURL, fmt.Sprintf(`create role %s login password '%s' in role %s`, user, password, memberOf))
+	u, err := url.Parse(databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.User = url.UserPassword(user, password)
+	return u.String()
+}

@@ -149,3 +149,19 @@ func TestTryExecReturnsTheErrorAndExecTakesArguments(t *testing.T) {
 	}
 	pgtest.Exec(t, databaseURL, "select $1::int", 1)
 }
+
+func TestLoginIsAMemberAndGoesWithItsTest(t *testing.T) {
+	databaseURL := pgtest.URL(t)
+	var role, member string
+	t.Run("inner", func(t *testing.T) {
+		role = pgtest.Role(t, databaseURL)
+		pgtest.Exec(t, databaseURL, "create role "+role+"; create table given (i int); grant select on given to "+role)
+		member = pgtest.Login(t, databaseURL, role)
+		pgtest.Exec(t, member, "select from given")
+		pgtest.Role(t, databaseURL) // and never created
+	})
+	if err := pgtest.TryExec(member, "select 1"); err == nil {
+		t.Error("the user is left")
+	}
+	pgtest.Exec(t, databaseURL, "create role "+role+"; drop role "+role)
+}

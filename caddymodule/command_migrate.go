@@ -1,0 +1,79 @@
+package caddymodule
+
+import (
+	"context"
+	"fmt"
+	"io"
+
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+	"github.com/spf13/cobra"
+
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+func init() {
+	caddycmd.RegisterCommand(caddycmd.Command{
+		Name:  "migrate",
+		Usage: "[--database <url>] [--edge-role <name>] [--admin-role <name>] [--json]",
+		Short: "Creates or updates Rekall's schema in Postgres",
+		Long: `Creates the schema 'rekall' or brings it up to this version. Safe to repeat, and to run from several machines at once.
+
+With --edge-role and --admin-role it also gives two Postgres roles the least rights that work: the edge's reads keys and
+writes its own row in 'edges'; the admin's creates and revokes keys. A role that does not exist is created as a group
+that cannot log in; grant it to the users that do:
+
+  rekall-gateway migrate --edge-role rekall_edge --admin-role rekall_admin
+  psql -c "create user edge_eu1 password '…' in role rekall_edge"
+
+The rights become exactly these: what the roles, or everybody, could do besides in the schema is revoked. Give the same
+flags at every upgrade, or a new version may lack a right. Run it as the owner of the schema; creating roles needs
+CREATEROLE.`,
+		CobraFunc: func(cmd *cobra.Command) {
+			cmd.Args = cobra.NoArgs
+			databaseFlags(cmd)
+			cmd.Flags().String("edge-role", "", "Postgres role of the gateways")
+			cmd.Flags().String("admin-role", "", "Postgres role of those who manage keys")
+			cmd.RunE = run(migrate)
+		},
+	})
+}
+
+func migrate(ctx context.Context, cmd *cobra.Command, _ []string) error {
+	url, err := databaseURL(cmd)
+	if err != nil {
+		return err
+	}
+	var roles keystore.Roles
+	if roles.Edge, err = roleFlag(cmd, "edge-role"); err != nil {
+		return err
+	}
+	if roles.Admin, err = roleFlag(cmd, "admin-role"); err != nil {
+		return err
+	}
+	from, to, err := keystore.MigrateAndGrant(ctx, url, roles)
+	if err != nil {
+		return err
+	}
+	return show(cmd, map[string]int32{"from": from, "to": to}, func(w io.Writer) {
+		if from == to {
+			fmt.Fprintf(w, "Schema rekall is up to date (version %d).\n", to)
+		} else {
+			fmt.Fprintf(w, "Schema rekall migrated from version %d to %d.\n", from, to)
+		}
+		if roles.Edge != "" {
+			fmt.Fprintf(w, "Role %s has the rights of an edge, and no more.\n", roles.Edge)
+		}
+		if roles.Admin != "" {
+			fmt.Fprintf(w, "Role %s has the rights to manage keys, and no more.\n", roles.Admin)
+		}
+	})
+}
+
+// roleFlag refuses an empty name, which an unset variable of a script leaves: it would pass for having no such role.
+func roleFlag(cmd *cobra.Command, name string) (string, error) {
+	role, _ := cmd.Flags().GetString(name)
+	if role == "" && cmd.Flags().Changed(name) {
+		return "", fmt.Errorf("--%s is empty: name a Postgres role, or leave the flag away", name)
+	}
+	return role, nil
+}

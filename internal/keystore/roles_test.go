@@ -1,0 +1,449 @@
+package keystore_test
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+// granted returns a new database with a role for edges and one for administrators.
+func granted(t *testing.T) (databaseURL string, roles keystore.Roles) {
+	t.Helper()
+	databaseURL = pgtest.URL(t)
+	roles = keystore.Roles{Edge: pgtest.Role(t, databaseURL), Admin: pgtest.Role(t, databaseURL)}
+	if _, _, err := keystore.MigrateAndGrant(t.Context(), databaseURL, roles); err != nil {
+		t.Fatal(err)
+	}
+	return databaseURL, roles
+}
+
+const insufficientPrivilege = "42501"
+
+// nobodyMay are statements for the schema's owner only.
+var nobodyMay = []string{
+	`delete from rekall.api_keys`,
+	`truncate rekall.api_keys`,
+	`update rekall.api_keys set key_hash = sha256('mine')`,
+	`update rekall.api_keys set account = 'mine'`,
+	`update rekall.api_keys set environment = 'production'`,
+	`update rekall.api_keys set created_at = now()`,
+	`update rekall.api_keys set change_xid = '3'`,
+	`insert into rekall.api_keys (id, account, name, environment, key_hash, scopes, created_at)
+		values ('key_0123456789abcdefABCDEF', 'a', 'n', 'production', sha256('mine'), '{}', now())`,
+	`begin; lock table rekall.api_keys in access exclusive mode`,
+	`alter table rekall.api_keys disable trigger stamp`,
+	`alter table rekall.api_keys disable trigger all`,
+	`alter table rekall.api_keys add column mine int`,
+	`alter table rekall.edges disable row level security`,
+	`create policy mine on rekall.edges using (true)`,
+	`set session_replication_role = replica`,
+	`create trigger mine before insert on rekall.api_keys execute function rekall.notify_key_change()`,
+	`create or replace function rekall.stamp_api_key() returns trigger language plpgsql as 'begin return new; end'`,
+	`alter function rekall.create_canary() reset search_path`,
+	`create function rekall.mine() returns int language sql as 'select 1'`,
+	`create table rekall.mine (i int)`,
+	`drop table rekall.edges`,
+	`drop schema rekall cascade`,
+	`select version from rekall.schema_version`,
+	`update rekall.schema_version set version = 1`,
+	`grant select on rekall.api_keys to public with grant option`,
+	`truncate rekall.edges`,
+	`update rekall.edges set instance = 'mine'`,
+	`update rekall.edges set writer = session_user`,
+	`insert into rekall.edges (instance, writer) values ('mine', 'other')`,
+	`create role mine`,
+	`copy rekall.api_keys to stdout`,
+	`copy rekall.api_keys to program 'cat'`,
+}
+
+var edgeMayNot = []string{
+	`insert into rekall.api_keys (id, account, name, environment, key_hash, scopes)
+		values ('key_0123456789abcdefABCDEF', 'a', 'n', 'production', sha256('mine'), '{}')`,
+	`insert into rekall.api_keys (id, account, name, environment, key_hash, scopes)
+		values ('key_0123456789abcdefABCDEF', 'rekall:canary', 'Canary', 'sandbox', sha256('mine'), '{}')`,
+	`update rekall.api_keys set revoked_at = now()`,
+	`update rekall.api_keys set expires_at = null`,
+	`update rekall.api_keys set scopes = array['memories:delete']`,
+	`update rekall.api_keys set name = 'mine'`,
+	`select id from rekall.api_keys for update`,
+	`select * from rekall.api_keys`,
+	`select name from rekall.api_keys`,
+	`select hint from rekall.api_keys`,
+	`select created_at from rekall.api_keys`,
+	`select count(*) from rekall.api_keys where name like 'B%'`,
+	`update rekall.edges set name = 'mine'`,
+	`update rekall.edges set started_at = now()`,
+	`select name from rekall.edges`,
+}
+
+var adminMayNot = []string{
+	`select key_hash from rekall.api_keys`,
+	`select * from rekall.api_keys`,
+	`select count(*) from rekall.api_keys where key_hash = sha256('guess')`,
+	`insert into rekall.edges (instance) values ('mine')`,
+	`update rekall.edges set seen_at = now()`,
+	`delete from rekall.edges`,
+	`select rekall.create_canary()`,
+	`select rekall.revoke_canary('key_0123456789abcdefABCDEF')`,
+}
+
+func TestRolesAreDeniedWhatTheyDoNotNeed(t *testing.T) {
+	databaseURL, roles := granted(t)
+	store := open(t, databaseURL, keystore.Options{})
+	insert(t, store)
+	report(t, store, keystore.Edge{Name: "owner's"})
+	for role, statements := range map[string][]string{
+		roles.Edge:  append(edgeMayNot, nobodyMay...),
+		roles.Admin: append(adminMayNot, nobodyMay...),
+	} {
+		user := pgtest.Login(t, databaseURL, role)
+		for _, sql := range statements {
+			if err := pgtest.TryExec(user, sql); sqlState(err) != insufficientPrivilege {
+				t.Errorf("%s: %v", sql, err)
+			}
+		}
+	}
+}
+
+func report(t *testing.T, store *keystore.Store, e keystore.Edge) keystore.Edge {
+	t.Helper()
+	e.Instance, e.Version, e.MaxStaleness, e.StartedAt, e.Beat = apikey.RandomText(22), "v1", time.Second, time.Now(), 1
+	if err := store.ReportEdge(t.Context(), e, time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	return e
+}
+
+func TestEdgeRoleSufficesForAnEdge(t *testing.T) {
+	databaseURL, roles := granted(t)
+	owner, ctx := open(t, databaseURL, keystore.Options{}), t.Context()
+	edge := open(t, pgtest.Login(t, databaseURL, roles.Edge), keystore.Options{Instance: apikey.RandomText(22)})
+	start, key := snapshot(t, edge, 0), insert(t, owner)
+	if found, err := edge.Lookup(ctx, []apikey.Digest{key.Digest}); err != nil || len(found.Records) != 1 {
+		t.Errorf("Lookup = %+v, %v", found, err)
+	}
+	if changes := snapshot(t, edge, start.Xmin).Changes; len(changes) != 1 {
+		t.Errorf("changes %+v", changes)
+	}
+	e := report(t, edge, keystore.Edge{Name: "north"})
+	e.Beat, e.SyncedAt, e.Applied = 2, start.Now, start.Text
+	if err := edge.ReportEdge(ctx, e, time.Hour); err != nil {
+		t.Error(err)
+	}
+	if err := edge.RemoveEdge(ctx, e.Instance); err != nil {
+		t.Error(err)
+	}
+	if left, err := owner.Edges(ctx, 0); err != nil || len(left) != 0 {
+		t.Errorf("edges %+v, %v", left, err)
+	}
+}
+
+func TestAdminRoleSufficesToManageKeys(t *testing.T) {
+	databaseURL, roles := granted(t)
+	report(t, open(t, databaseURL, keystore.Options{}), keystore.Edge{Name: "north"})
+	admin, ctx := open(t, pgtest.Login(t, databaseURL, roles.Admin), keystore.Options{}), t.Context()
+	key := insert(t, admin)
+	if _, err := admin.Get(ctx, key.ID); err != nil {
+		t.Error(err)
+	}
+	if list, err := admin.List(ctx, "", keystore.Position{}, 10); err != nil || len(list) != 1 {
+		t.Errorf("List = %+v, %v", list, err)
+	}
+	row, revoked, err := admin.Revoke(ctx, key.ID)
+	if err != nil || !revoked {
+		t.Fatalf("revoked %v, %v", revoked, err)
+	}
+	if edges, err := admin.Edges(ctx, row.ChangeXid); err != nil || len(edges) != 1 {
+		t.Errorf("Edges = %+v, %v", edges, err)
+	}
+	if err := pgtest.TryExec(databaseURL, `update rekall.api_keys set revoked_at = null`); err == nil {
+		t.Error("a revocation was undone")
+	}
+}
+
+func TestEdgeRevokesCanariesAndNoOtherKey(t *testing.T) {
+	databaseURL, roles := granted(t)
+	owner, ctx := open(t, databaseURL, keystore.Options{}), t.Context()
+	edge := open(t, pgtest.Login(t, databaseURL, roles.Edge), keystore.Options{})
+	key := insert(t, owner)
+	if err := edge.RevokeCanary(ctx, key.ID); err != nil {
+		t.Error(err)
+	}
+	if row, err := owner.Get(ctx, key.ID); err != nil || row.RevokedAt != nil {
+		t.Errorf("an edge revoked a key: %+v, %v", row, err)
+	}
+	id, err := edge.CreateCanary(ctx)
+	if err != nil || id == "" {
+		t.Fatalf("canary %q, %v", id, err)
+	}
+	if again, err := edge.CreateCanary(ctx); err != nil || again != "" {
+		t.Errorf("a second canary %q within 50 s, %v", again, err)
+	}
+	if err := edge.RevokeCanary(ctx, id); err != nil {
+		t.Error(err)
+	}
+	row, err := owner.Get(ctx, id)
+	if err != nil || row.RevokedAt == nil || row.Account != keystore.CanaryAccount || row.Environment != "sandbox" || len(row.Scopes) != 0 {
+		t.Errorf("canary %+v, %v", row, err)
+	}
+}
+
+// New functions are everybody's by default, and there may be no roles.
+func TestCanaryFunctionsAreNotForEverybody(t *testing.T) {
+	databaseURL := database(t)
+	everybody := pgtest.Role(t, databaseURL)
+	pgtest.Exec(t, databaseURL, `create role `+everybody+`; grant usage on schema rekall to `+everybody)
+	user := pgtest.Login(t, databaseURL, everybody)
+	for _, sql := range []string{`select rekall.create_canary()`, `select rekall.revoke_canary('')`} {
+		if err := pgtest.TryExec(user, sql); sqlState(err) != insufficientPrivilege {
+			t.Errorf("%s: %v", sql, err)
+		}
+	}
+}
+
+// The functions run as the schema's owner: what they call must not be the caller's to choose.
+func TestCanaryFunctionsIgnoreTheCallersSearchPath(t *testing.T) {
+	databaseURL, roles := granted(t)
+	pgtest.Exec(t, databaseURL, `create schema evil; grant usage, create on schema evil to `+roles.Edge)
+	user := pgtest.Login(t, databaseURL, roles.Edge)
+	pgtest.Exec(t, user, `create function evil.gen_random_uuid() returns uuid language sql as
+		$$ select '00000000-0000-0000-0000-000000000000'::uuid $$;
+		create function pg_temp.gen_random_uuid() returns uuid language sql as $$ select '00000000-0000-0000-0000-000000000000'::uuid $$;
+		set search_path = pg_temp, evil, pg_catalog;
+		select rekall.create_canary()`)
+	var id string
+	if err := connect(t, databaseURL).QueryRow(t.Context(), `select id from rekall.api_keys`).Scan(&id); err != nil {
+		t.Fatal(err)
+	}
+	if id == "key_"+strings.Repeat("0", 22) {
+		t.Error("the caller chose the canary")
+	}
+}
+
+func TestEdgesThatLogInAsDifferentUsersCannotTouchEachOthersRow(t *testing.T) {
+	databaseURL, roles := granted(t)
+	owner, ctx := open(t, databaseURL, keystore.Options{}), t.Context()
+	north := open(t, pgtest.Login(t, databaseURL, roles.Edge), keystore.Options{})
+	southURL := pgtest.Login(t, databaseURL, roles.Edge)
+	south := open(t, southURL, keystore.Options{})
+	e := report(t, north, keystore.Edge{Name: "north"})
+	if err := south.RemoveEdge(ctx, e.Instance); err != nil {
+		t.Error(err)
+	}
+	e.Beat = 99
+	if err := south.ReportEdge(ctx, e, time.Nanosecond); sqlState(err) != insufficientPrivilege {
+		t.Errorf("a forged report: %v", err)
+	}
+	pgtest.Exec(t, southURL, `update rekall.edges set beat = 99`)
+	pgtest.Exec(t, southURL, `set role `+roles.Edge+`; update rekall.edges set beat = 99`)
+	if seen, err := owner.Edges(ctx, 0); err != nil || len(seen) != 1 {
+		t.Fatalf("edges %+v, %v", seen, err)
+	}
+	if beat := beatOf(t, databaseURL, e.Instance); beat != 1 {
+		t.Errorf("beat %d of the other's row", beat)
+	}
+
+	// Gone without a word for more than ten minutes: any edge may forget it.
+	pgtest.Exec(t, databaseURL, `update rekall.edges set seen_at = now() - interval '11 minutes'`)
+	other := report(t, south, keystore.Edge{Name: "south"})
+	if err := south.ReportEdge(ctx, other, 10*time.Minute); err != nil {
+		t.Error(err)
+	}
+	if seen, err := owner.Edges(ctx, 0); err != nil || len(seen) != 1 || seen[0].Name != "south" {
+		t.Errorf("edges %+v, %v", seen, err)
+	}
+}
+
+func beatOf(t *testing.T, databaseURL, instance string) (beat int) {
+	t.Helper()
+	if err := connect(t, databaseURL).QueryRow(t.Context(), `select beat from rekall.edges where instance = $1`, instance).Scan(&beat); err != nil {
+		t.Fatal(err)
+	}
+	return beat
+}
+
+// rights lists all rights that anybody was given in the schema.
+func rights(t *testing.T, databaseURL string) []string {
+	t.Helper()
+	rows, err := connect(t, databaseURL).Query(t.Context(), `
+with acls (object, acl) as (
+	select 'schema', nspacl from pg_namespace where nspname = 'rekall'
+	union all select oid::regclass::text, relacl from pg_class where relnamespace = 'rekall'::regnamespace
+	union all select attrelid::regclass || '.' || attname, attacl from pg_attribute join pg_class c on c.oid = attrelid where relnamespace = 'rekall'::regnamespace
+	union all select oid::regprocedure::text, coalesce(proacl, acldefault('f', proowner)) from pg_proc where pronamespace = 'rekall'::regnamespace)
+select concat_ws(' ', object, grantee::regrole, privilege_type, is_grantable) from acls, aclexplode(acl) order by 1`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	list, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return list
+}
+
+func TestGrantingAgainHealsWhatWasAddedAndWhatWasTakenAway(t *testing.T) {
+	databaseURL, roles := granted(t)
+	want := rights(t, databaseURL)
+	for _, drift := range []string{
+		`grant all on rekall.api_keys, rekall.edges, rekall.schema_version to EDGE with grant option`,
+		`grant select (name), update (revoked_at) on rekall.api_keys to EDGE`,
+		`grant select on rekall.api_keys to public`,
+		`grant execute on all functions in schema rekall to public, ADMIN`,
+		`grant create on schema rekall to EDGE; grant usage on schema rekall to public`,
+		`revoke all on all tables in schema rekall from EDGE, ADMIN`,
+		`revoke all on schema rekall from EDGE, ADMIN`,
+	} {
+		pgtest.Exec(t, databaseURL, strings.NewReplacer("EDGE", roles.Edge, "ADMIN", roles.Admin).Replace(drift))
+		if cmp.Equal(want, rights(t, databaseURL)) {
+			t.Fatalf("%s changes nothing", drift)
+		}
+		if _, _, err := keystore.MigrateAndGrant(t.Context(), databaseURL, roles); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, rights(t, databaseURL)); diff != "" {
+			t.Errorf("after %s:\n%s", drift, diff)
+		}
+	}
+	if _, _, err := keystore.Migrate(t.Context(), databaseURL); err != nil || !cmp.Equal(want, rights(t, databaseURL)) {
+		t.Errorf("migrating without roles changed rights, or %v", err)
+	}
+}
+
+func TestRoleWithRightsThatCannotBeRevokedIsRefusedAndLosesNone(t *testing.T) {
+	databaseURL, roles := granted(t)
+	role := func(sql string) string {
+		name := pgtest.Role(t, databaseURL)
+		pgtest.Exec(t, databaseURL, strings.ReplaceAll(sql, "ROLE", name))
+		return name
+	}
+	var owner string
+	if err := connect(t, databaseURL).QueryRow(t.Context(), `select current_user`).Scan(&owner); err != nil {
+		t.Fatal(err)
+	}
+	before := rights(t, databaseURL)
+	for name, refused := range map[string]string{
+		"the owner":             owner,
+		"a superuser":           role(`create role ROLE superuser`),
+		"the owner's member":    role(`create role ROLE noinherit in role "` + owner + `"`),
+		"another role's member": role(`create role ROLE in role ` + roles.Admin),
+		"a reader of all":       role(`create role ROLE in role pg_read_all_data`),
+	} {
+		_, _, err := keystore.MigrateAndGrant(t.Context(), databaseURL, keystore.Roles{Edge: refused})
+		if err == nil || !strings.Contains(err.Error(), "name another role") {
+			t.Errorf("%s: %v", name, err)
+		}
+		if diff := cmp.Diff(before, rights(t, databaseURL)); diff != "" {
+			t.Errorf("%s: rights changed\n%s", name, diff)
+		}
+	}
+}
+
+func TestUnusableRoleNamesAreRefusedBeforeAnythingIsDone(t *testing.T) {
+	databaseURL := pgtest.URL(t)
+	for name, roles := range map[string]keystore.Roles{
+		"the same":  {Edge: "one", Admin: "one"},
+		"too long":  {Edge: strings.Repeat("r", 64)},
+		"with zero": {Admin: "a\x00b"},
+	} {
+		if _, _, err := keystore.MigrateAndGrant(t.Context(), databaseURL, roles); err == nil {
+			t.Errorf("%s is accepted", name)
+		}
+	}
+	if err := pgtest.TryExec(databaseURL, `create schema rekall`); err != nil {
+		t.Errorf("there is a schema already: %v", err)
+	}
+	for _, reserved := range []string{"public", "none", "pg_mine"} {
+		if _, _, err := keystore.MigrateAndGrant(t.Context(), databaseURL, keystore.Roles{Edge: reserved}); err == nil {
+			t.Errorf("%s is accepted", reserved)
+		}
+	}
+}
+
+func TestRoleNameIsQuoted(t *testing.T) {
+	databaseURL := pgtest.URL(t)
+	role := pgtest.Role(t, databaseURL) + `"; drop schema rekall --`
+	t.Cleanup(func() {
+		pgtest.Exec(t, databaseURL, fmt.Sprintf(`drop owned by %[1]s; drop role %[1]s`, pgx.Identifier{role}.Sanitize()))
+	})
+	if _, _, err := keystore.MigrateAndGrant(t.Context(), databaseURL, keystore.Roles{Edge: role}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestMissingRightSaysWhatToDo(t *testing.T) {
+	databaseURL, roles := granted(t)
+	pgtest.Exec(t, databaseURL, `revoke select on rekall.api_keys from `+roles.Edge)
+	edge := open(t, pgtest.Login(t, databaseURL, roles.Edge), keystore.Options{})
+	_, err := edge.Snapshot(t.Context(), 0)
+	if sqlState(err) != insufficientPrivilege || !strings.Contains(err.Error(), "--edge-role") || !strings.Contains(err.Error(), "api_keys") {
+		t.Errorf("got %v", err)
+	}
+}
+
+// A migration that adds something must say who may use it, or that nobody may.
+func TestEveryObjectAndColumnOfTheSchemaHasItsGrants(t *testing.T) {
+	databaseURL, roles := granted(t)
+	rows, err := connect(t, databaseURL).Query(t.Context(), `
+select 'table rekall.' || relname from pg_class where relnamespace = 'rekall'::regnamespace and relkind in ('r', 'p', 'v', 'm', 'f')
+union all
+select 'sequence rekall.' || relname from pg_class c where relnamespace = 'rekall'::regnamespace and relkind = 'S'
+	and not exists (select from pg_depend where classid = 'pg_class'::regclass and objid = c.oid and deptype = 'i') -- of an identity column
+union all
+select 'function ' || oid::regprocedure from pg_proc where pronamespace = 'rekall'::regnamespace`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	objects, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(objects) < 8 {
+		t.Fatalf("only %v", objects)
+	}
+	used := keystore.Grants()
+	for _, object := range objects {
+		someoneUses, ok := used[object]
+		if !ok {
+			t.Errorf("%s has no line in the table of grants", object)
+			continue
+		}
+		if table, ok := strings.CutPrefix(object, "table "); ok && someoneUses {
+			for _, column := range unused(t, databaseURL, table, roles) {
+				t.Errorf("no role has a right on column %s of %s: forgotten?", column, table)
+			}
+		}
+	}
+}
+
+// neverGranted are columns that only defaults and policies touch.
+var neverGranted = map[string]bool{"writer": true}
+
+func unused(t *testing.T, databaseURL, table string, roles keystore.Roles) (columns []string) {
+	t.Helper()
+	rows, err := connect(t, databaseURL).Query(t.Context(), `
+select attname from pg_attribute where attrelid = $1::text::regclass and attnum > 0 and not attisdropped
+	and not has_column_privilege($2::name, attrelid, attnum, 'select, insert, update')
+	and not has_column_privilege($3::name, attrelid, attnum, 'select, insert, update')`, table, roles.Edge, roles.Admin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, column := range all {
+		if !neverGranted[column] {
+			columns = append(columns, column)
+		}
+	}
+	return columns
+}
