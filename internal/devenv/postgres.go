@@ -25,6 +25,8 @@ type PostgresOptions struct {
 	Port int
 	// Settings of postgresql.conf, which win over the defaults of this package.
 	Settings map[string]string
+	// Files to put into a throw-away server's data directory, by the relative names under which Settings know them.
+	Files map[string][]byte
 	// Durable makes a throw-away server wait for the disk, as a kept one always does. Without it a crash of the machine, but
 	// not of the server, loses data.
 	Durable bool
@@ -156,7 +158,24 @@ func (p *Postgres) prepare(ctx context.Context) error {
 	if p.options.Dir != "" {
 		return p.openKept(ctx, folders)
 	}
-	return p.initialise(ctx, p.data)
+	if err := p.initialise(ctx, p.data); err != nil {
+		return err
+	}
+	return p.addFiles()
+}
+
+// addFiles writes files that only the server may read, as it demands of a private key.
+func (p *Postgres) addFiles() error {
+	for name, content := range p.options.Files {
+		path := filepath.Join(p.data, name)
+		if err := os.WriteFile(path, content, 0o600); err != nil {
+			return fmt.Errorf("add a file: %w", err)
+		}
+		if err := p.user.own(path); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // makeRunDir makes what is temporary. A throw-away server's data is, too.

@@ -1,0 +1,89 @@
+package test
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+)
+
+// TestTwoRolesSufficeForAllThatTheGatewayAndItsCommandsDo runs each with a user who is a member of its role and of nothing else.
+func TestTwoRolesSufficeForAllThatTheGatewayAndItsCommandsDo(t *testing.T) {
+	r := newRig(t)
+	edgeRole, adminRole := pgtest.Role(t, r.database), pgtest.Role(t, r.database)
+	if stdout, stderr, code := cli(t, r.database, "migrate", "--edge-role", edgeRole, "--admin-role", adminRole); code != 0 ||
+		!strings.Contains(stdout, edgeRole) || !strings.Contains(stdout, adminRole) {
+		t.Fatalf("migrate: %d %s%s", code, stdout, stderr)
+	}
+	edge, admin := pgtest.Login(t, r.database, edgeRole), pgtest.Login(t, r.database, adminRole)
+	slow := r.prepare(standardSite, "edge south eu", "refresh 20s")
+	slow.run(edge)
+	slow.waitReady()
+	slow.wantWoken(r.database)
+	slow.stop()
+	g := r.prepare(standardSite, "edge north eu", "refresh 100ms", "canary")
+	g.run(edge)
+	g.waitReady()
+
+	stdout, stderr, code := cli(t, admin, "keys", "create", "--name", "n", "--scopes", "memories:read", "--environment", "production", "--json")
+	if code != 0 {
+		t.Fatal(stderr)
+	}
+	var key keyadmin.Key
+	if err := json.Unmarshal([]byte(stdout), &key); err != nil {
+		t.Fatal(err)
+	}
+	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 200, "")
+	if stdout, stderr, code := cli(t, admin, "keys", "list"); code != 0 || !strings.Contains(stdout, key.ID) {
+		t.Errorf("list: %d %s%s", code, stdout, stderr)
+	}
+	eventually(t, "the edge is listed", func() bool {
+		stdout, stderr, code := cli(t, admin, "edges", "list")
+		if code != 0 {
+			t.Fatal(stderr)
+		}
+		return strings.Contains(stdout, "north")
+	})
+	stdout, stderr, code = cli(t, admin, "keys", "revoke", key.ID, "--wait")
+	if code != 0 || !strings.Contains(stdout, "north eu: confirmed") {
+		t.Errorf("revoke: %d %s%s", code, stdout, stderr)
+	}
+	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 401, "API_KEY_REVOKED")
+	eventually(t, "the canary is measured", func() bool { return g.status().Canary > 0 })
+	if strings.Contains(slow.log.String()+g.log.String(), "permission denied") {
+		t.Error("something was denied")
+	}
+	g.stop()
+	if stdout, stderr, code := cli(t, admin, "edges", "list", "--json"); code != 0 || strings.TrimSpace(stdout) != "[]" {
+		t.Errorf("the edge left its row: %d %s%s", code, stdout, stderr)
+	}
+	if _, stderr, code := cli(t, edge, "keys", "revoke", key.ID); code == 0 || !strings.Contains(stderr, "permission denied") {
+		t.Errorf("an edge's user manages keys: %d %s", code, stderr)
+	}
+}
+
+// wantWoken requires that changes wake the gateway, whose refresh is 20s: ticks alone make fewer syncs before the deadline.
+func (g *gateway) wantWoken(database string) {
+	g.t.Helper()
+	before := g.status().Epoch
+	eventually(g.t, "the gateway syncs at each notification", func() bool {
+		pgtest.Exec(g.t, database, "notify rekall_keys")
+		return g.status().Epoch > before+3
+	})
+}
+
+func TestMigrateRefusesRolesThatItCannotMakeWithOneLine(t *testing.T) {
+	database := pgtest.URL(t)
+	for name, args := range map[string][]string{
+		"empty":     {"--edge-role", ""},
+		"the same":  {"--edge-role", "r", "--admin-role", "r"},
+		"everybody": {"--admin-role", "public"},
+	} {
+		stdout, stderr, code := cli(t, database, append([]string{"migrate"}, args...)...)
+		if code == 0 || stdout != "" || strings.Count(stderr, "\n") != 1 {
+			t.Errorf("%s: %d %q %q", name, code, stdout, stderr)
+		}
+	}
+}

@@ -1,0 +1,104 @@
+package test
+
+import (
+	"net"
+	"net/url"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/rekall-ai/gateway/internal/devenv"
+)
+
+// tlsPostgres is a server that speaks TLS as localhost, and takes connections without TLS as well: one that fell back to
+// plaintext would work.
+func tlsPostgres(t *testing.T, ca *authority) *devenv.Postgres {
+	t.Helper()
+	certificate, key := ca.issue("localhost")
+	server, err := devenv.StartPostgres(t.Context(), devenv.PostgresOptions{
+		Settings: map[string]string{"ssl": "on", "ssl_cert_file": "server.crt", "ssl_key_file": "server.key"},
+		Files:    map[string][]byte{"server.crt": certificate, "server.key": key},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = server.Stop(t.Context()) })
+	return server
+}
+
+// verified is the server's URL with TLS that checks the server's name and authority.
+func verified(t *testing.T, server *devenv.Postgres, host string, ca *authority) string {
+	t.Helper()
+	u, err := url.Parse(server.URL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.Host = net.JoinHostPort(host, strconv.Itoa(server.Port))
+	u.RawQuery = url.Values{"sslmode": {"verify-full"}, "sslrootcert": {ca.file}}.Encode()
+	return u.String()
+}
+
+func TestEveryConnectionToPostgresIsEncryptedAndVerified(t *testing.T) {
+	ca := newAuthority(t)
+	server := tlsPostgres(t, ca)
+	database := verified(t, server, "localhost", ca)
+	r := newRigOn(t, database)
+	g := r.start(standardSite, "refresh 20s")
+	g.wantWoken(server.URL())
+	key := r.key("production", "memories:read")
+	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 200, "")
+	conn, err := pgx.Connect(t.Context(), server.URL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close(t.Context()) }()
+	var encrypted, plain int
+	if err := conn.QueryRow(t.Context(), `select count(*) filter (where ssl), count(*) filter (where not ssl)
+		from pg_stat_ssl join pg_stat_activity using (pid) where application_name = 'rekall-gateway'`).Scan(&encrypted, &plain); err != nil {
+		t.Fatal(err)
+	}
+	if encrypted < 2 || plain != 0 {
+		t.Errorf("%d connections with TLS, %d without", encrypted, plain)
+	}
+	r.revoke(key.ID)
+	eventually(t, "the revocation holds", func() bool { return g.ask(key) == "API_KEY_REVOKED" })
+}
+
+func TestPostgresThatCannotBeVerifiedIsNotAskedAndTheLogSaysWhy(t *testing.T) {
+	ca := newAuthority(t)
+	server := tlsPostgres(t, ca)
+	r := newRigOn(t, server.URL())
+	key := r.key("production", "memories:read")
+	for name, tc := range map[string]struct{ url, why string }{
+		"another authority": {verified(t, server, "localhost", newAuthority(t)), "certificate signed by unknown authority"},
+		"another name":      {verified(t, server, "127.0.0.1", ca), "cannot validate certificate for 127.0.0.1"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := r.of(t).prepare(standardSite, "refresh 100ms")
+			g.run(tc.url)
+			eventually(t, "the gateway serves", func() bool {
+				_, err := client.Get(g.http)
+				return err == nil
+			})
+			g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 503, "AUTH_UNAVAILABLE")
+			eventually(t, "the log says why", func() bool { return strings.Contains(g.log.String(), tc.why) })
+			if password, _ := mustParse(t, tc.url).User.Password(); strings.Contains(g.log.String(), password) {
+				t.Error("the log shows the password")
+			}
+			if _, stderr, code := cli(t, tc.url, "keys", "list"); code == 0 || !strings.Contains(stderr, tc.why) || strings.Count(stderr, "\n") != 1 {
+				t.Errorf("keys list: %d %s", code, stderr)
+			}
+		})
+	}
+}
+
+func mustParse(t *testing.T, raw string) *url.URL {
+	t.Helper()
+	u, err := url.Parse(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return u
+}
