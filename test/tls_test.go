@@ -28,8 +28,8 @@ func tlsPostgres(t *testing.T, ca *authority) *devenv.Postgres {
 	return server
 }
 
-// verified is the server's URL with TLS that checks the server's name and authority.
-func verified(t *testing.T, server *devenv.Postgres, host string, ca *authority) string {
+// verifiedURL is the server's URL with TLS that checks the server's name and authority.
+func verifiedURL(t *testing.T, server *devenv.Postgres, host string, ca *authority) string {
 	t.Helper()
 	u, err := url.Parse(server.URL())
 	if err != nil {
@@ -43,7 +43,7 @@ func verified(t *testing.T, server *devenv.Postgres, host string, ca *authority)
 func TestEveryConnectionToPostgresIsEncryptedAndVerified(t *testing.T) {
 	ca := newAuthority(t)
 	server := tlsPostgres(t, ca)
-	database := verified(t, server, "localhost", ca)
+	database := verifiedURL(t, server, "localhost", ca)
 	r := newRigOn(t, database)
 	g := r.start(standardSite, "refresh 20s")
 	g.wantWoken(server.URL())
@@ -72,8 +72,8 @@ func TestPostgresThatCannotBeVerifiedIsNotAskedAndTheLogSaysWhy(t *testing.T) {
 	r := newRigOn(t, server.URL())
 	key := r.key("production", "memories:read")
 	for name, tc := range map[string]struct{ url, why string }{
-		"another authority": {verified(t, server, "localhost", newAuthority(t)), "certificate signed by unknown authority"},
-		"another name":      {verified(t, server, "127.0.0.1", ca), "cannot validate certificate for 127.0.0.1"},
+		"another authority": {verifiedURL(t, server, "localhost", newAuthority(t)), "certificate signed by unknown authority"},
+		"another name":      {verifiedURL(t, server, "127.0.0.1", ca), "cannot validate certificate for 127.0.0.1"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			g := r.of(t).prepare(standardSite, "refresh 100ms")

@@ -28,10 +28,19 @@ var grants = []grant{
 	{on: "table rekall.schema_version"},
 	{
 		on:   "table rekall.api_keys",
-		edge: "select (id, account, key_hash, environment, scopes, expires_at, revoked_at, change_xid)",
-		admin: "select (id, account, name, environment, hint, scopes, created_at, expires_at, revoked_at, change_xid), " +
-			"insert (id, account, name, environment, key_hash, hint, scopes, expires_at), update (revoked_at)",
+		edge: "select (id, account, key_hash, environment, scopes, manage_keys, expires_at, revoked_at, change_xid)",
+		admin: "select, insert (id, account, name, environment, key_hash, hint, scopes, manage_keys, created_by, created_at, expires_at, " +
+			"predecessor, overlap_on_first_use), " +
+			"update (name, expires_at, revoked_at, predecessor, overlap_on_first_use, grace_started_at, prior_expires_at)",
 	},
+	{on: "table rekall.audit", admin: "select, insert (actor, action, key_id, account, environment, details)"},
+	{on: "sequence rekall.audit_id_seq"},
+	{
+		on: "table rekall.idempotency_keys",
+		admin: "select, insert (account, actor, idempotency_key, request_hash, key_id), " +
+			"update (request_hash, key_id, created_at), delete",
+	},
+	{on: "table rekall.signing_keys", edge: "select, insert, update, delete"},
 	{
 		on: "table rekall.edges",
 		edge: "select (instance, synced_at, applied, beat, seen_at), " +
@@ -44,6 +53,8 @@ var grants = []grant{
 	{on: "function rekall.stamp_api_key()"},
 	{on: "function rekall.refuse_removal()"},
 	{on: "function rekall.notify_key_change()"},
+	{on: "function rekall.refuse_audit_change()"},
+	{on: "function rekall.start_grace(text)", edge: "execute"},
 }
 
 // maxIdentifier is where Postgres cuts a name off (NAMEDATALEN - 1), in bytes.
