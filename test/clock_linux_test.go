@@ -216,7 +216,7 @@ func (f *faultRig) expiry(key keyadmin.Key, at time.Time) bool {
 func (f *faultRig) expiring(at time.Time) (keyadmin.Key, *follower) {
 	f.t.Helper()
 	key := f.rig.key("production", "memories:read")
-	pgtest.Exec(f.t, f.rig.database, "update rekall.api_keys set expires_at = $2 where id = $1", key.ID, at)
+	pgtest.Exec(f.t, f.database, "update rekall.api_keys set expires_at = $2 where id = $1", key.ID, at)
 	return key, f.openStream(key)
 }
 

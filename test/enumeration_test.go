@@ -22,4 +22,3 @@ func (g *gateway) series(t *testing.T, name string) float64 {
 	t.Fatalf("the metrics (%d, %d bytes) have no %s", answer.StatusCode, len(answer.body), name)
 	return 0
 }
-
