@@ -36,7 +36,9 @@ func TestBackendTakesRequestsFromTheGatewayOnlyWithTheExampleFilesMutualTLS(t *t
 		if req.URL.Path == "/health" {
 			checks.Add(1)
 		}
-		w.Header().Set("Caller", req.TLS.PeerCertificates[0].DNSNames[0])
+		for _, certificate := range req.TLS.PeerCertificates {
+			w.Header().Add("Caller", certificate.DNSNames[0])
+		}
 	}))
 	backend.TLS = &tls.Config{
 		Certificates: []tls.Certificate{ca.pair("127.0.0.1")}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: ca.pool(),
