@@ -143,7 +143,7 @@ func (c *Cache) Find(ctx context.Context, d apikey.Digest) (Found, error) {
 	now := time.Now()
 	s := c.state.Load()
 	if s.fresh(now, c.cfg.MaxStaleness) {
-		if e := c.cached(s, &d, now.Nanosecond()%hotShare != 0); e != nil && !s.disputed(e, now) {
+		if e := c.cached(s, &d, now); e != nil && !s.disputed(e, now) {
 			c.counts.hits.add(&d)
 			return found(e, s, s.pgTime(now), s.syncedAt), nil
 		}
@@ -168,9 +168,10 @@ func found(e *entry, s *state, pgNow, vouchedAt time.Time) Found {
 	return f
 }
 
-// cached returns an entry that the fresh state s vouches for, or nil. It may look among the hot entries first.
-func (c *Cache) cached(s *state, d *apikey.Digest, hot bool) *entry {
+// cached returns an entry that the fresh state s vouches for, or nil.
+func (c *Cache) cached(s *state, d *apikey.Digest, now time.Time) *entry {
 	slot := &c.hot[place(d)%hotSlots]
+	hot := now.Nanosecond()%hotShare != 0
 	if e := slot.Load(); hot && e != nil && e.record.Digest == *d && s.usable(e) {
 		return e
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -29,6 +30,10 @@ const (
 
 	// maxProving is how many requests may wait for such a proof. A request that waits holds some 10 KiB.
 	maxProving = 1 << 11
+
+	// maxAtOnce is how many such requests may be answered at one moment. The answers to more are spread, or requests with
+	// known keys would stand in line behind all of them after each sync.
+	maxAtOnce = 32
 )
 
 var errProving = errors.New("too many unknown keys wait for proof of their absence")
@@ -135,14 +140,17 @@ func (c *Cache) prove(ctx context.Context, d apikey.Digest, since time.Time) (Fo
 		}
 		s = c.state.Load()
 	}
+	ch, created := s.changes[d]
+	if !created && c.unknown.proving.Load() > maxAtOnce {
+		pause(ctx, rand.N(proofGap), nil)
+	}
 	now := time.Now()
-	if !s.fresh(now, c.cfg.MaxStaleness) { // the process was stopped
+	switch {
+	case !s.fresh(now, c.cfg.MaxStaleness): // the process was stopped
 		return c.ask(ctx, d)
-	}
-	if e := c.cached(s, &d, false); e != nil { // created since the filter was asked
-		return found(e, s, s.pgTime(now), s.syncedAt), nil
-	}
-	if !c.unknown.certain(s, &d) { // created, with many others; or the feed started over
+	case created:
+		return found(ch.entry, s, s.pgTime(now), s.syncedAt), nil
+	case !c.unknown.certain(s, &d): // created, with many others; or the feed started over
 		return c.ask(ctx, d)
 	}
 	c.counts.proofs.Add(1)
