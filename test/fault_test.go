@@ -4,13 +4,10 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
 	"net/url"
 	"os"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -276,63 +273,6 @@ func TestReadOnlyDatabaseDoesNotDisturbRequests(t *testing.T) {
 	})
 	f.stream.goesOn(t)
 	f.g.do("GET", "/v1/memories", bearer(f.revoked)).wantCode(t, 401, "API_KEY_REVOKED")
-}
-
-// TestFiftyReloadsUnderLoadRefuseNobodyAndLeakNothing sends requests all the while. Connections that break are counted and
-// not judged: each reload of Caddy opens a listener of its own and closes the old one with its queue, gateway or not.
-func TestFiftyReloadsUnderLoadRefuseNobodyAndLeakNothing(t *testing.T) {
-	r := newRig(t)
-	// Idle connections to backends outlive the configuration that made them, in plain Caddy too, until this.
-	g := r.start(strings.ReplaceAll(standardSite, "reverse_proxy PRODUCTION", "reverse_proxy PRODUCTION {\ntransport http {\nkeepalive 1s\n}\n}"))
-	key := r.key("production", "memories:read")
-	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 200, "")
-	descriptors := g.descriptors()
-	stop := make(chan struct{})
-	var wg sync.WaitGroup
-	var requests, refused, broken atomic.Int64
-	keepAlive := &http.Client{Transport: &http.Transport{}}
-	for range 4 {
-		wg.Go(func() {
-			for {
-				select {
-				case <-stop:
-					return
-				default:
-				}
-				req, _ := http.NewRequest("GET", g.http+"/v1/memories", nil)
-				req.Header = bearer(key)
-				resp, err := keepAlive.Do(req)
-				switch {
-				case err != nil:
-					broken.Add(1)
-				case resp.StatusCode != http.StatusOK:
-					refused.Add(1)
-				}
-				if err == nil {
-					_, _ = io.Copy(io.Discard, resp.Body)
-					_ = resp.Body.Close()
-				}
-				requests.Add(1)
-			}
-		})
-	}
-	lookups := g.status().Lookups
-	for range 50 {
-		g.reload()
-	}
-	close(stop)
-	wg.Wait()
-	keepAlive.CloseIdleConnections()
-	t.Logf("%d requests, %d connections broke", requests.Load(), broken.Load())
-	if refused.Load() > 0 {
-		t.Errorf("%d of %d requests were refused", refused.Load(), requests.Load())
-	}
-	if now := g.status().Lookups; now != lookups {
-		t.Errorf("%d lookups after the reloads, %d before: the cache was lost", now, lookups)
-	}
-	eventually(t, "no connection to Postgres leaks", func() bool {
-		return g.descriptors() <= descriptors+16 // idle connections to backends of the last configurations
-	})
 }
 
 // descriptors counts the gateway's open files.

@@ -75,7 +75,7 @@ func newRigOn(t *testing.T, database string) *rig {
 	if _, _, err := keystore.Migrate(t.Context(), database); err != nil {
 		t.Fatal(err)
 	}
-	store, err := keystore.Open(database, keystore.Options{})
+	store, err := keystore.Open(database, keystore.Options{ApplicationName: "rekall-test"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -183,6 +183,12 @@ func (r *rig) start(sites string, options ...string) *gateway {
 
 func (r *rig) prepare(sites string, options ...string) *gateway {
 	r.t.Helper()
+	return r.write(sites, "rekall {\n\t\tdatabase {env.REKALL_DATABASE_URL}\n\t\t"+strings.Join(options, "\n\t\t")+"\n\t}")
+}
+
+// write makes a Caddyfile with the sites and global options given.
+func (r *rig) write(sites, global string) *gateway {
+	r.t.Helper()
 	dir := r.t.TempDir()
 	port, admin := freePort(r.t), freePort(r.t)
 	text := fmt.Sprintf(`{
@@ -195,12 +201,9 @@ func (r *rig) prepare(sites string, options ...string) *gateway {
 		level DEBUG
 	}
 	grace_period 2s
-	rekall {
-		database {env.REKALL_DATABASE_URL}
-		%s
-	}
+	%s
 }
-%s`, admin, dir, strings.Join(options, "\n\t\t"), sites)
+%s`, admin, dir, global, sites)
 	text = strings.NewReplacer("PORT", fmt.Sprint(port), "ADMIN", fmt.Sprintf("127.0.0.1:%d", admin),
 		"PRODUCTION", r.production.Address(), "SANDBOX", r.sandbox.Address()).Replace(text)
 	g := &gateway{
