@@ -225,8 +225,6 @@ func (f *faultRig) openStream(key keyadmin.Key) *follower {
 	return follow(f.g.open("GET", "/v1/memories", demo(key, "sse"), nil))
 }
 
-func (f *faultRig) logged(message string) int { return strings.Count(f.g.log.String(), message) }
-
 func TestWallClockSetForwardOrBackChangesNoVerdict(t *testing.T) {
 	f := newFaultRig(t)
 	leaps := 0

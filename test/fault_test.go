@@ -8,10 +8,14 @@ import (
 	"net/url"
 	"os"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
@@ -24,6 +28,8 @@ type edgeStatus struct {
 	SyncAgeSeconds float64 `json:"sync_age_seconds"`
 	InFlight       int     `json:"in_flight"`
 	Lookups        uint64  `json:"lookups"`
+	LookupErrors   uint64  `json:"lookup_errors"`
+	SyncErrors     uint64  `json:"sync_errors"`
 	Canary         float64 `json:"canary_revocation_seconds"`
 }
 
@@ -261,6 +267,85 @@ func TestPartitionedEdgeStopsAtTheBoundWhileOthersRefuseAtOnce(t *testing.T) {
 		return f.g.ask(f.key) == "API_KEY_REVOKED"
 	})
 }
+
+// TestSilentNetworkDoesNotOccupyThePoolWhenItIsBack: each statement that timed out is cleaned up on its connection, with a
+// server that does not answer. When that takes long, every place in the pool is taken, and syncs fail though new connections
+// would work.
+func TestSilentNetworkDoesNotOccupyThePoolWhenItIsBack(t *testing.T) {
+	f := newFaultRig(t, "refresh 100ms", "max_staleness 50s")
+	const begins, ends = "key sync failed", "key sync works again"
+	f.fillPool()
+	eventually(t, "the sync has got over it", func() bool { return f.logged(begins) == f.logged(ends) })
+	faults, before := f.logged(begins), f.g.status().LookupErrors
+	f.network.partition()
+	eventually(t, "every connection has met the silence", func() bool {
+		<-f.askForUnknownKeys()
+		return f.logged(begins) > faults && f.g.status().LookupErrors >= before+3
+	})
+	failed := f.g.status()
+	f.network.reopen()
+	eventually(t, "the sync works again", func() bool { return f.g.status().Epoch > failed.Epoch })
+	// A sync fails after 2 s. One may have been under way; the places are free within the time of another.
+	if n := f.g.status().SyncErrors - failed.SyncErrors; n > 3 {
+		t.Errorf("%d syncs failed after the network was back", n)
+	}
+	f.g.do("GET", "/v1/memories", bearer(f.key)).wantCode(t, 200, "")
+	f.g.do("GET", "/v1/memories", bearer(f.revoked)).wantCode(t, 401, "API_KEY_REVOKED")
+	f.stream.goesOn(t)
+	eventually(t, "the log says that it is over", func() bool { return f.logged(ends) > faults })
+	if f.logged(begins) != faults+1 || f.logged(ends) != faults+1 {
+		t.Errorf("the log says %d times that it began and %d times that it is over, want once each", f.logged(begins)-faults, f.logged(ends)-faults)
+	}
+}
+
+// askForUnknownKeys makes the gateway ask Postgres, for as many keys at a time as it does, and returns a channel that is closed
+// when all are answered.
+func (f *faultRig) askForUnknownKeys() <-chan struct{} {
+	f.t.Helper()
+	var asking sync.WaitGroup
+	for range 3 {
+		header := http.Header{"X-Api-Key": {apikey.Generate(apikey.Production)}}
+		asking.Go(func() { _, _ = send("GET", f.g.http+"/v1/memories", header, nil) })
+	}
+	answered := make(chan struct{})
+	go func() {
+		defer close(answered)
+		asking.Wait()
+	}()
+	return answered
+}
+
+// fillPool waits until the gateway has all the connections to Postgres that it may have: while nobody can read the keys, its
+// lookups and its sync each need one.
+func (f *faultRig) fillPool() {
+	f.t.Helper()
+	conn, err := pgx.Connect(f.t.Context(), f.rig.database)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	defer func() { _ = conn.Close(f.t.Context()) }()
+	eventually(f.t, "the pool is full", func() bool {
+		if _, err := conn.Exec(f.t.Context(), "begin; lock table rekall.api_keys"); err != nil {
+			f.t.Fatal(err)
+		}
+		answered, full := f.askForUnknownKeys(), false
+		for waiting := true; waiting && !full; {
+			full = len(f.postgresBackends()) == maxBackends
+			select {
+			case <-answered:
+				waiting = false
+			default:
+			}
+		}
+		if _, err := conn.Exec(f.t.Context(), "rollback"); err != nil {
+			f.t.Fatal(err)
+		}
+		<-answered
+		return full && len(f.postgresBackends()) == maxBackends
+	})
+}
+
+func (f *faultRig) logged(message string) int { return strings.Count(f.g.log.String(), message) }
 
 func TestReadOnlyDatabaseDoesNotDisturbRequests(t *testing.T) {
 	f := newFaultRig(t)

@@ -97,11 +97,18 @@ func (n *network) partition() {
 	n.cut = true
 }
 
+// heal ends a partition, and with it the connections from before: both sides learn of it.
 func (n *network) heal() {
-	n.mu.Lock()
-	n.cut = false
-	n.mu.Unlock()
+	n.reopen()
 	n.drop()
+}
+
+// reopen ends a partition for connections that are made from now on. Of those from before, what was swallowed stays so, and
+// nobody tells either side: the way in which a firewall forgets them.
+func (n *network) reopen() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.cut = false
 }
 
 // lead sends connections to another server, and drops those to the one before.
