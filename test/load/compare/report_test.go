@@ -1,0 +1,240 @@
+//go:build load
+
+package compare
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+)
+
+// all reports whether all of the systems were measured.
+func (m measurements) all(names ...string) bool {
+	for _, name := range names {
+		if m[name] == nil {
+			return false
+		}
+	}
+	return true
+}
+
+// each is the spread of a figure that is made of the samples that the same round has of some systems.
+func (m measurements) each(figure func(s []sample) float64, names ...string) spread {
+	var values []float64
+	for round := range m[names[0]] {
+		var samples []sample
+		for _, name := range names {
+			samples = append(samples, m[name][round])
+		}
+		values = append(values, figure(samples))
+	}
+	return spreadOf(values)
+}
+
+func cpu(s []sample) float64       { return s[0].cpu }
+func rate(s []sample) float64      { return s[0].rate }
+func cpuRatio(s []sample) float64  { return s[0].cpu / s[1].cpu }
+func rateRatio(s []sample) float64 { return s[0].rate / s[1].rate }
+func addedCPU(s []sample) float64  { return s[0].cpu - s[1].cpu }
+
+// baselines are the systems that differ from one by its authentication alone.
+var baselines = []struct{ name, baseline string }{
+	{checked, bare}, {forward, stock}, {tunedAuth, bare}, {authNginx, plainNginx}, {luaNginx, plainNginx},
+	{mapHAProxy, haproxy}, {shaHAProxy, haproxy},
+}
+
+// baselineOf returns what a system is without its authentication; empty: none was measured.
+func baselineOf(name string) string {
+	for _, b := range baselines {
+		if b.name == name {
+			return b.baseline
+		}
+	}
+	return ""
+}
+
+func (m measurements) systemsTable() string {
+	var table strings.Builder
+	table.WriteString("| system | CPU, us/request | p10 – p90 | added by its authentication, us | p10 – p90 | requests/s |\n| --- | --- | --- | --- | --- | --- |\n")
+	for _, name := range []string{
+		checked, bare, shipped, stock, stockLog, forward, tunedAuth, plainNginx, authNginx, luaNginx, haproxy, mapHAProxy, shaHAProxy,
+	} {
+		if !m.all(name) {
+			continue
+		}
+		added := "- | -"
+		if baseline := baselineOf(name); m.all(baseline) {
+			s := m.each(addedCPU, name, baseline)
+			added = fmt.Sprintf("%.1f | %.1f – %.1f", s.median, s.p10, s.p90)
+		}
+		c := m.each(cpu, name)
+		fmt.Fprintf(&table, "| %s | %.1f | %.1f – %.1f | %s | %.0f |\n", name, c.median, c.p10, c.p90, added, m.each(rate, name).median)
+	}
+	return table.String()
+}
+
+func (m measurements) ratiosTable() string {
+	var table strings.Builder
+	table.WriteString("| system | against | CPU per request, ratio | 95 % of the median | p10 – p90 | requests/s, ratio |\n| --- | --- | --- | --- | --- | --- |\n")
+	for _, pair := range []struct{ name, against string }{
+		{checked, bare}, {checked, stock}, {shipped, stockLog}, {shipped, stock},
+		{checked, forward}, {checked, tunedAuth}, {shipped, forward}, {checked, authNginx}, {checked, luaNginx}, {checked, shaHAProxy},
+	} {
+		if m.all(pair.name, pair.against) {
+			fmt.Fprintf(&table, "| %s | %s | %s | %.2f |\n", pair.name, pair.against,
+				m.each(cpuRatio, pair.name, pair.against).cells("%.3f"), m.each(rateRatio, pair.name, pair.against).median)
+		}
+	}
+	return table.String()
+}
+
+// target of a figure, with a stretch beyond it. 0: no stretch.
+type target struct {
+	what            string
+	limit, stretch  float64
+	atLeast         bool // otherwise at most
+	measured        float64
+	low, high       float64
+	withoutInterval bool
+}
+
+func (m measurements) targets() []target {
+	var list []target
+	add := func(what string, limit, stretch float64, atLeast bool, s spread) {
+		list = append(list, target{what: what, limit: limit, stretch: stretch, atLeast: atLeast, measured: s.median, low: s.low, high: s.high})
+	}
+	const atLeast, atMost = true, false
+	add("CPU: keys checked, against the same without the gateway", 1.05, 1.03, atMost, m.each(cpuRatio, checked, bare))
+	add("CPU: as shipped, against stock Caddy, both with access log", 0.90, 0.78, atMost, m.each(cpuRatio, shipped, stockLog))
+	add("CPU: as shipped but without access log, against stock Caddy without", 0.90, 0.78, atMost, m.each(cpuRatio, checked, stock))
+	// Medians, since a difference of one round may be 0.
+	shareOf := func(other string) float64 {
+		return m.each(addedCPU, checked, bare).median / m.each(addedCPU, other, baselineOf(other)).median
+	}
+	share := func(what string, limit float64, other string) {
+		list = append(list, target{what: what, limit: limit, measured: shareOf(other), withoutInterval: true})
+	}
+	share("added CPU, against what forward_auth adds", 0.05, forward)
+	share("added CPU, against what forward_auth with our settings adds", 0.05, tunedAuth)
+	if m.all(luaNginx) {
+		share("added CPU, against what Lua adds to nginx", 1, luaNginx)
+	}
+	add("requests/s: as shipped, against forward_auth without access log", 2, 2.8, atLeast, m.each(rateRatio, shipped, forward))
+	add("requests/s: as shipped but without access log, against forward_auth", 2, 2.8, atLeast, m.each(rateRatio, checked, forward))
+	return list
+}
+
+// meets tells whether the median is on the right side. The interval beside it tells how sure that is.
+func (t target) meets(limit float64) bool {
+	if t.atLeast {
+		return t.measured >= limit
+	}
+	return t.measured <= limit
+}
+
+func (t target) verdict() string {
+	switch {
+	case t.stretch != 0 && t.meets(t.stretch):
+		return "reached, stretch too"
+	case t.meets(t.limit):
+		return "reached"
+	}
+	return "**not reached**"
+}
+
+func (m measurements) targetsTable() string {
+	var table strings.Builder
+	table.WriteString("| target | limit | stretch | measured | 95 % | |\n| --- | --- | --- | --- | --- | --- |\n")
+	for _, t := range m.targets() {
+		sign, stretch, interval := "≤", "-", "-"
+		if t.atLeast {
+			sign = "≥"
+		}
+		if t.stretch != 0 {
+			stretch = fmt.Sprintf("%s %.2f", sign, t.stretch)
+		}
+		if !t.withoutInterval {
+			interval = fmt.Sprintf("%.3f – %.3f", t.low, t.high)
+		}
+		fmt.Fprintf(&table, "| %s | %s %.2f | %s | %.3f | %s | %s |\n", t.what, sign, t.limit, stretch, t.measured, interval, t.verdict())
+	}
+	return table.String()
+}
+
+// method says how the rounds were run.
+func method() string {
+	return fmt.Sprintf("%d rounds of %d s, %d connections, %d keys, addresses of the backend: %d.\n\n",
+		*rounds, *seconds, *connections, *keyCount, *upstreams)
+}
+
+// about says what was run where.
+func (b *bench) about(versions func(*testing.T) string) string {
+	b.t.Helper()
+	cpus, _ := os.ReadFile("/proc/cpuinfo")
+	_, model, _ := strings.Cut(string(cpus), "model name\t: ")
+	model, _, _ = strings.Cut(model, "\n")
+	loadavg, _ := os.ReadFile("/proc/loadavg")
+	loads := strings.Fields(string(loadavg))
+	return fmt.Sprintf("%s, %d CPUs (%s), load average before the run %s.\n%s.\n",
+		time.Now().UTC().Format("2006-01-02"), runtime.NumCPU(), model, loads[0], versions(b.t))
+}
+
+// installedVersions names what is compared.
+func installedVersions(t *testing.T) string {
+	t.Helper()
+	list := []string{runtime.Version(), "Caddy " + caddyVersion(t)}
+	for _, c := range [][]string{{"nginx", "-v"}, {"haproxy", "-v"}, {"wrk", "-v"}} {
+		if _, err := exec.LookPath(c[0]); err == nil {
+			list = append(list, version(c[0], c[1]))
+		}
+	}
+	return strings.Join(list, ", ")
+}
+
+// caddyVersion is that of the module; a program built from a dependency does not know it.
+func caddyVersion(t *testing.T) string {
+	t.Helper()
+	output, err := exec.Command("go", "list", "-m", "-f", "{{.Version}}", "github.com/caddyserver/caddy/v2").Output()
+	if err != nil {
+		t.Fatalf("find the version of Caddy: %v", err)
+	}
+	return strings.TrimSpace(string(output))
+}
+
+// version is the beginning of a program's first line.
+func version(program, argument string) string {
+	output, _ := exec.Command(program, argument).CombinedOutput() // wrk -v ends with 1
+	line, _, _ := strings.Cut(string(output), "\n")
+	line = strings.TrimPrefix(line, "nginx version: ")
+	words := strings.Fields(line)
+	if words[0] == "HAProxy" {
+		words = []string{"HAProxy", words[2]}
+	}
+	return strings.Join(words[:min(2, len(words))], " ")
+}
+
+// publish shows a report, and writes it into README.md where that is asked for.
+func (b *bench) publish(name, report string) {
+	b.t.Helper()
+	b.t.Logf("%s\n%s", name, report)
+	if !*write {
+		return
+	}
+	text, err := os.ReadFile("README.md")
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	begin, end := fmt.Sprintf("<!-- %s: begin -->\n", name), fmt.Sprintf("<!-- %s: end -->\n", name)
+	before, rest, found := strings.Cut(string(text), begin)
+	_, after, closed := strings.Cut(rest, end)
+	if !found || !closed {
+		b.t.Fatalf("README.md has no place for the report %q", name)
+	}
+	if err := os.WriteFile("README.md", []byte(before+begin+report+end+after), 0o644); err != nil {
+		b.t.Fatal(err)
+	}
+}

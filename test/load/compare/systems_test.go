@@ -1,0 +1,226 @@
+//go:build load
+
+package compare
+
+import (
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// system that is measured: a proxy in front of the backend, and what it needs for its decisions.
+type system struct {
+	name          string
+	authenticates bool
+	url, admin    string // admin: of those that are Caddy
+	configuration string
+	own           *process
+	processes     []*process // own, and the auth service of those that ask it
+}
+
+func (s *system) cpu() time.Duration {
+	var sum time.Duration
+	for _, p := range s.processes {
+		sum += p.cpu()
+	}
+	return sum
+}
+
+// The systems, by the names that they have in the tables.
+const (
+	checked    = "gateway"
+	bare       = "the same without the gateway"
+	shipped    = "gateway as shipped, with access log"
+	stock      = "stock Caddy"
+	stockLog   = "stock Caddy, with access log"
+	forward    = "stock Caddy, forward_auth"
+	tunedAuth  = "Caddy with our settings, forward_auth"
+	plainNginx = "nginx"
+	authNginx  = "nginx, auth_request"
+	luaNginx   = "nginx, Lua"
+	haproxy    = "HAProxy"
+	mapHAProxy = "HAProxy, map of keys"
+	shaHAProxy = "HAProxy, map of SHA-256"
+)
+
+// startSystems starts all of them, and proves each. Those of a group are measured one right after another.
+func (b *bench) startSystems() (groups [][]*system) {
+	b.t.Helper()
+	example := exampleFile(b.t)
+	quiet := without(b.t, example, "\tlog\n")
+	groups = append(groups, []*system{
+		b.startGateway(checked, gatewayProgram, quiet),
+		b.startGateway(bare, gatewayProgram, ungated(b.t, quiet)),
+		b.startGateway(shipped, gatewayProgram, example),
+		b.startCaddy(stock, "stock.Caddyfile"),
+		b.startCaddy(stockLog, "stock-log.Caddyfile"),
+	}, []*system{
+		b.startCaddy(forward, "forward-auth.Caddyfile"),
+		b.startCaddy(tunedAuth, "forward-auth-tuned.Caddyfile", "GOGC=400"),
+	})
+	if installed(b.t, "nginx") {
+		group := []*system{
+			b.startNginxSystem(plainNginx, "nginx-plain.conf"),
+			b.startNginxSystem(authNginx, "nginx-auth_request.conf"),
+		}
+		if hasLua(b.t) {
+			group = append(group, b.startNginxSystem(luaNginx, "nginx-lua.conf"))
+		}
+		groups = append(groups, group)
+	}
+	if installed(b.t, "haproxy") {
+		groups = append(groups, []*system{
+			b.startHAProxy(haproxy, "haproxy-plain.cfg"),
+			b.startHAProxy(mapHAProxy, "haproxy-map.cfg"),
+			b.startHAProxy(shaHAProxy, "haproxy-sha256.cfg"),
+		})
+	}
+	for _, s := range slices.Concat(groups...) {
+		b.prove(s)
+	}
+	return groups
+}
+
+// exampleFile is Caddyfile.example, to be filled in: addresses of this machine, and no TLS, which no system has here.
+func exampleFile(t *testing.T) string {
+	t.Helper()
+	text, err := os.ReadFile("../../../Caddyfile.example")
+	if err != nil {
+		t.Fatal(err)
+	}
+	example := string(text)
+	for _, r := range []struct{ old, new string }{
+		{"\n{\n", "\n{\n\tadmin @ADMIN@\n\tdefault_bind 127.0.0.1\n\tpersist_config off\n\tstorage file_system @DIR@\n\n"},
+		{"\nhttp://api.rekall.ai {", "\nhttp://api.rekall.ai:@PORT@ {"},
+		{"\napi.rekall.ai {", "\nhttp://@ADDRESS@ {"},
+		{"prod-1:8080 prod-2:8080", "@BACKENDS@"},
+		{" sandbox:8080", " 127.0.0.1:1"},
+	} {
+		example = replaced(t, example, r.old, r.new)
+	}
+	return example
+}
+
+// replaced fails the test unless there is exactly one to replace: a changed example must not be measured as something else.
+func replaced(t *testing.T, text, old, new string) string {
+	t.Helper()
+	if n := strings.Count(text, old); n != 1 {
+		t.Fatalf("Caddyfile.example has %q %d times instead of once", old, n)
+	}
+	return strings.Replace(text, old, new, 1)
+}
+
+func without(t *testing.T, text, line string) string {
+	t.Helper()
+	return replaced(t, text, line, "")
+}
+
+// ungated puts the production proxy in the gateway's place, with the idle pool that the gateway's transport has.
+func ungated(t *testing.T, example string) string {
+	t.Helper()
+	whole, inside := blockOf(t, example, "rekall_gateway {\n")
+	_, proxy := blockOf(t, inside, "production {\n")
+	proxy = replaced(t, proxy, "transport rekall production {\n", "transport http {\nkeepalive_idle_conns_per_host 512\n")
+	return replaced(t, example, whole, proxy)
+}
+
+// blockOf finds a block of a Caddyfile by its first line.
+func blockOf(t *testing.T, text, opening string) (whole, inside string) {
+	t.Helper()
+	_, rest, found := strings.Cut(text, opening)
+	if !found {
+		t.Fatalf("Caddyfile.example has no %q", opening)
+	}
+	depth, length := 1, 0
+	for line := range strings.Lines(rest) {
+		code := strings.TrimSpace(line)
+		switch {
+		case strings.HasPrefix(code, "#"):
+		case strings.HasSuffix(code, "{"):
+			depth++
+		case code == "}":
+			depth--
+		}
+		if depth == 0 {
+			return opening + rest[:length+len(line)], rest[:length]
+		}
+		length += len(line)
+	}
+	t.Fatalf("Caddyfile.example does not end the block %q", opening)
+	return "", ""
+}
+
+// startGateway starts a build of the gateway with a Caddyfile, whose first lines name everything by @NAMES@.
+func (b *bench) startGateway(name, program, caddyfile string) *system {
+	b.t.Helper()
+	address, admin, refusing := freeAddress(b.t), freeAddress(b.t), freeAddress(b.t)
+	_, port, _ := strings.Cut(refusing, ":")
+	text := strings.NewReplacer("@ADMIN@", admin, "@DIR@", b.dir, "@PORT@", port, "@ADDRESS@", address,
+		"@BACKENDS@", strings.Join(b.backends, " ")).Replace(caddyfile)
+	s := b.startCaddyProgram(name, program, text, address, admin, "REKALL_DATABASE_URL="+b.database)
+	s.authenticates = strings.Contains(caddyfile, "rekall_gateway {")
+	return s
+}
+
+func (b *bench) startCaddy(name, file string, variables ...string) *system {
+	b.t.Helper()
+	var auth []*process
+	asks := strings.HasPrefix(file, "forward-auth")
+	if asks {
+		auth = append(auth, b.startAuth())
+	}
+	address, admin := freeAddress(b.t), freeAddress(b.t)
+	s := b.startCaddyProgram(name, caddyProgram, b.fill(file, address, admin), address, admin, variables...)
+	s.authenticates = asks
+	s.processes = append(s.processes, auth...)
+	return s
+}
+
+func (b *bench) startCaddyProgram(name, program, caddyfile, address, admin string, variables ...string) *system {
+	b.t.Helper()
+	file := strings.NewReplacer(" ", "-", ",", "").Replace(name)
+	b.writeFile(file+".Caddyfile", caddyfile)
+	p := startProcess(b.t, b.path(file+".log"), append(variables, "HOME="+b.dir), program,
+		"run", "--config", b.path(file+".Caddyfile"), "--adapter", "caddyfile")
+	return &system{
+		name: name, url: "http://" + address, admin: "http://" + admin, configuration: caddyfile,
+		own: p, processes: []*process{p},
+	}
+}
+
+func (b *bench) startNginxSystem(name, file string) *system {
+	b.t.Helper()
+	asks := strings.Contains(file, "auth_request")
+	var auth []*process
+	if asks {
+		auth = append(auth, b.startAuth())
+	}
+	address := freeAddress(b.t)
+	p := b.startNginx(strings.TrimSuffix(file, ".conf"), b.fill(file, address, ""))
+	return &system{
+		name: name, authenticates: asks || strings.Contains(file, "lua"), url: "http://" + address,
+		own: p, processes: append([]*process{p}, auth...),
+	}
+}
+
+// hasLua tells whether nginx has the module, as Debian packages it.
+func hasLua(t *testing.T) bool {
+	t.Helper()
+	_, err := os.Stat("/etc/nginx/modules-enabled/50-mod-http-lua.conf")
+	if err != nil && (!testing.Short() || os.Getenv("REKALL_TEST_REQUIRE_ALL") != "") {
+		t.Fatal("nginx has no Lua: test/load/run installs libnginx-mod-http-lua")
+	}
+	return err == nil
+}
+
+func (b *bench) startHAProxy(name, file string) *system {
+	b.t.Helper()
+	address := freeAddress(b.t)
+	b.writeFile(file, b.fill(file, address, ""))
+	p := startProcess(b.t, b.path(file+".log"), nil, "haproxy", "-db", "-f", b.path(file))
+	return &system{
+		name: name, authenticates: file != "haproxy-plain.cfg", url: "http://" + address, own: p, processes: []*process{p},
+	}
+}
