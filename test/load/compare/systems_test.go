@@ -37,6 +37,7 @@ const (
 	stockLog   = "stock Caddy, with access log"
 	forward    = "stock Caddy, forward_auth"
 	tunedAuth  = "Caddy with our settings, forward_auth"
+	plain      = "plain Caddy, the same proxy"
 	plainNginx = "nginx"
 	authNginx  = "nginx, auth_request"
 	luaNginx   = "nginx, Lua"
@@ -124,6 +125,16 @@ func ungated(t *testing.T, example string) string {
 	_, proxy := blockOf(t, inside, "production {\n")
 	proxy = replaced(t, proxy, "transport rekall production {\n", "transport http {\nkeepalive_idle_conns_per_host 512\n")
 	return replaced(t, example, whole, proxy)
+}
+
+// startPlain starts stock Caddy with what Caddyfile.example says beside the gateway.
+func (b *bench) startPlain(example string) *system {
+	b.t.Helper()
+	text := ungated(b.t, example)
+	app, _ := blockOf(b.t, text, "rekall {\n")
+	text = without(b.t, text, app)
+	text = replaced(b.t, text, "\trekall_tls_only\n", "\trespond 403\n")
+	return b.startGateway(plain, caddyProgram, text)
 }
 
 // blockOf finds a block of a Caddyfile by its first line.
