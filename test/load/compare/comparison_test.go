@@ -69,8 +69,8 @@ func (b *bench) load(s *system, seconds int) sample {
 		b.t.Fatalf("wrk: %v\n%s", err, output)
 	}
 	_, line, _ := strings.Cut(string(output), "RESULT ")
-	var requests, us, refused, failed, p50, p99 int
-	if _, err := fmt.Sscan(line, &requests, &us, &refused, &failed, &p50, &p99); err != nil || requests == 0 {
+	var requests, us, refused, failed int
+	if _, err := fmt.Sscan(line, &requests, &us, &refused, &failed); err != nil || requests == 0 {
 		b.t.Fatalf("wrk: %v\n%s", err, output)
 	}
 	if refused+failed > 0 {

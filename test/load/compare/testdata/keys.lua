@@ -18,8 +18,8 @@ function request()
 	return requests[at]
 end
 
-function done(summary, latency)
+function done(summary)
 	local errors = summary.errors
-	print(string.format("RESULT %d %d %d %d %d %d", summary.requests, summary.duration, errors.status,
-		errors.connect + errors.read + errors.write + errors.timeout, latency:percentile(50), latency:percentile(99)))
+	print(string.format("RESULT %d %d %d %d", summary.requests, summary.duration, errors.status,
+		errors.connect + errors.read + errors.write + errors.timeout))
 end
