@@ -1,0 +1,228 @@
+package keystore
+
+import (
+	"context"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+)
+
+// KeyCounts is what an edge counted of one key in one hour.
+type KeyCounts struct {
+	KeyID  string
+	UsedAt int64                       // the last request that was allowed, by Postgres's clock, in microseconds since 1970; 0: none was
+	Counts [apikey.OutcomeCount]uint32 // requests by outcome; of an hour at one edge, so 32 bits are enough
+}
+
+// UsageFlush is what an edge adds to the counts at a time.
+type UsageFlush struct {
+	Instance string // of the edge
+	Sequence int64  // counts its flushes, from 1
+	Hour     int64  // since 1970, in UTC, by Postgres's clock
+	Keys     []*KeyCounts
+}
+
+// flushSQL is one statement, so that an edge that is stopped in the middle of a flush holds no lock. A flush that was
+// applied already yields no mark, and without a mark nothing is added. If its first copy is still running, the second waits
+// for it at the mark.
+const flushSQL = `
+with mark as (
+	insert into rekall.usage_flushes as f (instance, sequence) values ($1, $2)
+	on conflict (instance) do update set sequence = excluded.sequence, flushed_at = excluded.flushed_at
+	where f.sequence < excluded.sequence
+	returning sequence
+), allowed as materialized (
+	select n.* from mark, unnest($4::text[], $5::bigint[], $6::timestamptz[]) as n (key_id, count, used_at)
+), used as (
+	insert into rekall.last_used as l (key_id, first_used_at, last_used_at)
+	select key_id, used_at, used_at from allowed
+	on conflict (key_id) do update set first_used_at = least(l.first_used_at, excluded.first_used_at),
+		last_used_at = greatest(l.last_used_at, excluded.last_used_at)
+)
+insert into rekall.usage as u (key_id, hour, outcome, count)
+select key_id, $3, 'allowed', count from allowed
+union all
+select n.key_id, $3, n.outcome, n.count from mark, unnest($7::text[], $8::text[], $9::bigint[]) as n (key_id, outcome, count)
+on conflict (key_id, hour, outcome) do update set count = u.count + excluded.count`
+
+// FlushUsage adds counts to Postgres, in one transaction. Each key stands in them once, and all edges sort them in the same
+// order: then they do not deadlock. A flush whose outcome is not known is to be repeated, unchanged; it is never counted
+// twice.
+func (s *Store) FlushUsage(ctx context.Context, f UsageFlush) error {
+	const idSize, numberSize = 4 + 26, 4 + 8
+	keys := newArray(textArrayOID, textOID, len(f.Keys)*idSize)
+	counts := newArray(bigintArrayOID, bigintOID, len(f.Keys)*numberSize)
+	usedAt := newArray(timestamptzArrayOID, timestamptzOID, len(f.Keys)*numberSize)
+	deniedKeys, outcomes := newArray(textArrayOID, textOID, 0), newArray(textArrayOID, textOID, 0)
+	deniedCounts := newArray(bigintArrayOID, bigintOID, 0)
+	for _, k := range f.Keys {
+		for outcome, n := range k.Counts {
+			switch {
+			case n == 0:
+			case apikey.Outcome(outcome) == apikey.Allowed:
+				keys.addText(k.KeyID)
+				counts.addBigint(int64(n))
+				usedAt.addTimestamptz(k.UsedAt)
+			default:
+				deniedKeys.addText(k.KeyID)
+				outcomes.addText(apikey.Outcome(outcome).String())
+				deniedCounts.addBigint(int64(n))
+			}
+		}
+	}
+	err := s.execBinary(ctx, flushSQL, text(f.Instance), bigint(f.Sequence), timestamptz(f.Hour*3600*1e6),
+		keys.parameter(), counts.parameter(), usedAt.parameter(), deniedKeys.parameter(), outcomes.parameter(), deniedCounts.parameter())
+	if err != nil {
+		return failed("flush usage", err)
+	}
+	return nil
+}
+
+// HourUsage is how often a key had one outcome in one hour.
+type HourUsage struct {
+	Hour    time.Time // its beginning
+	Outcome string    // as apikey.Outcome writes it
+	Count   int64
+}
+
+// Spike is an hour in which a key was used far more than ever before.
+type Spike struct {
+	KeyID     string
+	Hour      time.Time // its beginning
+	Threshold int64     // requests from which on it is one
+}
+
+// KeyUsage is what the edges have counted of a key.
+type KeyUsage struct {
+	Hours  []HourUsage // by hour and outcome; hours without use are left out
+	Spikes []Spike     // by hour
+	LastUsed
+}
+
+// LastUsed says when a key was used. A use is a request that was allowed. The zero value: never.
+type LastUsed struct {
+	FirstUsedAt, LastUsedAt time.Time // by Postgres's clock
+}
+
+// Usage returns what a key was used for in the hours that begin at from or later and before to.
+func (s *Store) Usage(ctx context.Context, keyID string, from, to time.Time) (KeyUsage, error) {
+	var usage KeyUsage
+	used, err := s.LastUsed(ctx, []string{keyID})
+	if err != nil {
+		return KeyUsage{}, err
+	}
+	usage.LastUsed = used[keyID]
+	rows, _ := s.pool.Query(ctx, `
+select hour, outcome, count from rekall.usage where key_id = $1 and hour >= $2 and hour < $3 order by hour, outcome`,
+		keyID, from, to) // CollectRows returns its error
+	if usage.Hours, err = pgx.CollectRows(rows, pgx.RowToStructByPos[HourUsage]); err != nil {
+		return KeyUsage{}, failed("read usage", err)
+	}
+	rows, _ = s.pool.Query(ctx, `
+select key_id, hour, threshold from rekall.spikes where key_id = $1 and hour >= $2 and hour < $3 order by hour`,
+		keyID, from, to) // CollectRows returns its error
+	if usage.Spikes, err = pgx.CollectRows(rows, pgx.RowToStructByPos[Spike]); err != nil {
+		return KeyUsage{}, failed("read usage", err)
+	}
+	return usage, nil
+}
+
+// LastUsed returns when keys were used. Those that never were are left out.
+func (s *Store) LastUsed(ctx context.Context, keyIDs []string) (map[string]LastUsed, error) {
+	used := make(map[string]LastUsed, len(keyIDs))
+	rows, _ := s.pool.Query(ctx, `
+select key_id, first_used_at, last_used_at from rekall.last_used where key_id = any($1)`, keyIDs) // ForEachRow returns its error
+	var (
+		id string
+		at LastUsed
+	)
+	if _, err := pgx.ForEachRow(rows, []any{&id, &at.FirstUsedAt, &at.LastUsedAt}, func() error {
+		used[id] = at
+		return nil
+	}); err != nil {
+		return nil, failed("read last use", err)
+	}
+	return used, nil
+}
+
+// ClaimChore takes the turn at what one edge of all is to do, and reports whether it is the caller's: it is nobody's until
+// period has passed since the last claim.
+func (s *Store) ClaimChore(ctx context.Context, name string, period time.Duration) (bool, error) {
+	tag, err := s.pool.Exec(ctx, `
+insert into rekall.usage_chores as c (name) values ($1)
+on conflict (name) do update set claimed_at = excluded.claimed_at where c.claimed_at <= excluded.claimed_at - $2::interval`, name, period)
+	if err != nil {
+		return false, failed("claim "+name, err)
+	}
+	return tag.RowsAffected() == 1, nil
+}
+
+// HourTotal is how often a key was used in an hour, whatever the outcome.
+type HourTotal struct {
+	KeyID string
+	Hour  time.Time // its beginning
+	Count int64
+}
+
+// BusyKeys calls each for the keys that were used at least floor times in the current hour (in its first five minutes also in
+// the one before) and have no spike in it yet.
+func (s *Store) BusyKeys(ctx context.Context, floor int64, each func(HourTotal)) error {
+	rows, _ := s.pool.Query(ctx, `
+select u.key_id, u.hour, sum(u.count)::bigint from rekall.usage u
+where u.hour >= date_trunc('hour', now() - interval '5 minutes', 'UTC')
+	and not exists (select from rekall.spikes s where s.key_id = u.key_id and s.hour = u.hour)
+group by u.key_id, u.hour having sum(u.count) >= $1`, floor) // ForEachRow returns its error
+	var total HourTotal
+	if _, err := pgx.ForEachRow(rows, []any{&total.KeyID, &total.Hour, &total.Count}, func() error {
+		each(total)
+		return nil
+	}); err != nil {
+		return failed("read busy keys", err)
+	}
+	return nil
+}
+
+// UsageHistory calls each for every hour before the given one, up to window back, in which one of the keys was used.
+func (s *Store) UsageHistory(ctx context.Context, keyIDs []string, before time.Time, window time.Duration, each func(HourTotal)) error {
+	rows, _ := s.pool.Query(ctx, `
+select key_id, hour, sum(count)::bigint from rekall.usage
+where key_id = any($1) and hour < $2 and hour >= $2::timestamptz - $3::interval
+group by key_id, hour`, keyIDs, before, window) // ForEachRow returns its error
+	var total HourTotal
+	if _, err := pgx.ForEachRow(rows, []any{&total.KeyID, &total.Hour, &total.Count}, func() error {
+		each(total)
+		return nil
+	}); err != nil {
+		return failed("read usage history", err)
+	}
+	return nil
+}
+
+// AddSpike keeps a spike, and reports whether it was not known yet.
+func (s *Store) AddSpike(ctx context.Context, spike Spike) (bool, error) {
+	tag, err := s.pool.Exec(ctx, `
+insert into rekall.spikes (key_id, hour, threshold) values ($1, $2, $3) on conflict do nothing`, spike.KeyID, spike.Hour, spike.Threshold)
+	if err != nil {
+		return false, failed("add spike", err)
+	}
+	return tag.RowsAffected() == 1, nil
+}
+
+// silentEdge is how long an edge that has not flushed may yet repeat its last flush.
+const silentEdge = 7 * 24 * time.Hour
+
+// ForgetUsage removes up to limit rows of counts older than retention, and what belongs to them. It returns how many rows
+// of counts it removed: with fewer than limit, nothing is left to do.
+func (s *Store) ForgetUsage(ctx context.Context, retention time.Duration, limit int) (int64, error) {
+	tag, err := s.pool.Exec(ctx, `
+with spikes as (delete from rekall.spikes where hour < now() - $1::interval),
+	flushes as (delete from rekall.usage_flushes where flushed_at < now() - $3::interval)
+delete from rekall.usage where ctid = any(array(
+	select ctid from rekall.usage where hour < now() - $1::interval limit $2))`, retention, limit, silentEdge)
+	if err != nil {
+		return 0, failed("forget usage", err)
+	}
+	return tag.RowsAffected(), nil
+}

@@ -1,0 +1,278 @@
+package keystore_test
+
+import (
+	"context"
+	"fmt"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+var anHour = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+
+// counts of a key: allowed ones, used last in the given minute of the hour, and revoked ones.
+func counts(id string, allowed, revoked uint32, minute int) *keystore.KeyCounts {
+	k := &keystore.KeyCounts{KeyID: id}
+	k.Counts[apikey.Allowed], k.Counts[apikey.Revoked] = allowed, revoked
+	if allowed > 0 {
+		k.UsedAt = anHour.Add(time.Duration(minute) * time.Minute).UnixMicro()
+	}
+	return k
+}
+
+func flushOf(instance string, sequence int64, hour time.Time, keys ...*keystore.KeyCounts) keystore.UsageFlush {
+	return keystore.UsageFlush{Instance: instance, Sequence: sequence, Hour: hour.Unix() / 3600, Keys: keys}
+}
+
+func mustFlush(t testing.TB, store *keystore.Store, f keystore.UsageFlush) {
+	t.Helper()
+	if err := store.FlushUsage(t.Context(), f); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func usageOf(t testing.TB, store *keystore.Store, id string) keystore.KeyUsage {
+	t.Helper()
+	usage, err := store.Usage(t.Context(), id, anHour.Add(-30*24*time.Hour), anHour.Add(24*time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range usage.Hours {
+		usage.Hours[i].Hour = usage.Hours[i].Hour.UTC()
+	}
+	usage.FirstUsedAt, usage.LastUsedAt = usage.FirstUsedAt.UTC(), usage.LastUsedAt.UTC()
+	return usage
+}
+
+func instance() string { return apikey.RandomText(22) }
+
+func TestFlushesOfAllEdgesAddUpByHourAndOutcome(t *testing.T) {
+	store := open(t, database(t), keystore.Options{})
+	id, other := newKey().ID, newKey().ID
+	north, south := instance(), instance()
+	mustFlush(t, store, flushOf(north, 1, anHour, counts(id, 3, 2, 5)))
+	mustFlush(t, store, flushOf(south, 1, anHour, counts(id, 4, 0, 4)))
+	mustFlush(t, store, flushOf(north, 2, anHour.Add(time.Hour), counts(id, 1, 0, 65)))
+	mustFlush(t, store, flushOf(south, 2, anHour, counts(id, 0, 7, 0), counts(other, 0, 1, 0)))
+	want := []keystore.HourUsage{{anHour, "allowed", 7}, {anHour, "revoked", 9}, {anHour.Add(time.Hour), "allowed", 1}}
+	got := usageOf(t, store, id)
+	if diff := cmp.Diff(want, got.Hours); diff != "" {
+		t.Error(diff)
+	}
+	first, last := anHour.Add(4*time.Minute), anHour.Add(65*time.Minute)
+	if got.FirstUsedAt != first || got.LastUsedAt != last {
+		t.Errorf("used from %v to %v, want from %v to %v", got.FirstUsedAt, got.LastUsedAt, first, last)
+	}
+	if refused := usageOf(t, store, other); !refused.LastUsedAt.IsZero() || len(refused.Hours) != 1 {
+		t.Errorf("a key that was only ever refused: %+v", refused)
+	}
+}
+
+func TestFlushThatIsRepeatedIsCountedOnce(t *testing.T) {
+	store := open(t, database(t), keystore.Options{MaxConns: 10})
+	id, edge := newKey().ID, instance()
+	mustFlush(t, store, flushOf(edge, 1, anHour, counts(id, 1, 0, 1)))
+	var wg sync.WaitGroup
+	for range 10 { // the first may still be running when it is repeated
+		wg.Go(func() {
+			if err := store.FlushUsage(context.WithoutCancel(t.Context()), flushOf(edge, 2, anHour, counts(id, 10, 5, 2))); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	mustFlush(t, store, flushOf(edge, 1, anHour, counts(id, 1, 0, 1)))
+	want := []keystore.HourUsage{{anHour, "allowed", 11}, {anHour, "revoked", 5}}
+	if diff := cmp.Diff(want, usageOf(t, store, id).Hours); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestUseOfAKeyIsNoChangeOfIt(t *testing.T) {
+	store := open(t, database(t), keystore.Options{})
+	key := insert(t, store)
+	before, err := store.Get(t.Context(), key.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := snapshot(t, store, 0)
+	mustFlush(t, store, flushOf(instance(), 1, anHour, counts(key.ID, 10, 5, 2)))
+	after, err := store.Get(t.Context(), key.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if after.ChangeXid != before.ChangeXid {
+		t.Errorf("change_xid went from %d to %d", before.ChangeXid, after.ChangeXid)
+	}
+	if changes := snapshot(t, store, start.Xmin).Changes; len(changes) != 0 {
+		t.Errorf("the feed has %d changes", len(changes))
+	}
+}
+
+func TestFlushesOfManyEdgesAtOnceNeitherDeadlockNorLoseACount(t *testing.T) {
+	const edges, flushes, keys = 8, 20, 50
+	store := open(t, database(t), keystore.Options{MaxConns: edges})
+	ids := make([]string, keys)
+	for i := range ids {
+		ids[i] = newKey().ID
+	}
+	slices.Sort(ids)
+	var wg sync.WaitGroup
+	for range edges {
+		wg.Go(func() {
+			edge := instance()
+			for n := range flushes {
+				f := flushOf(edge, int64(n+1), anHour)
+				for _, id := range ids {
+					f.Keys = append(f.Keys, counts(id, 2, 1, n))
+				}
+				if err := store.FlushUsage(context.WithoutCancel(t.Context()), f); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	want := []keystore.HourUsage{{anHour, "allowed", 2 * edges * flushes}, {anHour, "revoked", edges * flushes}}
+	for _, id := range ids {
+		if diff := cmp.Diff(want, usageOf(t, store, id).Hours); diff != "" {
+			t.Fatal(diff)
+		}
+	}
+}
+
+func TestFirstAllowedUseOfAKeyIsAnnouncedOnce(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	id, edge := newKey().ID, instance()
+	mustFlush(t, store, flushOf(edge, 1, anHour, counts(newKey().ID, 1, 0, 1))) // no function yet: nothing to call
+	conn := connect(t, databaseURL)
+	exec(t, conn, `create table announced (key_id text);
+		create or replace function rekall.start_grace(text) returns void language sql as 'insert into public.announced values ($1)'`)
+	mustFlush(t, store, flushOf(edge, 2, anHour, counts(id, 0, 1, 0)))
+	mustFlush(t, store, flushOf(edge, 3, anHour, counts(id, 1, 0, 1)))
+	mustFlush(t, store, flushOf(edge, 4, anHour, counts(id, 1, 1, 2)))
+	mustFlush(t, store, flushOf(instance(), 1, anHour, counts(id, 1, 0, 3)))
+	var announced int
+	if err := conn.QueryRow(t.Context(), `select count(*) from announced where key_id = $1`, id).Scan(&announced); err != nil || announced != 1 {
+		t.Errorf("announced %d times, %v", announced, err)
+	}
+}
+
+func TestForgetRemovesWhatIsPastItsRetentionAndKeepsTheLastUse(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	id, edge := newKey().ID, instance()
+	now := time.Now().UTC().Truncate(time.Hour)
+	for age := range 10 {
+		f := flushOf(edge, int64(age+1), now.Add(-time.Duration(age)*24*time.Hour), counts(id, 1, 1, 0))
+		mustFlush(t, store, f)
+		if _, err := store.AddSpike(t.Context(), keystore.Spike{KeyID: id, Hour: time.Unix(f.Hour*3600, 0), Threshold: 1}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exec(t, connect(t, databaseURL), `insert into rekall.usage_flushes values ($1, 1, now() - interval '8 days')`, instance())
+	const keep = 4*24*time.Hour + time.Minute + time.Hour // the hour that it is now counts as begun
+	var removed []int64
+	for {
+		n, err := store.ForgetUsage(t.Context(), keep, 4)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if removed = append(removed, n); n < 4 {
+			break
+		}
+	}
+	if !slices.Equal(removed, []int64{4, 4, 2}) {
+		t.Errorf("removed %v", removed)
+	}
+	usage, err := store.Usage(t.Context(), id, now.Add(-30*24*time.Hour), now.Add(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(usage.Hours) != 10 || len(usage.Spikes) != 5 || usage.LastUsedAt.IsZero() {
+		t.Errorf("left are %d counts, %d spikes, last use %v", len(usage.Hours), len(usage.Spikes), usage.LastUsedAt)
+	}
+	var flushes int
+	if err := connect(t, databaseURL).QueryRow(t.Context(), `select count(*) from rekall.usage_flushes`).Scan(&flushes); err != nil || flushes != 1 {
+		t.Errorf("%d edges' flushes left, %v", flushes, err)
+	}
+}
+
+func TestChoreHasOneTakerInItsPeriod(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{MaxConns: 8})
+	claim := func() (winners int) {
+		mine := make(chan bool, 8)
+		var wg sync.WaitGroup
+		for range cap(mine) {
+			wg.Go(func() {
+				won, err := store.ClaimChore(context.WithoutCancel(t.Context()), "sweep", time.Hour)
+				if err != nil {
+					t.Error(err)
+				}
+				mine <- won
+			})
+		}
+		wg.Wait()
+		close(mine)
+		for won := range mine {
+			if won {
+				winners++
+			}
+		}
+		return winners
+	}
+	if n := claim(); n != 1 {
+		t.Errorf("%d edges took the first turn", n)
+	}
+	if n := claim(); n != 0 {
+		t.Errorf("%d edges took a turn that had been taken", n)
+	}
+	exec(t, connect(t, databaseURL), `update rekall.usage_chores set claimed_at = now() - interval '61 minutes'`)
+	if n := claim(); n != 1 {
+		t.Errorf("%d edges took the next turn", n)
+	}
+}
+
+// TestBusyKeysAreThoseOfTheHourInUTC: in a time zone half an hour off, an hour begins elsewhere.
+func TestBusyKeysAreThoseOfTheHourInUTC(t *testing.T) {
+	databaseURL := database(t)
+	zones := []string{"Asia/Kolkata", "UTC", "Asia/Kathmandu"}
+	busy, quiet, known, old := newKey().ID, newKey().ID, newKey().ID, newKey().ID
+	for _, zone := range zones {
+		u, err := url.Parse(databaseURL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		query := u.Query()
+		query.Set("timezone", zone)
+		u.RawQuery = query.Encode()
+		store := open(t, u.String(), keystore.Options{})
+		now := time.Now().UTC().Truncate(time.Hour)
+		keys := []*keystore.KeyCounts{counts(busy, 60, 40, 0), counts(quiet, 50, 49, 0), counts(known, 500, 0, 0)}
+		slices.SortFunc(keys, func(a, b *keystore.KeyCounts) int { return strings.Compare(a.KeyID, b.KeyID) })
+		exec(t, connect(t, databaseURL), `delete from rekall.usage`)
+		edge := instance()
+		mustFlush(t, store, flushOf(edge, 1, now, keys...))
+		mustFlush(t, store, flushOf(edge, 2, now.Add(-2*time.Hour), counts(old, 500, 0, 0)))
+		if _, err := store.AddSpike(t.Context(), keystore.Spike{KeyID: known, Hour: now, Threshold: 1}); err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		err = store.BusyKeys(t.Context(), 100, func(total keystore.HourTotal) {
+			got = append(got, fmt.Sprint(total.KeyID, total.Hour.Unix(), total.Count))
+		})
+		if want := []string{fmt.Sprint(busy, now.Unix(), 100)}; err != nil || !slices.Equal(got, want) {
+			t.Errorf("%s: got %v, want %v, %v", zone, got, want, err)
+		}
+	}
+}
