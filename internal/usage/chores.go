@@ -1,0 +1,70 @@
+package usage
+
+import (
+	"context"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// chore is what one edge of all does once in a period.
+type chore struct {
+	name   string
+	period time.Duration
+	do     func(context.Context) error
+}
+
+const (
+	choreTimeout = 30 * time.Second
+
+	forgetBatch = 10_000 // rows removed in one statement
+)
+
+func (c *Counter) chores() []chore {
+	return []chore{
+		{"find spikes", time.Minute, c.findSpikes},
+		{"forget usage", time.Hour, c.forget},
+	}
+}
+
+// doChores asks for its turn at each chore a few times in its period, so that another edge steps in when one stops.
+func (c *Counter) doChores(ctx context.Context) {
+	chores := c.chores()
+	ticker := time.NewTicker(chores[0].period / 4)
+	defer ticker.Stop()
+	failing := make([]bool, len(chores))
+	for {
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return
+		}
+		for i, chore := range chores {
+			err := c.doChore(ctx, chore)
+			if err != nil && ctx.Err() == nil && !failing[i] {
+				c.cfg.Logger().Warn("usage chore failed; it is tried again", zap.String("chore", chore.name), zap.Error(err))
+			}
+			failing[i] = err != nil
+		}
+	}
+}
+
+func (c *Counter) doChore(ctx context.Context, chore chore) error {
+	ctx, cancel := context.WithTimeout(ctx, choreTimeout)
+	defer cancel()
+	mine, err := c.store.ClaimChore(ctx, chore.name, chore.period)
+	if err != nil || !mine {
+		return err
+	}
+	return chore.do(ctx)
+}
+
+// forget removes counts that are past their retention, in batches that hold no lock for long.
+func (c *Counter) forget(ctx context.Context) error {
+	for {
+		n, err := c.store.ForgetUsage(ctx, c.cfg.Retention, forgetBatch)
+		if err != nil || n < forgetBatch {
+			return err
+		}
+	}
+}

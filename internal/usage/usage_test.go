@@ -1,0 +1,387 @@
+package usage_test
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/internal/usage"
+)
+
+func TestMain(m *testing.M) { pgtest.Main(m) }
+
+func database(t testing.TB) string {
+	t.Helper()
+	databaseURL := pgtest.URL(t)
+	if _, _, err := keystore.Migrate(t.Context(), databaseURL); err != nil {
+		t.Fatal(err)
+	}
+	return databaseURL
+}
+
+func open(t testing.TB, databaseURL string) *keystore.Store {
+	t.Helper()
+	store, err := keystore.Open(databaseURL, keystore.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(store.Close)
+	return store
+}
+
+func newRecords(n int) []*apikey.Record {
+	records := make([]*apikey.Record, n)
+	for i := range records {
+		records[i] = &apikey.Record{ID: "key_" + apikey.RandomText(22)}
+		rand.Read(records[i].Digest[:])
+	}
+	return records
+}
+
+// newCounter returns a counter that flushes when it is told to, and what it logs.
+func newCounter(store usage.Store, maxBuffered int) (*usage.Counter, *observer.ObservedLogs) {
+	core, logs := observer.New(zapcore.InfoLevel)
+	logger := zap.New(core)
+	return usage.New(store, usage.Config{
+		Instance: apikey.RandomText(22), Flush: 5 * time.Minute, Retention: 90 * 24 * time.Hour, MaxBuffered: maxBuffered,
+		Logger: func() *zap.Logger { return logger },
+	}), logs
+}
+
+// run starts the counter's loop, and returns what stops it and waits for its end.
+func run(t *testing.T, c *usage.Counter) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		c.Run(ctx)
+	}()
+	stop = func() {
+		cancel()
+		<-done
+	}
+	t.Cleanup(stop)
+	return stop
+}
+
+func eventually(t *testing.T, what string, condition func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(30 * time.Second)
+	for !condition() {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within 30s: %s", what)
+		}
+		<-time.After(10 * time.Millisecond)
+	}
+}
+
+var noon = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+
+// total returns a key's requests by outcome in the hours around noon.
+func total(t testing.TB, store *keystore.Store, record *apikey.Record) map[string]int64 {
+	t.Helper()
+	used, err := store.Usage(t.Context(), record.ID, noon.Add(-24*time.Hour), noon.Add(24*time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := map[string]int64{}
+	for _, h := range used.Hours {
+		sum[h.Outcome] += h.Count
+	}
+	return sum
+}
+
+func flush(t testing.TB, c *usage.Counter) {
+	t.Helper()
+	if err := usage.Flush(c, t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestCountOfAKeyThatIsBufferedDoesNotAllocate(t *testing.T) {
+	c, _ := newCounter(nil, 0)
+	records := newRecords(100)
+	for _, r := range records {
+		c.Count(r, apikey.Allowed, noon)
+	}
+	i := 0
+	if n := testing.AllocsPerRun(1000, func() {
+		c.Count(records[i%len(records)], apikey.Allowed, noon)
+		c.Count(records[i%len(records)], apikey.Insufficient, noon)
+		i++
+	}); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
+func TestCountsLandInTheHourOfTheRequest(t *testing.T) {
+	store := open(t, database(t))
+	c, _ := newCounter(store, 0)
+	record := newRecords(1)[0]
+	c.Count(record, apikey.Allowed, noon.Add(-time.Nanosecond))
+	c.Count(record, apikey.Allowed, noon)
+	c.Count(record, apikey.Allowed, noon.Add(time.Hour-time.Nanosecond))
+	flush(t, c)
+	used, err := store.Usage(t.Context(), record.ID, noon.Add(-24*time.Hour), noon.Add(24*time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if h := used.Hours; len(h) != 2 || !h[0].Hour.Equal(noon.Add(-time.Hour)) || h[0].Count != 1 || !h[1].Hour.Equal(noon) || h[1].Count != 2 {
+		t.Errorf("got %+v", h)
+	}
+	if last := noon.Add(time.Hour - time.Nanosecond).Truncate(time.Microsecond); !used.LastUsedAt.Equal(last) {
+		t.Errorf("last used %v, want %v", used.LastUsedAt, last)
+	}
+}
+
+// TestKeysWhoseDigestsShareAPlaceAreCountedApart: hashes can be imported, so a user can choose such digests.
+func TestKeysWhoseDigestsShareAPlaceAreCountedApart(t *testing.T) {
+	store := open(t, database(t))
+	c, _ := newCounter(store, 0)
+	records := newRecords(3)
+	for _, r := range records {
+		r.Digest = records[0].Digest
+	}
+	for i, r := range records {
+		for range i + 1 {
+			c.Count(r, apikey.Allowed, noon)
+		}
+	}
+	flush(t, c)
+	for i, r := range records {
+		if n := total(t, store, r)["allowed"]; n != int64(i+1) {
+			t.Errorf("key %d was counted %d times", i, n)
+		}
+	}
+}
+
+func TestCountsDuringFlushesAddUp(t *testing.T) {
+	const keys, clients, requests = 300, 4, 5000
+	store := open(t, database(t))
+	c, _ := newCounter(store, 0)
+	records := newRecords(keys)
+	var clientsDone atomic.Bool
+	var wg, flusher sync.WaitGroup
+	for n := range clients {
+		wg.Go(func() {
+			for i := range requests {
+				outcome := apikey.Allowed
+				if i%5 == 0 {
+					outcome = apikey.Expired
+				}
+				c.Count(records[(i+n)%keys], outcome, noon.Add(time.Duration(i)*time.Second))
+			}
+		})
+	}
+	flusher.Go(func() {
+		for !clientsDone.Load() {
+			if err := usage.Flush(c, context.WithoutCancel(t.Context())); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	wg.Wait()
+	clientsDone.Store(true)
+	flusher.Wait()
+	flush(t, c)
+	sum := map[string]int64{}
+	for _, r := range records {
+		for outcome, n := range total(t, store, r) {
+			sum[outcome] += n
+		}
+	}
+	if sum["allowed"] != clients*requests*4/5 || sum["expired"] != clients*requests/5 {
+		t.Errorf("got %v", sum)
+	}
+	if s := c.Status(); s.Buffered != 0 || s.Flushed != clients*requests || s.Dropped != 0 {
+		t.Errorf("status %+v", s)
+	}
+}
+
+// lossy applies flushes and loses some of the answers.
+type lossy struct {
+	*keystore.Store
+	lose func() bool
+}
+
+var errLost = errors.New("connection lost")
+
+func (l lossy) FlushUsage(ctx context.Context, f keystore.UsageFlush) error {
+	err := l.Store.FlushUsage(ctx, f)
+	if err == nil && l.lose() {
+		return errLost
+	}
+	return err
+}
+
+func TestFlushWhoseAnswerIsLostIsCountedOnce(t *testing.T) {
+	store := open(t, database(t))
+	answers := 0
+	c, _ := newCounter(lossy{store, func() bool { answers++; return answers%3 != 0 }}, 0)
+	records := newRecords(12_000) // three batches
+	const rounds, extra = 3, 10
+	revoked := 0
+	for range rounds {
+		for _, r := range records {
+			c.Count(r, apikey.Allowed, noon)
+		}
+		for usage.Flush(c, t.Context()) != nil {
+			if revoked < extra { // what is counted between two attempts must not change the batch
+				revoked++
+				c.Count(records[0], apikey.Revoked, noon)
+			}
+		}
+	}
+	for i, r := range records[:200] {
+		sum := total(t, store, r)
+		if sum["allowed"] != rounds || sum["revoked"] != int64(extra) && i == 0 || len(sum) != 1 && i > 0 {
+			t.Fatalf("key %d: %v", i, sum)
+		}
+	}
+	if s := c.Status(); s.Buffered != 0 || s.Flushed != uint64(rounds*len(records)+extra) {
+		t.Errorf("status %+v", s)
+	}
+}
+
+func TestOutageLosesNoCountAndIsLoggedOnce(t *testing.T) {
+	server := pgtest.Server(t)
+	if _, _, err := keystore.Migrate(t.Context(), server.URL()); err != nil {
+		t.Fatal(err)
+	}
+	store := open(t, server.URL())
+	core, logs := observer.New(zapcore.InfoLevel)
+	logger := zap.New(core)
+	c := usage.New(store, usage.Config{
+		Instance: apikey.RandomText(22), Flush: 50 * time.Millisecond, Retention: time.Hour, Logger: func() *zap.Logger { return logger },
+	})
+	stop := run(t, c)
+	record := newRecords(1)[0]
+	sent := int64(0)
+	count := func() { sent++; c.Count(record, apikey.Allowed, noon) }
+	for range 100 {
+		count()
+	}
+	eventually(t, "the first counts are flushed", func() bool { return c.Status().Flushed == uint64(sent) })
+	server.Kill()
+	for errors := c.Status().FlushErrors; c.Status().FlushErrors < errors+3; {
+		count()
+		<-time.After(time.Millisecond)
+	}
+	if s := c.Status(); s.Buffered > 2 { // what is on its way, and what grows behind it
+		t.Errorf("%d entries for one key", s.Buffered)
+	}
+	if err := server.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "all counts are flushed", func() bool { return c.Status().Flushed == uint64(sent) })
+	count()
+	stop()
+	if n := total(t, store, record)["allowed"]; n != sent {
+		t.Errorf("%d of %d are counted", n, sent)
+	}
+	for _, line := range []string{"usage cannot be flushed; counts are kept in memory", "usage is flushed again"} {
+		if n := logs.FilterMessage(line).Len(); n != 1 {
+			t.Errorf("%q is logged %d times", line, n)
+		}
+	}
+}
+
+func TestFullBufferCountsOnKnownKeysAndDropsOthers(t *testing.T) {
+	databaseURL := database(t)
+	pgtest.Exec(t, databaseURL, "alter table rekall.usage rename to away") // an outage of writes
+	store := open(t, databaseURL)
+	c, _ := newCounter(store, 10)
+	records := newRecords(15)
+	for range 4 {
+		for _, r := range records {
+			c.Count(r, apikey.Allowed, noon)
+		}
+		if err := usage.Flush(c, t.Context()); err == nil {
+			t.Fatal("the flush succeeded")
+		}
+	}
+	// The first ten fill the buffer and are on their way; only entries make room for more.
+	if s := c.Status(); s.Buffered != 10 || s.Dropped != 10*3+5*4 {
+		t.Fatalf("status %+v", s)
+	}
+	pgtest.Exec(t, databaseURL, "alter table rekall.away rename to usage")
+	flush(t, c)
+	if s := c.Status(); s.Buffered != 0 || s.Flushed != 10 {
+		t.Errorf("status %+v", s)
+	}
+	for _, r := range records {
+		c.Count(r, apikey.Allowed, noon)
+	}
+	flush(t, c)
+}
+
+func TestFirstUseOfAKeyIsFlushedLongBeforeItsInterval(t *testing.T) {
+	store := open(t, database(t))
+	c, _ := newCounter(store, 0) // an interval of five minutes
+	run(t, c)
+	for _, record := range newRecords(3) {
+		c.Count(record, apikey.Revoked, noon) // no use
+		c.Count(record, apikey.Allowed, noon)
+		eventually(t, "the first use is known", func() bool { return total(t, store, record)["allowed"] == 1 })
+	}
+}
+
+func TestFurtherUsesWaitForTheInterval(t *testing.T) {
+	store := open(t, database(t))
+	c, _ := newCounter(store, 0)
+	record := newRecords(1)[0]
+	c.Count(record, apikey.Allowed, noon)
+	flush(t, c)
+	flushes := 0
+	counted := lossy{store, func() bool { flushes++; return false }}
+	c2, _ := newCounter(counted, 0)
+	c2.Count(record, apikey.Allowed, noon)
+	flush(t, c2)
+	stop := run(t, c2)
+	for range 1000 {
+		c2.Count(record, apikey.Allowed, noon)
+	}
+	stop()
+	if flushes > 3 { // the one above, at most one for the wake-up that was left, and the last
+		t.Errorf("%d flushes", flushes)
+	}
+}
+
+func TestStopFlushesWhatIsLeft(t *testing.T) {
+	store := open(t, database(t))
+	c, _ := newCounter(store, 0)
+	stop := run(t, c)
+	record := newRecords(1)[0]
+	for range 1000 {
+		c.Count(record, apikey.Allowed, noon)
+	}
+	stop()
+	if n := total(t, store, record)["allowed"]; n != 1000 {
+		t.Errorf("%d of 1000 are counted", n)
+	}
+}
+
+func TestStopDuringAnOutageEndsAndSaysWhatIsLost(t *testing.T) {
+	c, logs := newCounter(open(t, "postgres://user:password@127.0.0.1:1/db"), 0)
+	stop := run(t, c)
+	for _, record := range newRecords(7) {
+		c.Count(record, apikey.Allowed, noon)
+	}
+	stop()
+	lines := logs.FilterMessage("usage is lost: Postgres does not take the last counts").All()
+	if len(lines) != 1 || lines[0].ContextMap()["requests"] != uint64(7) {
+		t.Errorf("got %+v", lines)
+	}
+}
