@@ -63,6 +63,14 @@ type App struct {
 	// rekall_canary_revocation_seconds in the metrics). Default: false.
 	Canary bool `json:"canary,omitempty"`
 
+	// How often the counts of what keys are used for are added up in Postgres. A gateway that is killed loses what it
+	// counted since. From 100ms to 5m. Default: 10s.
+	UsageFlush caddy.Duration `json:"usage_flush,omitempty"`
+
+	// How long those counts are kept in Postgres, by hour. At least 1d; spikes are told from the last 14 days. The shortest
+	// of all edges applies. Default: 90d.
+	UsageRetention caddy.Duration `json:"usage_retention,omitempty"`
+
 	ctx     caddy.Context
 	runtime *runtime
 	poolKey string
@@ -102,6 +110,15 @@ func (a *App) settings() (settings, error) {
 		edgeName:     a.EdgeName,
 		edgeRegion:   a.EdgeRegion,
 		canary:       a.Canary,
+
+		usageFlush:     time.Duration(a.UsageFlush),
+		usageRetention: time.Duration(a.UsageRetention),
+	}
+	if s.usageFlush == 0 {
+		s.usageFlush = 10 * time.Second
+	}
+	if s.usageRetention == 0 {
+		s.usageRetention = 90 * 24 * time.Hour
 	}
 	if s.refresh == 0 {
 		s.refresh = time.Second
@@ -123,6 +140,10 @@ func (a *App) settings() (settings, error) {
 		return s, errors.New("cache_size must be a positive number of keys")
 	case s.warm < 0 || s.warm > s.cacheSize:
 		return s, errors.New("warm must be a number of keys, at most cache_size")
+	case s.usageFlush < 100*time.Millisecond || s.usageFlush > 5*time.Minute:
+		return s, errors.New("usage_flush must be from 100ms to 5m")
+	case s.usageRetention < 24*time.Hour:
+		return s, errors.New("usage_retention must be at least 1d")
 	}
 	if s.edgeName == "" {
 		var err error

@@ -36,6 +36,8 @@ func init() {
 //		listen        on|off
 //		edge          <name> [<region>]
 //		canary
+//		usage_flush     <duration>
+//		usage_retention <duration>
 //	}
 func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 	if existing != nil {
@@ -93,13 +95,17 @@ func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 			if app.Warm, err = strconv.Atoi(value); err == nil && app.Warm <= 0 {
 				err = strconv.ErrRange
 			}
+		case "usage_flush":
+			app.UsageFlush, err = parseDuration(value)
+		case "usage_retention":
+			app.UsageRetention, err = parseDuration(value)
 		case "listen":
 			if value != "on" && value != "off" {
 				return nil, d.Err("listen must be on or off")
 			}
 			app.ListenOff = value == "off"
 		default:
-			return nil, d.Errf("unknown rekall option %q: use database, read_database, refresh, max_staleness, cache_size, warm, listen, edge or canary", option)
+			return nil, d.Errf("unknown rekall option %q: use database, read_database, refresh, max_staleness, cache_size, warm, listen, edge, canary, usage_flush or usage_retention", option)
 		}
 		if err != nil {
 			return nil, d.Errf("%s: %q is not usable: %v", option, value, err)

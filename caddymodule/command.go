@@ -30,15 +30,15 @@ const (
 func init() {
 	caddycmd.RegisterCommand(caddycmd.Command{
 		Name:  "keys",
-		Usage: "create|list|revoke",
+		Usage: "create|list|revoke|usage",
 		Short: "Manages API keys",
-		Long:  "Creates, lists and revokes API keys in Postgres. Edges follow on their own.",
+		Long:  "Creates, lists and revokes API keys in Postgres, and shows what they are used for. Edges follow on their own.",
 		CobraFunc: func(cmd *cobra.Command) {
 			cmd.Args = cobra.NoArgs
 			cmd.RunE = run(func(_ context.Context, cmd *cobra.Command, _ []string) error {
-				return errors.New("say what to do with keys: create, list or revoke (see --help)")
+				return errors.New("say what to do with keys: create, list, revoke or usage (see --help)")
 			})
-			cmd.AddCommand(keysCreateCommand(), keysListCommand(), keysRevokeCommand())
+			cmd.AddCommand(keysCreateCommand(), keysListCommand(), keysRevokeCommand(), keysUsageCommand())
 		},
 	})
 	caddycmd.RegisterCommand(caddycmd.Command{

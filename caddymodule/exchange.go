@@ -28,6 +28,7 @@ type exchange struct {
 	requestID   string
 	environment apikey.Environment // by the prefix of the key
 	record      *apikey.Record     // nil until found
+	now         time.Time          // Postgres's clock when it was found
 	required    apikey.Scopes      // what an Insufficient key lacks
 	token       string             // X-Rekall-Identity-Token; empty: none is asked for
 	outcome     apikey.Outcome
@@ -42,7 +43,12 @@ type exchange struct {
 	done bool
 }
 
-func (x *exchange) count() { x.gateway.metrics.decisions[x.outcome][x.environment].Inc() }
+func (x *exchange) count() {
+	x.gateway.metrics.decisions[x.outcome][x.environment].Inc()
+	if x.record != nil {
+		x.gateway.usage.Count(x.record, x.outcome, x.now)
+	}
+}
 
 func (x *exchange) refuse(w http.ResponseWriter) error {
 	x.count()

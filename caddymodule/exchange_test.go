@@ -14,6 +14,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/scoperule"
+	"github.com/rekall-ai/gateway/internal/usage"
 )
 
 // cutWhileTracking is the schedule, too rare to wait for, in which the sync cuts a request while it is being tracked.
@@ -73,8 +74,9 @@ func TestLateCutNeverTouchesAFinishedWriter(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				record := apikey.Record{Environment: apikey.Production, Scopes: apikey.MemoriesRead}
+				counter := usage.New(nil, usage.Config{})
 				g := &Gateway{
-					rules: rules, cache: &cutWhileTracking{record: record, tracked: tc.tracked}, metrics: newMetrics(nil),
+					rules: rules, cache: &cutWhileTracking{record: record, tracked: tc.tracked}, metrics: newMetrics(nil, counter), usage: counter,
 					logger: zap.NewNop(), production: tc.handler,
 				}
 				w := &deadlineWriter{ResponseRecorder: httptest.NewRecorder()}

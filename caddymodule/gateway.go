@@ -16,6 +16,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/identitytoken"
 	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/scoperule"
+	"github.com/rekall-ai/gateway/internal/usage"
 )
 
 func init() { caddy.RegisterModule(Gateway{}) }
@@ -54,6 +55,7 @@ type Gateway struct {
 	cache               keys
 	issuer              *identitytoken.Issuer // nil: no identity tokens
 	metrics             *metrics
+	usage               *usage.Counter
 	logger              *zap.Logger
 }
 
@@ -91,7 +93,7 @@ func (g *Gateway) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
-	g.cache, g.metrics = app.runtime.cache, app.runtime.metrics
+	g.cache, g.metrics, g.usage = app.runtime.cache, app.runtime.metrics, app.runtime.usage
 	if g.production, err = loadHandler(ctx, g, "ProductionRaw", g.ProductionRaw); err != nil {
 		return err
 	}
@@ -156,7 +158,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 		if err != nil {
 			return x.unavailable(w, err)
 		}
-		x.record = found.Record
+		x.record, x.now = found.Record, found.Now
 		if x.outcome = g.decide(x, r.Method, path, found); x.outcome != apikey.Allowed {
 			return x.refuse(w)
 		}

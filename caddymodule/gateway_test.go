@@ -18,6 +18,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/internal/scoperule"
+	"github.com/rekall-ai/gateway/internal/usage"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
@@ -62,7 +63,8 @@ func newGateway(t testing.TB) (*Gateway, string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := &Gateway{rules: rules, cache: cache, metrics: newMetrics(cache), logger: zap.NewNop(), production: passing{}}
+	counter := usage.New(store, usage.Config{})
+	g := &Gateway{rules: rules, cache: cache, metrics: newMetrics(cache, counter), usage: counter, logger: zap.NewNop(), production: passing{}}
 	secret := key.Key.Reveal()
 	deadline := time.Now().Add(10 * time.Second)
 	for before := uint64(0); ; { // until it is answered from memory

@@ -8,6 +8,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keycache"
+	"github.com/rekall-ai/gateway/internal/usage"
 )
 
 // metrics live as long as the runtime and are registered again with each configuration's registry, so that counters
@@ -18,7 +19,7 @@ type metrics struct {
 	reportOnly *prometheus.CounterVec
 }
 
-func newMetrics(cache *keycache.Cache) *metrics {
+func newMetrics(cache *keycache.Cache, used *usage.Counter) *metrics {
 	decisions := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "rekall_decisions_total",
 		Help: "Requests decided by the gateway, by outcome and by the environment of the presented key.",
@@ -61,6 +62,7 @@ func newMetrics(cache *keycache.Cache) *metrics {
 	counter("rekall_sync_errors_total", "Reads of the change feed that failed.", func(s keycache.Status) uint64 { return s.SyncErrors })
 	counter("rekall_listen_errors_total", "Lost or refused LISTEN connections.", func(s keycache.Status) uint64 { return s.ListenErrors })
 	counter("rekall_streams_cut_total", "Requests in flight cut because their key ended.", func(s keycache.Status) uint64 { return s.StreamsCut })
+	m.collectors = append(m.collectors, usageCollectors(used)...)
 	return m
 }
 

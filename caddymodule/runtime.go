@@ -15,6 +15,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/identitytoken"
 	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/internal/usage"
 )
 
 // runtimes are shared by the configurations before and after a reload, so that a reload neither empties the cache nor
@@ -29,6 +30,8 @@ type settings struct {
 	listen                bool
 	edgeName, edgeRegion  string
 	canary                bool
+
+	usageFlush, usageRetention time.Duration
 }
 
 // runtime outlives configurations: the store, the cache and the loops that keep it true.
@@ -38,11 +41,15 @@ type runtime struct {
 	cache    *keycache.Cache
 	reporter *edge.Reporter
 	canary   *edge.Canary // nil: this edge sends none
+	usage    *usage.Counter
+	counts   *keystore.Store // what usage is flushed to: its connections are its own, so that no lookup waits for a flush
 	refresh  time.Duration
 	metrics  *metrics
 	logger   atomic.Pointer[zap.Logger] // of the newest configuration: a reload closes the old one's writers
 
 	startOnce sync.Once
+	started   atomic.Bool
+	closeOnce sync.Once
 	cancel    context.CancelFunc
 	ctx       context.Context
 	running   sync.WaitGroup
@@ -85,7 +92,15 @@ func newRuntime(s settings) (*runtime, error) {
 		rt.closeStores()
 		return nil, err
 	}
-	rt.metrics = newMetrics(rt.cache)
+	if rt.counts, err = keystore.Open(s.database, keystore.Options{MaxConns: 2}); err != nil {
+		rt.cache.Close()
+		rt.closeStores()
+		return nil, err
+	}
+	rt.usage = usage.New(rt.counts, usage.Config{
+		Instance: instance, Flush: s.usageFlush, Retention: s.usageRetention, Logger: rt.logger.Load,
+	})
+	rt.metrics = newMetrics(rt.cache, rt.usage)
 	rt.ctx, rt.cancel = context.WithCancel(context.Background())
 	return rt, nil
 }
@@ -108,11 +123,27 @@ func version() string {
 func (rt *runtime) start(logger *zap.Logger) {
 	rt.logger.Store(logger)
 	rt.startOnce.Do(func() {
+		rt.started.Store(true)
 		rt.running.Go(func() { rt.cache.Run(rt.ctx) })
 		rt.running.Go(func() { rt.reporter.Run(rt.ctx, rt.cache.Applied) })
 		if rt.canary != nil {
 			rt.running.Go(func() { rt.canary.Run(rt.ctx, 2*rt.refresh) })
 		}
+		rt.running.Go(func() { rt.usage.Run(rt.ctx) })
+	})
+	rt.usage.Wake() // a reload shows what was counted until then
+}
+
+// draining are the runtimes that no configuration uses any longer, but requests do.
+var draining sync.Map
+
+// A process that ends does not wait for them, and would lose what they have counted.
+func init() {
+	caddy.OnExit(func(context.Context) {
+		draining.Range(func(rt, _ any) bool {
+			rt.(*runtime).close()
+			return true
+		})
 	})
 }
 
@@ -123,36 +154,44 @@ func (rt *runtime) startSigner() {
 	})
 }
 
-// Destruct ends the runtime when no configuration uses it any longer. Requests of the last one may still be in flight:
-// they are followed, and cut when their key ends, until the last is done.
+// drainPoll is longer than a request takes to be decided: what is not in flight by then never will be.
+const drainPoll = time.Second
+
+// Destruct ends the runtime when no configuration uses it any longer. Requests of the last one may still be decided or in
+// flight: they are counted, followed, and cut when their key ends, until the last is done.
 func (rt *runtime) Destruct() error {
-	if caddy.Exiting() || rt.cache.InFlight() == 0 {
+	if caddy.Exiting() || !rt.started.Load() {
 		rt.close()
 		return nil
 	}
+	draining.Store(rt, nil)
 	go func() {
-		const drainPoll = time.Second
+		defer draining.Delete(rt)
 		poll := time.NewTicker(drainPoll)
 		defer poll.Stop()
-		for rt.cache.InFlight() > 0 {
-			<-poll.C
+		for <-poll.C; rt.cache.InFlight() > 0; <-poll.C {
 		}
 		rt.close()
 	}()
 	return nil
 }
 
-// close stops the loops before what they use.
+// close stops the loops before what they use. The last counts are flushed as their loop stops.
 func (rt *runtime) close() {
-	rt.cancel()
-	rt.running.Wait()
-	rt.cache.Close()
-	rt.closeStores()
+	rt.closeOnce.Do(func() {
+		rt.cancel()
+		rt.running.Wait()
+		rt.cache.Close()
+		rt.closeStores()
+	})
 }
 
 func (rt *runtime) closeStores() {
 	if rt.standby != nil {
 		rt.standby.Close()
+	}
+	if rt.counts != nil {
+		rt.counts.Close()
 	}
 	rt.store.Close()
 }

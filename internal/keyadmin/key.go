@@ -57,7 +57,7 @@ func fromRow(row keystore.Row) Key {
 	key := Key{
 		ID: row.ID, Name: row.Name, Account: row.Account, Environment: row.Environment, Scopes: row.Scopes, ManageKeys: row.ManageKeys,
 		Status: status(row), CreatedBy: optional(row.CreatedBy),
-		CreatedAt: row.CreatedAt.UTC(), ExpiresAt: utc(row.ExpiresAt), RevokedAt: utc(row.RevokedAt),
+		CreatedAt: row.CreatedAt.UTC(), ExpiresAt: utc(row.ExpiresAt), RevokedAt: utc(row.RevokedAt), LastUsedAt: utc(row.LastUsedAt),
 		Predecessor: optional(row.Predecessor), Successor: optional(row.Successor),
 	}
 	if environment, err := apikey.ParseEnvironment(row.Environment); err == nil {

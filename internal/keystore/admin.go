@@ -48,6 +48,7 @@ type Row struct {
 	CreatedAt   time.Time
 	ExpiresAt   *time.Time // nil: never
 	RevokedAt   *time.Time // nil: not revoked
+	LastUsedAt  *time.Time // nil: not known to have been used
 
 	Predecessor       string         // the key that this one replaces; empty: none
 	Successor         string         // the newest key that replaces this one; empty: none
@@ -61,14 +62,15 @@ type Row struct {
 
 // rowColumns are what scanRow receives, of a table named k.
 const rowColumns = `k.id, k.account, k.name, k.environment, coalesce(k.hint, ''), k.scopes, k.manage_keys, coalesce(k.created_by, ''),
-	k.created_at, k.expires_at, k.revoked_at, coalesce(k.predecessor, ''),
+	k.created_at, k.expires_at, k.revoked_at, (select u.last_used_at from rekall.last_used u where u.key_id = k.id),
+	coalesce(k.predecessor, ''),
 	coalesce((select s.id from rekall.api_keys s where s.predecessor = k.id order by s.created_at desc limit 1), ''),
 	k.overlap_on_first_use, k.grace_started_at, k.prior_expires_at, k.change_xid, now()`
 
 func scanRow(row pgx.CollectableRow) (Row, error) {
 	var r Row
 	err := row.Scan(&r.ID, &r.Account, &r.Name, &r.Environment, &r.Hint, &r.Scopes, &r.ManageKeys, &r.CreatedBy,
-		&r.CreatedAt, &r.ExpiresAt, &r.RevokedAt, &r.Predecessor, &r.Successor,
+		&r.CreatedAt, &r.ExpiresAt, &r.RevokedAt, &r.LastUsedAt, &r.Predecessor, &r.Successor,
 		&r.OverlapOnFirstUse, &r.GraceStartedAt, &r.PriorExpiresAt, &r.ChangeXid, &r.Now)
 	return r, err
 }

@@ -40,6 +40,11 @@ var grants = []grant{
 		admin: "select, insert (account, actor, idempotency_key, request_hash, key_id), " +
 			"update (request_hash, key_id, created_at), delete",
 	},
+	{on: "table rekall.usage", edge: "select, insert, update, delete", admin: "select"},
+	{on: "table rekall.last_used", edge: "select, insert, update", admin: "select"},
+	{on: "table rekall.usage_flushes", edge: "select, insert, update, delete"},
+	{on: "table rekall.spikes", edge: "select, insert, delete", admin: "select"},
+	{on: "table rekall.usage_chores", edge: "select, insert, update"},
 	{on: "table rekall.signing_keys", edge: "select, insert, update, delete"},
 	{
 		on: "table rekall.edges",
@@ -51,10 +56,12 @@ var grants = []grant{
 	{on: "function rekall.create_canary()", edge: "execute"},
 	{on: "function rekall.revoke_canary(text)", edge: "execute"},
 	{on: "function rekall.stamp_api_key()"},
+	{on: "function rekall.stamp_new_api_key()"},
 	{on: "function rekall.refuse_removal()"},
 	{on: "function rekall.notify_key_change()"},
 	{on: "function rekall.refuse_audit_change()"},
 	{on: "function rekall.start_grace(text)", edge: "execute"},
+	{on: "function rekall.key_first_used()"},
 }
 
 // maxIdentifier is where Postgres cuts a name off (NAMEDATALEN - 1), in bytes.

@@ -21,7 +21,9 @@ select (select system_identifier from pg_control_system()), pg_postmaster_start_
 	(select oid from pg_database where datname = current_database())`
 
 // recentSQL decides which keys are worth having in memory first.
-const recentSQL = `select ` + recordColumns + ` from rekall.api_keys k order by k.created_at desc, k.id desc limit $1`
+const recentSQL = `select ` + recordColumns + `
+from rekall.api_keys k left join rekall.last_used u on u.key_id = k.id
+order by u.last_used_at desc nulls last limit $1`
 
 // ScanHashes reads the hash of every key that was committed before the call. First it calls begin with the server and the
 // number of keys, and ends with begin's error if there is one; then it calls each with the first HashPrefix bytes of each

@@ -99,13 +99,13 @@ func TestFlushThatIsRepeatedIsCountedOnce(t *testing.T) {
 func TestUseOfAKeyIsNoChangeOfIt(t *testing.T) {
 	store := open(t, database(t), keystore.Options{})
 	key := insert(t, store)
-	before, err := store.Get(t.Context(), key.ID)
+	before, err := store.Get(t.Context(), keystore.Everything(), key.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
 	start := snapshot(t, store, 0)
 	mustFlush(t, store, flushOf(instance(), 1, anHour, counts(key.ID, 10, 5, 2)))
-	after, err := store.Get(t.Context(), key.ID)
+	after, err := store.Get(t.Context(), keystore.Everything(), key.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -156,7 +156,7 @@ func TestFirstAllowedUseOfAKeyIsAnnouncedOnce(t *testing.T) {
 	mustFlush(t, store, flushOf(edge, 1, anHour, counts(newKey().ID, 1, 0, 1))) // no function yet: nothing to call
 	conn := connect(t, databaseURL)
 	exec(t, conn, `create table announced (key_id text);
-		create or replace function rekall.start_grace(text) returns void language sql as 'insert into public.announced values ($1)'`)
+		create or replace function rekall.start_grace(successor text) returns void language sql as 'insert into public.announced values ($1)'`)
 	mustFlush(t, store, flushOf(edge, 2, anHour, counts(id, 0, 1, 0)))
 	mustFlush(t, store, flushOf(edge, 3, anHour, counts(id, 1, 0, 1)))
 	mustFlush(t, store, flushOf(edge, 4, anHour, counts(id, 1, 1, 2)))

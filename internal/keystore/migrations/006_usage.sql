@@ -44,13 +44,11 @@ create table rekall.usage_chores (
 	claimed_at timestamptz not null default now()
 );
 
--- A rotation may wait for its new key's first use. Its function need not exist yet: plpgsql looks it up when it runs.
+-- A rotation may wait for its new key's first use.
 create function rekall.key_first_used() returns trigger
 	language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
-	if to_regprocedure('rekall.start_grace(text)') is not null then
-		perform rekall.start_grace(new.key_id);
-	end if;
+	perform rekall.start_grace(new.key_id);
 	return null;
 end $$;
 

@@ -1,0 +1,89 @@
+package caddymodule
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+)
+
+func keysUsageCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:     "usage <id>",
+		Short:   "Shows what a key was used for",
+		Long:    "Shows how many requests with a key were allowed, and denied for which reasons, by day or by hour (UTC).",
+		Example: "  rekall-gateway keys usage key_4fK2mQ9xT1bV7nR3sY8wZ0 --last 7d --hourly",
+		Args:    cobra.ExactArgs(1),
+	}
+	databaseFlags(cmd)
+	cmd.Flags().String("last", "30d", "How far to look back, e.g. 90d, 2w or 12h")
+	cmd.Flags().Bool("hourly", false, "Show hours instead of days (--json has both)")
+	cmd.RunE = admin(func(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
+		last, _ := cmd.Flags().GetString("last")
+		back, err := keyadmin.ParseDuration(last)
+		if err != nil {
+			return fmt.Errorf("--last %w", err)
+		}
+		usage, err := admin.Usage(ctx, operator(), args[0], time.Now().Add(-back), time.Time{})
+		if err != nil {
+			return usageFlagNames(err)
+		}
+		return show(cmd, usage, func(w io.Writer) {
+			hourly, _ := cmd.Flags().GetBool("hourly")
+			printUsage(w, usage, hourly)
+		})
+	})
+	return cmd
+}
+
+// usageFlagNames makes an error about the range speak of the flag that sets it.
+func usageFlagNames(err error) error {
+	var invalid *keyadmin.InvalidError
+	if errors.As(err, &invalid) && invalid.Field == "from" {
+		return errors.New("--last must be at most 366d")
+	}
+	return err
+}
+
+func printUsage(w io.Writer, u keyadmin.Usage, hourly bool) {
+	lastUsed := "never"
+	if u.LastUsedAt != nil {
+		lastUsed = u.LastUsedAt.Format(time.RFC3339)
+	}
+	fmt.Fprintf(w, "Last used: %s\n\n", lastUsed)
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	if hourly {
+		fmt.Fprintln(table, "HOUR\tALLOWED\tDENIED\tREASONS\tSPIKE")
+		for _, h := range u.Hourly {
+			printCounts(table, h.Hour.Format(time.RFC3339), h.UsageCounts, h.Spike)
+		}
+	} else {
+		fmt.Fprintln(table, "DAY\tALLOWED\tDENIED\tREASONS\tSPIKE")
+		for _, d := range u.Daily {
+			printCounts(table, d.Date, d.UsageCounts, d.Spike)
+		}
+	}
+	printCounts(table, "total", u.Total, false)
+	_ = table.Flush()
+}
+
+func printCounts(w io.Writer, when string, c keyadmin.UsageCounts, spike bool) {
+	reasons := make([]string, 0, len(c.DeniedByReason))
+	for reason, n := range c.DeniedByReason {
+		reasons = append(reasons, fmt.Sprintf("%s=%d", reason, n))
+	}
+	slices.Sort(reasons)
+	mark := ""
+	if spike {
+		mark = "spike"
+	}
+	fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%s\n", when, c.Allowed, c.Denied, strings.Join(reasons, " "), mark)
+}

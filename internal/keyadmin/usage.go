@@ -1,0 +1,125 @@
+package keyadmin
+
+import (
+	"context"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+// Usage is what a key was used for. Times are Postgres's, in UTC. Edges add their counts every few seconds, and after an
+// outage what they kept meanwhile: the last hours may still grow.
+type Usage struct {
+	ID          string      `json:"id"`
+	From        time.Time   `json:"from"`          // beginning of the first hour
+	To          time.Time   `json:"to"`            // before which the last hour begins
+	FirstUsedAt *time.Time  `json:"first_used_at"` // whenever it was; null: never
+	LastUsedAt  *time.Time  `json:"last_used_at"`  // the last request that was allowed, whenever it was; null: never
+	Total       UsageCounts `json:"total"`
+	Hourly      []UsageHour `json:"hourly"` // oldest first; never null; hours without requests are left out
+	Daily       []UsageDay  `json:"daily"`  // oldest first; never null; days without requests are left out
+}
+
+// UsageCounts counts the requests that were decided on a key.
+type UsageCounts struct {
+	Allowed        int64            `json:"allowed"`
+	Denied         int64            `json:"denied"`
+	DeniedByReason map[string]int64 `json:"denied_by_reason"` // as apikey.Outcome writes them; never null
+}
+
+// UsageHour is one hour of a key.
+type UsageHour struct {
+	Hour time.Time `json:"hour"` // its beginning
+	UsageCounts
+
+	// Spike: the key had far more requests than in its own past; usage.Threshold says what that means.
+	Spike bool `json:"spike"`
+
+	// SpikeThreshold is the number of requests from which on this hour is a spike; null where it is none.
+	SpikeThreshold *int64 `json:"spike_threshold"`
+}
+
+// UsageDay is one day of a key, in UTC.
+type UsageDay struct {
+	Date string `json:"date"` // 2006-01-02
+	UsageCounts
+	Spike bool `json:"spike"` // whether one of its hours is
+}
+
+const (
+	defaultUsageRange = 30 * 24 * time.Hour
+	maxUsageRange     = 366 * 24 * time.Hour
+)
+
+// Usage returns what a key was used for in the hours that begin before to, from the one that from lies in. A zero to is now, a
+// zero from 30 days before to. A range that is not acceptable is an *InvalidError; the error wraps ErrNotFound if there is no
+// key with that id.
+func (a *Admin) Usage(ctx context.Context, actor Actor, id string, from, to time.Time) (Usage, error) {
+	if err := checkID(id); err != nil {
+		return Usage{}, err
+	}
+	key, err := a.store.Get(ctx, actor.reach(), id)
+	if err != nil {
+		return Usage{}, notFound(err, id)
+	}
+	if to.IsZero() {
+		to = key.Now
+	}
+	if from.IsZero() {
+		from = to.Add(-defaultUsageRange)
+	}
+	from, to = from.UTC().Truncate(time.Hour), to.UTC()
+	switch {
+	case !from.Before(to):
+		return Usage{}, &InvalidError{"from", "must be before to"}
+	case to.Sub(from) > maxUsageRange:
+		return Usage{}, &InvalidError{"from", "must be at most 366 days before to"}
+	}
+	counted, err := a.store.Usage(ctx, id, from, to)
+	if err != nil {
+		return Usage{}, err
+	}
+	return newUsage(id, from, to, counted), nil
+}
+
+func newUsage(id string, from, to time.Time, counted keystore.KeyUsage) Usage {
+	u := Usage{ID: id, From: from, To: to, Total: newCounts(), Hourly: []UsageHour{}, Daily: []UsageDay{}}
+	if !counted.FirstUsedAt.IsZero() {
+		u.FirstUsedAt, u.LastUsedAt = utc(&counted.FirstUsedAt), utc(&counted.LastUsedAt)
+	}
+	thresholds := make(map[int64]int64, len(counted.Spikes))
+	for _, spike := range counted.Spikes {
+		thresholds[spike.Hour.Unix()] = spike.Threshold
+	}
+	for _, h := range counted.Hours {
+		hour := h.Hour.UTC()
+		date := hour.Format(time.DateOnly)
+		if n := len(u.Daily); n == 0 || u.Daily[n-1].Date != date {
+			u.Daily = append(u.Daily, UsageDay{Date: date, UsageCounts: newCounts()})
+		}
+		day := &u.Daily[len(u.Daily)-1]
+		if n := len(u.Hourly); n == 0 || !u.Hourly[n-1].Hour.Equal(hour) {
+			one := UsageHour{Hour: hour, UsageCounts: newCounts()}
+			if threshold, ok := thresholds[hour.Unix()]; ok {
+				one.Spike, one.SpikeThreshold, day.Spike = true, &threshold, true
+			}
+			u.Hourly = append(u.Hourly, one)
+		}
+		for _, counts := range []*UsageCounts{&u.Total, &day.UsageCounts, &u.Hourly[len(u.Hourly)-1].UsageCounts} {
+			counts.add(h)
+		}
+	}
+	return u
+}
+
+func newCounts() UsageCounts { return UsageCounts{DeniedByReason: map[string]int64{}} }
+
+func (c *UsageCounts) add(h keystore.HourUsage) {
+	if h.Outcome == apikey.Allowed.String() {
+		c.Allowed += h.Count
+		return
+	}
+	c.Denied += h.Count
+	c.DeniedByReason[h.Outcome] += h.Count
+}

@@ -1,0 +1,101 @@
+package keyadmin_test
+
+import (
+	"encoding/json"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+)
+
+func TestUsageHasTotalsHoursDaysAndSpikes(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	key := create(t, admin, request())
+	pgtest.Exec(t, databaseURL, `insert into rekall.usage (key_id, hour, outcome, count) values
+		($1, '2026-03-01 09:00Z', 'allowed', 1000), -- before the range
+		($1, '2026-03-01 22:00Z', 'allowed', 10),
+		($1, '2026-03-01 22:00Z', 'expired', 1),
+		($1, '2026-03-01 23:00Z', 'revoked', 5),
+		($1, '2026-03-02 00:00Z', 'allowed', 500),
+		($1, '2026-03-02 00:00Z', 'expired', 2),
+		($1, '2026-03-02 05:00Z', 'allowed', 1000), -- after it
+		('key_0000000000000000000000', '2026-03-02 00:00Z', 'allowed', 7)`, key.ID)
+	pgtest.Exec(t, databaseURL, `insert into rekall.spikes (key_id, hour, threshold) values ($1, '2026-03-02 00:00Z', 100)`, key.ID)
+	pgtest.Exec(t, databaseURL, `insert into rekall.last_used values ($1, '2026-02-01 00:00Z', '2026-03-02 05:30Z')`, key.ID)
+
+	got, err := admin.Usage(t.Context(), operator, key.ID, time.Date(2026, 3, 1, 22, 45, 0, 0, time.UTC), time.Date(2026, 3, 2, 5, 0, 0, 0, time.UTC))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := `{
+	"id": "` + key.ID + `",
+	"from": "2026-03-01T22:00:00Z",
+	"to": "2026-03-02T05:00:00Z",
+	"first_used_at": "2026-02-01T00:00:00Z",
+	"last_used_at": "2026-03-02T05:30:00Z",
+	"total": {"allowed": 510, "denied": 8, "denied_by_reason": {"expired": 3, "revoked": 5}},
+	"hourly": [
+		{"hour": "2026-03-01T22:00:00Z", "allowed": 10, "denied": 1, "denied_by_reason": {"expired": 1}, "spike": false, "spike_threshold": null},
+		{"hour": "2026-03-01T23:00:00Z", "allowed": 0, "denied": 5, "denied_by_reason": {"revoked": 5}, "spike": false, "spike_threshold": null},
+		{"hour": "2026-03-02T00:00:00Z", "allowed": 500, "denied": 2, "denied_by_reason": {"expired": 2}, "spike": true, "spike_threshold": 100}
+	],
+	"daily": [
+		{"date": "2026-03-01", "allowed": 10, "denied": 6, "denied_by_reason": {"expired": 1, "revoked": 5}, "spike": false},
+		{"date": "2026-03-02", "allowed": 500, "denied": 2, "denied_by_reason": {"expired": 2}, "spike": true}
+	]}`
+	if diff := cmp.Diff(decoded(t, want), decoded(t, encoded(t, got))); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func encoded(t *testing.T, value any) string {
+	t.Helper()
+	text, err := json.Marshal(value)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+func decoded(t *testing.T, text string) (value any) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(text), &value); err != nil {
+		t.Fatal(err)
+	}
+	return value
+}
+
+func TestUsageOfAnUnusedKeyIsEmpty(t *testing.T) {
+	admin, _, _ := newAdmin(t)
+	got, err := admin.Usage(t.Context(), operator, create(t, admin, request()).ID, time.Time{}, time.Time{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.Hourly == nil || got.Daily == nil || got.Total.DeniedByReason == nil || len(got.Hourly) != 0 || got.LastUsedAt != nil {
+		t.Errorf("got %+v", got)
+	}
+	if days := got.To.Sub(got.From).Hours() / 24; days < 30 || days > 30.1 {
+		t.Errorf("the range has %v days", days)
+	}
+}
+
+func TestUsageRefusesUnknownKeysAndBadRanges(t *testing.T) {
+	admin, _, _ := newAdmin(t)
+	key := create(t, admin, request())
+	now := time.Now()
+	for _, id := range []string{"key_0000000000000000000000", key.Key.Reveal(), ""} {
+		if _, err := admin.Usage(t.Context(), operator, id, time.Time{}, now); !errors.Is(err, keyadmin.ErrNotFound) {
+			t.Errorf("got %v", err)
+		}
+	}
+	for name, from := range map[string]time.Time{"empty": now.Add(time.Hour), "too long": now.Add(-367 * 24 * time.Hour)} {
+		var invalid *keyadmin.InvalidError
+		if _, err := admin.Usage(t.Context(), operator, key.ID, from, now); !errors.As(err, &invalid) || invalid.Field != "from" {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
