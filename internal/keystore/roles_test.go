@@ -234,6 +234,10 @@ func TestEdgesThatLogInAsDifferentUsersCannotTouchEachOthersRow(t *testing.T) {
 		t.Errorf("a forged report: %v", err)
 	}
 	pgtest.Exec(t, southURL, `update rekall.edges set beat = 99`)
+	if err := pgtest.TryExec(southURL, `insert into rekall.edges (instance, name, region, version, max_staleness, started_at, beat)
+		values ('0123456789abcdefABCDEF', 'north', '', '', interval '1 hour', now(), 1)`); sqlState(err) != checkViolation {
+		t.Errorf("an edge for which others would wait an hour: %v", err)
+	}
 	pgtest.Exec(t, southURL, `set role `+roles.Edge+`; update rekall.edges set beat = 99`)
 	if seen, err := owner.Edges(ctx, 0); err != nil || len(seen) != 1 {
 		t.Fatalf("edges %+v, %v", seen, err)

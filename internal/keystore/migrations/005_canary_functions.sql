@@ -23,6 +23,8 @@ revoke execute on function rekall.create_canary(), rekall.revoke_canary(text) fr
 -- Rows of edges: whoever wrote one may change it, and nobody else. Edges that log in as different users cannot forge each
 -- other's reports; the table's owner is not bound.
 alter table rekall.edges add column writer name not null default session_user;
+-- No gateway accepts more. A forged row must not make a wait for all edges last.
+alter table rekall.edges add check (max_staleness < interval '60 seconds');
 alter table rekall.edges enable row level security;
 
 create policy read_all on rekall.edges for select using (true);
