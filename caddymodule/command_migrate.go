@@ -23,7 +23,7 @@ writes its own row in 'edges'; the admin's creates and revokes keys. A role that
 that cannot log in; grant it to the users that do:
 
   rekall-gateway migrate --edge-role rekall_edge --admin-role rekall_admin
-  psql -c "create user edge_eu1 password '…' in role rekall_edge"
+  psql -c 'create user edge_eu1 in role rekall_edge' -c '\password edge_eu1'
 
 The rights become exactly these: what the roles, or everybody, could do besides in the schema is revoked. Give the same
 flags at every upgrade, or a new version may lack a right. Run it as the owner of the schema; creating roles needs
