@@ -2,6 +2,7 @@ package keystore_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/url"
 	"slices"
@@ -13,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
@@ -73,6 +75,13 @@ func TestFlushesOfAllEdgesAddUpByHourAndOutcome(t *testing.T) {
 	}
 	if refused := usageOf(t, store, other); !refused.LastUsedAt.IsZero() || len(refused.Hours) != 1 {
 		t.Errorf("a key that was only ever refused: %+v", refused)
+	}
+}
+
+func TestFlushIntoAnOlderSchemaSaysWhatToRun(t *testing.T) {
+	store := open(t, pgtest.URL(t), keystore.Options{})
+	if err := store.FlushUsage(t.Context(), flushOf(instance(), 1, anHour, counts(newKey().ID, 1, 0, 0))); !errors.Is(err, keystore.ErrNotMigrated) {
+		t.Errorf("got %v", err)
 	}
 }
 

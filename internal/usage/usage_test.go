@@ -154,15 +154,26 @@ func TestKeysWhoseDigestsShareAPlaceAreCountedApart(t *testing.T) {
 	for _, r := range records {
 		r.Digest = records[0].Digest
 	}
-	for i, r := range records {
-		for range i + 1 {
-			c.Count(r, apikey.Allowed, noon)
+	for hour := range 3 { // neighbouring hours are neighbouring places
+		for i, r := range records {
+			for range i + 1 {
+				c.Count(r, apikey.Allowed, noon.Add(time.Duration(hour)*time.Hour))
+			}
 		}
 	}
 	flush(t, c)
 	for i, r := range records {
-		if n := total(t, store, r)["allowed"]; n != int64(i+1) {
-			t.Errorf("key %d was counted %d times", i, n)
+		used, err := store.Usage(t.Context(), r.ID, noon, noon.Add(3*time.Hour))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(used.Hours) != 3 {
+			t.Fatalf("key %d has %d hours", i, len(used.Hours))
+		}
+		for _, h := range used.Hours {
+			if h.Count != int64(i+1) {
+				t.Errorf("key %d was counted %d times at %v", i, h.Count, h.Hour)
+			}
 		}
 	}
 }
