@@ -217,6 +217,17 @@ func TestStopWhileAnOldConfigurationIsDrainingLosesNoUse(t *testing.T) {
 	}
 }
 
+func TestReloadFlushesWhatIsCounted(t *testing.T) {
+	r := newRig(t)
+	g := r.start(standardSite, "usage_flush 5m")
+	key := r.key("production", "memories:read")
+	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 200, "")
+	eventually(t, "the first use is flushed", func() bool { return r.usage(key)["allowed"] == 1 })
+	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 200, "")
+	g.reload()
+	eventually(t, "the second is flushed by the reload", func() bool { return r.usage(key)["allowed"] == 2 })
+}
+
 func TestKilledGatewayLosesNoMoreThanItHadNotFlushed(t *testing.T) {
 	r := newRig(t)
 	g := r.start(standardSite, "usage_flush 100ms")
