@@ -19,7 +19,7 @@ type ListRequest struct {
 	Account     string // empty: all that the actor manages
 	Environment string // production or sandbox; empty: both
 	Status      string // active, expired or revoked, or expiring: active and in its last 14 days; empty: any
-	Name        string // part of the name, in upper or lower case; for all accounts at once, its beginning; empty: any
+	Name        string // part of the name, in upper or lower case as far as the database's locale has them; for all accounts at once, its beginning; empty: any
 	CreatedBy   string // an actor, such as "key:key_…"; empty: any
 	Limit       int    // 1 to 100; 0: 100
 	Cursor      string // NextCursor of the page before; empty: the first page

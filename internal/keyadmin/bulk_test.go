@@ -1,0 +1,217 @@
+package keyadmin_test
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+// fixture has keys of two accounts; those named by "manager" were made by the manager or by a key that it made.
+func fixture(t *testing.T) (admin *keyadmin.Admin, store *keystore.Store, databaseURL string, keys map[string]keyadmin.Key) {
+	t.Helper()
+	admin, store, databaseURL = newAdmin(t)
+	keys = map[string]keyadmin.Key{}
+	add := func(name, account string, actor keyadmin.Actor) {
+		r := request()
+		r.Name, r.Account, r.ManageKeys = name, account, true
+		key, _, err := admin.Create(t.Context(), actor, r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		keys[name] = key
+	}
+	by := func(name string) keyadmin.Actor {
+		found, err := store.Lookup(t.Context(), []apikey.Digest{apikey.Hash(keys[name].Key.Reveal())})
+		if err != nil {
+			t.Fatal(err)
+		}
+		actor, err := keyadmin.ManagingKey(found.Records[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return actor
+	}
+	add("manager", "acme", operator)
+	add("child", "acme", by("manager"))
+	add("grandchild", "acme", by("child"))
+	add("bystander", "acme", operator)
+	add("stranger", "globex", operator)
+	return admin, store, databaseURL, keys
+}
+
+func revokedNames(t *testing.T, admin *keyadmin.Admin, keys map[string]keyadmin.Key) string {
+	t.Helper()
+	var names []string
+	for _, name := range slices.Sorted(maps.Keys(keys)) {
+		if get(t, admin, keys[name].ID).Status == keyadmin.Revoked {
+			names = append(names, name)
+		}
+	}
+	return strings.Join(names, " ")
+}
+
+func TestIncidentSwitchRevokesTheSelectionAndNothingElse(t *testing.T) {
+	hash := func(key keyadmin.Key) [32]byte { return apikey.Hash(key.Key.Reveal()) }
+	at := func(key keyadmin.Key) string { return key.CreatedAt.Format(time.RFC3339Nano) }
+	for name, test := range map[string]struct {
+		selection func(map[string]keyadmin.Key) keyadmin.Selection
+		want      string
+	}{
+		"account": {func(map[string]keyadmin.Key) keyadmin.Selection { return keyadmin.Selection{Account: "acme"} }, "bystander child grandchild manager"},
+		"creator, and whom it made": {func(k map[string]keyadmin.Key) keyadmin.Selection {
+			return keyadmin.Selection{CreatedBy: "key:" + k["manager"].ID}
+		}, "child grandchild"},
+		"window": {func(k map[string]keyadmin.Key) keyadmin.Selection {
+			return keyadmin.Selection{CreatedAfter: at(k["child"]), CreatedBefore: at(k["bystander"])}
+		}, "child grandchild"},
+		"hashes": {func(k map[string]keyadmin.Key) keyadmin.Selection {
+			return keyadmin.Selection{Hashes: [][32]byte{hash(k["stranger"]), hash(k["child"]), {1}}}
+		}, "child stranger"},
+		"both": {func(k map[string]keyadmin.Key) keyadmin.Selection {
+			return keyadmin.Selection{Account: "acme", Hashes: [][32]byte{hash(k["stranger"]), hash(k["child"])}}
+		}, "child"},
+		"a list of no hash": {func(map[string]keyadmin.Key) keyadmin.Selection { return keyadmin.Selection{Hashes: [][32]byte{}} }, ""},
+		"none":              {func(map[string]keyadmin.Key) keyadmin.Selection { return keyadmin.Selection{Account: "nobody"} }, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			admin, _, _, keys := fixture(t)
+			selection := test.selection(keys)
+			count := int64(len(strings.Fields(test.want)))
+			if dry, err := admin.RevokeMany(t.Context(), operator, selection, true); err != nil || dry.Count != count || revokedNames(t, admin, keys) != "" {
+				t.Errorf("dry run %+v, %v, revoked %s", dry, err, revokedNames(t, admin, keys))
+			}
+			done, err := admin.RevokeMany(t.Context(), operator, selection, false)
+			if got := revokedNames(t, admin, keys); err != nil || done.Count != count || got != test.want {
+				t.Errorf("%+v, %v, revoked %q, want %q", done, err, got, test.want)
+			}
+			if again, err := admin.RevokeMany(t.Context(), operator, selection, false); err != nil || again.Count != 0 {
+				t.Errorf("again: %+v, %v", again, err)
+			}
+			lines := 0
+			page, err := admin.Audit(t.Context(), operator, keyadmin.AuditRequest{Action: string(keyadmin.KeyRevoked)})
+			for _, e := range page.Entries {
+				if e.Details["selection"] != nil {
+					lines++
+				}
+			}
+			if err != nil || lines != int(count) {
+				t.Errorf("%d lines in the audit, %v", lines, err)
+			}
+		})
+	}
+}
+
+func TestEmptySelectionIsRefused(t *testing.T) {
+	admin, _, _, keys := fixture(t)
+	for _, selection := range []keyadmin.Selection{{}, {CreatedAfter: "yesterday"}, {CreatedBefore: "1"}, {Account: "a\n"}, {Account: keystore.CanaryAccount}} {
+		var invalid *keyadmin.InvalidError
+		if _, err := admin.RevokeMany(t.Context(), operator, selection, false); !errors.As(err, &invalid) {
+			t.Errorf("%+v: %v", selection, err)
+		}
+	}
+	if got := revokedNames(t, admin, keys); got != "" {
+		t.Errorf("revoked %s", got)
+	}
+}
+
+func TestIncidentSwitchOfAPersonStaysInTheirAccount(t *testing.T) {
+	admin, _, _, keys := fixture(t)
+	person, err := keyadmin.Person("ann", "globex")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if done, err := admin.RevokeMany(t.Context(), person, keyadmin.Selection{Account: "acme"}, false); err != nil || done.Count != 0 {
+		t.Errorf("another account: %+v, %v", done, err)
+	}
+	if done, err := admin.RevokeMany(t.Context(), person, keyadmin.Selection{CreatedAfter: "2020-01-01T00:00:00Z"}, false); err != nil || done.Count != 1 {
+		t.Errorf("all that there are: %+v, %v", done, err)
+	}
+	if got := revokedNames(t, admin, keys); got != "stranger" {
+		t.Errorf("revoked %s", got)
+	}
+}
+
+// The maker's row is locked while it makes a key, so the incident switch waits for it, and must then see what it made.
+func TestKeyThatIsBeingMadeDoesNotEscapeTheIncidentSwitch(t *testing.T) {
+	admin, store, databaseURL, keys := fixture(t)
+	made, revoked := make(chan struct{}), make(chan error, 1)
+	err := store.Change(t.Context(), func(tx *keystore.Tx) error {
+		if _, err := tx.Lock(t.Context(), keystore.Everything(), keys["manager"].ID); err != nil {
+			return err
+		}
+		key := keystore.NewKey{ID: "key_" + apikey.RandomText(22), Account: "acme", Name: "late", Environment: apikey.Sandbox, Digest: apikey.Hash("late")}
+		if _, err := tx.Insert(t.Context(), key); err != nil {
+			return err
+		}
+		close(made)
+		go func() {
+			_, err := admin.RevokeMany(t.Context(), operator, keyadmin.Selection{Account: "acme"}, false)
+			revoked <- err
+		}()
+		waitUntilBlocked(t, databaseURL)
+		return nil
+	})
+	if err := errors.Join(err, <-revoked); err != nil {
+		t.Fatal(err)
+	}
+	page, err := admin.List(t.Context(), operator, keyadmin.ListRequest{Account: "acme", Status: "active"})
+	if err != nil || len(page.Keys) != 0 {
+		t.Errorf("left: %+v, %v", page.Keys, err)
+	}
+}
+
+// waitUntilBlocked returns when a statement waits for a lock.
+func waitUntilBlocked(t *testing.T, databaseURL string) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); ; {
+		err := pgtest.TryExec(databaseURL, `do $$ begin
+			if not exists (select from pg_locks where not granted) then raise exception 'nobody waits'; end if; end $$`)
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestLeakedKeysAreRevokedAndTheErrorTellsNothing(t *testing.T) {
+	admin, _, databaseURL, keys := fixture(t)
+	unknown := apikey.Generate(apikey.Production)
+	report := []string{keys["child"].Key.Reveal(), unknown, "rk_", "", keys["stranger"].Key.Reveal(), keys["child"].Key.Reveal()}
+	done, err := admin.Leaked(t.Context(), "github", report)
+	if err != nil || done.Count != 2 || revokedNames(t, admin, keys) != "child stranger" {
+		t.Errorf("%+v, %v, revoked %s", done, err, revokedNames(t, admin, keys))
+	}
+	if done, err := admin.Leaked(t.Context(), "github", report); err != nil || done.Count != 0 {
+		t.Errorf("again: %+v, %v", done, err)
+	}
+	if done, err := admin.Leaked(t.Context(), "finder", []string{unknown}); err != nil || done.Count != 0 {
+		t.Errorf("unknown: %+v, %v", done, err)
+	}
+	page, err := admin.Audit(t.Context(), operator, keyadmin.AuditRequest{Action: string(keyadmin.LeakReported)})
+	if err != nil || len(page.Entries) != 3 || page.Entries[2].Actor != "leak:github" || fmt.Sprint(page.Entries[2].Details) != "map[keys:6 revoked:2]" {
+		t.Errorf("audit %+v, %v", page.Entries, err)
+	}
+	if page, err := admin.Audit(t.Context(), operator, keyadmin.AuditRequest{KeyID: keys["child"].ID}); err != nil || page.Entries[0].Details["reason"] != "leaked" {
+		t.Errorf("audit of the key %+v, %v", page.Entries, err)
+	}
+	for _, keys := range [][]string{nil, make([]string, 1001)} {
+		var invalid *keyadmin.InvalidError
+		if _, err := admin.Leaked(t.Context(), "finder", keys); !errors.As(err, &invalid) {
+			t.Errorf("%d keys: %v", len(keys), err)
+		}
+	}
+	if stored := contents(t, databaseURL); strings.Contains(stored, unknown[len(apikey.ProductionPrefix):]) {
+		t.Error("a reported key was stored")
+	}
+}

@@ -1,0 +1,304 @@
+package keyadmin_test
+
+import (
+	"errors"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+)
+
+func get(t testing.TB, admin *keyadmin.Admin, id string) keyadmin.Key {
+	t.Helper()
+	key, err := admin.Get(t.Context(), operator, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+func rotate(t testing.TB, admin *keyadmin.Admin, id string, overlap keyadmin.Overlap) keyadmin.Key {
+	t.Helper()
+	key, err := admin.Rotate(t.Context(), operator, id, overlap)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+func day(t testing.TB) keyadmin.Overlap {
+	t.Helper()
+	overlap, err := keyadmin.ParseOverlap("")
+	if err != nil || overlap != (keyadmin.Overlap{For: 24 * time.Hour}) {
+		t.Fatalf("default overlap %v, %v", overlap, err)
+	}
+	return overlap
+}
+
+func TestSuccessorIsTheSameKeyWithAnotherSecret(t *testing.T) {
+	admin, _, _ := newAdmin(t)
+	r := request()
+	r.ManageKeys = true
+	old := create(t, admin, r)
+	next := rotate(t, admin, old.ID, day(t))
+	if next.ID == old.ID || next.Key == old.Key || !apikey.ChecksumValid(next.Key.Reveal()) {
+		t.Error("the successor is no new key")
+	}
+	if next.Name != old.Name || next.Account != old.Account || next.Environment != old.Environment || !next.ManageKeys ||
+		strings.Join(next.Scopes, " ") != strings.Join(old.Scopes, " ") || *next.Predecessor != old.ID || next.Successor != nil {
+		t.Errorf("old %+v, next %+v", old, next)
+	}
+	if lives, lived := next.ExpiresAt.Sub(next.CreatedAt), old.ExpiresAt.Sub(old.CreatedAt); lives != lived {
+		t.Errorf("the successor lives %v, the old key was made for %v", lives, lived)
+	}
+	ending := get(t, admin, old.ID)
+	if ending.Status != keyadmin.Active || *ending.Successor != next.ID || ending.ExpiresAt.Sub(next.CreatedAt) != 24*time.Hour {
+		t.Errorf("old key %+v", ending)
+	}
+	if again := rotate(t, admin, next.ID, day(t)); again.ExpiresAt.Sub(again.CreatedAt) != 90*24*time.Hour {
+		t.Errorf("the successor's successor %+v", again)
+	}
+}
+
+func TestRotationNeverMakesAKeyLiveLonger(t *testing.T) {
+	admin, _, _ := newAdmin(t)
+	r := request()
+	r.ExpiresIn = "1h"
+	old := create(t, admin, r)
+	rotate(t, admin, old.ID, day(t))
+	if got := get(t, admin, old.ID); !got.ExpiresAt.Equal(*old.ExpiresAt) {
+		t.Errorf("expiry %v became %v", old.ExpiresAt, got.ExpiresAt)
+	}
+}
+
+func TestOverlapOfNothingEndsTheOldKeyAtOnce(t *testing.T) {
+	admin, _, _ := newAdmin(t)
+	old := create(t, admin, request())
+	rotate(t, admin, old.ID, keyadmin.Overlap{})
+	if got := get(t, admin, old.ID); got.Status != keyadmin.Expired {
+		t.Errorf("old key %+v", got)
+	}
+	if _, err := admin.UndoRotation(t.Context(), operator, old.ID); !errors.Is(err, keyadmin.ErrEnded) {
+		t.Errorf("undo: %v", err)
+	}
+}
+
+func TestUndoRestoresTheExpiryExactlyAndRevokesTheSuccessor(t *testing.T) {
+	for name, expiresIn := range map[string]string{"with an expiry": "90d", "without": ""} {
+		for _, overlap := range []keyadmin.Overlap{{For: time.Hour}, {For: time.Hour, OnFirstUse: true}} {
+			t.Run(name+" "+overlap.String(), func(t *testing.T) {
+				admin, _, _ := newAdmin(t)
+				r := request()
+				r.ExpiresIn = expiresIn
+				old := create(t, admin, r)
+				next := rotate(t, admin, old.ID, overlap)
+				restored, err := admin.UndoRotation(t.Context(), operator, old.ID)
+				if err != nil || restored.Status != keyadmin.Active || restored.Successor != nil {
+					t.Fatalf("%+v, %v", restored, err)
+				}
+				if (restored.ExpiresAt == nil) != (old.ExpiresAt == nil) || old.ExpiresAt != nil && !old.ExpiresAt.Equal(*restored.ExpiresAt) {
+					t.Errorf("expiry %v became %v", old.ExpiresAt, restored.ExpiresAt)
+				}
+				if withdrawn := get(t, admin, next.ID); withdrawn.Status != keyadmin.Revoked || withdrawn.Predecessor != nil || withdrawn.OverlapOnFirstUse != nil {
+					t.Errorf("successor %+v", withdrawn)
+				}
+				if _, err := admin.UndoRotation(t.Context(), operator, old.ID); !errors.Is(err, keyadmin.ErrNotRotated) {
+					t.Errorf("undo again: %v", err)
+				}
+				rotate(t, admin, old.ID, overlap) // which was undone, so it can be done
+			})
+		}
+	}
+}
+
+func TestKeyHasOneSuccessorAtATime(t *testing.T) {
+	admin, _, _ := newAdmin(t)
+	old := create(t, admin, request())
+	var wg sync.WaitGroup
+	results := make(chan error, 8)
+	for range cap(results) {
+		wg.Go(func() {
+			_, err := admin.Rotate(t.Context(), operator, old.ID, keyadmin.Overlap{For: time.Hour})
+			results <- err
+		})
+	}
+	wg.Wait()
+	close(results)
+	made := 0
+	for err := range results {
+		if err == nil {
+			made++
+		} else if !errors.Is(err, keyadmin.ErrAlreadyRotated) {
+			t.Error(err)
+		}
+	}
+	if made != 1 {
+		t.Errorf("%d successors were made", made)
+	}
+}
+
+// A successor that was lost or leaked is revoked, and the old key needs another: what the first rotation had set is gone.
+func TestRotationAfterTheSuccessorWasRevokedStartsAfresh(t *testing.T) {
+	admin, _, _ := newAdmin(t)
+	old := create(t, admin, request())
+	lost := rotate(t, admin, old.ID, keyadmin.Overlap{For: time.Hour})
+	if _, err := admin.Revoke(t.Context(), operator, lost.ID); err != nil {
+		t.Fatal(err)
+	}
+	next := rotate(t, admin, old.ID, day(t))
+	if got := get(t, admin, old.ID); *got.Successor != next.ID || got.ExpiresAt.Sub(next.CreatedAt) != 24*time.Hour {
+		t.Errorf("old key %+v", got)
+	}
+	if restored, err := admin.UndoRotation(t.Context(), operator, old.ID); err != nil || !restored.ExpiresAt.Equal(*old.ExpiresAt) {
+		t.Errorf("undone %+v, %v", restored, err)
+	}
+}
+
+func TestEndedKeyIsNotRotated(t *testing.T) {
+	admin, _, _ := newAdmin(t)
+	revoked := create(t, admin, request())
+	if _, err := admin.Revoke(t.Context(), operator, revoked.ID); err != nil {
+		t.Fatal(err)
+	}
+	r := request()
+	r.ExpiresIn = "1us"
+	for _, key := range []keyadmin.Key{revoked, create(t, admin, r)} {
+		if _, err := admin.Rotate(t.Context(), operator, key.ID, day(t)); !errors.Is(err, keyadmin.ErrEnded) {
+			t.Errorf("%s: %v", key.ID, err)
+		}
+	}
+}
+
+func TestFirstUseOfTheSuccessorStartsTheGracePeriodOnce(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	old := create(t, admin, request())
+	next := rotate(t, admin, old.ID, keyadmin.Overlap{For: time.Hour, OnFirstUse: true})
+	if *next.OverlapOnFirstUse != "1h0m0s" || !get(t, admin, old.ID).ExpiresAt.Equal(*old.ExpiresAt) {
+		t.Errorf("before: old %+v, next %+v", get(t, admin, old.ID), next)
+	}
+	use := func(id string) { pgtest.Exec(t, databaseURL, `select rekall.start_grace($1)`, id) }
+	use(old.ID)
+	use("key_0000000000000000000000")
+	if got := get(t, admin, old.ID); !got.ExpiresAt.Equal(*old.ExpiresAt) {
+		t.Errorf("the use of another key started it: %+v", got)
+	}
+	use(next.ID)
+	ending := get(t, admin, old.ID)
+	if left := time.Until(*ending.ExpiresAt); left > time.Hour || left < 50*time.Minute {
+		t.Errorf("the old key has %v left", left)
+	}
+	use(next.ID)
+	if got := get(t, admin, old.ID); !got.ExpiresAt.Equal(*ending.ExpiresAt) || get(t, admin, next.ID).OverlapOnFirstUse != nil {
+		t.Errorf("the second use changed the expiry from %v to %v", ending.ExpiresAt, got.ExpiresAt)
+	}
+	page, err := admin.Audit(t.Context(), operator, keyadmin.AuditRequest{KeyID: old.ID, Action: string(keyadmin.KeyGraceStarted)})
+	if err != nil || len(page.Entries) != 1 || page.Entries[0].Actor != "system:first-use" {
+		t.Errorf("audit %+v, %v", page, err)
+	}
+	if restored, err := admin.UndoRotation(t.Context(), operator, old.ID); err != nil || !restored.ExpiresAt.Equal(*old.ExpiresAt) {
+		t.Errorf("undone %+v, %v", restored, err)
+	}
+}
+
+func TestFirstUseRevivesNoKeyThatHasEnded(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	old := create(t, admin, request())
+	next := rotate(t, admin, old.ID, keyadmin.Overlap{For: time.Hour, OnFirstUse: true})
+	pgtest.Exec(t, databaseURL, `update rekall.api_keys set expires_at = now() - interval '1 second' where id = $1`, old.ID)
+	pgtest.Exec(t, databaseURL, `select rekall.start_grace($1)`, next.ID)
+	if got := get(t, admin, old.ID); got.Status != keyadmin.Expired {
+		t.Errorf("old key %+v", got)
+	}
+}
+
+func TestOverlapIsReadAsItIsWritten(t *testing.T) {
+	for text, want := range map[string]keyadmin.Overlap{
+		"": {For: 24 * time.Hour}, "0": {}, "0s": {}, "36h": {For: 36 * time.Hour}, "P2D": {For: 48 * time.Hour},
+		"on-first-use": {24 * time.Hour, true}, "on-first-use:2d": {48 * time.Hour, true}, "on-first-use:0": {0, true},
+	} {
+		got, err := keyadmin.ParseOverlap(text)
+		if err != nil || got != want {
+			t.Errorf("%q is %+v, %v", text, got, err)
+		}
+		if again, err := keyadmin.ParseOverlap(got.String()); err != nil || again != want {
+			t.Errorf("%q is written %q, which is %+v, %v", text, got, again, err)
+		}
+	}
+	for _, text := range []string{"soon", "-1h", "366d", "on-first-use:", "on-first-use:366d", "on-first-use 1d"} {
+		var invalid *keyadmin.InvalidError
+		if _, err := keyadmin.ParseOverlap(text); !errors.As(err, &invalid) || invalid.Field != "overlap" {
+			t.Errorf("%q: %v", text, err)
+		}
+	}
+}
+
+// due makes keys of which the first are old, and returns them oldest first.
+func due(t *testing.T, admin *keyadmin.Admin, databaseURL string, old int) []keyadmin.Key {
+	t.Helper()
+	var keys []keyadmin.Key
+	for i := range old {
+		r := request()
+		r.Name = strings.Repeat("x", i+1)
+		keys = append(keys, create(t, admin, r))
+	}
+	pgtest.Exec(t, databaseURL, `
+		alter table rekall.api_keys disable trigger stamp;
+		update rekall.api_keys set created_at = created_at - interval '91 days';
+		alter table rekall.api_keys enable always trigger stamp`)
+	create(t, admin, request())
+	return keys
+}
+
+func TestDueKeysAreRotatedOldestFirstAndTheRestIsLeft(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	keys := due(t, admin, databaseURL, 5)
+	r := keyadmin.RotateDueRequest{OlderThan: "90d", Overlap: day(t)}
+	if _, err := admin.Revoke(t.Context(), operator, keys[1].ID); err != nil {
+		t.Fatal(err)
+	}
+	rotate(t, admin, keys[3].ID, day(t))
+	run := func(dryRun bool, fail int) (handed []keyadmin.Key, count int, err error) {
+		count, err = admin.RotateDue(t.Context(), operator, r, dryRun, func(key keyadmin.Key) error {
+			if len(handed) == fail {
+				return errors.New("the terminal is gone")
+			}
+			handed = append(handed, key)
+			return nil
+		})
+		return handed, count, err
+	}
+	handed, count, err := run(true, -1)
+	if err != nil || count != 3 || handed[0].ID != keys[0].ID || handed[1].ID != keys[2].ID || handed[2].ID != keys[4].ID || handed[0].Key != "" {
+		t.Fatalf("dry run: %+v, %d, %v", handed, count, err)
+	}
+	// The second key cannot be handed out: it stays as it was, and the next run takes it.
+	handed, count, err = run(false, 1)
+	if err == nil || count != 1 || len(handed) != 1 || *handed[0].Predecessor != keys[0].ID || handed[0].Key == "" {
+		t.Fatalf("interrupted: %+v, %d, %v", handed, count, err)
+	}
+	if got := get(t, admin, keys[2].ID); got.Successor != nil || !got.ExpiresAt.Equal(*keys[2].ExpiresAt) {
+		t.Errorf("the key whose successor was lost: %+v", got)
+	}
+	handed, count, err = run(false, -1)
+	if err != nil || count != 2 || *handed[0].Predecessor != keys[2].ID || *handed[1].Predecessor != keys[4].ID {
+		t.Errorf("again: %+v, %d, %v", handed, count, err)
+	}
+	if handed, count, err = run(false, -1); err != nil || count != 0 || len(handed) != 0 {
+		t.Errorf("the third time: %+v, %d, %v", handed, count, err)
+	}
+}
+
+// An age of nothing means all keys that there were, not their successors and those' successors for ever.
+func TestRotationOfAllKeysEnds(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	due(t, admin, databaseURL, 3)
+	count, err := admin.RotateDue(t.Context(), operator, keyadmin.RotateDueRequest{OlderThan: "0s", Overlap: day(t)}, false,
+		func(keyadmin.Key) error { return nil })
+	if err != nil || count != 4 {
+		t.Errorf("rotated %d keys, %v", count, err)
+	}
+}
