@@ -23,24 +23,11 @@ import (
 
 // Exit codes of the commands besides 0 and 1 (anything else that failed).
 const (
-	exitNotFound       = 3
-	exitAlreadyRevoked = 4
+	exitNotFound = 3
+	exitEnded    = 4 // the key is revoked or expired already
 )
 
 func init() {
-	caddycmd.RegisterCommand(caddycmd.Command{
-		Name:  "keys",
-		Usage: "create|list|revoke|usage",
-		Short: "Manages API keys",
-		Long:  "Creates, lists and revokes API keys in Postgres, and shows what they are used for. Edges follow on their own.",
-		CobraFunc: func(cmd *cobra.Command) {
-			cmd.Args = cobra.NoArgs
-			cmd.RunE = run(func(_ context.Context, cmd *cobra.Command, _ []string) error {
-				return errors.New("say what to do with keys: create, list, revoke or usage (see --help)")
-			})
-			cmd.AddCommand(keysCreateCommand(), keysListCommand(), keysRevokeCommand(), keysUsageCommand())
-		},
-	})
 	caddycmd.RegisterCommand(caddycmd.Command{
 		Name:  "edges",
 		Usage: "list",
@@ -76,8 +63,8 @@ func run(do func(context.Context, *cobra.Command, []string) error) func(*cobra.C
 		switch {
 		case errors.Is(err, keyadmin.ErrNotFound):
 			code = exitNotFound
-		case errors.Is(err, keyadmin.ErrAlreadyRevoked):
-			code = exitAlreadyRevoked
+		case errors.Is(err, keyadmin.ErrAlreadyRevoked), errors.Is(err, keyadmin.ErrEnded):
+			code = exitEnded
 		default:
 			return err
 		}

@@ -1,61 +1,86 @@
 package caddymodule
 
 import (
+	"bufio"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/user"
+	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
 
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"golang.org/x/term"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
-// operator is whoever runs the command, as the audit names them.
-func operator() keyadmin.Actor {
-	account, err := user.Current()
-	if err != nil {
-		return keyadmin.Operator("")
-	}
-	return keyadmin.Operator(account.Username)
+func init() {
+	caddycmd.RegisterCommand(caddycmd.Command{
+		Name:  "keys",
+		Usage: "create|list|show|rename|rotate|revoke|usage|audit|import|check",
+		Short: "Manages API keys",
+		Long: `Manages API keys in Postgres, those of all accounts. Edges follow on their own.
+
+Exit codes: 3 where there is no such key, 4 where it is revoked or expired already, 1 for whatever else failed.`,
+		CobraFunc: func(cmd *cobra.Command) {
+			cmd.Args = noArgs
+			cmd.RunE = run(func(_ context.Context, cmd *cobra.Command, _ []string) error {
+				return errors.New("say what to do with keys: create, list, show, rename, rotate, revoke, usage, audit, import or check (see --help)")
+			})
+			cmd.AddCommand(keysCreateCommand(), keysListCommand(), keysShowCommand(), keysRenameCommand(), keysRotateCommand(),
+				keysRevokeCommand(), keysUsageCommand(), keysAuditCommand(), keysImportCommand(), keysCheckCommand())
+		},
+	})
 }
 
-func keysCreateCommand() *cobra.Command {
-	cmd := &cobra.Command{
-		Use:     "create --name <name> --scopes <scope,...> --environment production|sandbox",
-		Short:   "Creates a key and shows it once",
-		Example: "  rekall-gateway keys create --name 'Production Backend' --scopes memories:read,memories:write --environment production --expires-in 90d",
-		Args:    cobra.NoArgs,
-	}
+// keysCommand makes a subcommand of keys. What it is called with is searched for keys: they have no place in a shell's
+// history or a list of processes, and in no error either.
+func keysCommand(cmd *cobra.Command, do func(context.Context, *cobra.Command, []string, *keyadmin.Admin) error) *cobra.Command {
 	databaseFlags(cmd)
-	cmd.Flags().String("name", "", "Name of the key, for people")
-	cmd.Flags().StringSlice("scopes", nil, "Scopes, separated by commas: "+strings.Join(apikey.ScopeNames(), ", "))
-	cmd.Flags().String("environment", "", "production or sandbox")
-	cmd.Flags().String("account", "default", "Account that owns the key")
-	cmd.Flags().String("expires-in", "", "How long the key lives, e.g. 90d, 2w or 12h (default: for ever)")
-	cmd.RunE = admin(func(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
-		flags := cmd.Flags()
-		var request keyadmin.CreateRequest
-		request.Name, _ = flags.GetString("name")
-		request.Scopes, _ = flags.GetStringSlice("scopes")
-		request.Environment, _ = flags.GetString("environment")
-		request.Account, _ = flags.GetString("account")
-		request.ExpiresIn, _ = flags.GetString("expires-in")
-		key, _, err := admin.Create(ctx, operator(), request)
-		if err != nil {
-			return flagNames(err)
+	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return errors.New(apikey.Redact(err.Error())) })
+	cmd.RunE = admin(func(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
+		given := slices.Clone(args)
+		cmd.Flags().Visit(func(f *pflag.Flag) { given = append(given, f.Value.String()) })
+		if apikey.ContainsKey(strings.Join(given, "\n")) {
+			return errKeyAsArgument
 		}
-		return show(cmd, key, func(w io.Writer) {
-			fmt.Fprintf(w, "Created %s (%s, %s).\n\n  %s\n\nThis is the only time the key is shown. Store it now.\n",
-				key.ID, key.Environment, strings.Join(key.Scopes, " "), key.Key.Reveal())
-		})
+		return flagNames(do(ctx, cmd, args, admin))
 	})
 	return cmd
+}
+
+// errKeyAsArgument wraps ErrNotFound: the key usually stands where an id should.
+var errKeyAsArgument = fmt.Errorf("%w: an argument is a key itself, which is now in your shell's history: revoke or rotate it by its id; "+
+	`"rekall-gateway keys check" reads a key from its input and tells the id`, keyadmin.ErrNotFound)
+
+// noArgs is cobra.NoArgs, which quotes what it refuses, for what may be a key.
+func noArgs(cmd *cobra.Command, args []string) error {
+	if apikey.ContainsKey(strings.Join(args, "\n")) {
+		return errKeyAsArgument
+	}
+	return cobra.NoArgs(cmd, args)
+}
+
+// operator is whoever runs the command, as the audit names them: with sudo, the user before.
+func operator() keyadmin.Actor {
+	if name := os.Getenv("SUDO_USER"); name != "" && os.Geteuid() == 0 {
+		return keyadmin.Operator(name)
+	}
+	account, err := user.Current()
+	if err != nil { // a container has users without a name
+		return keyadmin.Operator("uid-" + strconv.Itoa(os.Getuid()))
+	}
+	return keyadmin.Operator(account.Username)
 }
 
 // flagNames makes an error about a field of the API speak of the flag instead.
@@ -67,84 +92,305 @@ func flagNames(err error) error {
 	return err
 }
 
-func keysListCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "list", Short: "Lists keys", Args: cobra.NoArgs}
-	databaseFlags(cmd)
-	cmd.Flags().String("account", "", "Only keys of this account")
-	cmd.RunE = admin(func(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
-		account, _ := cmd.Flags().GetString("account")
-		keys := []keyadmin.Key{}
-		for request := (keyadmin.ListRequest{Account: account}); ; {
-			page, err := admin.List(ctx, operator(), request)
-			if err != nil {
-				return err
-			}
-			keys = append(keys, page.Keys...)
-			if page.NextCursor == "" {
-				break
-			}
-			request.Cursor = page.NextCursor
-		}
-		return show(cmd, keys, func(w io.Writer) {
-			if len(keys) == 0 {
-				fmt.Fprintln(w, "No keys. Make one with 'rekall-gateway keys create'.")
-				return
-			}
-			table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-			fmt.Fprintln(table, "ID\tNAME\tACCOUNT\tKEY\tSTATUS\tEXPIRES\tSCOPES")
-			for _, k := range keys {
-				expires := "never"
-				if k.ExpiresAt != nil {
-					expires = k.ExpiresAt.Format(time.RFC3339)
-				}
-				fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", k.ID, k.Name, k.Account, k.Masked, k.Status, expires, strings.Join(k.Scopes, " "))
-			}
-			_ = table.Flush()
-		})
-	})
+func text(cmd *cobra.Command, flag string) string {
+	value, _ := cmd.Flags().GetString(flag)
+	return value
+}
+
+func is(cmd *cobra.Command, flag string) bool {
+	value, _ := cmd.Flags().GetBool(flag)
+	return value
+}
+
+// choices declares what a flag can be, for the shell's completion.
+func choices(cmd *cobra.Command, flag string, values ...string) {
+	// It fails only if there is no such flag, which the test of the completion would show.
+	_ = cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
+}
+
+func keysCreateCommand() *cobra.Command {
+	cmd := keysCommand(&cobra.Command{
+		Use:     "create --name <name> --scopes <scope,...> --environment production|sandbox",
+		Short:   "Creates a key and shows it once",
+		Example: "  rekall-gateway keys create --name 'Production Backend' --scopes memories:read,memories:write --environment production --expires-in 90d",
+		Args:    noArgs,
+	}, createKey)
+	cmd.Flags().String("name", "", "Name of the key, for people")
+	cmd.Flags().StringSlice("scopes", nil, "Scopes, separated by commas: "+strings.Join(apikey.ScopeNames(), ", "))
+	cmd.Flags().String("environment", "", "production or sandbox")
+	cmd.Flags().String("account", "default", "Account that owns the key")
+	cmd.Flags().String("expires-in", "", "How long the key lives, e.g. 90d, 2w, 12h or P90D (default: for ever)")
+	cmd.Flags().String("expires-at", "", "When the key ends, e.g. 2030-12-31T23:59:59Z")
+	cmd.Flags().Bool("manage-keys", false, "Let the key manage the keys of its account")
+	choices(cmd, "scopes", apikey.ScopeNames()...)
+	choices(cmd, "environment", "production", "sandbox")
 	return cmd
 }
 
-func keysRevokeCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "revoke <id>", Short: "Revokes a key for good", Args: cobra.ExactArgs(1)}
-	databaseFlags(cmd)
-	cmd.Flags().Bool("wait", false, "Wait until no edge allows the key any longer, and show each with its delay")
-	cmd.RunE = admin(func(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
-		key, err := admin.Revoke(ctx, operator(), args[0])
+func createKey(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
+	scopes, _ := cmd.Flags().GetStringSlice("scopes")
+	key, _, err := admin.Create(ctx, operator(), keyadmin.CreateRequest{
+		Name: text(cmd, "name"), Account: text(cmd, "account"), Environment: text(cmd, "environment"), Scopes: scopes,
+		ManageKeys: is(cmd, "manage-keys"), ExpiresIn: text(cmd, "expires-in"), ExpiresAt: text(cmd, "expires-at"),
+	})
+	if err != nil {
+		return err
+	}
+	return show(cmd, key, func(w io.Writer) {
+		fmt.Fprintf(w, "Created %s (%s, %s).\n\n  %s\n\nThis is the only time the key is shown. Store it now.\n",
+			key.ID, key.Environment, strings.Join(key.Scopes, " "), key.Key.Reveal())
+	})
+}
+
+func keysListCommand() *cobra.Command {
+	cmd := keysCommand(&cobra.Command{Use: "list", Short: "Lists keys, the newest first", Args: noArgs}, listKeys)
+	cmd.Flags().String("account", "", "Only keys of this account")
+	cmd.Flags().String("environment", "", "Only keys of production or sandbox")
+	cmd.Flags().String("status", "", "Only keys that are active, expiring (within 14 days), expired or revoked")
+	cmd.Flags().String("name", "", "Only keys with this in their name; without --account, at its beginning")
+	cmd.Flags().String("created-by", "", "Only keys that this actor made, e.g. cli:root or key:<id>")
+	cmd.Flags().Int("limit", 0, "At most this many (default: all)")
+	choices(cmd, "environment", "production", "sandbox")
+	choices(cmd, "status", "active", "expiring", "expired", "revoked")
+	return cmd
+}
+
+func listKeys(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
+	request := keyadmin.ListRequest{
+		Account: text(cmd, "account"), Environment: text(cmd, "environment"), Status: text(cmd, "status"), Name: text(cmd, "name"),
+		CreatedBy: text(cmd, "created-by"),
+	}
+	limit, err := limitFlag(cmd)
+	if err != nil {
+		return err
+	}
+	keys := []keyadmin.Key{}
+	for {
+		page, err := admin.List(ctx, operator(), request)
 		if err != nil {
 			return err
 		}
-		if wait, _ := cmd.Flags().GetBool("wait"); !wait {
-			return show(cmd, key, func(w io.Writer) {
-				fmt.Fprintf(w, "Revoked %s. Every edge refuses it within 60 seconds.\n", key.ID)
-			})
+		keys = append(keys, page.Keys...)
+		if request.Cursor = page.NextCursor; request.Cursor == "" || len(keys) >= limit {
+			break
 		}
-		return waitRevoked(ctx, cmd, admin, key)
+	}
+	keys = keys[:min(len(keys), limit)]
+	return show(cmd, keys, func(w io.Writer) {
+		if len(keys) == 0 {
+			fmt.Fprintln(w, "No keys. Make one with 'rekall-gateway keys create'.")
+			return
+		}
+		keyTable(w, keys)
 	})
+}
+
+// limitFlag reads --limit: 0, the default, is no limit.
+func limitFlag(cmd *cobra.Command) (int, error) {
+	const all = int(^uint(0) >> 1)
+	limit, _ := cmd.Flags().GetInt("limit")
+	if limit < 0 {
+		return 0, errors.New("--limit must not be negative")
+	}
+	if limit == 0 {
+		return all, nil
+	}
+	return limit, nil
+}
+
+func keyTable(w io.Writer, keys []keyadmin.Key) {
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(table, "ID\tNAME\tACCOUNT\tKEY\tSTATUS\tEXPIRES\tLAST USED\tREPLACED BY\tSCOPES")
+	for _, k := range keys {
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", k.ID, k.Name, k.Account, k.Masked, k.Status,
+			moment(k.ExpiresAt, "never"), moment(k.LastUsedAt, "-"), orDash(k.Successor), permissions(k))
+	}
+	_ = table.Flush()
+}
+
+func moment(t *time.Time, none string) string {
+	if t == nil {
+		return none
+	}
+	return t.Format(time.RFC3339)
+}
+
+func orDash(s *string) string {
+	if s == nil {
+		return "-"
+	}
+	return *s
+}
+
+func permissions(key keyadmin.Key) string {
+	if key.ManageKeys {
+		return strings.Join(append(key.Scopes, "(manages keys)"), " ")
+	}
+	return strings.Join(key.Scopes, " ")
+}
+
+func keysShowCommand() *cobra.Command {
+	return keysCommand(&cobra.Command{Use: "show <id>", Short: "Shows a key, but for the key itself", Args: cobra.ExactArgs(1)}, showKey)
+}
+
+func showKey(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
+	key, err := admin.Get(ctx, operator(), args[0])
+	if err != nil {
+		return err
+	}
+	return show(cmd, key, func(w io.Writer) { describe(w, key) })
+}
+
+func describe(w io.Writer, key keyadmin.Key) {
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	line := func(name, value string) { fmt.Fprintf(table, "%s\t%s\n", name, value) }
+	line("ID", key.ID)
+	line("Name", key.Name)
+	line("Account", key.Account)
+	line("Environment", key.Environment)
+	line("Key", key.Masked)
+	line("Status", string(key.Status))
+	line("Scopes", permissions(key))
+	line("Created", key.CreatedAt.Format(time.RFC3339)+" by "+orDash(key.CreatedBy))
+	line("Expires", moment(key.ExpiresAt, "never"))
+	line("Revoked", moment(key.RevokedAt, "-"))
+	line("Last used", moment(key.LastUsedAt, "-"))
+	line("Replaces", orDash(key.Predecessor))
+	line("Replaced by", orDash(key.Successor))
+	if key.OverlapOnFirstUse != nil {
+		line("First use", "is awaited; the key that it replaces lives "+*key.OverlapOnFirstUse+" from then")
+	}
+	_ = table.Flush()
+}
+
+func keysRenameCommand() *cobra.Command {
+	return keysCommand(&cobra.Command{Use: "rename <id> <name>", Short: "Gives a key another name", Args: cobra.ExactArgs(2)}, renameKey)
+}
+
+func renameKey(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
+	key, err := admin.Rename(ctx, operator(), args[0], args[1])
+	if err != nil {
+		return err
+	}
+	return show(cmd, key, func(w io.Writer) { fmt.Fprintf(w, "Renamed %s to %s.\n", key.ID, key.Name) })
+}
+
+func keysAuditCommand() *cobra.Command {
+	cmd := keysCommand(&cobra.Command{Use: "audit", Short: "Shows who did what to which key, the newest first", Args: noArgs}, showAudit)
+	cmd.Flags().String("account", "", "Only keys of this account")
+	cmd.Flags().String("key-id", "", "Only this key")
+	cmd.Flags().String("actor", "", "Only what this actor did, e.g. cli:root or key:<id>")
+	cmd.Flags().String("action", "", "Only this action, e.g. key.revoked")
+	cmd.Flags().String("since", "", "Only at or after this time, e.g. 2030-12-31T23:59:59Z")
+	cmd.Flags().String("until", "", "Only before this time")
+	cmd.Flags().Int("limit", 100, "At most this many; 0: all")
 	return cmd
 }
 
-func waitRevoked(ctx context.Context, cmd *cobra.Command, admin *keyadmin.Admin, key keyadmin.Key) error {
-	asJSON, _ := cmd.Flags().GetBool("json")
-	confirmations := []keyadmin.Confirmation{}
-	err := admin.WaitRevoked(ctx, key.ID, func(c keyadmin.Confirmation) {
-		confirmations = append(confirmations, c)
-		if asJSON {
-			return
-		}
-		how := fmt.Sprintf("confirmed after %.3fs", c.DelaySeconds)
-		if !c.Confirmed {
-			how = "did not confirm: fail-closed, it trusts no key that it has not asked about"
-		}
-		fmt.Fprintf(cmd.OutOrStdout(), "%s %s: %s\n", c.Name, c.Region, how)
-	})
-	if err != nil {
-		return fmt.Errorf("key %s is revoked, but the edges could not be watched: %w", key.ID, err)
+func showAudit(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
+	request := keyadmin.AuditRequest{
+		Account: text(cmd, "account"), KeyID: text(cmd, "key-id"), Actor: text(cmd, "actor"), Action: text(cmd, "action"),
+		Since: text(cmd, "since"), Until: text(cmd, "until"),
 	}
-	return show(cmd, struct {
-		keyadmin.Key
-		Edges []keyadmin.Confirmation `json:"edges"`
-	}{key, confirmations}, func(w io.Writer) {
-		fmt.Fprintf(w, "Revoked %s. No edge allows it (%d edges).\n", key.ID, len(confirmations))
+	limit, err := limitFlag(cmd)
+	if err != nil {
+		return err
+	}
+	entries := []keyadmin.AuditEntry{}
+	for {
+		page, err := admin.Audit(ctx, operator(), request)
+		if err != nil {
+			return err
+		}
+		entries = append(entries, page.Entries...)
+		if request.Cursor = page.NextCursor; request.Cursor == "" || len(entries) >= limit {
+			break
+		}
+	}
+	entries = entries[:min(len(entries), limit)]
+	return show(cmd, entries, func(w io.Writer) {
+		table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+		fmt.Fprintln(table, "AT\tACTOR\tACTION\tACCOUNT\tKEY\tDETAILS")
+		for _, e := range entries {
+			fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", e.At.Format(time.RFC3339), e.Actor, e.Action, orDash(e.Account), orDash(e.KeyID), oneLine(e.Details))
+		}
+		_ = table.Flush()
 	})
+}
+
+func keysCheckCommand() *cobra.Command {
+	return keysCommand(&cobra.Command{
+		Use:     "check",
+		Short:   "Says what the key on standard input is",
+		Long:    "Reads a key from standard input and says whether it is well-formed, known and in force. The key is neither shown nor stored.",
+		Example: "  rekall-gateway keys check < key.txt",
+		Args:    noArgs,
+	}, checkKey)
+}
+
+func checkKey(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
+	input, err := readSecret(cmd)
+	if err != nil {
+		return err
+	}
+	checked, err := admin.Check(ctx, operator(), input)
+	if err != nil {
+		return err
+	}
+	if err := show(cmd, checked, func(w io.Writer) { explain(w, checked) }); err != nil {
+		return err
+	}
+	switch {
+	case !checked.WellFormed:
+		return errors.New("not a key: rk_ or rk_test_ and letters and digits, 48 characters in all")
+	case checked.Key == nil:
+		return fmt.Errorf("%w, though it is well-formed", keyadmin.ErrNotFound)
+	case checked.Key.Status != keyadmin.Active:
+		return fmt.Errorf("%w: %s is %s", keyadmin.ErrEnded, checked.Key.ID, checked.Key.Status)
+	}
+	return nil
+}
+
+func explain(w io.Writer, checked keyadmin.Checked) {
+	if !checked.WellFormed {
+		return // the error says it
+	}
+	fmt.Fprintf(w, "A well-formed %s key.\n", checked.Environment)
+	if !checked.ChecksumValid {
+		fmt.Fprintln(w, "Its checksum does not fit: it is mistyped, or was not made by this gateway.")
+	}
+	if checked.Key != nil {
+		fmt.Fprintln(w)
+		describe(w, *checked.Key)
+	}
+}
+
+// maxSecret is more than a key with what may stand around it.
+const maxSecret = 1024
+
+// readSecret reads a line that a terminal must not show.
+func readSecret(cmd *cobra.Command) (string, error) {
+	if file, ok := cmd.InOrStdin().(*os.File); ok && term.IsTerminal(int(file.Fd())) {
+		fmt.Fprint(cmd.ErrOrStderr(), "Key: ")
+		line, err := term.ReadPassword(int(file.Fd()))
+		fmt.Fprintln(cmd.ErrOrStderr())
+		if err != nil {
+			return "", fmt.Errorf("read the key: %w", err)
+		}
+		return strings.TrimSpace(string(line)), nil
+	}
+	line, err := bufio.NewReader(io.LimitReader(cmd.InOrStdin(), maxSecret)).ReadString('\n')
+	if err != nil && !errors.Is(err, io.EOF) {
+		return "", fmt.Errorf("read the key: %w", err)
+	}
+	return strings.TrimSpace(line), nil
+}
+
+// oneLine writes the details of an entry of the audit.
+func oneLine(details map[string]any) string {
+	text, err := json.Marshal(details)
+	if err != nil || string(text) == "{}" {
+		return "-"
+	}
+	return string(text)
 }

@@ -1,0 +1,90 @@
+package caddymodule
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+)
+
+func keysImportCommand() *cobra.Command {
+	cmd := keysCommand(&cobra.Command{
+		Use:   "import <file>",
+		Short: "Imports existing keys, all of a file or none",
+		Long: `Imports existing keys as the SHA-256 of each, from CSV, whose first line names the columns, or from JSON lines. The columns:
+
+  hash         SHA-256 of the whole key, in hexadecimal; or, with --plain-keys,
+  key          the key itself, which is hashed at once and kept nowhere
+  account      that owns it
+  name         for people
+  environment  production or sandbox; not needed with key
+  scopes       with spaces or commas in between, or a JSON list
+  manage_keys  true or false (default false)
+  created_at   e.g. 2030-12-31T23:59:59Z (default: now)
+  expires_at   (default: never)
+  hint         last four characters of the key, for lists (default: none)
+
+Everything is validated before anything is written. Keys that are there already and may do the same are passed over, so
+an import can be repeated.`,
+		Example: `  rekall-gateway keys import keys.csv --dry-run
+  pg_dump-to-jsonl | rekall-gateway keys import - --format jsonl`,
+		Args: cobra.ExactArgs(1),
+	}, importKeys)
+	cmd.Flags().String("format", "", "csv or jsonl (default: as the file's name ends)")
+	cmd.Flags().Bool("plain-keys", false, "Accept keys themselves in a column key")
+	cmd.Flags().Bool("dry-run", false, "Only validate")
+	choices(cmd, "format", "csv", "jsonl")
+	return cmd
+}
+
+func importKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
+	format := text(cmd, "format")
+	if format == "" {
+		format = args[0][strings.LastIndexByte(args[0], '.')+1:]
+	}
+	file, err := openInput(cmd, args[0])
+	if err != nil {
+		return err
+	}
+	defer func() { _ = file.Close() }()
+	done, err := admin.Import(ctx, operator(), file, keyadmin.ImportOptions{
+		Format: format, PlainKeys: is(cmd, "plain-keys"), DryRun: is(cmd, "dry-run"), Progress: progressOn(cmd.ErrOrStderr()),
+	})
+	var bad *keyadmin.ImportError
+	if errors.As(err, &bad) && bad.Total > 1 {
+		for _, line := range bad.Lines {
+			fmt.Fprintln(cmd.ErrOrStderr(), line)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	return show(cmd, done, func(w io.Writer) {
+		if is(cmd, "dry-run") {
+			fmt.Fprintf(w, "%d keys can be imported, %d are there already.\n", done.Imported, done.AlreadyThere)
+			return
+		}
+		fmt.Fprintf(w, "Imported %d keys, %d were there already.\n", done.Imported, done.AlreadyThere)
+	})
+}
+
+// longFile is what takes long enough to wonder.
+const longFile = 100_000
+
+// progressOn prints a line for every 100,000 keys that were read, and what is done with them.
+func progressOn(w io.Writer) func(keyadmin.ImportProgress) {
+	return func(p keyadmin.ImportProgress) {
+		switch {
+		case p.Lines < longFile:
+		case p.Step != keyadmin.ImportReading:
+			fmt.Fprintf(w, "%s %d keys\n", p.Step, p.Lines)
+		case p.Lines%longFile == 0:
+			fmt.Fprintf(w, "read %d keys\n", p.Lines)
+		}
+	}
+}

@@ -1,0 +1,161 @@
+package caddymodule
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+)
+
+func keysRevokeCommand() *cobra.Command {
+	cmd := keysCommand(&cobra.Command{
+		Use:   "revoke <id> | revoke [--account <account>] [--created-by <actor>] [--created-after <time>] [--created-before <time>] [--hashes <file>]",
+		Short: "Revokes a key, or in an incident many at once, for good",
+		Long: `Revokes a key for good, or in one transaction all keys to which everything applies that is given: an account, the actor
+who made them (a key's own keys and what those made, too), a time of creation, or a list of SHA-256 hashes.
+
+Many are revoked only with --yes; without, it counts them.`,
+		Example: `  rekall-gateway keys revoke key_0123456789abcdefABCDEF --wait
+  rekall-gateway keys revoke --created-by key:key_0123456789abcdefABCDEF --created-after 2030-01-01T00:00:00Z
+  rekall-gateway keys revoke --hashes leaked.txt --yes --wait`,
+		Args: cobra.MaximumNArgs(1),
+	}, revokeKeys)
+	cmd.Flags().Bool("wait", false, "Wait until no edge allows the keys any longer, and show each with its delay")
+	cmd.Flags().String("account", "", "Keys of this account")
+	cmd.Flags().String("created-by", "", "Keys that this actor made, e.g. cli:root or key:<id>")
+	cmd.Flags().String("created-after", "", "Keys created at or after this time, e.g. 2030-12-31T23:59:59Z")
+	cmd.Flags().String("created-before", "", "Keys created before this time")
+	cmd.Flags().String("hashes", "", "Keys whose SHA-256 is in this file, one a line in hexadecimal; -: standard input")
+	cmd.Flags().Bool("yes", false, "Act: revoke the keys that were selected")
+	cmd.Flags().Bool("dry-run", false, "Only count the keys that were selected")
+	cmd.MarkFlagsMutuallyExclusive("yes", "dry-run")
+	return cmd
+}
+
+var selectionFlags = []string{"account", "created-by", "created-after", "created-before", "hashes"}
+
+func revokeKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
+	many := false
+	for _, flag := range selectionFlags {
+		many = many || cmd.Flags().Changed(flag)
+	}
+	switch {
+	case many == (len(args) == 1):
+		return errors.New("give either the id of a key, or what selects many of them (see --help)")
+	case many:
+		return revokeMany(ctx, cmd, admin)
+	}
+	key, err := admin.Revoke(ctx, operator(), args[0])
+	if err != nil {
+		return err
+	}
+	if !is(cmd, "wait") {
+		return show(cmd, key, func(w io.Writer) {
+			fmt.Fprintf(w, "Revoked %s. Every edge refuses it within 60 seconds.\n", key.ID)
+		})
+	}
+	confirmations, err := watch(cmd, func(progress func(keyadmin.Confirmation)) error { return admin.WaitRevoked(ctx, key.ID, progress) })
+	if err != nil {
+		return fmt.Errorf("key %s is revoked, but the edges could not be watched: %w", key.ID, err)
+	}
+	return show(cmd, struct {
+		keyadmin.Key
+		Edges []keyadmin.Confirmation `json:"edges"`
+	}{key, confirmations}, func(w io.Writer) {
+		fmt.Fprintf(w, "Revoked %s. No edge allows it (%d edges).\n", key.ID, len(confirmations))
+	})
+}
+
+// watch shows edges as they confirm, and returns them.
+func watch(cmd *cobra.Command, wait func(func(keyadmin.Confirmation)) error) ([]keyadmin.Confirmation, error) {
+	confirmations := []keyadmin.Confirmation{}
+	err := wait(func(c keyadmin.Confirmation) {
+		confirmations = append(confirmations, c)
+		if is(cmd, "json") {
+			return
+		}
+		how := fmt.Sprintf("confirmed after %.3fs", c.DelaySeconds)
+		if !c.Confirmed {
+			how = "did not confirm: fail-closed, it trusts no key that it has not asked about"
+		}
+		fmt.Fprintf(cmd.OutOrStdout(), "%s %s: %s\n", c.Name, c.Region, how)
+	})
+	return confirmations, err
+}
+
+// revokedMany is what JSON shows of the incident switch.
+type revokedMany struct {
+	DryRun    bool                    `json:"dry_run"`
+	Count     int64                   `json:"count"`
+	RevokedAt *time.Time              `json:"revoked_at"` // null: a dry run
+	Edges     []keyadmin.Confirmation `json:"edges,omitempty"`
+}
+
+func revokeMany(ctx context.Context, cmd *cobra.Command, admin *keyadmin.Admin) error {
+	selection, err := selectionOf(cmd)
+	if err != nil {
+		return err
+	}
+	dryRun := !is(cmd, "yes")
+	revocation, err := admin.RevokeMany(ctx, operator(), selection, dryRun)
+	if err != nil {
+		return err
+	}
+	result := revokedMany{DryRun: dryRun, Count: revocation.Count}
+	if dryRun {
+		return show(cmd, result, func(w io.Writer) {
+			fmt.Fprintf(w, "%d keys would be revoked for good. Do it with --yes.\n", result.Count)
+		})
+	}
+	result.RevokedAt = &revocation.At
+	if !is(cmd, "wait") {
+		return show(cmd, result, func(w io.Writer) {
+			fmt.Fprintf(w, "Revoked %d keys. Every edge refuses them within 60 seconds.\n", result.Count)
+		})
+	}
+	result.Edges, err = watch(cmd, func(progress func(keyadmin.Confirmation)) error { return admin.Wait(ctx, revocation, progress) })
+	if err != nil {
+		return fmt.Errorf("%d keys are revoked, but the edges could not be watched: %w", result.Count, err)
+	}
+	return show(cmd, result, func(w io.Writer) {
+		fmt.Fprintf(w, "Revoked %d keys. No edge allows them (%d edges).\n", result.Count, len(result.Edges))
+	})
+}
+
+// selectionOf reads the flags. One that is given and empty is a mistake, most likely an unset variable of a script: left
+// out, it would select more than was meant.
+func selectionOf(cmd *cobra.Command) (keyadmin.Selection, error) {
+	for _, flag := range selectionFlags {
+		if cmd.Flags().Changed(flag) && text(cmd, flag) == "" {
+			return keyadmin.Selection{}, fmt.Errorf("--%s must not be empty", flag)
+		}
+	}
+	selection := keyadmin.Selection{
+		Account: text(cmd, "account"), CreatedBy: text(cmd, "created-by"),
+		CreatedAfter: text(cmd, "created-after"), CreatedBefore: text(cmd, "created-before"),
+	}
+	if !cmd.Flags().Changed("hashes") {
+		return selection, nil
+	}
+	file, err := openInput(cmd, text(cmd, "hashes"))
+	if err != nil {
+		return selection, err
+	}
+	defer func() { _ = file.Close() }()
+	selection.Hashes, err = keyadmin.ParseHashes(file)
+	return selection, err
+}
+
+// openInput opens a file, or standard input for "-".
+func openInput(cmd *cobra.Command, name string) (io.ReadCloser, error) {
+	if name == "-" {
+		return io.NopCloser(cmd.InOrStdin()), nil
+	}
+	return os.Open(name)
+}

@@ -1,0 +1,117 @@
+package caddymodule
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/spf13/cobra"
+
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+)
+
+func keysRotateCommand() *cobra.Command {
+	cmd := keysCommand(&cobra.Command{
+		Use:   "rotate <id> | rotate --older-than <age>",
+		Short: "Replaces a key, or all that are old, by a new one with the same rights",
+		Long: `Makes a successor with the same name, account, environment, scopes and time to live, and shows it once. The old key works
+on for the overlap, so that both do while the new one is deployed. Until the old key has ended, --undo restores it and
+revokes its successor.
+
+With --older-than it rotates every key of that age, each in a transaction of its own, and prints each successor as it is
+made: with --json, one object a line. It can be run again after it was interrupted: keys that have a successor are
+passed over. It acts only with --yes; without, it shows what it would rotate.`,
+		Example: `  rekall-gateway keys rotate key_0123456789abcdefABCDEF --overlap 48h
+  rekall-gateway keys rotate key_0123456789abcdefABCDEF --overlap on-first-use
+  rekall-gateway keys rotate --older-than 90d --yes --json >> successors.jsonl`,
+		Args: cobra.MaximumNArgs(1),
+	}, rotateKeys)
+	cmd.Flags().String("overlap", "", "How long the old key works on: e.g. 48h, 0, or on-first-use[:48h] from the first use of the new one (default 24h)")
+	cmd.Flags().Bool("undo", false, "Restore the key and revoke its successor")
+	cmd.Flags().String("older-than", "", "Rotate all keys that were created so long ago, e.g. 90d")
+	cmd.Flags().String("account", "", "With --older-than, only keys of this account")
+	cmd.Flags().Bool("yes", false, "With --older-than, act")
+	cmd.Flags().Bool("dry-run", false, "With --older-than, only show what would be rotated")
+	choices(cmd, "overlap", "0", "24h", "48h", "on-first-use")
+	cmd.MarkFlagsMutuallyExclusive("yes", "dry-run")
+	cmd.MarkFlagsMutuallyExclusive("undo", "older-than")
+	cmd.MarkFlagsMutuallyExclusive("undo", "overlap")
+	return cmd
+}
+
+func rotateKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
+	overlap, err := keyadmin.ParseOverlap(text(cmd, "overlap"))
+	if err != nil {
+		return err
+	}
+	switch many := cmd.Flags().Changed("older-than"); {
+	case many == (len(args) == 1):
+		return errors.New("give either the id of a key or --older-than")
+	case many:
+		return rotateDue(ctx, cmd, admin, overlap)
+	case is(cmd, "undo"):
+		return undoRotation(ctx, cmd, args[0], admin)
+	}
+	key, err := admin.Rotate(ctx, operator(), args[0], overlap)
+	if err != nil {
+		return err
+	}
+	return show(cmd, key, func(w io.Writer) {
+		fmt.Fprintf(w, "Rotated %s. Its successor is %s (%s).\n\n  %s\n\nThis is the only time the key is shown. Store it now.\n%s\n",
+			args[0], key.ID, key.Environment, key.Key.Reveal(), whenItEnds(args[0], overlap))
+	})
+}
+
+func whenItEnds(id string, overlap keyadmin.Overlap) string {
+	if overlap == (keyadmin.Overlap{}) {
+		return "The old key has ended."
+	}
+	from := "from now"
+	if overlap.OnFirstUse {
+		from = "from the first use of the new one"
+	}
+	return fmt.Sprintf("The old key ends %s %s, if not before. Until then: keys rotate %s --undo", keyadmin.FormatDuration(overlap.For), from, id)
+}
+
+func undoRotation(ctx context.Context, cmd *cobra.Command, id string, admin *keyadmin.Admin) error {
+	key, err := admin.UndoRotation(ctx, operator(), id)
+	if err != nil {
+		return err
+	}
+	return show(cmd, key, func(w io.Writer) {
+		fmt.Fprintf(w, "Restored %s, which expires: %s. Its successor is revoked.\n", key.ID, moment(key.ExpiresAt, "never"))
+	})
+}
+
+// rotateDue prints each successor as it is made: all at the end would be none after an interruption.
+func rotateDue(ctx context.Context, cmd *cobra.Command, admin *keyadmin.Admin, overlap keyadmin.Overlap) error {
+	request := keyadmin.RotateDueRequest{Account: text(cmd, "account"), OlderThan: text(cmd, "older-than"), Overlap: overlap}
+	asJSON, dryRun := is(cmd, "json"), !is(cmd, "yes")
+	out := cmd.OutOrStdout()
+	count, err := admin.RotateDue(ctx, operator(), request, dryRun, func(key keyadmin.Key) error {
+		var err error
+		switch {
+		case asJSON:
+			err = json.NewEncoder(out).Encode(key)
+		case dryRun:
+			_, err = fmt.Fprintf(out, "%s  %s  %s  created %s\n", key.ID, key.Account, key.Name, moment(&key.CreatedAt, ""))
+		default:
+			_, err = fmt.Fprintf(out, "%s -> %s  %s  %s  %s\n", *key.Predecessor, key.ID, key.Account, key.Name, key.Key.Reveal())
+		}
+		if err != nil {
+			return fmt.Errorf("print the new key: %w", err)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if dryRun {
+		fmt.Fprintf(cmd.ErrOrStderr(), "%d keys would be rotated. Do it with --yes.\n", count)
+		return nil
+	}
+	fmt.Fprintf(cmd.ErrOrStderr(), "Rotated %d keys.\n", count)
+	return nil
+}

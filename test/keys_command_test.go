@@ -1,0 +1,329 @@
+package test
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+// keysCLI is the binary's "keys" command on a database of the test's own.
+type keysCLI struct {
+	t        *testing.T
+	database string
+}
+
+func newKeysCLI(t *testing.T) *keysCLI {
+	t.Helper()
+	database := pgtest.URL(t)
+	if _, _, err := keystore.Migrate(t.Context(), database); err != nil {
+		t.Fatal(err)
+	}
+	return &keysCLI{t, database}
+}
+
+// try runs a command and returns what it printed and its exit code. No key may be in what it says went wrong.
+func (k *keysCLI) try(stdin string, args ...string) (stdout, stderr string, code int) {
+	k.t.Helper()
+	cmd := exec.Command(program, append([]string{"keys"}, args...)...)
+	cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+k.database)
+	var out, errOut bytes.Buffer
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &out, &errOut
+	if err := cmd.Run(); err != nil && cmd.ProcessState == nil {
+		k.t.Fatal(err)
+	}
+	if apikey.ContainsKey(errOut.String()) {
+		k.t.Errorf("%s shows a key on stderr", args[0])
+	}
+	return out.String(), errOut.String(), cmd.ProcessState.ExitCode()
+}
+
+func (k *keysCLI) run(args ...string) string {
+	k.t.Helper()
+	stdout, stderr, code := k.try("", args...)
+	if code != 0 {
+		k.t.Fatalf("%v: exit %d, %s", args, code, stderr)
+	}
+	return stdout
+}
+
+// read runs a command with --json.
+func read[T any](k *keysCLI, args ...string) (result T) {
+	k.t.Helper()
+	return decoded[T](k, k.run(append(args, "--json")...))
+}
+
+func decoded[T any](k *keysCLI, text string) (result T) {
+	k.t.Helper()
+	if err := json.Unmarshal([]byte(text), &result); err != nil {
+		k.t.Fatalf("%v in %s", err, apikey.Redact(text))
+	}
+	return result
+}
+
+func (k *keysCLI) create(name string, more ...string) keyadmin.Key {
+	k.t.Helper()
+	return read[keyadmin.Key](k, append([]string{"create", "--name", name, "--scopes", "memories:read", "--environment", "production"}, more...)...)
+}
+
+func (k *keysCLI) show(id string) keyadmin.Key {
+	k.t.Helper()
+	return read[keyadmin.Key](k, "show", id)
+}
+
+func TestKeyIsRenamedRotatedAndRestoredFromTheCommandLine(t *testing.T) {
+	k := newKeysCLI(t)
+	key := k.create("Backend", "--expires-at", time.Now().Add(time.Hour*1000).Format(time.RFC3339), "--manage-keys")
+	if !key.ManageKeys || !strings.HasPrefix(*key.CreatedBy, "cli:") {
+		t.Errorf("created %+v", key)
+	}
+	k.run("rename", key.ID, "New Backend")
+	if text := k.run("show", key.ID); !strings.Contains(text, "New Backend") || !strings.Contains(text, "manages keys") {
+		t.Errorf("show: %s", text)
+	}
+	next := read[keyadmin.Key](k, "rotate", key.ID, "--overlap", "48h")
+	if next.Name != "New Backend" || !next.ManageKeys || *next.Predecessor != key.ID || !apikey.ChecksumValid(next.Key.Reveal()) {
+		t.Errorf("successor %+v", next)
+	}
+	if old := k.show(key.ID); *old.Successor != next.ID || old.ExpiresAt.Sub(next.CreatedAt) != 48*time.Hour {
+		t.Errorf("old key %+v", old)
+	}
+	k.run("rotate", key.ID, "--undo")
+	if old := k.show(key.ID); old.Successor != nil || !old.ExpiresAt.Equal(*key.ExpiresAt) || k.show(next.ID).Status != keyadmin.Revoked {
+		t.Errorf("restored %+v", old)
+	}
+	text := k.run("rotate", key.ID, "--overlap", "on-first-use")
+	if !apikey.ContainsKey(text) || !strings.Contains(text, "first use") {
+		t.Errorf("rotate: %s", apikey.Redact(text))
+	}
+	var actions []string
+	for _, e := range read[[]keyadmin.AuditEntry](k, "audit", "--key-id", key.ID) {
+		actions = append(actions, string(e.Action))
+	}
+	if got := strings.Join(actions, " "); got != "key.rotated key.rotation_undone key.rotated key.renamed key.created" {
+		t.Errorf("audit: %s", got)
+	}
+	if text := k.run("audit", "--limit", "1"); strings.Count(text, "\n") != 2 || !strings.Contains(text, "key.rotated") {
+		t.Errorf("audit: %s", text)
+	}
+}
+
+func TestExitCodesTellWhatWasFound(t *testing.T) {
+	k := newKeysCLI(t)
+	key := k.create("Backend")
+	pasted := k.create("Pasted").Key.Reveal()
+	k.run("revoke", key.ID)
+	const missing = "key_0000000000000000000000"
+	for _, test := range []struct {
+		code int
+		args []string
+	}{
+		{3, []string{"show", missing}}, {3, []string{"rename", missing, "n"}}, {3, []string{"rotate", missing}},
+		{3, []string{"rotate", missing, "--undo"}}, {3, []string{"revoke", missing}}, {3, []string{"show", pasted}},
+		{3, []string{"revoke", pasted}}, {3, []string{"list", "--name", pasted}},
+		{4, []string{"revoke", key.ID}}, {4, []string{"rotate", key.ID}},
+		{1, []string{"check", pasted}}, {1, []string{pasted}}, {1, []string{"list", "--" + pasted}},
+		{1, []string{"rotate"}}, {1, []string{"rotate", key.ID, "--older-than", "90d"}}, {1, []string{"rotate", key.ID, "--overlap", "soon"}},
+		{1, []string{"revoke"}}, {1, []string{"revoke", key.ID, "--account", "default"}}, {1, []string{"revoke", "--account", ""}},
+		{1, []string{"revoke", "--created-by", "", "--account", "default", "--yes"}}, {1, []string{"revoke", "--account", "default", "--yes", "--dry-run"}},
+		{1, []string{"revoke", "--hashes", "/nonexistent"}}, {1, []string{"import", "/nonexistent.csv"}}, {1, []string{"list", "--status", "gone"}},
+		{1, []string{"list", "--limit", "-1"}}, {1, []string{"audit", "--since", "yesterday"}}, {1, []string{"rename", key.ID, "a\nb"}},
+	} {
+		stdout, stderr, code := k.try("", test.args...)
+		if code != test.code || stdout != "" || strings.Count(strings.TrimSpace(stderr), "\n") != 0 || strings.TrimSpace(stderr) == "" {
+			t.Errorf("%s: exit %d, want %d and one line: %q %q", apikey.Redact(fmt.Sprint(test.args)), code, test.code, stdout, stderr)
+		}
+	}
+	if list := read[[]keyadmin.Key](k, "list", "--status", "active"); len(list) != 1 || list[0].Name != "Pasted" {
+		t.Errorf("active keys: %+v", list)
+	}
+}
+
+func TestIncidentSwitchCountsBeforeItActs(t *testing.T) {
+	k := newKeysCLI(t)
+	for _, account := range []string{"acme", "acme", "globex"} {
+		k.create("Backend", "--account", account)
+	}
+	type result struct {
+		DryRun bool  `json:"dry_run"`
+		Count  int64 `json:"count"`
+		Edges  []any `json:"edges"`
+	}
+	if got := read[result](k, "revoke", "--account", "acme"); !got.DryRun || got.Count != 2 {
+		t.Errorf("without --yes: %+v", got)
+	}
+	if list := read[[]keyadmin.Key](k, "list", "--status", "active"); len(list) != 3 {
+		t.Errorf("%d keys are active after a dry run", len(list))
+	}
+	if got := read[result](k, "revoke", "--account", "acme", "--yes", "--wait"); got.DryRun || got.Count != 2 {
+		t.Errorf("with --yes: %+v", got)
+	}
+	leaked := k.create("Leaked")
+	hash := fmt.Sprintf("%x\n\n%x\n", sha256.Sum256([]byte(leaked.Key.Reveal())), sha256.Sum256([]byte("unknown")))
+	if stdout, stderr, code := k.try(hash, "revoke", "--hashes", "-", "--yes"); code != 0 || !strings.Contains(stdout, "Revoked 1 keys") {
+		t.Errorf("hashes: %d %s %s", code, stdout, stderr)
+	}
+	if stdout, stderr, code := k.try(leaked.Key.Reveal()+"\n", "revoke", "--hashes", "-", "--yes"); code != 1 || stdout != "" || !strings.Contains(stderr, "--hashes line 1") {
+		t.Errorf("a key in place of its hash: %d %s %s", code, stdout, stderr)
+	}
+	if list := read[[]keyadmin.Key](k, "list", "--status", "active"); len(list) != 1 || list[0].Account != "globex" {
+		t.Errorf("left: %+v", list)
+	}
+}
+
+func TestOldKeysAreRotatedWithoutAnybodyWatching(t *testing.T) {
+	k := newKeysCLI(t)
+	old := []keyadmin.Key{k.create("One"), k.create("Two")}
+	pgtest.Exec(t, k.database, `alter table rekall.api_keys disable trigger stamp; update rekall.api_keys set created_at = created_at - interval '91 days'`)
+	fresh := k.create("Fresh")
+	rotate := func(args ...string) (lines []keyadmin.Key) {
+		t.Helper()
+		for line := range strings.Lines(k.run(append([]string{"rotate", "--older-than", "90d", "--json"}, args...)...)) {
+			lines = append(lines, decoded[keyadmin.Key](k, line))
+		}
+		return lines
+	}
+	if dry := rotate(); len(dry) != 2 || dry[0].ID != old[0].ID || dry[0].Key != "" || k.show(old[0].ID).Successor != nil {
+		t.Errorf("without --yes: %+v", dry)
+	}
+	done := rotate("--yes")
+	if len(done) != 2 || *done[0].Predecessor != old[0].ID || !apikey.ChecksumValid(done[1].Key.Reveal()) {
+		t.Errorf("with --yes: %+v", done)
+	}
+	if again := rotate("--yes"); len(again) != 0 {
+		t.Errorf("again: %+v", again)
+	}
+	if k.show(fresh.ID).Successor != nil {
+		t.Error("a key that is not old was rotated")
+	}
+}
+
+// A successor that nobody saw would end its predecessor with nothing in its place.
+func TestSuccessorThatCouldNotBePrintedIsNoSuccessor(t *testing.T) {
+	k := newKeysCLI(t)
+	key := k.create("One")
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = full.Close() }()
+	cmd := exec.Command(program, "keys", "rotate", "--older-than", "0s", "--yes")
+	cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+k.database)
+	cmd.Stdout = full
+	if err := cmd.Run(); err == nil {
+		t.Error("all was well")
+	}
+	if got := k.show(key.ID); got.Successor != nil || got.ExpiresAt != nil {
+		t.Errorf("key %+v", got)
+	}
+}
+
+func TestFileOfKeysIsImportedOnceAndWhole(t *testing.T) {
+	k := newKeysCLI(t)
+	secret := apikey.Generate(apikey.Sandbox)
+	file := func(name, text string) string {
+		path := filepath.Join(t.TempDir(), name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	csv := file("keys.csv", fmt.Sprintf("hash,account,name,environment,scopes\n%x,acme,Old,sandbox,memories:read\n", sha256.Sum256([]byte(secret))))
+	for _, test := range []struct {
+		args []string
+		want keyadmin.Imported
+	}{
+		{[]string{"import", csv, "--dry-run"}, keyadmin.Imported{Imported: 1}},
+		{[]string{"import", csv}, keyadmin.Imported{Imported: 1}},
+		{[]string{"import", csv}, keyadmin.Imported{AlreadyThere: 1}},
+	} {
+		if got := read[keyadmin.Imported](k, test.args...); got != test.want {
+			t.Errorf("%v: %+v, want %+v", test.args, got, test.want)
+		}
+	}
+	bad := strings.Repeat(`{"hash":"none","account":"acme","name":"n","environment":"sandbox","scopes":["memories:read"]}`+"\n", 3)
+	if _, stderr, code := k.try(bad, "import", "-", "--format", "jsonl"); code != 1 || strings.Count(stderr, "\n") != 4 || !strings.Contains(stderr, "line 3: hash ") {
+		t.Errorf("bad lines: %d %s", code, stderr)
+	}
+	plain := fmt.Sprintf(`{"key":%q,"account":"acme","name":"n","scopes":["memories:read"]}`, apikey.Generate(apikey.Production))
+	if _, stderr, code := k.try(plain, "import", "-", "--format", "jsonl"); code != 1 || !strings.Contains(stderr, "plain keys") {
+		t.Errorf("plain keys: %d %s", code, stderr)
+	}
+	if stdout, stderr, code := k.try(plain, "import", "-", "--format", "jsonl", "--plain-keys"); code != 0 {
+		t.Errorf("plain keys with the flag: %d %s %s", code, stdout, stderr)
+	}
+	if stdout, _, code := k.try(secret, "check"); code != 0 || !strings.Contains(stdout, "Old") {
+		t.Errorf("the imported key: %d %s", code, stdout)
+	}
+}
+
+func TestCheckReadsTheKeyFromItsInputAndNeverShowsIt(t *testing.T) {
+	k := newKeysCLI(t)
+	active, revoked := k.create("Active"), k.create("Revoked")
+	k.run("revoke", revoked.ID)
+	for name, test := range map[string]struct {
+		input string
+		code  int
+		say   string
+	}{
+		"active":    {active.Key.Reveal() + "\n", 0, active.ID},
+		"revoked":   {"  " + revoked.Key.Reveal() + " ", 4, revoked.ID},
+		"unknown":   {apikey.Generate(apikey.Sandbox), 3, "well-formed sandbox key"},
+		"malformed": {"rk_short", 1, ""},
+		"nothing":   {"", 1, ""},
+	} {
+		stdout, stderr, code := k.try(test.input, "check")
+		if code != test.code || !strings.Contains(stdout, test.say) || (stderr == "") != (code == 0) || apikey.ContainsKey(stdout) {
+			t.Errorf("%s: exit %d, want %d: %s %s", name, code, test.code, apikey.Redact(stdout), stderr)
+		}
+	}
+	stdout, _, _ := k.try(active.Key.Reveal(), "check", "--json")
+	if checked := decoded[keyadmin.Checked](k, stdout); checked.Key == nil || checked.Key.ID != active.ID || !checked.ChecksumValid {
+		t.Errorf("checked %+v", checked)
+	}
+}
+
+func TestShellCompletesCommandsFlagsAndTheirValues(t *testing.T) {
+	k := newKeysCLI(t)
+	complete := func(args ...string) string {
+		t.Helper()
+		stdout, stderr, code := cli(t, k.database, append([]string{"__complete", "keys"}, args...)...)
+		if code != 0 {
+			t.Fatalf("%v: %d %s", args, code, stderr)
+		}
+		return stdout
+	}
+	for _, test := range []struct {
+		args []string
+		want []string
+	}{
+		{[]string{""}, []string{"create", "list", "show", "rename", "rotate", "revoke", "audit", "import", "check"}},
+		{[]string{"create", "--"}, []string{"--name", "--scopes", "--expires-in", "--expires-at", "--manage-keys"}},
+		{[]string{"create", "--environment", ""}, []string{"production", "sandbox"}},
+		{[]string{"create", "--scopes", "memories"}, []string{"memories:read", "memories:delete"}},
+		{[]string{"list", "--status", ""}, []string{"active", "expiring", "expired", "revoked"}},
+		{[]string{"rotate", "--overlap", "o"}, []string{"on-first-use"}},
+		{[]string{"import", "--format", ""}, []string{"csv", "jsonl"}},
+	} {
+		got := complete(test.args...)
+		for _, want := range test.want {
+			if !strings.Contains(got, want) {
+				t.Errorf("%v completes to no %q: %s", test.args, want, got)
+			}
+		}
+	}
+	if stdout, stderr, code := cli(t, k.database, "completion", "bash"); code != 0 || !strings.Contains(stdout, "__complete") {
+		t.Errorf("completion bash: %d %s", code, stderr)
+	}
+}
