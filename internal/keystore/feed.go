@@ -35,8 +35,8 @@ type Snapshot struct {
 	Changes []Change  // in no order
 }
 
-// recordColumns are what a row receives. Scopes come as one text, which is read without allocating.
-const recordColumns = `k.id, k.account, k.key_hash, k.environment, array_to_string(k.scopes, ','), k.manage_keys, k.expires_at, k.revoked_at`
+// recordColumns are what a row receives.
+const recordColumns = `k.id, k.account, k.key_hash, k.environment, k.scopes, k.manage_keys, k.expires_at, k.revoked_at`
 
 // snapshotSQL is one statement, so that watermark and rows belong to the same snapshot. A change that commits later has a
 // transaction id at or above the watermark and comes with a later reading, however late it commits.

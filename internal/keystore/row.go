@@ -2,7 +2,7 @@ package keystore
 
 import (
 	"errors"
-	"strings"
+	"fmt"
 
 	"github.com/jackc/pgx/v5/pgtype"
 
@@ -12,16 +12,17 @@ import (
 // row receives recordColumns, all null where a join found no key. It is used for row after row: what it holds is valid until
 // the next.
 type row struct {
-	id, account, hash, environment, scopes column
-	manageKeys                             pgtype.Bool
-	expiresAt, revokedAt                   pgtype.Timestamptz
+	id, account, hash, environment column
+	scopes                         pgtype.UndecodedBytes
+	manageKeys                     pgtype.Bool
+	expiresAt, revokedAt           pgtype.Timestamptz
 
-	text   []byte
-	parsed map[string]apikey.Scopes // few sets of scopes serve most keys
+	text    []byte
+	decoded map[string]apikey.Scopes // few sets of scopes serve most keys; to decode an array takes longer than all the rest
 }
 
-// maxParsed bounds row.parsed.
-const maxParsed = 1000
+// maxDecoded bounds row.decoded.
+const maxDecoded = 1000
 
 // column is a text or bytea; nil if it is null. Unlike *string it takes no memory for each row.
 type column []byte
@@ -47,9 +48,12 @@ func (r *row) record() (apikey.Record, error) {
 	}
 	r.text = append(append(r.text[:0], r.id...), r.account...)
 	text := string(r.text) // one piece of memory for both
+	scopes, err := r.knownScopes()
+	if err != nil {
+		return apikey.Record{}, err
+	}
 	record := apikey.Record{
-		ID: text[:len(r.id)], Account: text[len(r.id):], Environment: environment, Scopes: r.knownScopes(),
-		ManageKeys: r.manageKeys.Bool,
+		ID: text[:len(r.id)], Account: text[len(r.id):], Environment: environment, Scopes: scopes, ManageKeys: r.manageKeys.Bool,
 	}
 	if copy(record.Digest[:], r.hash) != len(record.Digest) {
 		return apikey.Record{}, errors.New("stored hash is not a SHA-256")
@@ -63,16 +67,23 @@ func (r *row) record() (apikey.Record, error) {
 	return record, nil
 }
 
-func (r *row) knownScopes() apikey.Scopes {
-	scopes, ok := r.parsed[string(r.scopes)]
+func (r *row) knownScopes() (apikey.Scopes, error) {
+	scopes, ok := r.decoded[string(r.scopes)]
 	if ok {
-		return scopes
+		return scopes, nil
 	}
-	names := string(r.scopes)
-	scopes = apikey.KnownScopes(strings.Split(names, ","))
-	if r.parsed == nil || len(r.parsed) >= maxParsed {
-		r.parsed = make(map[string]apikey.Scopes)
+	format := int16(pgtype.BinaryFormatCode)
+	if len(r.scopes) > 0 && r.scopes[0] == '{' { // an array in text begins so, one in binary with its dimensions
+		format = pgtype.TextFormatCode
 	}
-	r.parsed[names] = scopes
-	return scopes
+	var names []string
+	if err := pgtype.NewMap().Scan(pgtype.TextArrayOID, format, r.scopes, &names); err != nil {
+		return 0, fmt.Errorf("decode scopes: %w", err)
+	}
+	scopes = apikey.KnownScopes(names)
+	if r.decoded == nil || len(r.decoded) >= maxDecoded {
+		r.decoded = make(map[string]apikey.Scopes)
+	}
+	r.decoded[string(r.scopes)] = scopes
+	return scopes, nil
 }

@@ -1,0 +1,75 @@
+package keystore_test
+
+import (
+	"errors"
+	"slices"
+	"testing"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+func TestScansReadEveryKeyInEveryModeOfThePooler(t *testing.T) {
+	for _, mode := range []string{"cache_statement", "exec", "simple_protocol"} {
+		t.Run(mode, func(t *testing.T) {
+			databaseURL := database(t) + "&default_query_exec_mode=" + mode
+			store := open(t, databaseURL, keystore.Options{})
+			var newestFirst []keystore.NewKey
+			for range 5 {
+				newestFirst = slices.Insert(newestFirst, 0, insert(t, store))
+			}
+			server := snapshot(t, store, 0).Server
+
+			var hashes [][keystore.HashPrefix]byte
+			err := store.ScanHashes(t.Context(), func(s keystore.Server, keys int) error {
+				if s != server || keys != len(newestFirst) {
+					t.Errorf("server %+v, want %+v; %d keys", s, server, keys)
+				}
+				return nil
+			}, func(prefix []byte) { hashes = append(hashes, [keystore.HashPrefix]byte(prefix)) })
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, key := range newestFirst {
+				if !slices.Contains(hashes, [keystore.HashPrefix]byte(key.Digest[:])) {
+					t.Errorf("a hash is missing in %x", hashes)
+				}
+			}
+
+			var records []apikey.Record
+			err = store.ScanRecent(t.Context(), 3, func(s keystore.Server) error {
+				if s != server {
+					t.Errorf("server %+v, want %+v", s, server)
+				}
+				return nil
+			}, func(r apikey.Record) { records = append(records, r) })
+			if err != nil || len(records) != 3 {
+				t.Fatalf("%d records, %v", len(records), err)
+			}
+			for n, key := range newestFirst[:3] {
+				want := apikey.Record{ID: key.ID, Account: key.Account, Digest: key.Digest, Environment: key.Environment, Scopes: key.Scopes}
+				if records[n] != want {
+					t.Errorf("record %+v of %+v", records[n], key)
+				}
+			}
+		})
+	}
+}
+
+func TestScanEndsWithTheErrorOfItsBeginning(t *testing.T) {
+	store := open(t, database(t), keystore.Options{MaxConns: 1})
+	insert(t, store)
+	stop := errors.New("stop")
+	read := 0
+	for range 3 { // and gives its connection back
+		if err := store.ScanHashes(t.Context(), func(keystore.Server, int) error { return stop }, func([]byte) { read++ }); !errors.Is(err, stop) {
+			t.Errorf("%v, want stop", err)
+		}
+		if err := store.ScanRecent(t.Context(), 1, func(keystore.Server) error { return stop }, func(apikey.Record) { read++ }); !errors.Is(err, stop) {
+			t.Errorf("%v, want stop", err)
+		}
+	}
+	if read > 0 {
+		t.Errorf("%d rows were read", read)
+	}
+}
