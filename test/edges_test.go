@@ -2,6 +2,7 @@ package test
 
 import (
 	"encoding/json"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -47,11 +48,23 @@ func TestRevocationIsConfirmedByEveryEdgeAndTheSilentOneIsNamed(t *testing.T) {
 	if len(got) != 3 || !got["north"].Confirmed || !got["south"].Confirmed || got["silent"].Confirmed || got["silent"].Status != keyadmin.FailClosed {
 		t.Errorf("confirmations %+v", got)
 	}
+	if got["north"].DelaySeconds <= 0 || got["silent"].DelaySeconds != 0 {
+		t.Errorf("delays: north %v, silent %v", got["north"].DelaySeconds, got["silent"].DelaySeconds)
+	}
 	north.do("GET", "/v1/memories", bearer(key)).wantCode(t, 401, "API_KEY_REVOKED")
+	stdout, stderr, code = cli(t, r.database, "keys", "revoke", r.key("production", "memories:read").ID, "--wait")
+	for _, line := range []string{`(?m)^north eu: confirmed after \d`, `(?m)^south eu: confirmed after \d`, `(?m)^silent us: did not confirm: fail-closed`} {
+		if code != 0 || !regexp.MustCompile(line).MatchString(stdout) {
+			t.Errorf("%d %s%s: no line %s", code, stdout, stderr, line)
+		}
+	}
 
 	stdout, stderr, code = cli(t, r.database, "edges", "list")
 	if code != 0 || !strings.Contains(stdout, "fail-closed") || strings.Count(stdout, " live ") != 2 {
 		t.Errorf("edges list: %d %s %s", code, stdout, stderr)
+	}
+	if !regexp.MustCompile(`(?m)^NAME +REGION +VERSION +STATUS +LAST SYNC +LAG\n(.*\n)*north +eu +\S+ +live +\d{4}-\S+ +\d+\.\ds$`).MatchString(stdout) {
+		t.Errorf("edges list: %s", stdout)
 	}
 	_ = silent.cmd.Process.Signal(syscall.SIGCONT)
 	eventually(t, "the silent edge is live again", func() bool {

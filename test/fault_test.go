@@ -59,31 +59,34 @@ func (g *gateway) reload() {
 }
 
 func TestGatewayThatWasStoppedPastTheBoundAnswersNothingFromOldData(t *testing.T) {
-	r := newRig(t)
-	g := r.start(standardSite, "refresh 100ms", "max_staleness 1s")
-	key := r.key("production", "memories:read")
-	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 200, "")
-	if err := g.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	f := newFaultRig(t)
+	revoked := f.rig.key("production", "memories:read")
+	revokedStream := f.openStream(revoked)
+	f.g.signal(syscall.SIGSTOP)
 	stopped := time.Now()
-	r.revoke(key.ID)
+	f.revoke(revoked.ID)
 	var answers [20]func() reply
 	for i := range answers { // they wait in the listener's queue
-		answers[i] = async(t, "GET", g.http+"/v1/memories", bearer(key), nil)
+		answers[i] = async(t, "GET", f.g.http+"/v1/memories", bearer(revoked), nil)
 	}
-	eventually(t, "the bound has passed", func() bool { return time.Since(stopped) > 1500*time.Millisecond })
-	if err := g.cmd.Process.Signal(syscall.SIGCONT); err != nil {
-		t.Fatal(err)
-	}
+	good := async(t, "GET", f.g.http+"/v1/memories", bearer(f.key), nil)
+	eventually(t, "the bound has passed", func() bool { return time.Since(stopped) > faultBound+time.Second })
+	f.g.signal(syscall.SIGCONT)
 	for _, answer := range answers {
 		if a := answer(); a.StatusCode == http.StatusOK {
 			t.Fatal("a key revoked past the bound was let in")
 		}
 	}
-	eventually(t, "the refusal is certain", func() bool {
-		return g.ask(key) == "API_KEY_REVOKED"
-	})
+	if answer := good(); answer.StatusCode == http.StatusUnauthorized {
+		t.Errorf("a good key got %s", answer.body)
+	}
+	eventually(t, "the refusal is certain", func() bool { return f.goodKeyWorks() && f.g.ask(revoked) == "API_KEY_REVOKED" })
+	revokedStream.ends(t)
+	f.stream.goesOn(t)
+	eventually(t, "the log says what happened", func() bool { return f.logged("process stood still") > 0 })
+	if f.logged("key sync failed") > 0 {
+		t.Error("the log blames Postgres")
+	}
 }
 
 // ask sends a request with a key and returns the error code, "" if it is allowed, and "cut" if the answer broke off: the key
@@ -95,6 +98,13 @@ func (g *gateway) ask(key keyadmin.Key) string {
 		return "cut"
 	}
 	return answer.code(g.t)
+}
+
+func (g *gateway) signal(s syscall.Signal) {
+	g.t.Helper()
+	if err := g.cmd.Process.Signal(s); err != nil {
+		g.t.Fatal(err)
+	}
 }
 
 // TestOutage walks through Postgres stalling, being killed and coming back, with a stream open and good and revoked keys.
@@ -131,11 +141,45 @@ func TestOutageNeverTurnsAGoodKeyAwayAsBadNorLetsARevokedOneIn(t *testing.T) {
 			fault.end(t, f)
 			eventually(t, "the good key works again", f.goodKeyWorks)
 			f.g.do("GET", "/v1/memories", bearer(f.revoked)).wantCode(t, 401, "API_KEY_REVOKED")
-			eventually(t, "the log says that it is over", func() bool { return strings.Contains(f.g.log.String(), "key sync works again") })
-			if n := strings.Count(f.g.log.String(), "key sync failed"); n != 1 {
-				t.Errorf("the log says %d times that the sync failed, want once", n)
-			}
+			f.wantLogged("key sync failed", "key sync works again")
+			f.wantLogged("cached keys are not trusted any longer", "cached keys are trusted again")
+			f.wantLogged("listening for changes failed", "listening for changes again")
+			f.wantLogged("edge cannot report", "edge reports again")
 		})
+	}
+}
+
+// TestRestartOfPostgresWithinTheBoundEndsNoStreamOfAGoodKey: the feed starts over, and the keys in flight are read again.
+func TestRestartOfPostgresWithinTheBoundEndsNoStreamOfAGoodKey(t *testing.T) {
+	f := newFaultRig(t, "refresh 100ms", "max_staleness 50s")
+	later := f.rig.key("production", "memories:read")
+	laterStream := f.openStream(later)
+	f.server.Kill()
+	if err := f.server.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the feed has started over", func() bool {
+		if f.g.ask(f.key) != "" {
+			t.Fatal("a known key was refused within the bound")
+		}
+		return f.logged("key sync starts over") == 2
+	})
+	laterStream.goesOn(t)
+	pgtest.Exec(t, f.server.URL(), "update rekall.api_keys set revoked_at = now() where id = $1", later.ID)
+	laterStream.ends(t)
+	f.stream.goesOn(t)
+	f.g.do("GET", "/v1/memories", bearer(f.revoked)).wantCode(t, 401, "API_KEY_REVOKED")
+	f.wantLogged("key sync failed", "key sync works again")
+}
+
+// wantLogged waits until the log says what happened and that it is over, each once.
+func (f *faultRig) wantLogged(happened, over string) {
+	f.t.Helper()
+	eventually(f.t, "the log says that it is over: "+over, func() bool { return f.logged(over) > 0 })
+	for _, message := range []string{happened, over} {
+		if n := f.logged(message); n != 1 {
+			f.t.Errorf("the log says %d times %q, want once", n, message)
+		}
 	}
 }
 
@@ -266,6 +310,8 @@ func TestPartitionedEdgeStopsAtTheBoundWhileOthersRefuseAtOnce(t *testing.T) {
 	eventually(t, "the cut-off edge knows", func() bool {
 		return f.g.ask(f.key) == "API_KEY_REVOKED"
 	})
+	f.wantLogged("key sync failed", "key sync works again")
+	f.wantLogged("cached keys are not trusted any longer", "cached keys are trusted again")
 }
 
 // TestSilentNetworkDoesNotOccupyThePoolWhenItIsBack: each statement that timed out is cleaned up on its connection, with a
@@ -343,6 +389,11 @@ func (f *faultRig) fillPool() {
 		<-answered
 		return full && len(f.postgresBackends()) == maxBackends
 	})
+}
+
+func (f *faultRig) openStream(key keyadmin.Key) *follower {
+	f.t.Helper()
+	return follow(f.g.open("GET", "/v1/memories", demo(key, "sse"), nil))
 }
 
 func (f *faultRig) logged(message string) int { return strings.Count(f.g.log.String(), message) }

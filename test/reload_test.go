@@ -5,6 +5,7 @@ import (
 	"io"
 	"math/big"
 	"net/http"
+	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -98,6 +99,33 @@ func TestFiftyReloadsUnderLoad(t *testing.T) {
 	wantSamePostgresBackends(t, gateway, backends, r.postgresBackends())
 	eventually(t, "files are closed", func() bool { return gateway.descriptors() <= open+reloads/5 })
 	eventually(t, "goroutines end", func() bool { return gateway.goroutines() <= goroutines+reloads/5 })
+}
+
+func TestReloadWithContradictorySettingsIsRefusedAndTheEdgeGoesOn(t *testing.T) {
+	r := newRig(t)
+	g := r.start(standardSite, "refresh 1s", "max_staleness 20s")
+	good, err := os.ReadFile(g.file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for staleness, reason := range map[string]string{
+		"60s": "max_staleness must be under 60s", "1s": "max_staleness must be longer than refresh",
+	} {
+		bad := strings.Replace(string(good), "max_staleness 20s", "max_staleness "+staleness, 1)
+		answer := do(t, "POST", g.admin+"/load", http.Header{"Content-Type": {"text/caddyfile"}}, strings.NewReader(bad))
+		if answer.StatusCode == http.StatusOK || !strings.Contains(answer.body, reason) {
+			t.Errorf("max_staleness %s: answer %d %s", staleness, answer.StatusCode, answer.body)
+		}
+		started := r.prepare(standardSite, "refresh 1s", "max_staleness "+staleness)
+		started.run(r.database)
+		<-started.done
+		if code := started.cmd.ProcessState.ExitCode(); code == 0 || !strings.Contains(started.log.String(), reason) {
+			t.Errorf("max_staleness %s: started, exit code %d", staleness, code)
+		}
+	}
+	epoch := g.status().Epoch
+	eventually(t, "syncs go on", func() bool { return g.status().Epoch > epoch })
+	g.do("GET", "/v1/memories", bearer(r.key("production", "memories:read"))).wantCode(t, 200, "")
 }
 
 // chanceOf is the probability of at least k heads in n tosses: a sign test over the pairs of reloads that differ in what they

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"math/rand/v2"
 	"strconv"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.uber.org/zap"
@@ -154,6 +156,86 @@ func TestLostListenerIsReplaced(t *testing.T) {
 type requestFunc context.CancelCauseFunc
 
 func (f requestFunc) Cut(cut *Cut) { f(cut) }
+
+// deafStore listens as through PgBouncer's transaction pooling: it succeeds, and hears nothing.
+type deafStore struct{ Store }
+
+func (deafStore) Listen(ctx context.Context, wake func()) error {
+	wake()
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+func TestRevocationArrivesWithTheTickWhenTheListenerHearsNothing(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	c := newCache(t, deafStore{db.store}, func(cfg *Config) { cfg.Refresh = 20 * time.Millisecond })
+	run(t, c)
+	key := db.create(t)
+	want(t, c, key.digest, apikey.Allowed)
+	db.revoke(t, key)
+	eventually(t, "the revocation holds", func() bool { return outcome(t, c, key.digest) == apikey.Revoked })
+}
+
+// lostStore loses its listener at once, again and again, and notes when it was asked for another.
+type lostStore struct {
+	Store
+	asked []time.Time
+}
+
+func (s *lostStore) Listen(context.Context, func()) error {
+	s.asked = append(s.asked, time.Now())
+	return errors.New("connection refused")
+}
+
+// TestListenersOfAFleetDoNotComeBackInStep: all of them lost their connections at the same moment.
+func TestListenersOfAFleetDoNotComeBackInStep(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, stop := context.WithCancel(t.Context())
+		var fleet [100]*lostStore
+		var listening sync.WaitGroup
+		for i := range fleet {
+			fleet[i] = new(lostStore)
+			c := &Cache{store: fleet[i], cfg: Config{Logger: zap.NewNop}, wake: make(chan struct{}, 1)}
+			listening.Go(func() { c.listen(ctx) })
+		}
+		<-time.After(time.Minute)
+		stop()
+		listening.Wait()
+		for attempt := 1; attempt < 8; attempt++ {
+			within := map[time.Time]int{}
+			for _, s := range fleet {
+				if gap := s.asked[attempt].Sub(s.asked[attempt-1]); gap > 2*listenRetryMax {
+					t.Errorf("attempt %d came after %v", attempt, gap)
+				}
+				within[s.asked[attempt].Truncate(5*time.Millisecond)]++
+			}
+			for _, n := range within {
+				if n > len(fleet)/4 { // 5 are expected of the first attempts, and fewer of each later one
+					t.Errorf("attempt %d: %d of %d within 5 ms", attempt, n, len(fleet))
+				}
+			}
+		}
+	})
+}
+
+// TestTickWithoutNewsAsksForNoReport: an edge at rest writes only now and then, however short its refresh.
+func TestTickWithoutNewsAsksForNoReport(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	reports := 0
+	c, s := newCache(t, db.store, func(cfg *Config) { cfg.Changed = func() { reports++ } }), new(syncer)
+	tick(t, s, c)
+	for range 20 {
+		tick(t, s, c)
+	}
+	if reports != 1 {
+		t.Errorf("%d reports were asked for by the first sync and 20 ticks, want one", reports)
+	}
+	db.revoke(t, db.create(t))
+	tick(t, s, c)
+	if reports != 2 {
+		t.Errorf("%d reports were asked for after a change, want two", reports)
+	}
+}
 
 // track puts a request with the key in flight and returns the context that the cache cancels.
 func track(t *testing.T, c *Cache, key testKey) context.Context {

@@ -6,6 +6,9 @@ import "github.com/jackc/pgx/v5/pgxpool"
 const (
 	SnapshotSQL = snapshotSQL
 	LookupSQL   = lookupSQL
+
+	PingEvery   = pingEvery
+	PingTimeout = pingTimeout
 )
 
 var (

@@ -116,6 +116,13 @@ func TestListenEndsWhenTheServerHangs(t *testing.T) {
 	}
 }
 
+// The time that it takes is that of the two constants, and not for a test on a busy machine to measure.
+func TestDeadConnectionIsNoticedWithinFiveSeconds(t *testing.T) {
+	if within := keystore.PingEvery + keystore.PingTimeout; within >= 5*time.Second {
+		t.Errorf("noticed after %v", within)
+	}
+}
+
 func TestListenOutlastsSilence(t *testing.T) {
 	t.Parallel() // it takes a ping's time
 	databaseURL := database(t)
