@@ -365,7 +365,7 @@ func (f *faultRig) askForUnknownKeys() <-chan struct{} {
 // lookups and its sync each need one.
 func (f *faultRig) fillPool() {
 	f.t.Helper()
-	conn, err := pgx.Connect(f.t.Context(), f.rig.database)
+	conn, err := pgx.Connect(f.t.Context(), f.database)
 	if err != nil {
 		f.t.Fatal(err)
 	}
