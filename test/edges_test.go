@@ -84,7 +84,7 @@ func TestEveryEdgeMeasuresTheCanaryThatOneOfThemRevokes(t *testing.T) {
 	other := r.start(standardSite, "refresh 100ms") // first: the next canary is a minute away
 	sender := r.start(standardSite, "refresh 100ms", "canary")
 	for _, g := range []*gateway{sender, other} {
-		eventually(t, "the canary is measured", func() bool {
+		within(t, canaryPatience, "the canary is measured", func() bool {
 			seconds := g.status().Canary
 			return seconds > 0 && seconds < 60
 		})

@@ -270,14 +270,22 @@ func (g *gateway) waitReady() {
 
 func eventually(t testing.TB, what string, condition func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(30 * time.Second)
+	within(t, 30*time.Second, what, condition)
+}
+
+func within(t testing.TB, limit time.Duration, what string, condition func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(limit)
 	for !condition() {
 		if time.Now().After(deadline) {
-			t.Fatalf("not within 30s: %s", what)
+			t.Fatalf("not within %s: %s", limit, what)
 		}
 		<-time.After(5 * time.Millisecond)
 	}
 }
+
+// canaryPatience is for two canaries: the first, sent at the start, may be over before the first sync of a slow machine.
+const canaryPatience = 2 * time.Minute
 
 // client makes a connection for each request, so that one test's connection is not another's.
 var client = &http.Client{

@@ -51,7 +51,7 @@ func TestTwoRolesSufficeForAllThatTheGatewayAndItsCommandsDo(t *testing.T) {
 		t.Errorf("revoke: %d %s%s", code, stdout, stderr)
 	}
 	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 401, "API_KEY_REVOKED")
-	eventually(t, "the canary is measured", func() bool { return g.status().Canary > 0 })
+	within(t, canaryPatience, "the canary is measured", func() bool { return g.status().Canary > 0 })
 	if strings.Contains(slow.log.String()+g.log.String(), "permission denied") {
 		t.Error("something was denied")
 	}
