@@ -13,8 +13,9 @@ const (
 	// maxLookups is how many lookups run at a time. With the sync they stay within four connections.
 	maxLookups = 3
 
-	// lookupBatch is the most digests in one lookup.
-	lookupBatch = 1024
+	// lookupBatch is the most digests in one lookup: some 5 ms of work. A lookup that a slow Postgres does not finish in time
+	// fails all of them.
+	lookupBatch = 256
 
 	// lookupTimeout leaves the rest of answerWithin for waiting in line and for the answer.
 	lookupTimeout = 700 * time.Millisecond

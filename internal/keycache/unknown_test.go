@@ -84,20 +84,22 @@ func TestFloodOfUnknownKeysCausesFewStatementsAndHarmsNoKnownKey(t *testing.T) {
 			want(t, c, warm.digest, apikey.Allowed)
 		}
 	})
+	works := func(what string, d apikey.Digest) {
+		got := outcome(t, c, d)
+		for ; got == apikey.Unavailable; got = outcome(t, c, d) { // on a machine that is busy with other things
+		}
+		if got != apikey.Allowed {
+			t.Errorf("a %s key is %v", what, got)
+		}
+	}
 	known.Go(func() {
 		for _, d := range coldKeys {
-			want(t, c, d, apikey.Allowed)
+			works("cold", d)
 		}
 	})
 	known.Go(func() {
 		for range 20 {
-			key := db.create(t)
-			got := outcome(t, c, key.digest)
-			for ; got == apikey.Unavailable; got = outcome(t, c, key.digest) {
-			}
-			if got != apikey.Allowed {
-				t.Errorf("a key created during the flood is %v", got)
-			}
+			works("new", db.create(t).digest)
 		}
 	})
 	known.Wait()

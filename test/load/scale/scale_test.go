@@ -83,7 +83,7 @@ func measure(t *testing.T, keys int) costs {
 	c := costs{keys: keys}
 	c.emptyTick, c.emptyPages = db.emptyTicks(t)
 	c.changesTick = db.changesTicks(t)
-	c.lookup, c.lookup256, c.lookup1024 = db.lookups(t, 1), db.lookups(t, 256), db.lookups(t, 1024)
+	c.lookup, c.lookup256 = db.lookups(t, 1), db.lookups(t, 256)
 	db.fill(t, &c)
 	return c
 }
