@@ -1,0 +1,204 @@
+package keysapi
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"strconv"
+
+	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+)
+
+// requestID is the header that names a request; ServeHTTP sets it.
+const requestID = "X-Request-Id"
+
+// answer is what an endpoint says.
+type answer struct {
+	status   int
+	body     any
+	raw      []byte // in place of body
+	location string // of what was made; empty: none
+	replayed bool
+}
+
+// resourceBody is the envelope of one object, and collectionBody that of many (REKALL.md, "Answers").
+type resourceBody struct {
+	Data any `json:"data"`
+}
+
+type collectionBody struct {
+	Data       any        `json:"data"`
+	Pagination pagination `json:"pagination"`
+}
+
+// errorBody is the envelope of every error.
+type errorBody struct {
+	Error errorData `json:"error"`
+}
+
+type errorData struct {
+	Code      string            `json:"code"`
+	Message   string            `json:"message"`
+	Status    int               `json:"status"`
+	Details   map[string]string `json:"details"`
+	RequestID string            `json:"request_id"`
+}
+
+type pagination struct {
+	NextCursor *string `json:"next_cursor"`
+	HasMore    bool    `json:"has_more"`
+	TotalCount *int64  `json:"total_count"` // null: not counted
+}
+
+// page answers with one page of a collection.
+func page(items any, nextCursor string, total *int64) answer {
+	p := pagination{HasMore: nextCursor != "", TotalCount: total}
+	if p.HasMore {
+		p.NextCursor = &nextCursor
+	}
+	return answer{status: http.StatusOK, body: collectionBody{items, p}}
+}
+
+func (a answer) write(w http.ResponseWriter) {
+	body := a.raw
+	if body == nil {
+		body = encode(a.body)
+	}
+	if a.location != "" {
+		w.Header().Set("Location", a.location)
+	}
+	if a.replayed {
+		w.Header().Set("Idempotent-Replayed", "true")
+	}
+	send(w, a.status, body)
+}
+
+func encode(body any) []byte {
+	text, err := json.Marshal(body)
+	if err != nil {
+		panic(err) // texts, numbers, times and what was JSON in the database always encode
+	}
+	return append(text, '\n')
+}
+
+func send(w http.ResponseWriter, status int, body []byte) {
+	h := w.Header()
+	h.Set("Content-Type", "application/json")
+	h.Set("Content-Length", strconv.Itoa(len(body)))
+	h.Set("Cache-Control", "no-store")
+	h.Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(status)
+	_, _ = w.Write(body) // the client may be gone
+}
+
+// Error is a refusal as the API says it.
+type Error struct {
+	Status  int
+	Code    string            // in upper snake case
+	Message string            // a sentence for people; nothing of the request but names of fields
+	Details map[string]string // may be nil
+	Header  map[string]string // to be set, such as WWW-Authenticate; may be nil
+}
+
+func (e *Error) Error() string { return e.Code + ": " + e.Message }
+
+func (e *Error) write(w http.ResponseWriter) {
+	for name, value := range e.Header {
+		w.Header().Set(name, value)
+	}
+	details := e.Details
+	if details == nil {
+		details = map[string]string{}
+	}
+	send(w, e.Status, encode(errorBody{errorData{e.Code, e.Message, e.Status, details, w.Header().Get(requestID)}}))
+}
+
+var (
+	errPath = &Error{
+		Status: http.StatusBadRequest, Code: "PATH_INVALID",
+		Message: "The request path is not in canonical form. Send it without '.', '..', empty segments, needless percent-encoding or an API key.",
+	}
+	errNoPath   = &Error{Status: http.StatusNotFound, Code: "NOT_FOUND", Message: "There is nothing at this path."}
+	errNotFound = &Error{Status: http.StatusNotFound, Code: "NOT_FOUND", Message: "There is no such API key."}
+	errMethod   = &Error{Status: http.StatusMethodNotAllowed, Code: "METHOD_NOT_ALLOWED", Message: "This request method is not supported at this path."}
+
+	errMismatch = &Error{
+		Status: http.StatusConflict, Code: "IDEMPOTENCY_MISMATCH",
+		Message: "This Idempotency-Key came with another request before. Use a new one for each key.",
+	}
+	errEnded = &Error{
+		Status: http.StatusConflict, Code: "KEY_ENDED", Message: "This API key is revoked or expired, which is for good. Create a new one.",
+	}
+	errAlreadyRotated = &Error{
+		Status: http.StatusConflict, Code: "KEY_ALREADY_ROTATED",
+		Message: "This API key has a successor already. Undo its rotation or revoke the successor first.",
+	}
+	errNotRotated  = &Error{Status: http.StatusConflict, Code: "KEY_NOT_ROTATED", Message: "This API key is not being rotated: there is nothing to undo."}
+	errUnavailable = &Error{
+		Status: http.StatusServiceUnavailable, Code: "SERVICE_UNAVAILABLE", Message: "API keys cannot be managed right now. Try again shortly.",
+		Header: map[string]string{"Retry-After": "1"},
+	}
+)
+
+// invalid refuses what cannot be read, and names the field it is about, if it is about one.
+func invalid(field, message string) *Error {
+	e := &Error{Status: http.StatusBadRequest, Code: "INVALID_REQUEST", Message: message}
+	if field != "" {
+		e.Details = map[string]string{"field": field}
+	}
+	return e
+}
+
+// refuse says an error. Only what nobody foresaw is logged: the rest is the caller's, also that it went away.
+func (a *API) refuse(w http.ResponseWriter, r *http.Request, err error) {
+	refusal := explain(err)
+	if refusal == errUnavailable && !errors.Is(err, context.Canceled) {
+		a.Logger.Error("API keys cannot be managed", zap.String("request_id", w.Header().Get(requestID)),
+			zap.String("method", r.Method), zap.String("error", apikey.Redact(err.Error())))
+	}
+	refusal.write(w)
+}
+
+// explain finds the refusal that says an error.
+func explain(err error) *Error {
+	var (
+		refusal   *Error
+		malformed *keyadmin.InvalidError
+		forbidden *keyadmin.ForbiddenError
+	)
+	switch {
+	case errors.As(err, &refusal):
+		return refusal
+	case errors.As(err, &malformed):
+		return &Error{
+			Status: http.StatusUnprocessableEntity, Code: "VALIDATION_FAILED", Message: malformed.Field + " " + malformed.Reason + ".",
+			Details: map[string]string{"field": malformed.Field},
+		}
+	case errors.As(err, &forbidden):
+		return forbiddenError(forbidden)
+	case errors.Is(err, keyadmin.ErrNotFound):
+		return errNotFound
+	case errors.Is(err, keyadmin.ErrIdempotencyMismatch):
+		return errMismatch
+	case errors.Is(err, keyadmin.ErrEnded):
+		return errEnded
+	case errors.Is(err, keyadmin.ErrAlreadyRotated):
+		return errAlreadyRotated
+	case errors.Is(err, keyadmin.ErrNotRotated):
+		return errNotRotated
+	}
+	return errUnavailable
+}
+
+func forbiddenError(forbidden *keyadmin.ForbiddenError) *Error {
+	e := &Error{Status: http.StatusForbidden, Code: "PERMISSION_DENIED", Message: "This API key may not manage keys. Use one made with manage_keys."}
+	if forbidden.Field != "" {
+		e.Message = forbidden.Field + " " + forbidden.Reason + "."
+		e.Details = map[string]string{"field": forbidden.Field}
+	}
+	return e
+}

@@ -1,0 +1,243 @@
+package keysapi_test
+
+import (
+	"net/http"
+	"strings"
+	"testing"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+)
+
+// Every bad input is refused with the field named, and leaves nothing behind.
+func TestBadInputIsRefusedWithTheFieldNamedAndNothingChanged(t *testing.T) {
+	r := newRig(t)
+	manager := r.manager("acme", "production")
+	key := r.call("POST", path, by(manager), `{"name": "a", "scopes": ["hives:read"]}`).object(t, http.StatusCreated)
+	one := path + "/" + key.ID
+	before, audited := r.call("GET", one, by(manager), "").body, len(r.call("GET", path+"/audit", by(manager), "").audit(t).Data)
+	pasted := apikey.Generate(apikey.Production)
+	const invalid, unacceptable, denied, large, media, missing = "400 INVALID_REQUEST", "422 VALIDATION_FAILED", "403 PERMISSION_DENIED",
+		"413 PAYLOAD_TOO_LARGE", "415 UNSUPPORTED_MEDIA_TYPE", "404 NOT_FOUND"
+	plain := http.Header{}
+	for _, test := range []struct {
+		method, path, body string
+		header             http.Header
+		want, field        string
+	}{
+		// What is no JSON object of ours.
+		{"POST", path, `{`, plain, invalid, ""},
+		{"POST", path, `{"name"`, plain, invalid, ""},
+		{"POST", path, `{"name": "a",}`, plain, invalid, ""},
+		{"POST", path, `{name: "a"}`, plain, invalid, ""},
+		{"POST", path, `[]`, plain, invalid, ""},
+		{"POST", path, `null`, plain, invalid, ""},
+		{"POST", path, `"a"`, plain, invalid, ""},
+		{"POST", path, ` `, plain, invalid, ""},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"]} {}`, plain, invalid, ""},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"]}x`, plain, invalid, ""},
+		{"POST", path, "{\"name\": \"\xff\", \"scopes\": [\"hives:read\"]}", plain, invalid, ""},
+		{"POST", path, "\xef\xbb\xbf{}", plain, invalid, ""},
+		{"POST", path, strings.Repeat(`{"a":`, 20_000), plain, large, ""},
+		{"POST", path, strings.Repeat(`[`, 60_000), plain, invalid, ""},
+		{"POST", path, `{"name": ` + strings.Repeat(`[`, 60_000), plain, invalid, ""},
+		{"POST", path, `{"name": "` + strings.Repeat("a", 64<<10) + `"}`, plain, large, ""},
+		// Fields.
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "account": "other"}`, plain, invalid, "account"},
+		{"POST", path, `{"name": "a", "Name": "a", "scopes": ["hives:read"]}`, plain, invalid, "Name"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "` + pasted + `": 1}`, plain, invalid, "rk_…"},
+		{"POST", path, `{"` + strings.Repeat("n", 500) + `": 1}`, plain, invalid, strings.Repeat("n", 40) + "…"},
+		{"POST", path, `{"name": "a", "name": "a", "scopes": ["hives:read"]}`, plain, invalid, "name"},
+		{"POST", path, `{"name": "a", "n\u0061me": "b", "scopes": ["hives:read"]}`, plain, invalid, "name"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "expires_in": "1d", "expiresIn": "2d"}`, plain, invalid, "expires_in"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "manageKeys": false, "manage_keys": true}`, plain, invalid, "manage_keys"},
+		{"POST", path, `{"name": 1, "scopes": ["hives:read"]}`, plain, invalid, "name"},
+		{"POST", path, `{"name": {"name": "a"}, "scopes": ["hives:read"]}`, plain, invalid, "name"},
+		{"POST", path, `{"name": "\ud800", "scopes": ["hives:read"]}`, plain, invalid, "name"},
+		{"POST", path, `{"name": "a", "scopes": "hives:read"}`, plain, invalid, "scopes"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read", null]}`, plain, invalid, "scopes"},
+		{"POST", path, `{"name": "a", "scopes": [1]}`, plain, invalid, "scopes"},
+		{"POST", path, `{"name": "a", "scopes": {"0": "hives:read"}}`, plain, invalid, "scopes"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "manage_keys": "true"}`, plain, invalid, "manage_keys"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "manage_keys": 1}`, plain, invalid, "manage_keys"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "expires_in": 90}`, plain, invalid, "expires_in"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "expires_at": 1900000000}`, plain, invalid, "expires_at"},
+		// Values.
+		{"POST", path, ``, plain, unacceptable, "name"},
+		{"POST", path, `{}`, plain, unacceptable, "name"},
+		{"POST", path, `{"name": null, "scopes": ["hives:read"]}`, plain, unacceptable, "name"},
+		{"POST", path, `{"name": "", "scopes": ["hives:read"]}`, plain, unacceptable, "name"},
+		{"POST", path, `{"name": "` + strings.Repeat("ä", 201) + `", "scopes": ["hives:read"]}`, plain, unacceptable, "name"},
+		{"POST", path, `{"name": "a\nb", "scopes": ["hives:read"]}`, plain, unacceptable, "name"},
+		{"POST", path, `{"name": "` + pasted + `", "scopes": ["hives:read"]}`, plain, unacceptable, "name"},
+		{"POST", path, `{"name": "a"}`, plain, unacceptable, "scopes"},
+		{"POST", path, `{"name": "a", "scopes": null}`, plain, unacceptable, "scopes"},
+		{"POST", path, `{"name": "a", "scopes": []}`, plain, unacceptable, "scopes"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:admin"]}`, plain, unacceptable, "scopes"},
+		{"POST", path, `{"name": "a", "scopes": ["` + pasted + `"]}`, plain, unacceptable, "scopes"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "environment": "live"}`, plain, unacceptable, "environment"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "expires_in": "soon"}`, plain, unacceptable, "expires_in"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "expires_in": "-1d"}`, plain, unacceptable, "expires_in"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "expires_in": "0"}`, plain, unacceptable, "expires_in"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "expires_in": "3651d"}`, plain, unacceptable, "expires_in"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "expires_in": "99999999999999999999d"}`, plain, unacceptable, "expires_in"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "expires_at": "2000-01-01T00:00:00Z"}`, plain, unacceptable, "expires_at"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "expires_at": "9000-01-01T00:00:00Z"}`, plain, unacceptable, "expires_at"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "expires_at": "tomorrow"}`, plain, unacceptable, "expires_at"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "expires_in": "1d", "expires_at": "2030-01-01T00:00:00Z"}`, plain, unacceptable, "expires_at"},
+		{"PATCH", one, `{}`, plain, unacceptable, "name"},
+		{"PATCH", one, `{"name": "b", "scopes": ["memories:read"]}`, plain, invalid, "scopes"},
+		{"PATCH", one, `{"name": " b"}`, plain, unacceptable, "name"},
+		{"POST", one + "/rotate", `{"overlap": "soon"}`, plain, unacceptable, "overlap"},
+		{"POST", one + "/rotate", `{"overlap": "-1h"}`, plain, unacceptable, "overlap"},
+		{"POST", one + "/rotate", `{"overlap": "366d"}`, plain, unacceptable, "overlap"},
+		{"POST", one + "/rotate", `{"overlap": 0}`, plain, invalid, "overlap"},
+		{"POST", one + "/rotate", `{"scopes": ["hives:write"]}`, plain, invalid, "scopes"},
+		{"POST", one + "/revoke", `{"id": "x"}`, plain, invalid, "id"},
+		{"DELETE", one, `{"force": true}`, plain, invalid, "force"},
+		{"POST", one + "/rotate/undo", `[]`, plain, invalid, ""},
+		// Headers.
+		{"POST", path, `{}`, http.Header{"Content-Type": {"application/x-www-form-urlencoded"}}, media, ""},
+		{"POST", path, `{}`, http.Header{"Content-Type": {"text/plain"}}, media, ""},
+		{"POST", path, `{}`, http.Header{"Content-Type": {"application/json; charset=utf-16"}}, media, ""},
+		{"POST", path, `{}`, http.Header{"Content-Type": {"application/json", "text/plain"}}, media, ""},
+		{"POST", path, `{}`, http.Header{"Content-Type": nil}, media, ""},
+		{"POST", path, `{}`, http.Header{"Content-Encoding": {"gzip"}}, media, ""},
+		{"DELETE", one, `{}`, http.Header{"Content-Type": {"text/plain"}}, media, ""},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"]}`, http.Header{"Idempotency-Key": {""}}, invalid, "Idempotency-Key"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"]}`, http.Header{"Idempotency-Key": {"a", "b"}}, invalid, "Idempotency-Key"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"]}`, http.Header{"Idempotency-Key": {"a b"}}, unacceptable, "Idempotency-Key"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"]}`, http.Header{"Idempotency-Key": {strings.Repeat("a", 256)}}, unacceptable, "Idempotency-Key"},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"]}`, http.Header{"Idempotency-Key": {pasted}}, unacceptable, "Idempotency-Key"},
+		// Queries.
+		{"GET", path + "?limit=0", "", plain, unacceptable, "limit"},
+		{"GET", path + "?limit=101", "", plain, unacceptable, "limit"},
+		{"GET", path + "?limit=ten", "", plain, unacceptable, "limit"},
+		{"GET", path + "?limit=99999999999999999999", "", plain, unacceptable, "limit"},
+		{"GET", path + "?cursor=x", "", plain, unacceptable, "cursor"},
+		{"GET", path + "?status=gone", "", plain, unacceptable, "status"},
+		{"GET", path + "?environment=live", "", plain, unacceptable, "environment"},
+		{"GET", path + "?name=%ff", "", plain, unacceptable, "name"},
+		{"GET", path + "?limit=1&limit=2", "", plain, invalid, "limit"},
+		{"GET", path + "?account=other", "", plain, invalid, "account"},
+		{"GET", path + "?a%zz", "", plain, invalid, ""},
+		{"GET", path + "?a;b", "", plain, invalid, ""},
+		{"GET", one + "?show=key", "", plain, invalid, "show"},
+		{"GET", path + "/audit?since=yesterday", "", plain, unacceptable, "since"},
+		{"GET", path + "/audit?until=tomorrow", "", plain, unacceptable, "until"},
+		{"GET", path + "/audit?cursor=-1", "", plain, unacceptable, "cursor"},
+		{"GET", path + "/audit?limit=0", "", plain, unacceptable, "limit"},
+		{"GET", one + "/audit?key_id=x", "", plain, invalid, "key_id"},
+		// Paths and methods.
+		{"GET", path + "/", "", plain, missing, ""},
+		{"GET", path + "/x", "", plain, missing, ""},
+		{"GET", path + "/key_", "", plain, missing, ""},
+		{"GET", path + "/leaked/github", "", plain, missing, ""},
+		{"POST", one + "/unrevoke", "", plain, missing, ""},
+		{"GET", "/v1/memories", "", plain, missing, ""},
+		{"GET", "/", "", plain, missing, ""},
+		{"GET", path + "/../api-keys", "", plain, "400 PATH_INVALID", ""},
+		{"GET", "/v1//api-keys", "", plain, "400 PATH_INVALID", ""},
+		{"GET", path + "/" + pasted, "", plain, "400 PATH_INVALID", ""},
+		{"GET", path + "/key_%2f", "", plain, "400 PATH_INVALID", ""},
+		{"PUT", one, "", plain, "405 METHOD_NOT_ALLOWED", ""},
+		{"POST", one, "", plain, "405 METHOD_NOT_ALLOWED", ""},
+		{"OPTIONS", path, "", plain, "405 METHOD_NOT_ALLOWED", ""},
+		{"TRACE", path, "", plain, "405 METHOD_NOT_ALLOWED", ""},
+		{"get", path, "", plain, "405 METHOD_NOT_ALLOWED", ""},
+		{"GET", one + "/revoke", "", plain, "405 METHOD_NOT_ALLOWED", ""},
+		// Rights: what a key of less could do with more.
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"]}`, by(key.Key), denied, ""},
+		{"GET", path, "", by(key.Key), denied, ""},
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"]}`, http.Header{"Authorization": {"Bearer " + pasted}}, "401 API_KEY_INVALID", ""},
+	} {
+		header := by(manager)
+		for name, values := range test.header {
+			header[name] = values
+		}
+		status, code, _ := strings.Cut(test.want, " ")
+		answer := r.bad(test.method, test.path, header, test.body)
+		if got := answer.Status[:3]; got != status {
+			t.Errorf("%s %s %.80q: status %s %s", test.method, test.path, test.body, got, answer.body)
+			continue
+		}
+		answer.refused(t, answer.StatusCode, code, test.field)
+	}
+	if page := r.call("GET", path, by(manager), "").keys(t); len(page.Data) != 2 {
+		t.Errorf("%d keys", len(page.Data))
+	}
+	if after := r.call("GET", one, by(manager), "").body; after != before {
+		t.Errorf("changed from %s to %s", before, after)
+	}
+	if entries := r.call("GET", path+"/audit", by(manager), "").audit(t).Data; len(entries) != audited {
+		t.Errorf("audit %+v", entries)
+	}
+}
+
+func TestLongestNameAndOddSpacingAreAcceptable(t *testing.T) {
+	r := newRig(t)
+	ann := person("ann@acme")
+	name := strings.Repeat("ä", 200)
+	answer := r.call("POST", path, with(ann, "Content-Type", "application/json; charset=UTF-8"),
+		"\r\n\t{ \"scopes\" : [ \"hives:read\" , \"hives:read\" ] , \"environment\":\"sandbox\", \"name\":\""+name+"\" }\n\n")
+	if got := answer.object(t, http.StatusCreated); got.Name != name || len(got.Scopes) != 1 {
+		t.Errorf("created %s", answer.body)
+	}
+}
+
+func TestBodyThatEndsEarlyIsRefused(t *testing.T) {
+	r := newRig(t)
+	request := "POST " + path + " HTTP/1.1\r\nHost: a\r\nX-Person: ann@acme\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{\"name\": \"a\""
+	if answer := raw(t, r.server.Listener.Addr().String(), request); !strings.HasPrefix(answer, "HTTP/1.1 400 ") || !strings.Contains(answer, "INVALID_REQUEST") {
+		t.Errorf("answer %q", answer)
+	}
+}
+
+// "Cannot tell" is neither "not found" nor a refusal, and is known to the operator.
+func TestWithoutPostgresTheAnswerIs503AndTheLogSaysWhy(t *testing.T) {
+	server := pgtest.Server(t)
+	r := newRigOn(t, server.URL(), nil)
+	manager := r.manager("acme", "production")
+	r.call("GET", path, person("ann@acme"), "").keys(t)
+	server.Kill()
+	for _, request := range [][3]string{
+		{"GET", path, ""}, {"POST", path, `{"name": "a", "scopes": ["hives:read"], "environment": "sandbox"}`}, {"DELETE", path + "/" + manager.ID, ""},
+		{"POST", path + "/leaked", `{"keys": ["` + manager.Key.Reveal() + `"]}`},
+	} {
+		answer := r.call(request[0], request[1], person("ann@acme"), request[2])
+		answer.refused(t, http.StatusServiceUnavailable, "SERVICE_UNAVAILABLE", "")
+		if answer.Header.Get("Retry-After") == "" || !strings.Contains(r.log.String(), answer.Header.Get("X-Request-Id")) {
+			t.Errorf("Retry-After %q, log %s", answer.Header.Get("Retry-After"), r.log)
+		}
+	}
+	if apikey.ContainsKey(r.log.String()) {
+		t.Error("the log has a key")
+	}
+}
+
+func TestPostgresThatHangsIsAnswered503(t *testing.T) {
+	server := pgtest.Server(t)
+	r := newRigOn(t, server.URL(), nil)
+	r.call("GET", path, person("ann@acme"), "").keys(t)
+	server.Pause()
+	defer server.Resume()
+	r.call("GET", path, person("ann@acme"), "").refused(t, http.StatusServiceUnavailable, "SERVICE_UNAVAILABLE", "")
+}
+
+// A key that was revoked a moment ago may still be found at an edge that has not heard of it. It changes nothing.
+func TestRightsAreReadAgainBeforeAnythingIsWritten(t *testing.T) {
+	r := newRig(t)
+	manager := r.manager("acme", "production")
+	found, err := r.store.Lookup(t.Context(), []apikey.Digest{apikey.Hash(manager.Key.Reveal())})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stale, err := keyadmin.ManagingKey(found.Records[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.actorIs = &stale
+	r.call("DELETE", path+"/"+manager.ID, nil, "").object(t, http.StatusOK)
+	r.call("POST", path, nil, `{"name": "a", "scopes": ["hives:read"]}`).refused(t, http.StatusForbidden, "PERMISSION_DENIED", "")
+}

@@ -1,0 +1,170 @@
+package keysapi
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"mime"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+)
+
+// maxBody is the size in bytes of a request that manages one key: ten times the longest sensible one.
+const maxBody = 64 << 10
+
+var (
+	errMediaType = &Error{
+		Status: http.StatusUnsupportedMediaType, Code: "UNSUPPORTED_MEDIA_TYPE",
+		Message: "The body must be JSON in UTF-8 and not compressed: send it with 'Content-Type: application/json'.",
+	}
+	errTooLarge   = &Error{Status: http.StatusRequestEntityTooLarge, Code: "PAYLOAD_TOO_LARGE", Message: "The body is too large."}
+	errIncomplete = invalid("", "The body could not be read to its end.")
+	errNotUTF8    = invalid("", "The body is not UTF-8.")
+	errSyntax     = invalid("", "The body must be one JSON object, and nothing after it.")
+	errQuery      = invalid("", "The query could not be read: percent-encode special characters.")
+)
+
+// readBody reads a JSON body of at most limit bytes. No body at all is as good as an empty one.
+func readBody(r *http.Request, limit int64) ([]byte, error) {
+	body, err := io.ReadAll(io.LimitReader(r.Body, limit+1))
+	switch {
+	case int64(len(body)) > limit:
+		return nil, errTooLarge
+	case err != nil:
+		return nil, errIncomplete
+	case len(body) == 0:
+		return nil, nil
+	}
+	if !isJSON(r.Header) {
+		return nil, errMediaType
+	}
+	if !utf8.Valid(body) {
+		return nil, errNotUTF8
+	}
+	return body, nil
+}
+
+// isJSON looks at what the sender says. Insisting on it keeps out forms, which a browser sends from any site.
+func isJSON(h http.Header) bool {
+	media, parameters, err := mime.ParseMediaType(h.Get("Content-Type"))
+	charset := strings.ToLower(parameters["charset"])
+	return err == nil && media == "application/json" && (charset == "" || charset == "utf-8") &&
+		len(h["Content-Type"]) == 1 && h.Get("Content-Encoding") == ""
+}
+
+// fields are the members of a JSON object, by the names that the API gives them.
+type fields map[string]json.RawMessage
+
+// spellings are other names of fields: those of the JavaScript SDK.
+var spellings = map[string]string{"expiresIn": "expires_in", "expiresAt": "expires_at", "manageKeys": "manage_keys"}
+
+// readFields reads a body that is an object with no other fields than the known ones. A name that stands twice is refused:
+// two readers may each believe another of the values.
+func readFields(r *http.Request, limit int64, known ...string) (fields, error) {
+	body, err := readBody(r, limit)
+	if err != nil || body == nil {
+		return nil, err
+	}
+	found, written := fields{}, map[string]bool{}
+	d := json.NewDecoder(bytes.NewReader(body))
+	if t, err := d.Token(); err != nil || t != json.Delim('{') {
+		return nil, errSyntax
+	}
+	for d.More() {
+		t, err := d.Token()
+		spelling, ok := t.(string)
+		var value json.RawMessage
+		if err != nil || !ok || d.Decode(&value) != nil {
+			return nil, errSyntax
+		}
+		name := spelling
+		if s, ok := spellings[spelling]; ok {
+			name = s
+		}
+		if !slices.Contains(known, name) {
+			return nil, invalid(shown(spelling), "There is no field "+shown(spelling)+".")
+		}
+		before, twice := found[name]
+		switch {
+		case written[spelling]:
+			return nil, invalid(name, shown(spelling)+" is given twice.")
+		case twice && !bytes.Equal(before, value):
+			return nil, invalid(name, name+" is given in two spellings with different values.")
+		}
+		found[name], written[spelling] = value, true
+	}
+	if _, err := d.Token(); err != nil {
+		return nil, errSyntax
+	}
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return nil, errSyntax
+	}
+	return found, nil
+}
+
+// shown is a name of the client's own, fit to be repeated to it.
+func shown(name string) string {
+	const longest = 40
+	name = apikey.Redact(name)
+	if runes := []rune(name); len(runes) > longest {
+		name = string(runes[:longest]) + "…"
+	}
+	return name
+}
+
+// text reads a field that is a text. Like the next two, it leaves what is not given, or null, as it was.
+func (f fields) text(name string, to *string) error {
+	if !f.read(name, to) || !whole(*to) {
+		return invalid(name, name+" must be a text of valid Unicode characters.")
+	}
+	return nil
+}
+
+func (f fields) texts(name string, to *[]string) error {
+	var list []*string // a null among them is not an empty text
+	if !f.read(name, &list) || slices.ContainsFunc(list, func(s *string) bool { return s == nil || !whole(*s) }) {
+		return invalid(name, name+" must be a list of texts.")
+	}
+	for _, s := range list {
+		*to = append(*to, *s)
+	}
+	return nil
+}
+
+func (f fields) flag(name string, to *bool) error {
+	if !f.read(name, to) {
+		return invalid(name, name+" must be true or false.")
+	}
+	return nil
+}
+
+func (f fields) read(name string, to any) bool {
+	value, given := f[name]
+	return !given || json.Unmarshal(value, to) == nil
+}
+
+// whole reports whether a text came through as it was sent: half a surrogate pair becomes a replacement character.
+func whole(s string) bool { return !strings.ContainsRune(s, utf8.RuneError) }
+
+// readQuery reads the query parameters, of which there may be no others than the known ones.
+func readQuery(r *http.Request, known ...string) (url.Values, error) {
+	query, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return nil, errQuery
+	}
+	for name, values := range query {
+		if !slices.Contains(known, name) {
+			return nil, invalid(shown(name), "There is no query parameter "+shown(name)+".")
+		}
+		if len(values) > 1 {
+			return nil, invalid(name, name+" is given twice.")
+		}
+	}
+	return query, nil
+}

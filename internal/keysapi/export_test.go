@@ -1,0 +1,6 @@
+package keysapi
+
+import "time"
+
+// SetClock sets the clock by which GitHub's keys grow old.
+func (g *GitHub) SetClock(now func() time.Time) { g.now = now }

@@ -1,0 +1,251 @@
+package keysapi_test
+
+import (
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+)
+
+const path = "/v1/api-keys"
+
+func TestKeyIsCreatedShownOnceRenamedRotatedAndRevoked(t *testing.T) {
+	r := newRig(t)
+	ann := person("ann@acme")
+	answer := r.call("POST", path, ann,
+		`{"name": "Production Backend", "scopes": ["memories:read", "memories:write"], "environment": "production", "expires_in": "90d"}`)
+	created := answer.object(t, http.StatusCreated)
+	if !apikey.ChecksumValid(created.Key.Key.Reveal()) || created.Account != "acme" || *created.CreatedBy != "user:ann" ||
+		created.ExpiresAt.Sub(created.CreatedAt) != 90*24*time.Hour || answer.Header.Get("Location") != path+"/"+created.ID {
+		t.Errorf("created %s at %s", answer.body, answer.Header.Get("Location"))
+	}
+	one := path + "/" + created.ID
+	if got := r.call("GET", one, ann, "").object(t, http.StatusOK); got.Key.Key != "" || got.Name != "Production Backend" || got.Status != keyadmin.Active {
+		t.Errorf("got %+v", got)
+	}
+	if got := r.call("PATCH", one, ann, `{"name": "Backend"}`).object(t, http.StatusOK); got.Name != "Backend" {
+		t.Errorf("renamed %+v", got)
+	}
+	successor := r.call("POST", one+"/rotate", ann, `{"overlap": "24h"}`).object(t, http.StatusCreated)
+	if *successor.Predecessor != created.ID || successor.Name != "Backend" || !slices.Equal(successor.Scopes, created.Scopes) ||
+		!apikey.ChecksumValid(successor.Key.Key.Reveal()) || successor.Key.Key == created.Key.Key {
+		t.Errorf("successor %+v", successor)
+	}
+	if old := r.call("GET", one, ann, "").object(t, http.StatusOK); *old.Successor != successor.ID || old.ExpiresAt.After(time.Now().Add(25*time.Hour)) {
+		t.Errorf("old key %+v", old)
+	}
+	r.call("POST", one+"/rotate", ann, "").refused(t, http.StatusConflict, "KEY_ALREADY_ROTATED", "")
+	if old := r.call("POST", one+"/rotate/undo", ann, "").object(t, http.StatusOK); old.Successor != nil || !old.ExpiresAt.Equal(*created.ExpiresAt) {
+		t.Errorf("after the undoing %+v", old)
+	}
+	r.call("POST", one+"/rotate/undo", ann, "{}").refused(t, http.StatusConflict, "KEY_NOT_ROTATED", "")
+	first := r.call("POST", one+"/revoke", ann, "").object(t, http.StatusOK)
+	for _, again := range []reply{r.call("POST", one+"/revoke", ann, "{}"), r.call("DELETE", one, ann, "")} {
+		if got := again.object(t, http.StatusOK); got.Status != keyadmin.Revoked || !got.RevokedAt.Equal(*first.RevokedAt) || got.RevokedSelf {
+			t.Errorf("revoked again: %s", again.body)
+		}
+	}
+	r.call("POST", one+"/rotate", ann, `{"overlap": "0"}`).refused(t, http.StatusConflict, "KEY_ENDED", "")
+	for _, answer := range []reply{r.call("GET", path, ann, ""), r.call("GET", one+"/audit", ann, ""), r.call("GET", path+"/audit", ann, "")} {
+		if apikey.ContainsKey(answer.body) {
+			t.Errorf("a key is shown again: %s", answer.body)
+		}
+	}
+}
+
+func TestOnFirstUseIsAnOverlap(t *testing.T) {
+	r := newRig(t)
+	manager := r.manager("acme", "sandbox")
+	key := r.call("POST", path, by(manager), `{"name": "a", "scopes": ["memories:read"]}`).object(t, http.StatusCreated)
+	successor := r.call("POST", path+"/"+key.ID+"/rotate", by(manager), `{"overlap": "on-first-use"}`).object(t, http.StatusCreated)
+	if successor.OverlapOnFirstUse == nil || *successor.OverlapOnFirstUse != "1d" {
+		t.Errorf("successor %+v", successor)
+	}
+}
+
+func TestWithoutEnvironmentTheKeyIsOfItsCreators(t *testing.T) {
+	r := newRig(t)
+	for _, environment := range []string{"production", "sandbox"} {
+		manager := r.manager("acme", environment)
+		if got := r.call("POST", path, by(manager), `{"name": "a", "scopes": ["hives:read"]}`).object(t, http.StatusCreated); got.Environment != environment {
+			t.Errorf("got %s, want %s", got.Environment, environment)
+		}
+	}
+	r.call("POST", path, person("ann@acme"), `{"name": "a", "scopes": ["hives:read"]}`).refused(t, 422, "VALIDATION_FAILED", "environment")
+}
+
+func TestTheSDKsSpellingsMeanTheSame(t *testing.T) {
+	r := newRig(t)
+	manager := by(r.manager("acme", "sandbox"))
+	day := time.Now().Add(48 * time.Hour).UTC().Truncate(time.Second)
+	for body, lifetime := range map[string]time.Duration{
+		`{"name": "a", "scopes": ["hives:read"], "expiresIn": "90d"}`:                                     90 * 24 * time.Hour,
+		`{"name": "a", "scopes": ["hives:read"], "expires_in": "P2W"}`:                                    14 * 24 * time.Hour,
+		`{"name": "a", "scopes": ["hives:read"], "expiresIn": "12h", "expires_in": "12h"}`:                12 * time.Hour,
+		`{"name": "a", "scopes": ["hives:read"], "expiresIn": null, "expires_at": null}`:                  0,
+		`{"name": "a", "scopes": ["hives:read"], "manageKeys": true, "environment": null}`:                0,
+		fmt.Sprintf(`{"name": "a", "scopes": ["hives:read"], "expiresAt": %q}`, day.Format(time.RFC3339)): -1,
+	} {
+		got := r.call("POST", path, manager, body).object(t, http.StatusCreated)
+		switch {
+		case lifetime == 0 && got.ExpiresAt == nil, lifetime == -1 && got.ExpiresAt.Equal(day), lifetime > 0 && got.ExpiresAt.Sub(got.CreatedAt) == lifetime:
+		default:
+			t.Errorf("%s made %+v", body, got)
+		}
+		if got.ManageKeys != strings.Contains(body, "manageKeys") {
+			t.Errorf("%s: manage_keys %v", body, got.ManageKeys)
+		}
+	}
+}
+
+func TestRetryWithAnIdempotencyKeyMakesNoSecondKeyAndSaysSo(t *testing.T) {
+	r := newRig(t)
+	manager := by(r.manager("acme", "sandbox"))
+	once := with(manager, "Idempotency-Key", "retry-1")
+	const body = `{"name": "a", "scopes": ["hives:read"]}`
+	created := r.call("POST", path, once, body).object(t, http.StatusCreated)
+	answer := r.call("POST", path, once, body)
+	if got := answer.object(t, http.StatusOK); got.ID != created.ID || got.Key.Key != "" || !got.Replayed || answer.Header.Get("Idempotent-Replayed") != "true" {
+		t.Errorf("replayed %s", answer.body)
+	}
+	r.call("POST", path, once, `{"name": "b", "scopes": ["hives:read"]}`).refused(t, 409, "IDEMPOTENCY_MISMATCH", "")
+	if other := r.call("POST", path, with(manager, "Idempotency-Key", "retry-2"), body).object(t, http.StatusCreated); other.ID == created.ID {
+		t.Error("another Idempotency-Key made no other key")
+	}
+	// A key that is made by the same request of somebody else is somebody else's.
+	bob := r.call("POST", path, with(by(r.manager("acme", "sandbox")), "Idempotency-Key", "retry-1"), body).object(t, http.StatusCreated)
+	if bob.ID == created.ID {
+		t.Error("another's Idempotency-Key answered this one's key")
+	}
+	if total := *r.call("GET", path, manager, "").keys(t).Pagination.TotalCount; total != 5 {
+		t.Errorf("%d keys", total)
+	}
+}
+
+func TestListPagesAndFilters(t *testing.T) {
+	r := newRig(t)
+	ann := person("ann@acme")
+	var want []string
+	for i := range 5 {
+		environment := []string{"production", "sandbox"}[i%2]
+		key := r.call("POST", path, ann, fmt.Sprintf(`{"name": "Key %d", "scopes": ["hives:read"], "environment": %q}`, i, environment)).object(t, http.StatusCreated)
+		want = append([]string{key.ID}, want...)
+	}
+	r.call("POST", path, person("bob@other"), `{"name": "Key", "scopes": ["hives:read"], "environment": "sandbox"}`).object(t, http.StatusCreated)
+	r.call("DELETE", path+"/"+want[0], ann, "").object(t, http.StatusOK)
+	var got []string
+	for query := "?limit=2"; ; {
+		page := r.call("GET", path+query, ann, "").keys(t)
+		for _, key := range page.Data {
+			got = append(got, key.ID)
+		}
+		if *page.Pagination.TotalCount != 5 || page.Pagination.HasMore != (page.Pagination.NextCursor != nil) {
+			t.Errorf("pagination %+v", page.Pagination)
+		}
+		if !page.Pagination.HasMore {
+			break
+		}
+		query = "?limit=2&cursor=" + *page.Pagination.NextCursor
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+	for query, count := range map[string]int{
+		"environment=sandbox": 2, "status=revoked": 1, "status=active": 4, "status=expired": 0, "status=expiring": 0, "name=key": 5, "name=KEY+3": 1,
+		"environment=production&status=active": 2, "environment=&status=&name=&cursor=": 5,
+	} {
+		send := r.call
+		if strings.Contains(query, "=&") { // an empty filter is what forms send; the document has no word for it
+			send = r.bad
+		}
+		if page := send("GET", path+"?"+query, ann, "").keys(t); len(page.Data) != count || *page.Pagination.TotalCount != count {
+			t.Errorf("%s: %d keys of %d, want %d", query, len(page.Data), *page.Pagination.TotalCount, count)
+		}
+	}
+	if answer := r.call("HEAD", path, ann, ""); answer.StatusCode != http.StatusOK || answer.body != "" || answer.Header.Get("Content-Length") == "0" {
+		t.Errorf("HEAD: %d %q %v", answer.StatusCode, answer.body, answer.Header)
+	}
+}
+
+func TestRevokingTheKeyThatAsksIsAllowedAndSaid(t *testing.T) {
+	r := newRig(t)
+	manager := r.manager("acme", "production")
+	answer := r.call("POST", path+"/"+manager.ID+"/revoke", by(manager), "")
+	if got := answer.object(t, http.StatusOK); !got.RevokedSelf || got.Status != keyadmin.Revoked {
+		t.Errorf("revoked %s", answer.body)
+	}
+	r.call("GET", path, by(manager), "").refused(t, http.StatusUnauthorized, "API_KEY_INVALID", "")
+}
+
+func TestAuditSaysWhoDidWhat(t *testing.T) {
+	r := newRig(t)
+	ann := person("ann@acme")
+	key := r.call("POST", path, ann, `{"name": "a", "scopes": ["hives:read"], "environment": "sandbox"}`).object(t, http.StatusCreated)
+	one := path + "/" + key.ID
+	r.call("PATCH", one, ann, `{"name": "b"}`).object(t, http.StatusOK)
+	r.call("DELETE", one, person("bob@acme"), "").object(t, http.StatusOK)
+	r.call("POST", path, person("eve@other"), `{"name": "e", "scopes": ["hives:read"], "environment": "sandbox"}`).object(t, http.StatusCreated)
+	const want = "user:bob key.revoked, user:ann key.renamed, user:ann key.created"
+	for _, at := range []string{one + "/audit", path + "/audit"} {
+		var lines []string
+		for query := "?limit=2"; ; {
+			page := r.call("GET", at+query, ann, "").audit(t)
+			for _, entry := range page.Data {
+				lines = append(lines, entry.Actor+" "+string(entry.Action))
+			}
+			if !page.Pagination.HasMore {
+				break
+			}
+			query = "?limit=2&cursor=" + *page.Pagination.NextCursor
+		}
+		if got := strings.Join(lines, ", "); got != want {
+			t.Errorf("%s: %s", at, got)
+		}
+	}
+	for query, count := range map[string]int{"actor=user:ann": 2, "action=key.revoked": 1, "until=2000-01-01T00:00:00Z": 0, "since=2000-01-01T00:00:00Z": 3} {
+		if page := r.call("GET", path+"/audit?"+query, ann, "").audit(t); len(page.Data) != count {
+			t.Errorf("%s: %d entries, want %d", query, len(page.Data), count)
+		}
+	}
+}
+
+func TestDescriptionHasEveryPathAndMethod(t *testing.T) {
+	r := newRig(t)
+	answer := r.call("GET", path+"/openapi.json", nil, "")
+	if answer.StatusCode != http.StatusOK || answer.Header.Get("Content-Type") != "application/json" {
+		t.Fatalf("%d %s", answer.StatusCode, answer.body)
+	}
+	var document struct {
+		Paths map[string]map[string]any `json:"paths"`
+	}
+	answer.decode(t, http.StatusOK, &document)
+	for at, operations := range document.Paths {
+		at = strings.ReplaceAll(at, "{id}", "key_0123456789abcdefABCDEF")
+		allow := r.bad("OPTIONS", at, nil, "").Header.Get("Allow")
+		if at == path+"/leaked/github" { // not there unless the operator takes part
+			continue
+		}
+		var want []string
+		for method := range operations {
+			switch method {
+			case "get":
+				want = append(want, "GET", "HEAD")
+			case "parameters":
+			default:
+				want = append(want, strings.ToUpper(method))
+			}
+		}
+		slices.Sort(want)
+		if allow != strings.Join(want, ", ") {
+			t.Errorf("%s: allows %q, the document %v", at, allow, want)
+		}
+	}
+	if len(document.Paths) != 10 {
+		t.Errorf("%d paths", len(document.Paths))
+	}
+}

@@ -1,0 +1,152 @@
+// Package keysapi is the JSON API of key management, /v1/api-keys. It reads requests strictly, has keyadmin do what they ask
+// for, and answers in Rekall's envelopes. Who asks is for the server around it to find out. openapi.json is its description.
+package keysapi
+
+import (
+	"context"
+	_ "embed"
+	"maps"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/internal/ratelimit"
+	"github.com/rekall-ai/gateway/internal/scoperule"
+)
+
+// Root is the path of the collection; all others begin with it.
+const Root = "/v1/api-keys"
+
+// answerWithin bounds a request, so that it is answered though Postgres hangs. Management is patient: it may wait for a lock.
+const answerWithin = 5 * time.Second
+
+// Config of an API. GitHub may be left out.
+type Config struct {
+	Admin *keyadmin.Admin
+
+	// Actor returns who asks. Its error is an *Error, or one of keyadmin's.
+	Actor func(*http.Request) (keyadmin.Actor, error)
+
+	// Client returns the address that a request comes from; the zero value if it is unknown. Reports of leaks, which
+	// anyone may send, are limited by it.
+	Client func(*http.Request) netip.Addr
+
+	// GitHub checks what GitHub's secret scanning reports. Nil: its endpoint does not exist.
+	GitHub *GitHub
+
+	Logger *zap.Logger
+}
+
+// API serves Root and all below it.
+type API struct {
+	Config
+	mux     *http.ServeMux
+	limiter *ratelimit.Limiter // of leak reports
+	reports atomic.Uint64
+}
+
+// New returns an API.
+func New(config Config) *API {
+	a := &API{Config: config, mux: http.NewServeMux(), limiter: ratelimit.New()}
+	for path, endpoints := range a.routes() {
+		a.mux.Handle(path, resource{a, endpoints})
+	}
+	a.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) { a.refuse(w, r, errNoPath) })
+	return a
+}
+
+// endpoint answers a request for one path with one method.
+type endpoint func(*http.Request) (answer, error)
+
+// routes are all paths and methods. HEAD goes where GET does.
+func (a *API) routes() map[string]map[string]endpoint {
+	const key = Root + "/{id}"
+	routes := map[string]map[string]endpoint{
+		Root:                   {"GET": a.managed(a.list), "POST": a.managed(a.create)},
+		Root + "/audit":        {"GET": a.managed(a.audit)},
+		Root + "/leaked":       {"POST": a.leaked},
+		Root + "/openapi.json": {"GET": describe},
+		key:                    {"GET": a.managed(a.get), "PATCH": a.managed(a.rename), "DELETE": a.managed(a.revoke)},
+		key + "/revoke":        {"POST": a.managed(a.revoke)},
+		key + "/rotate":        {"POST": a.managed(a.rotate)},
+		key + "/rotate/undo":   {"POST": a.managed(a.undoRotation)},
+		key + "/audit":         {"GET": a.managed(a.auditOfKey)},
+	}
+	if a.GitHub != nil {
+		routes[Root+"/leaked/github"] = map[string]endpoint{"POST": a.leakedOnGitHub}
+	}
+	return routes
+}
+
+// managed is an endpoint for those who may manage keys. Who asks is known before anything of the request is read.
+func (a *API) managed(do func(*http.Request, keyadmin.Actor) (answer, error)) endpoint {
+	return func(r *http.Request) (answer, error) {
+		actor, err := a.Actor(r)
+		if err != nil {
+			return answer{}, err
+		}
+		return do(r, actor)
+	}
+}
+
+// ServeHTTP answers any request, also for paths that do not exist.
+func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set(requestID, "req_"+apikey.RandomText(20))
+	// The mux would redirect what is not canonical; a redirect invites to send the key again.
+	if !scoperule.Canonical(r.URL.EscapedPath()) {
+		a.refuse(w, r, errPath)
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), answerWithin)
+	defer cancel()
+	a.mux.ServeHTTP(w, r.WithContext(ctx))
+}
+
+// resource is a path and what can be done there.
+type resource struct {
+	api       *API
+	endpoints map[string]endpoint
+}
+
+func (res resource) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	method := r.Method
+	if method == http.MethodHead {
+		method = http.MethodGet
+	}
+	do, ok := res.endpoints[method]
+	if !ok {
+		w.Header().Set("Allow", res.allowed())
+		res.api.refuse(w, r, errMethod)
+		return
+	}
+	answer, err := do(r)
+	if err != nil {
+		res.api.refuse(w, r, err)
+		return
+	}
+	answer.write(w)
+}
+
+func (res resource) allowed() string {
+	methods := slices.Collect(maps.Keys(res.endpoints))
+	if _, ok := res.endpoints[http.MethodGet]; ok {
+		methods = append(methods, http.MethodHead)
+	}
+	slices.Sort(methods)
+	return strings.Join(methods, ", ")
+}
+
+//go:embed openapi.json
+var description []byte
+
+// describe answers with the OpenAPI document. It needs no key: it is the same for all.
+func describe(*http.Request) (answer, error) {
+	return answer{status: http.StatusOK, raw: description}, nil
+}

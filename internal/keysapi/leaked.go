@@ -1,0 +1,146 @@
+package keysapi
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"math"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strconv"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/ratelimit"
+)
+
+const (
+	// maxReport is the size in bytes of a report: keyadmin's 1000 keys of 48 characters, with room for spaces.
+	maxReport = 128 << 10
+
+	// maxGitHubReport is that of one of GitHub's, which has no documented limit and an address for each key.
+	maxGitHubReport = 4 << 20
+
+	// gitHubBatch is how many keys of one are looked for in one transaction: keyadmin's limit.
+	gitHubBatch = 1000
+)
+
+var (
+	// leaksOfOne is how often one address may report, ten times at once: a finder has one key, or all in one report.
+	leaksOfOne = ratelimit.Limit{PerMinute: 10, Burst: 12}
+
+	// leaksOfAll bounds what all addresses together can write into the audit, 300 reports at once.
+	leaksOfAll = ratelimit.Limit{PerMinute: 300, Burst: 375}
+)
+
+// received is all that anybody is told of a report, whatever was in it.
+type received struct {
+	Received int `json:"received"`
+}
+
+// leaked revokes the keys that somebody has found.
+func (a *API) leaked(r *http.Request) (answer, error) {
+	client := a.Client(r)
+	if err := a.admit(client); err != nil {
+		return answer{}, err
+	}
+	f, err := readFields(r, maxReport, "keys")
+	if err != nil {
+		return answer{}, err
+	}
+	var keys []string
+	if err := f.texts("keys", &keys); err != nil {
+		return answer{}, err
+	}
+	reporter := "unknown"
+	if client.IsValid() {
+		reporter = client.String()
+	}
+	return a.report(r.Context(), reporter, keys)
+}
+
+// report revokes keys, and says how many it looked at.
+func (a *API) report(ctx context.Context, reporter string, keys []string) (answer, error) {
+	revocation, err := a.Admin.Leaked(ctx, reporter, keys)
+	if err != nil {
+		return answer{}, err
+	}
+	a.Logger.Warn("keys were reported as leaked",
+		zap.String("reporter", reporter), zap.Int("keys", len(keys)), zap.Int64("revoked", revocation.Count))
+	return answer{status: http.StatusAccepted, body: resourceBody{received{len(keys)}}}, nil
+}
+
+// everyone is the bucket of leaksOfAll. No address hashes to it.
+var everyone apikey.Digest
+
+// admit refuses an address that reports too often.
+func (a *API) admit(client netip.Addr) error {
+	const sweep = 256
+	if a.reports.Add(1)%sweep == 0 {
+		a.limiter.GiveBack()
+	}
+	for _, one := range []struct {
+		digest apikey.Digest
+		limit  ratelimit.Limit
+	}{{sha256.Sum256(network(client)), leaksOfOne}, {everyone, leaksOfAll}} {
+		bucket, verdict := a.limiter.Acquire(one.digest, one.limit)
+		if !verdict.Allowed {
+			return tooOften(verdict.RetryAfter)
+		}
+		bucket.Release()
+	}
+	return nil
+}
+
+// network is what one host can send from: an IPv4 address, or the 64 bits that providers give to a customer at least.
+func network(client netip.Addr) []byte {
+	client = client.Unmap().WithZone("")
+	if client.Is6() {
+		client = netip.PrefixFrom(client, 64).Masked().Addr()
+	}
+	return client.AsSlice()
+}
+
+func tooOften(retryAfter time.Duration) *Error {
+	seconds := strconv.Itoa(int(math.Ceil(retryAfter.Seconds())))
+	return &Error{
+		Status: http.StatusTooManyRequests, Code: "RATE_LIMIT_EXCEEDED", Message: "Too many reports. Send many keys in one report, or try again later.",
+		Header: map[string]string{"Retry-After": seconds},
+	}
+}
+
+var errGitHubBody = invalid("", "The body must be a list of objects that each have a token.")
+
+// leakedOnGitHub revokes the keys that GitHub's secret scanning has found. Nothing of the body is believed, and not even
+// parsed, before its signature is.
+func (a *API) leakedOnGitHub(r *http.Request) (answer, error) {
+	body, err := readBody(r, maxGitHubReport)
+	if err != nil {
+		return answer{}, err
+	}
+	if err := a.GitHub.verify(r.Context(), r.Header, body); err != nil {
+		return answer{}, err
+	}
+	var matches []struct {
+		Token *string `json:"token"` // GitHub adds a type, a URL and a source, and may add more
+	}
+	if json.Unmarshal(body, &matches) != nil {
+		return answer{}, errGitHubBody
+	}
+	tokens := make([]string, 0, len(matches))
+	for _, match := range matches {
+		if match.Token == nil {
+			return answer{}, errGitHubBody
+		}
+		tokens = append(tokens, *match.Token)
+	}
+	for batch := range slices.Chunk(tokens, gitHubBatch) {
+		if _, err := a.report(r.Context(), "github", batch); err != nil {
+			return answer{}, err
+		}
+	}
+	return answer{status: http.StatusAccepted, body: resourceBody{received{len(tokens)}}}, nil
+}
