@@ -32,7 +32,7 @@ type costs struct {
 	keys                             int
 	emptyTick, changesTick           time.Duration
 	emptyPages                       float64
-	lookup, lookup256, lookup1024    time.Duration
+	lookup, lookup256                time.Duration
 	filter, warm                     time.Duration
 	filterBytes, warmed, cachedBytes int
 }
