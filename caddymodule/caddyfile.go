@@ -9,6 +9,7 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
+	"github.com/rekall-ai/gateway/internal/keysapi"
 	"github.com/rekall-ai/gateway/internal/scoperule"
 )
 
@@ -16,6 +17,8 @@ func init() {
 	httpcaddyfile.RegisterGlobalOption("rekall", parseApp)
 	httpcaddyfile.RegisterHandlerDirective("rekall_gateway", parseGateway)
 	httpcaddyfile.RegisterDirectiveOrder("rekall_gateway", httpcaddyfile.Before, "reverse_proxy")
+	httpcaddyfile.RegisterHandlerDirective("rekall_keys", parseKeys)
+	httpcaddyfile.RegisterDirectiveOrder("rekall_keys", httpcaddyfile.Before, "respond")
 	httpcaddyfile.RegisterHandlerDirective("rekall_jwks", parseJWKS)
 	// Before the gateway, which nothing comes after.
 	httpcaddyfile.RegisterDirectiveOrder("rekall_jwks", httpcaddyfile.Before, "respond")
@@ -231,6 +234,39 @@ func parseIdentityToken(h httpcaddyfile.Helper) (*IdentityToken, error) {
 		}
 	}
 	return token, nil
+}
+
+// parseKeys reads the directive:
+//
+//	rekall_keys [<matcher>] {
+//		account                <text with placeholders>
+//		user                   <placeholder>
+//		database               <url>
+//		github_secret_scanning [<url>|<file>]
+//	}
+func parseKeys(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
+	k := new(Keys)
+	h.Next()
+	if h.NextArg() {
+		return nil, h.ArgErr()
+	}
+	settings := map[string]*string{"account": &k.Account, "user": &k.User, "database": &k.Database, "github_secret_scanning": &k.GitHubSecretScanning}
+	for nesting := h.Nesting(); h.NextBlock(nesting); {
+		option, values := h.Val(), h.RemainingArgs()
+		setting, known := settings[option]
+		switch {
+		case !known:
+			return nil, h.Errf("unknown option %q: use account, user, database or github_secret_scanning", option)
+		case *setting != "":
+			return nil, h.Errf("%s is given twice", option)
+		case len(values) == 0 && option == "github_secret_scanning":
+			values = []string{keysapi.GitHubKeys}
+		case len(values) != 1 || values[0] == "":
+			return nil, h.Errf("%s takes one value", option)
+		}
+		*setting = values[0]
+	}
+	return k, nil
 }
 
 func parseJWKS(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {

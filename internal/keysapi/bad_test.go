@@ -129,6 +129,11 @@ func TestBadInputIsRefusedWithTheFieldNamedAndNothingChanged(t *testing.T) {
 		{"GET", path + "/audit?cursor=-1", "", plain, unacceptable, "cursor"},
 		{"GET", path + "/audit?limit=0", "", plain, unacceptable, "limit"},
 		{"GET", one + "/audit?key_id=x", "", plain, invalid, "key_id"},
+		{"GET", one + "/usage?from=yesterday", "", plain, unacceptable, "from"},
+		{"GET", one + "/usage?to=now", "", plain, unacceptable, "to"},
+		{"GET", one + "/usage?from=2020-01-02T00:00:00Z&to=2020-01-01T00:00:00Z", "", plain, unacceptable, "from"},
+		{"GET", one + "/usage?from=2000-01-01T00:00:00Z", "", plain, unacceptable, "from"},
+		{"GET", one + "/usage?hour=1", "", plain, invalid, "hour"},
 		// Paths and methods.
 		{"GET", path + "/", "", plain, missing, ""},
 		{"GET", path + "/x", "", plain, missing, ""},

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
@@ -214,6 +215,32 @@ func TestAuditSaysWhoDidWhat(t *testing.T) {
 	}
 }
 
+func TestUsageIsShownByHourAndDay(t *testing.T) {
+	r := newRig(t)
+	ann := person("ann@acme")
+	key := r.call("POST", path, ann, `{"name": "a", "scopes": ["hives:read"], "environment": "sandbox"}`).object(t, http.StatusCreated)
+	at := path + "/" + key.ID + "/usage"
+	var empty, used struct {
+		Data keyadmin.Usage `json:"data"`
+	}
+	r.call("GET", at, ann, "").decode(t, http.StatusOK, &empty)
+	if empty.Data.ID != key.ID || empty.Data.Total.Allowed != 0 || empty.Data.Hourly == nil || empty.Data.LastUsedAt != nil {
+		t.Errorf("unused: %+v", empty.Data)
+	}
+	pgtest.Exec(t, r.database, `insert into rekall.usage (key_id, hour, outcome, count) values
+		($1, date_trunc('hour', now()), 'allowed', 2), ($1, date_trunc('hour', now()), 'scope_insufficient', 1)`, key.ID)
+	pgtest.Exec(t, r.database, `insert into rekall.spikes (key_id, hour, threshold) values ($1, date_trunc('hour', now()), 2)`, key.ID)
+	pgtest.Exec(t, r.database, `insert into rekall.last_used values ($1, now(), now())`, key.ID)
+	r.call("GET", at+"?from=2020-01-01T00:00:00Z&to=2020-02-01T00:00:00Z", ann, "").decode(t, http.StatusOK, &empty)
+	r.call("GET", at, ann, "").decode(t, http.StatusOK, &used)
+	if u := used.Data; u.Total.Allowed != 2 || u.Total.DeniedByReason["scope_insufficient"] != 1 || len(u.Hourly) != 1 || !u.Hourly[0].Spike || len(u.Daily) != 1 || u.LastUsedAt == nil {
+		t.Errorf("used: %+v", u)
+	}
+	if empty.Data.Total.Allowed != 0 {
+		t.Errorf("used before it was made: %+v", empty.Data)
+	}
+}
+
 func TestDescriptionHasEveryPathAndMethod(t *testing.T) {
 	r := newRig(t)
 	answer := r.call("GET", path+"/openapi.json", nil, "")
@@ -245,7 +272,7 @@ func TestDescriptionHasEveryPathAndMethod(t *testing.T) {
 			t.Errorf("%s: allows %q, the document %v", at, allow, want)
 		}
 	}
-	if len(document.Paths) != 10 {
+	if len(document.Paths) != 11 {
 		t.Errorf("%d paths", len(document.Paths))
 	}
 }

@@ -77,6 +77,7 @@ func (a *API) routes() map[string]map[string]endpoint {
 		key + "/revoke":        {"POST": a.managed(a.revoke)},
 		key + "/rotate":        {"POST": a.managed(a.rotate)},
 		key + "/rotate/undo":   {"POST": a.managed(a.undoRotation)},
+		key + "/usage":         {"GET": a.managed(a.usage)},
 		key + "/audit":         {"GET": a.managed(a.auditOfKey)},
 	}
 	if a.GitHub != nil {

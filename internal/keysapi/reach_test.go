@@ -124,7 +124,7 @@ func TestKeysOfOthersAreNotFoundAsIfTheyDidNotExist(t *testing.T) {
 	const missing = "key_0000000000000000000000"
 	for _, request := range [][3]string{
 		{"GET", "", ""}, {"PATCH", "", `{"name": "mine"}`}, {"DELETE", "", ""}, {"POST", "/revoke", ""}, {"POST", "/rotate", `{"overlap": "0"}`},
-		{"POST", "/rotate/undo", ""}, {"GET", "/audit", ""},
+		{"POST", "/rotate/undo", ""}, {"GET", "/audit", ""}, {"GET", "/usage", ""},
 	} {
 		ask := func(id string) (body string, statements int64) {
 			before := count.statements.Load()

@@ -1,0 +1,308 @@
+package caddymodule
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"regexp"
+	"strings"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/credential"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/internal/keycache"
+	"github.com/rekall-ai/gateway/internal/keysapi"
+	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/internal/usage"
+)
+
+func init() { caddy.RegisterModule(Keys{}) }
+
+// Keys serves the management of API keys below /v1/api-keys, to keys that were made with manage_keys and, if account is
+// set, to people whom Caddy has authenticated in front. It answers whatever comes to it: nothing behind it runs. What
+// /v1/api-keys/openapi.json and /v1/api-keys/leaked say and take needs no authentication.
+type Keys struct {
+	// The account whose keys a person may manage: a text with placeholders, such as {http.auth.user.id} where each person
+	// is an account of their own. All of them must have a value. Beware of {http.request.header.*}: use it only behind a
+	// forward_auth that sets that header on every request it lets pass, or clients write it themselves. Default: none,
+	// people may manage nothing.
+	Account string `json:"account,omitempty"`
+
+	// Who the person is, as the audit names them: a placeholder that has a value for nobody but those whom a handler in
+	// front has authenticated. The same warning holds. Default: {http.auth.user.id}, which Caddy's authentication sets.
+	User string `json:"user,omitempty"`
+
+	// Connection URL of Postgres for a user that may manage keys, where that of the rekall app may not. May contain
+	// placeholders. Default: the database of the rekall app.
+	Database string `json:"database,omitempty"`
+
+	// Where the public keys of GitHub's secret scanning are, for taking part in its partner programme: an https URL, usually
+	// https://api.github.com/meta/public_keys/secret_scanning, or a file. Reports are taken at
+	// /v1/api-keys/leaked/github. Default: none, there is nothing at that path.
+	GitHubSecretScanning string `json:"github_secret_scanning,omitempty"`
+
+	api         *keysapi.API
+	cache       keys
+	metrics     *metrics
+	usage       *usage.Counter
+	logger      *zap.Logger
+	poolKey     string
+	crossOrigin *http.CrossOriginProtection
+}
+
+// CaddyModule returns the Caddy module information.
+func (Keys) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "http.handlers.rekall_keys", New: func() caddy.Module { return new(Keys) }}
+}
+
+// managements are shared by the configurations before and after a reload: requests of the old one may be in flight.
+var managements = caddy.NewUsagePool()
+
+// management is a pool of connections besides the edge's own: long lists must not delay decisions.
+type management struct{ store *keystore.Store }
+
+// Destruct ends the management when no configuration uses it any longer.
+func (m *management) Destruct() error {
+	m.store.Close()
+	return nil
+}
+
+// Provision opens the database, which connects when it is first asked, and guards the server's door.
+func (k *Keys) Provision(ctx caddy.Context) error {
+	k.logger, k.crossOrigin = ctx.Logger(), http.NewCrossOriginProtection()
+	if err := k.provision(ctx); err != nil {
+		return fmt.Errorf("rekall_keys: %w", err)
+	}
+	return nil
+}
+
+func (k *Keys) provision(ctx caddy.Context) error {
+	app, err := app(ctx)
+	if err != nil {
+		return err
+	}
+	k.cache, k.metrics, k.usage = app.runtime.cache, app.runtime.metrics, app.runtime.usage
+	if err := k.checkPerson(); err != nil {
+		return err
+	}
+	if err := guardDoor(ctx); err != nil {
+		return err
+	}
+	github, err := k.gitHub()
+	if err != nil {
+		return err
+	}
+	admin, err := k.admin(app)
+	if err != nil {
+		return err
+	}
+	k.api = keysapi.New(keysapi.Config{Admin: admin, Actor: k.actor, Client: clientAddress, GitHub: github, Logger: k.logger})
+	return nil
+}
+
+// ofRequest finds placeholders that speak of the request.
+var ofRequest = regexp.MustCompile(`\{http\.(request|regexp)\.[^}]*\}`)
+
+// clientFed returns a placeholder that any client can give a value; empty: there is none. Headers may be forward_auth's.
+func clientFed(text string) string {
+	for _, placeholder := range ofRequest.FindAllString(text, -1) {
+		if !strings.HasPrefix(placeholder, "{http.request.header.") && !strings.HasPrefix(placeholder, "{http.request.tls.client.") {
+			return placeholder
+		}
+	}
+	return ""
+}
+
+// checkPerson refuses settings by which everybody would be somebody.
+func (k *Keys) checkPerson() error {
+	if k.Account == "" {
+		if k.User != "" {
+			return errors.New("user needs an account: whose keys is the person to manage?")
+		}
+		return nil
+	}
+	if k.User == "" {
+		k.User = "{http.auth.user.id}"
+	}
+	if !strings.Contains(k.User, "{") {
+		return errors.New("user must have a placeholder: with a fixed name, everybody is that person")
+	}
+	if placeholder := clientFed(k.User + k.Account); placeholder != "" {
+		return fmt.Errorf("%s says what the client wants it to say: it proves neither who a person is nor which account is theirs", placeholder)
+	}
+	return nil
+}
+
+func (k *Keys) gitHub() (*keysapi.GitHub, error) {
+	if k.GitHubSecretScanning == "" {
+		return nil, nil
+	}
+	github, err := keysapi.NewGitHub(k.GitHubSecretScanning)
+	if err != nil {
+		return nil, fmt.Errorf("github_secret_scanning: %w", err)
+	}
+	return github, nil
+}
+
+func (k *Keys) admin(app *App) (*keyadmin.Admin, error) {
+	settings, err := app.settings()
+	if err != nil {
+		return nil, err
+	}
+	database := settings.database
+	if k.Database != "" {
+		if database, err = caddy.NewReplacer().ReplaceOrErr(k.Database, true, true); err != nil {
+			return nil, fmt.Errorf("database: %w", err)
+		}
+	}
+	value, _, err := managements.LoadOrNew(database, func() (caddy.Destructor, error) {
+		store, err := keystore.Open(database, keystore.Options{ApplicationName: "rekall-gateway keys"})
+		if err != nil {
+			return nil, fmt.Errorf("database: %w", err)
+		}
+		return &management{store}, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	k.poolKey = database
+	return keyadmin.New(value.(*management).store), nil
+}
+
+// Cleanup gives the connections back.
+func (k *Keys) Cleanup() error {
+	if k.poolKey == "" {
+		return nil
+	}
+	_, err := managements.Delete(k.poolKey)
+	return err
+}
+
+func (k *Keys) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
+	k.api.ServeHTTP(w, r)
+	return nil
+}
+
+// actor finds out who asks: the holder of an API key, or a person whom Caddy has authenticated in front. Its error is a
+// *keysapi.Error, or one of keyadmin's. It takes the credential out of the request, so it can be asked once only.
+func (k *Keys) actor(r *http.Request) (keyadmin.Actor, error) {
+	cred := credential.Take(r)
+	outcome := parse(r.Method, r.URL.EscapedPath(), &cred)
+	person, authenticated := k.person(r)
+	switch {
+	case !authenticated && outcome == apikey.Allowed:
+		return k.holder(r, &cred)
+	case !authenticated:
+		return keyadmin.Actor{}, k.refusal(outcome, &cred)
+	// Two who ask with different rights: neither a forgotten cookie nor a forgotten key may decide for the other.
+	case outcome == apikey.Allowed:
+		return keyadmin.Actor{}, k.refusal(apikey.Ambiguous, &cred)
+	// What is no key may be what the person was authenticated by, such as an OpenID Connect token.
+	case outcome == apikey.Missing || outcome == apikey.Malformed || outcome == apikey.TokenType:
+		return k.personally(r, person)
+	}
+	return keyadmin.Actor{}, k.refusal(outcome, &cred)
+}
+
+// refusal is what the gateway answers to the same outcome.
+func (k *Keys) refusal(outcome apikey.Outcome, cred *credential.Credential) error {
+	k.metrics.decisions[outcome][cred.Environment].Inc()
+	return answers[outcome].asError()
+}
+
+func (a answer) asError() *keysapi.Error {
+	e := &keysapi.Error{Status: a.status, Code: a.code, Message: a.message, Header: map[string]string{}}
+	if a.authenticate != "" {
+		e.Header["Www-Authenticate"] = a.authenticate
+	}
+	if a.status == http.StatusServiceUnavailable {
+		e.Header["Retry-After"] = "1"
+	}
+	return e
+}
+
+// holder is who holds a key that is good.
+func (k *Keys) holder(r *http.Request, cred *credential.Credential) (keyadmin.Actor, error) {
+	found, err := k.cache.Find(r.Context(), cred.Digest)
+	if err != nil {
+		k.logger.Debug("key cannot be checked", zap.Error(err))
+		return keyadmin.Actor{}, k.refusal(apikey.Unavailable, cred)
+	}
+	outcome := found.Record.Validity(found.Now)
+	if outcome == apikey.Allowed && found.Record.Environment != cred.Environment {
+		outcome = apikey.Mismatch // imported wrongly, and not to be believed
+	}
+	if outcome != apikey.Allowed {
+		k.count(found, outcome)
+		return keyadmin.Actor{}, k.refusal(outcome, cred)
+	}
+	actor, err := keyadmin.ManagingKey(found.Record)
+	if err != nil {
+		outcome = apikey.Insufficient
+	}
+	k.metrics.decisions[outcome][cred.Environment].Inc()
+	k.count(found, outcome)
+	return actor, err
+}
+
+// count counts the request among the uses of the key: it may be the first of a successor.
+func (k *Keys) count(found keycache.Found, outcome apikey.Outcome) {
+	if found.Record != nil {
+		k.usage.Count(found.Record, outcome, found.Now)
+	}
+}
+
+// person names whom a handler in front has authenticated. A placeholder without a value is nobody.
+func (k *Keys) person(r *http.Request) (name string, authenticated bool) {
+	if k.Account == "" {
+		return "", false
+	}
+	name, err := replacer(r).ReplaceOrErr(k.User, true, true)
+	return name, err == nil && name != ""
+}
+
+func replacer(r *http.Request) *caddy.Replacer {
+	return r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+}
+
+var (
+	errCrossOrigin = &keysapi.Error{
+		Status: http.StatusForbidden, Code: "CROSS_ORIGIN_REQUEST", Message: "A page of another site sent this request. Send it from the site that serves the API.",
+	}
+	errNoAccount = &keysapi.Error{Status: http.StatusForbidden, Code: "PERMISSION_DENIED", Message: "Nobody knows an account whose keys you may manage."}
+)
+
+// personally is a person who asks with intent: their browser authenticates them also to requests of other sites.
+func (k *Keys) personally(r *http.Request, name string) (keyadmin.Actor, error) {
+	if k.crossOrigin.Check(r) != nil {
+		return keyadmin.Actor{}, errCrossOrigin
+	}
+	account, err := replacer(r).ReplaceOrErr(k.Account, true, true)
+	if err != nil {
+		return keyadmin.Actor{}, errNoAccount
+	}
+	actor, err := keyadmin.Person(name, account)
+	if err != nil {
+		k.logger.Warn("the authenticated person cannot be one who manages keys", zap.String("error", apikey.Redact(err.Error())))
+		return keyadmin.Actor{}, errNoAccount
+	}
+	return actor, nil
+}
+
+// clientAddress is where a request comes from, as Caddy sees it through its trusted proxies.
+func clientAddress(r *http.Request) netip.Addr {
+	text, _ := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string)
+	address, _ := netip.ParseAddr(text)
+	return address
+}
+
+var (
+	_ caddy.Provisioner           = (*Keys)(nil)
+	_ caddy.CleanerUpper          = (*Keys)(nil)
+	_ caddyhttp.MiddlewareHandler = (*Keys)(nil)
+)

@@ -1,0 +1,37 @@
+package caddymodule
+
+import (
+	"strings"
+	"testing"
+)
+
+func TestKeysSettingsByWhichEverybodyWouldBeSomebodyAreRefused(t *testing.T) {
+	t.Setenv(databaseVariable, "postgres://h/d")
+	for options, reason := range map[string]string{
+		"":                            "",
+		"account {http.auth.user.id}": "",
+		"account acme":                "", // of everybody who is authenticated
+		"account {http.auth.user.org}\nuser {http.request.tls.client.subject}": "",
+		"account {header.X-Org}\nuser {header.X-User}":                         "", // behind forward_auth
+		"account acme\nuser ann":                                               "user must have a placeholder",
+		"user {http.auth.user.id}":                                             "user needs an account",
+		"account {query.account}":                                              "{http.request.uri.query.account} says what the client wants",
+		"account {http.auth.user.id}\nuser {cookie.user}":                      "{http.request.cookie.user} says what the client wants",
+		"account {host}":                                                       "{http.request.host} says what the client wants",
+		"account {path.0}":                                                     "{http.request.uri.path.0} says what the client wants",
+		"account {re.org.1}":                                                   "{http.regexp.org.1} says what the client wants",
+		"account acme\nuser {http.request.tls.server_name}":                    "{http.request.tls.server_name} says what the client wants",
+		"database {env.REKALL_NO_SUCH_VARIABLE}":                               "REKALL_NO_SUCH_VARIABLE",
+		"database postgres://user:hunter2@host:notaport/db":                    "database URL is not usable",
+		"github_secret_scanning http://api.github.com/keys":                    "github_secret_scanning: must be an https URL",
+		"github_secret_scanning\naccount {http.auth.user.id}":                  "",
+	} {
+		err := validate(t, "{\nadmin off\n}\nhttp://127.0.0.1:1 {\nrekall_keys {\n"+options+"\n}\n}\n")
+		if (err == nil) != (reason == "") || err != nil && !strings.Contains(err.Error(), reason) {
+			t.Errorf("%q: error %v, want one with %q", options, err, reason)
+		}
+		if err != nil && strings.Contains(err.Error(), "hunter2") {
+			t.Error("the error shows the password")
+		}
+	}
+}
