@@ -118,13 +118,14 @@ func without(t *testing.T, text, line string) string {
 	return replaced(t, text, line, "")
 }
 
-// ungated puts the production proxy in the gateway's place, with the idle pool that the gateway's transport has.
+// ungated puts the production proxy in the gateway's place, with the idle pool that the gateway's transport has, and leaves
+// key management out.
 func ungated(t *testing.T, example string) string {
 	t.Helper()
 	whole, inside := blockOf(t, example, "rekall_gateway {\n")
 	_, proxy := blockOf(t, inside, "production {\n")
 	proxy = replaced(t, proxy, "transport rekall production {\n", "transport http {\nkeepalive_idle_conns_per_host 512\n")
-	return replaced(t, example, whole, proxy)
+	return without(t, replaced(t, example, whole, proxy), "\trekall_keys /v1/api-keys*\n")
 }
 
 // startPlain starts stock Caddy with what Caddyfile.example says beside the gateway.
