@@ -247,6 +247,7 @@ func (k *Keys) holder(r *http.Request, cred *credential.Credential) (keyadmin.Ac
 	}
 	k.metrics.decisions[outcome][cred.Environment].Inc()
 	k.count(found, outcome)
+	replacer(r).Set("http.auth.user.id", found.Record.ID) // for the logs
 	return actor, err
 }
 
