@@ -101,10 +101,15 @@ func TestContradictorySettingsAreRefusedWithTheReason(t *testing.T) {
 
 func TestServerThatOnlySpeaksHTTP3IsRefused(t *testing.T) {
 	t.Setenv(databaseVariable, "postgres://h/d")
-	for _, directive := range []string{"rekall_gateway {\nproduction {\nrespond 200\n}\n}", "rekall_tls_only", "rekall_jwks", "rekall_keys"} {
-		err := validate(t, "{\nadmin off\nauto_https off\nservers {\nprotocols h3\n}\n}\nhttps://127.0.0.1:1 {\n"+directive+"\n}\n")
-		if err == nil || !strings.Contains(err.Error(), "HTTP/3") {
-			t.Errorf("error %v, want one about HTTP/3", err)
+	for name, tc := range map[string]struct{ servers, bind string }{
+		"server":   {"servers {\nprotocols h3\n}\n", ""},
+		"listener": {"", "bind 127.0.0.1 {\nprotocols h3\n}\n"},
+	} {
+		for _, directive := range []string{"rekall_gateway {\nproduction {\nrespond 200\n}\n}", "rekall_tls_only", "rekall_jwks", "rekall_keys"} {
+			err := validate(t, "{\nadmin off\nauto_https off\n"+tc.servers+"}\nhttps://127.0.0.1:1 {\n"+tc.bind+directive+"\n}\n")
+			if err == nil || !strings.Contains(err.Error(), "HTTP/3") {
+				t.Errorf("%s, %s: error %v, want one about HTTP/3", name, directive, err)
+			}
 		}
 	}
 }

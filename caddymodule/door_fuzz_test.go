@@ -47,6 +47,10 @@ type hall struct {
 	keys     map[string]keyadmin.Key // by id
 	expand   *strings.Replacer
 	canaries []string // a part of each key, in lower case
+
+	// allowed are the logged decisions for which no backend has received anything yet, by request id. A backend may see a
+	// request only after the client has gone and the gateway has logged it.
+	allowed map[string]logged
 }
 
 // visit is a request as a backend received it.
@@ -127,7 +131,7 @@ func newHall(t testing.TB) *hall {
 		t.Fatal(err)
 	}
 	t.Cleanup(store.Close)
-	h := &hall{log: logMemory, visits: new(visits), keys: map[string]keyadmin.Key{}}
+	h := &hall{log: logMemory, visits: new(visits), keys: map[string]keyadmin.Key{}, allowed: map[string]logged{}}
 	admin := keyadmin.New(store)
 	create := func(environment string, scopes ...string) keyadmin.Key {
 		key, _, err := admin.Create(t.Context(), keyadmin.Operator("test"), keyadmin.CreateRequest{
@@ -207,9 +211,11 @@ http://:PORT {
 	log_append environment {rekall.environment}
 	rekall_gateway {
 		production {
+			log_append request_id {header.X-Request-Id}
 			reverse_proxy PRODUCTION
 		}
 		sandbox {
+			log_append request_id {header.X-Request-Id}
 			reverse_proxy SANDBOX
 		}
 	}
@@ -320,9 +326,7 @@ type logged struct {
 	Decision    string `json:"decision"`
 	KeyID       string `json:"key_id"`
 	Environment string `json:"environment"`
-	Answer      struct {
-		RequestID []string `json:"X-Request-Id"`
-	} `json:"resp_headers"`
+	RequestID   string `json:"request_id"` // of a request that was passed on
 }
 
 // FuzzDoor sends bytes to a listener of the gateway. Whatever they are, no backend is contacted without a decision that
@@ -365,13 +369,13 @@ func defined(answer string) bool {
 func (h *hall) check(t *testing.T) {
 	t.Helper()
 	log, visits := "", []visit(nil)
-	var allowed map[string]logged
+	decided := func(v visit) bool { _, ok := h.allowed[v.header.Get("X-Request-Id")]; return ok }
 	for deadline := time.Now().Add(patience); ; <-time.After(time.Millisecond) {
-		log += h.log.take()
 		visits = append(visits, h.visits.take()...)
-		allowed = allowedIn(t, log)
-		missing := slices.ContainsFunc(visits, func(v visit) bool { _, ok := allowed[v.header.Get("X-Request-Id")]; return !ok })
-		if !missing {
+		lines := h.log.take()
+		h.readDecisions(lines)
+		log += lines
+		if !slices.ContainsFunc(visits, func(v visit) bool { return !decided(v) }) {
 			break
 		}
 		if time.Now().After(deadline) {
@@ -386,25 +390,19 @@ func (h *hall) check(t *testing.T) {
 	}
 	for _, v := range visits {
 		id := v.header.Get("X-Request-Id")
-		h.checkVisit(t, v, allowed[id])
-		delete(allowed, id) // a decision is for one request
+		h.checkVisit(t, v, h.allowed[id])
+		delete(h.allowed, id) // a decision is for one request
 	}
 }
 
-// allowedIn returns the access log's lines of allowed requests, by request id.
-func allowedIn(t *testing.T, log string) map[string]logged {
-	t.Helper()
-	allowed := map[string]logged{}
+// readDecisions reads the access log's lines of requests that were allowed.
+func (h *hall) readDecisions(log string) {
 	for line := range strings.Lines(log) {
 		var l logged
-		if err := json.Unmarshal([]byte(line), &l); err != nil {
-			continue // not whole yet
-		}
-		if l.Message == "handled request" && l.Decision == "allowed" && len(l.Answer.RequestID) == 1 {
-			allowed[l.Answer.RequestID[0]] = l
+		if json.Unmarshal([]byte(line), &l) == nil && l.Message == "handled request" && l.Decision == "allowed" {
+			h.allowed[l.RequestID] = l
 		}
 	}
-	return allowed
 }
 
 // checkVisit decides again, on the request as the backend received it.

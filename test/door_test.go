@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -221,7 +222,8 @@ func TestTricksAtTheDoorHaveADefinedAnswer(t *testing.T) {
 		{"1 MiB header", lines(get, auth, "X-A: "+strings.Repeat("a", 1<<20)), 431, ""},
 		{"100,000 headers", lines(get, strings.Repeat("X-A: 1\r\n", 100_000)+auth), 431, ""},
 		{"10,000 parameters", lines("GET /v1/memories?"+strings.Repeat("a=1&", 10_000)+"b HTTP/1.1", auth), 431, ""},
-		{"2,000 keys", lines("GET /v1/memories?" + strings.Repeat("api_key=&", 1_500) + "api_key=" + key + " HTTP/1.1"), 200, ""},
+		{"10,000 empty parameters", lines("GET /v1/memories?"+strings.Repeat("&", 10_000)+" HTTP/1.1", auth), 200, ""},
+		{"1,500 empty keys", lines("GET /v1/memories?" + strings.Repeat("api_key=&", 1_500) + "api_key=" + key + " HTTP/1.1"), 200, ""},
 		{"two lengths", lines("POST /v1/memories HTTP/1.1", auth, "Content-Length: 1", "Content-Length: 2") + "ab", 400, ""},
 		{"negative length", lines("POST /v1/memories HTTP/1.1", auth, "Content-Length: -1"), 400, ""},
 		{"chunked twice", lines("POST /v1/memories HTTP/1.1", auth, "Transfer-Encoding: chunked", "Transfer-Encoding: chunked") + "0\r\n\r\n", 501, ""},
@@ -253,6 +255,78 @@ func TestTricksAtTheDoorHaveADefinedAnswer(t *testing.T) {
 		})
 	}
 	wantCalm(t, g)
+}
+
+// TestLongRequestsAreDecidedOnInTimeWhereTheyAreLetIn raises the limit that refuses them first.
+func TestLongRequestsAreDecidedOnInTimeWhereTheyAreLetIn(t *testing.T) {
+	r := newRig(t)
+	g := r.prepare(standardSite)
+	text, err := os.ReadFile(g.file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text = bytes.Replace(text, []byte("persist_config off"), []byte("persist_config off\nservers {\nmax_header_size 4MiB\n}"), 1)
+	if err := os.WriteFile(g.file, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	g.run(r.database)
+	g.waitReady()
+	key := r.key("production", "memories:read").Key.Reveal()
+	auth := "Authorization: Bearer " + key
+	const get = "GET /v1/memories HTTP/1.1"
+	var different strings.Builder
+	for i := range 10_000 {
+		fmt.Fprintf(&different, "api_key=rk_%045d&", i)
+	}
+	for _, tc := range []struct {
+		name, request string
+		status        int
+		code          string
+	}{
+		{"10,000 parameters", lines("GET /v1/memories?"+strings.Repeat("a=1&", 10_000)+"b HTTP/1.1", auth), 200, ""},
+		{"10,000 parameters, semicolons", lines("GET /v1/memories?" + strings.Repeat("a=1;", 10_000) + "api_key=" + key + " HTTP/1.1"), 200, ""},
+		{"10,000 keys, the same", lines("GET /v1/memories?" + strings.Repeat("api_key="+key+"&", 10_000) + " HTTP/1.1"), 200, ""},
+		{"10,000 keys, different", lines("GET /v1/memories?" + different.String() + " HTTP/1.1"), 400, "API_KEY_AMBIGUOUS"},
+		{"a key, escaped 10,000 times over", lines("GET /v1/memories?"+strings.Repeat("%72%6b_"+key[3:], 10_000)+" HTTP/1.1", auth), 200, ""},
+		{"beginnings of keys", lines("GET /v1/memories?"+strings.Repeat("rk_", 200_000)+"%61 HTTP/1.1", auth), 200, ""},
+		{"half a MiB of a header", lines(get, auth, "X-A: "+strings.Repeat("rk_test_", 1<<16)), 200, ""},
+		{"a MiB of a credential", lines(get, "Authorization: Bearer "+strings.Repeat(key, 1<<14)), 401, "API_KEY_INVALID"},
+		{"a MiB of a path", lines("GET /v1/memories/"+strings.Repeat("rk_/", 1<<18)+" HTTP/1.1", auth), 400, "PATH_INVALID"},
+		{"a MiB of a method", lines(strings.Repeat("GET", 1<<18)+" /v1/memories HTTP/1.1", auth), 405, ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			answer, received := g.raw(tc.request)
+			if answer.Response == nil {
+				t.Fatalf("no answer: %q", tail(received, 500))
+			}
+			if tc.code == "" && answer.StatusCode != tc.status {
+				t.Errorf("answer %d %s, want %d", answer.StatusCode, tail(answer.body, 500), tc.status)
+			}
+			if tc.code != "" {
+				answer.wantCode(t, tc.status, tc.code)
+			}
+			if strings.Contains(received, key) {
+				t.Error("the answer holds the key")
+			}
+		})
+	}
+	wantCalm(t, g)
+}
+
+func TestHTTP3IsNeitherOfferedNorServed(t *testing.T) {
+	r := newRig(t)
+	g := r.startTLS(standardSite)
+	answer := g.do("GET", "/v1/memories", bearer(r.key("production", "memories:read")))
+	answer.wantCode(t, http.StatusOK, "")
+	if offer := answer.Header.Values("Alt-Svc"); offer != nil {
+		t.Errorf("Alt-Svc %q", offer)
+	}
+	address := "127.0.0.1:" + g.http[strings.LastIndexByte(g.http, ':')+1:]
+	conn, err := net.ListenPacket("udp", address) // would fail if the gateway had it
+	if err != nil {
+		t.Fatalf("is there a QUIC listener? %v", err)
+	}
+	_ = conn.Close()
 }
 
 func TestNoSpellingOfAnIdentityHeaderReachesTheBackend(t *testing.T) {
@@ -365,6 +439,9 @@ type h2Answer struct {
 	body   string
 }
 
+// maxFrame is the largest frame that a server takes unless it says more (RFC 9113, section 6.5.2).
+const maxFrame = 1 << 14
+
 // h2 sends one HTTP/2 request, frame by frame, as no proper client would.
 func (g *gateway) h2(t *testing.T, fields [][2]string, body string, trailers [][2]string) h2Answer {
 	t.Helper()
@@ -392,7 +469,13 @@ func (g *gateway) h2(t *testing.T, fields [][2]string, body string, trailers [][
 		for _, f := range fields {
 			_ = encoder.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]}) // a buffer never fails
 		}
-		return framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndHeaders: true, EndStream: end})
+		first := block.Next(maxFrame)
+		err := framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: first, EndHeaders: block.Len() == 0, EndStream: end})
+		for err == nil && block.Len() > 0 {
+			rest := block.Next(maxFrame)
+			err = framer.WriteContinuation(1, block.Len() == 0, rest)
+		}
+		return err
 	}
 	steps := []func() error{
 		func() error { return framer.WriteSettings() },
@@ -491,7 +574,8 @@ func wantH2Answers(t *testing.T, r *rig, g *gateway) {
 		{"transfer-encoding", request("POST", "/v1/memories", auth, [2]string{"transfer-encoding", "chunked"}), "0\r\n\r\n", nil, "400", ""},
 		{"identity in trailers", request("POST", "/v1/memories", auth, [2]string{"trailer", "x-rekall-key-id"}), "ab",
 			[][2]string{{"x-rekall-key-id", "spoofed"}, {"x-other", "spoofed"}}, "200", ""},
-		{"10,000 parameters", request("GET", "/v1/memories?"+strings.Repeat("a=1&", 3_000), auth), "", nil, "200", ""},
+		{"10,000 parameters", request("GET", "/v1/memories?"+strings.Repeat("&", 10_000), auth), "", nil, "200", ""},
+		{"1 MiB header", request("GET", "/v1/memories", auth, [2]string{"x-a", strings.Repeat("~", 1<<20)}), "", nil, "", ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			before := r.production.Requests() + r.sandbox.Requests()

@@ -171,6 +171,7 @@ func placements(site, key string) map[string]string {
 		"user agent":            get(path, "User-Agent: curl/"+key),
 		"header":                get(path, "X-Whatever: "+key, "X-Request-Id: "+key, "X-Forwarded-For: "+key),
 		"header name":           get(path, key+": 1", "X-"+key+": 1"),
+		"header name, encoded":  get(path, encoded+": 1", "X-"+encoded+": 1"),
 		"origin":                get(path, "Origin: https://"+key+".example"),
 		"userinfo":              get("http://"+key+":x@"+site+path, bearer),
 		"password":              get("http://x:" + key + "@" + site + path),

@@ -198,9 +198,10 @@ func cutReferer(referer string) string {
 	return page + "?" + left
 }
 
-// likeKey reports whether a header's name may be a key. The server has changed the case of its letters.
+// likeKey reports whether a header's name may be a key, percent-encoded or not. The server has changed the case of its
+// letters.
 func likeKey(name string) bool {
-	return len(name) >= apikey.Length && apikey.ContainsKey(strings.ToLower(name))
+	return len(name) >= apikey.Length && holdsKey(strings.ToLower(name))
 }
 
 // holdsKey reports whether there is a key in s, percent-encoded or not.

@@ -27,6 +27,7 @@ func TestKeyIsMaskedWhereOtherTextHidesIt(t *testing.T) {
 		"referer with a bad escape": func(r *http.Request) { r.Header.Set("Referer", "https://h/%zz?api_key="+encoded) },
 		"encoded host":              func(r *http.Request) { r.Host = encoded },
 		"encoded opaque target":     func(r *http.Request) { r.URL.Opaque = encoded; r.RequestURI = "x:" + encoded },
+		"encoded header name":       func(r *http.Request) { r.Header["X"+encoded] = []string{"a"} },
 		"canonicalised header name": func(r *http.Request) { r.Header[http.CanonicalHeaderKey(key)] = []string{"a"} },
 	} {
 		t.Run(name, func(t *testing.T) {
