@@ -167,8 +167,9 @@ func TestReportsAreLimitedByTheNetworkTheyComeFrom(t *testing.T) {
 	if r.limited("192.0.2.2") || r.limited("2001:db8::1") || r.limited("") {
 		t.Error("another address is limited too")
 	}
-	// As the same address of IPv6 has it, the limit is the same.
-	if reached := r.limited("::ffff:192.0.2.1") || r.limited("192.0.2.1"); !reached {
+	// The second time at the latest, since one more may be allowed by now.
+	const mapped = "::ffff:192.0.2.1"
+	if first := r.limited(mapped); !first && !r.limited(mapped) {
 		t.Error("an IPv4 address got around its limit in the clothes of IPv6")
 	}
 	// A customer has 64 bits of addresses.
