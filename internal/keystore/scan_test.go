@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
@@ -14,15 +15,18 @@ func TestScansReadEveryKeyInEveryModeOfThePooler(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			databaseURL := database(t) + "&default_query_exec_mode=" + mode
 			store := open(t, databaseURL, keystore.Options{})
-			var newestFirst []keystore.NewKey
+			var lastUsedFirst []keystore.NewKey
 			for range 5 {
-				newestFirst = slices.Insert(newestFirst, 0, insert(t, store))
+				key := insert(t, store)
+				lastUsedFirst = slices.Insert(lastUsedFirst, 0, key)
+				pgtest.Exec(t, databaseURL, `insert into rekall.last_used values ($1, clock_timestamp(), clock_timestamp())`, key.ID)
 			}
+			insert(t, store) // and never used
 			server := snapshot(t, store, 0).Server
 
 			var hashes [][keystore.HashPrefix]byte
 			err := store.ScanHashes(t.Context(), func(s keystore.Server, keys int) error {
-				if s != server || keys != len(newestFirst) {
+				if s != server || keys != len(lastUsedFirst)+1 {
 					t.Errorf("server %+v, want %+v; %d keys", s, server, keys)
 				}
 				return nil
@@ -30,7 +34,7 @@ func TestScansReadEveryKeyInEveryModeOfThePooler(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			for _, key := range newestFirst {
+			for _, key := range lastUsedFirst {
 				if !slices.Contains(hashes, [keystore.HashPrefix]byte(key.Digest[:])) {
 					t.Errorf("a hash is missing in %x", hashes)
 				}
@@ -46,7 +50,7 @@ func TestScansReadEveryKeyInEveryModeOfThePooler(t *testing.T) {
 			if err != nil || len(records) != 3 {
 				t.Fatalf("%d records, %v", len(records), err)
 			}
-			for n, key := range newestFirst[:3] {
+			for n, key := range lastUsedFirst[:3] {
 				want := apikey.Record{ID: key.ID, Account: key.Account, Digest: key.Digest, Environment: key.Environment, Scopes: key.Scopes}
 				if records[n] != want {
 					t.Errorf("record %+v of %+v", records[n], key)
