@@ -34,6 +34,7 @@ type exchange struct {
 	outcome     apikey.Outcome
 	flight      keycache.Flight
 	decision    decision                // once allowed
+	body        clientBody              // of the forwarded request
 	cancel      context.CancelCauseFunc // of the decision's context
 	wroteHeader bool
 	cutBy       atomic.Pointer[keycache.Cut] // once cut, nothing more is to be written
@@ -212,12 +213,16 @@ func (x *exchange) end() {
 // statusClientClosed is what Caddy's reverse proxy answers when the request's context is cancelled.
 const statusClientClosed = 499
 
-// WriteHeader passes the answer's header on, unless the request was cut before there was an answer: then the client gets
-// the refusal and not a 499.
+// WriteHeader passes the answer's header on, unless the request was cut, or its body broke off, before there was an answer:
+// then the client gets the refusal and not a 499.
 func (x *exchange) WriteHeader(status int) {
 	if status == statusClientClosed && !x.wroteHeader {
 		if cut := x.cutBy.Load(); cut != nil {
 			x.refuseCut(cut)
+			return
+		}
+		if unread := x.body.failed.Load(); unread != nil {
+			x.refuseBody(unread)
 			return
 		}
 	}
@@ -271,6 +276,10 @@ func (x *exchange) finish(err error) error {
 	if err == nil || x.wroteHeader {
 		return err
 	}
+	if unread := x.body.failed.Load(); unread != nil {
+		x.refuseBody(unread)
+		return nil
+	}
 	var failed caddyhttp.HandlerError
 	if !errors.As(err, &failed) {
 		return err
@@ -278,7 +287,7 @@ func (x *exchange) finish(err error) error {
 	a := upstreamUnavailable
 	switch failed.StatusCode {
 	case http.StatusGatewayTimeout:
-		a.status = http.StatusGatewayTimeout
+		a = upstreamTimeout
 	case http.StatusBadGateway, http.StatusServiceUnavailable:
 	default:
 		return err
@@ -289,8 +298,12 @@ func (x *exchange) finish(err error) error {
 	return nil
 }
 
-var upstreamUnavailable = newAnswer(http.StatusBadGateway, "UPSTREAM_UNAVAILABLE",
-	"The API could not be reached. Try again shortly.", "")
+const upstreamMessage = "The API could not be reached. Try again shortly."
+
+var (
+	upstreamUnavailable = newAnswer(http.StatusBadGateway, "UPSTREAM_UNAVAILABLE", upstreamMessage, "")
+	upstreamTimeout     = newAnswer(http.StatusGatewayTimeout, "UPSTREAM_UNAVAILABLE", upstreamMessage, "")
+)
 
 // Hijack gives a WebSocket's connection to the proxy, wrapped so that a cut ends it with a close frame.
 func (x *exchange) Hijack() (net.Conn, *bufio.ReadWriter, error) {

@@ -246,6 +246,10 @@ func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential
 	x.count()
 	forwarded := r.WithContext(&x.decision)
 	x.identify(forwarded)
+	if r.Body != nil && r.Body != http.NoBody {
+		x.body.ReadCloser = r.Body
+		forwarded.Body = &x.body
+	}
 	if x.gateway.ForwardCredential {
 		forwarded.Header["Authorization"] = []string{"Bearer " + cred.Reveal()}
 	}

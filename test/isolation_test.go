@@ -219,6 +219,43 @@ func TestRefusalsDoNotCountAgainstTheBackend(t *testing.T) {
 	g.do("GET", "/v1/memories", bearer(r.key("production", "memories:read"))).wantCode(t, http.StatusOK, "")
 }
 
+// TestClientsBrokenBodyDoesNotCountAgainstTheBackend plays a customer with a good key: passive health checks must not take the
+// backend away from the others.
+func TestClientsBrokenBodyDoesNotCountAgainstTheBackend(t *testing.T) {
+	for _, versions := range []string{"1.1", "h2c"} {
+		t.Run(versions, func(t *testing.T) {
+			r := newRig(t)
+			g := r.start("http://:PORT {\nbind 127.0.0.1\nrequest_body {\nmax_size 1MB\n}\n" +
+				block("reverse_proxy PRODUCTION {\n fail_duration 1h\n max_fails 1\n transport http {\n versions "+versions+"\n }\n}\n", "respond 418") + "}\n")
+			key := bearer(r.key("production", "memories:read", "memories:write"))
+			broken := func(body string) string {
+				return lines("POST /v1/memories HTTP/1.1", "Authorization: "+key.Get("Authorization"), "Transfer-Encoding: chunked") + body
+			}
+			for name, tc := range map[string]struct {
+				body   string
+				status int
+				code   string
+			}{
+				"chunk":         {"xyz\r\n", http.StatusBadRequest, "BODY_INVALID"},
+				"later chunk":   {"1\r\na\r\nxyz\r\n", http.StatusBadRequest, "BODY_INVALID"},
+				"length":        {"fffffffffffffffff\r\n", http.StatusBadRequest, "BODY_INVALID"},
+				"trailer":       {"1\r\na\r\n0\r\nX-A b\r\n\r\n", http.StatusBadRequest, "BODY_INVALID"},
+				"beyond limits": {"100001\r\n" + strings.Repeat("a", 1<<20+1) + "\r\n0\r\n\r\n", http.StatusRequestEntityTooLarge, "BODY_TOO_LARGE"},
+			} {
+				t.Run(name, func(t *testing.T) {
+					answer, received := g.raw(broken(tc.body))
+					if answer.Response == nil {
+						t.Fatalf("no answer: %q", received)
+					}
+					answer.wantCode(t, tc.status, tc.code)
+					g.do("GET", "/v1/memories", key).wantCode(t, http.StatusOK, "")
+				})
+			}
+			wantCalm(t, g)
+		})
+	}
+}
+
 func TestHealthChecksReachAGuardedBackend(t *testing.T) {
 	r := newRig(t)
 	g := r.start("http://:PORT {\nbind 127.0.0.1\n" + block("reverse_proxy PRODUCTION {\n health_uri /health\n health_interval 100ms\n transport rekall production\n}", "respond 418") + "}\n")

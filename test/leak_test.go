@@ -207,6 +207,7 @@ func placements(site, key string) map[string]string {
 	requests["trailers"] = chunked + "Trailer: Authorization, X-Api-Key, X-Rekall-Key-Id\r\n\r\n0\r\n" + bearer + "\r\nX-Api-Key: " + key + "\r\nX-Rekall-Key-Id: " + key + "\r\n\r\n"
 	requests["trailer announced"] = chunked + bearer + "\r\nTrailer: " + key + "\r\n\r\n0\r\n" + key + ": 1\r\n\r\n"
 	requests["trailers of a good one"] = chunked + bearer + "\r\nTrailer: X-A\r\n\r\n0\r\nX-A: " + key + "\r\n\r\n"
+	requests["trailer without a colon"] = chunked + bearer + "\r\n\r\n1\r\na\r\n0\r\nX-Api-Key " + key + "\r\n\r\n"
 	requests["bad chunk"] = chunked + bearer + "\r\n\r\n" + key + "\r\n"
 	return requests
 }
@@ -258,6 +259,10 @@ http://down.example:PORT {
 http://plain.example:PORT {
 	import site plain.example
 	rekall_tls_only
+}
+http://jwks.example:PORT {
+	import site jwks.example
+	rekall_jwks
 }
 http://panic.example:PORT {
 	import site panic.example
@@ -315,7 +320,7 @@ func TestNoKeyIsInAnySink(t *testing.T) {
 	g.env = traces.env()
 	g.run(r.database)
 	g.waitReady()
-	sites := []string{"api.example", "down.example", "plain.example", "panic.example", "panic-outside.example", "other.example"}
+	sites := []string{"api.example", "down.example", "plain.example", "jwks.example", "panic.example", "panic-outside.example", "other.example"}
 	statuses := map[int]bool{}
 	for _, site := range append(sites, "unheard-of.example") {
 		for name, key := range keys {

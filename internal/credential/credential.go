@@ -115,6 +115,7 @@ func AtDoor(r *http.Request) *http.Request {
 	found = c.takeQuery(r, mayBeKey) || found
 	found = c.maskPath(r) || found
 	maskRest(r)
+	r = guardBody(r)
 	if !found {
 		return r
 	}

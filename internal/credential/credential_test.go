@@ -423,10 +423,13 @@ func TestARequestWithoutAnythingOfOursIsReturnedAsItIs(t *testing.T) {
 		request("/?", nil),
 		read(t, "OPTIONS * HTTP/1.1", "Host: h"),
 		read(t, "CONNECT h:443 HTTP/1.1", "Host: h"),
+		read(t, "POST / HTTP/1.1", "Host: h", "Content-Length: 1", "", "a"),
 		read(t, "POST / HTTP/1.1", "Host: h", "Transfer-Encoding: chunked", "Trailer: X-Checksum", "", "0"),
 	} {
 		before := snapshot(r)
-		if got := credential.AtDoor(r); got != r || !same(r, before) {
+		got := credential.AtDoor(r)
+		mayHaveTrailers := len(r.TransferEncoding) > 0 // then its body is guarded
+		if got != r && !mayHaveTrailers || !same(r, before) || !same(got, before) {
 			t.Errorf("%s %s: changed", before.Method, before.RequestURI)
 		}
 	}

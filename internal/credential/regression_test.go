@@ -1,7 +1,9 @@
 package credential_test
 
 import (
+	"bufio"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -40,6 +42,21 @@ func TestKeyIsMaskedWhereOtherTextHidesIt(t *testing.T) {
 				t.Error("the key is still in the request")
 			}
 		})
+	}
+}
+
+func TestMalformedTrailerIsNotQuoted(t *testing.T) {
+	key := apikey.Generate(apikey.Production)
+	for _, line := range []string{"X-Api-Key " + key, " " + key, ": " + key, "Authorization Bearer " + key, key} {
+		raw := "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n" + line + "\r\n\r\n"
+		r, err := http.ReadRequest(bufio.NewReader(strings.NewReader(raw)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		content, err := io.ReadAll(credential.AtDoor(r).Body)
+		if string(content) != "a" || err == nil || strings.Contains(err.Error(), key) {
+			t.Errorf("%q, error %v", content, err)
+		}
 	}
 }
 

@@ -1,0 +1,34 @@
+package credential
+
+import (
+	"errors"
+	"io"
+	"net/http"
+	"net/textproto"
+)
+
+// errTrailer replaces errors that quote a malformed trailer.
+var errTrailer = errors.New("malformed trailer")
+
+// body is a request's body whose errors quote nothing of the request. A trailer is read with the last of the body: whoever
+// logs why it could not be read would log the trailer, and what a client took for a place of its key.
+type body struct{ io.ReadCloser }
+
+func (b body) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	var quoting textproto.ProtocolError
+	if err != nil && errors.As(err, &quoting) {
+		err = errTrailer
+	}
+	return n, err
+}
+
+// guardBody returns r, or a copy if it can have trailers. The server keeps the body it made: it must know it again.
+func guardBody(r *http.Request) *http.Request {
+	if len(r.TransferEncoding) == 0 {
+		return r
+	}
+	guarded := *r
+	guarded.Body = body{r.Body}
+	return &guarded
+}
