@@ -214,6 +214,7 @@ func (f *faultRig) expiring(at time.Time) (keyadmin.Key, *follower) {
 }
 
 func TestWallClockSetForwardOrBackChangesNoVerdict(t *testing.T) {
+	t.Parallel()
 	f := newFaultRig(t)
 	leaps := 0
 	for _, offset := range []time.Duration{time.Hour, -time.Hour, -10 * time.Minute, 10 * time.Minute} {
@@ -245,6 +246,7 @@ func TestWallClockSetForwardOrBackChangesNoVerdict(t *testing.T) {
 
 // TestWallClockDoesNotProlongTrust sets the clock of an edge that is cut off.
 func TestWallClockDoesNotProlongTrust(t *testing.T) {
+	t.Parallel()
 	for _, offset := range []time.Duration{-time.Hour, time.Hour} {
 		t.Run(offset.String(), func(t *testing.T) {
 			f := newFaultRig(t)
@@ -281,6 +283,7 @@ func TestWallClockDoesNotProlongTrust(t *testing.T) {
 // TestKeyIsNotExpiredByTheEdgesWallClock sets the clock forward by less than max_staleness and past a key's expiry, while
 // Postgres cannot be asked: nothing but that clock says that the key has expired.
 func TestKeyIsNotExpiredByTheEdgesWallClock(t *testing.T) {
+	t.Parallel()
 	f := newFaultRig(t, "refresh 100ms", "max_staleness 50s")
 	expiresAt := time.Now().Add(15 * time.Second)
 	expiring, stream := f.expiring(expiresAt)

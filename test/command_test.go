@@ -33,6 +33,7 @@ func cli(t *testing.T, database string, args ...string) (stdout, stderr string, 
 }
 
 func TestKeysAreCreatedListedAndRevokedFromTheCommandLine(t *testing.T) {
+	t.Parallel()
 	database := pgtest.URL(t)
 	for range 2 { // the second time there is nothing to do
 		if _, stderr, code := cli(t, database, "migrate", "--json"); code != 0 {
@@ -83,6 +84,7 @@ func TestKeysAreCreatedListedAndRevokedFromTheCommandLine(t *testing.T) {
 }
 
 func TestWrongInputIsOneLineAndChangesNothing(t *testing.T) {
+	t.Parallel()
 	database := pgtest.URL(t)
 	if _, stderr, code := cli(t, database, "migrate"); code != 0 {
 		t.Fatal(stderr)
@@ -122,6 +124,7 @@ func TestWrongInputIsOneLineAndChangesNothing(t *testing.T) {
 }
 
 func TestKeyThatCouldNotBePrintedIsAnError(t *testing.T) {
+	t.Parallel()
 	database := pgtest.URL(t)
 	if _, stderr, code := cli(t, database, "migrate"); code != 0 {
 		t.Fatal(stderr)
@@ -141,6 +144,7 @@ func TestKeyThatCouldNotBePrintedIsAnError(t *testing.T) {
 
 // TestDevPrintsLinesThatWorkAndLeavesNothing pastes what dev prints, as its user does.
 func TestDevPrintsLinesThatWorkAndLeavesNothing(t *testing.T) {
+	t.Parallel()
 	home := t.TempDir()
 	out := new(log)
 	cmd := exec.Command(program, "dev", "--listen", fmt.Sprintf("127.0.0.1:%d", freePort(t)))
@@ -215,6 +219,7 @@ func TestDevPrintsLinesThatWorkAndLeavesNothing(t *testing.T) {
 }
 
 func TestDevRefusesWrongFlagsBeforeItStartsAnything(t *testing.T) {
+	t.Parallel()
 	taken := newRig(t).production.Address()
 	for name, args := range map[string][]string{
 		"not an address":      {"--listen", "nowhere"},
@@ -236,6 +241,7 @@ func TestDevRefusesWrongFlagsBeforeItStartsAnything(t *testing.T) {
 
 // TestDevKeepsItsDataAndFrontsYourBackends starts dev twice on one folder.
 func TestDevKeepsItsDataAndFrontsYourBackends(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	data := filepath.Join(t.TempDir(), "data")
 	if err := os.Chmod(filepath.Dir(filepath.Dir(data)), 0o755); err != nil {
@@ -274,6 +280,7 @@ func TestDevKeepsItsDataAndFrontsYourBackends(t *testing.T) {
 }
 
 func TestExampleFileIsFormattedAdaptsAndValidates(t *testing.T) {
+	t.Parallel()
 	database := "postgres://nobody@127.0.0.1:1/none" // validating needs no database
 	if stdout, stderr, code := cli(t, database, "fmt", "--diff", "../Caddyfile.example"); code != 0 || strings.Contains(stdout, "\n-") {
 		t.Errorf("fmt: %d %s %s", code, stdout, stderr)

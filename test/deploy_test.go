@@ -70,6 +70,7 @@ func TestGatewayTellsSystemdThatItIsReady(t *testing.T) {
 
 // The unit hands the URL over as a file, which may end with a line feed.
 func TestDatabaseURLIsReadFromAFile(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	file := filepath.Join(t.TempDir(), "database-url")
 	if err := os.WriteFile(file, []byte(r.database+"\n"), 0o600); err != nil {

@@ -124,6 +124,7 @@ type accessLine struct {
 // gateway again, on the bytes that the backend received: a request that needs another scope than its key has, or an
 // environment that is not its key's, was decided on as something that it is not.
 func TestBackendReceivesWhatTheKeyInUseMayDo(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	wires := map[string]*wire{"production": newWire(t), "sandbox": newWire(t)}
 	site := strings.NewReplacer("PRODUCTION", wires["production"].listener.Addr().String(), "SANDBOX", wires["sandbox"].listener.Addr().String(),

@@ -95,6 +95,7 @@ var oddPaths = map[string]string{
 }
 
 func TestOddPathsAreRefusedWithoutContactingABackend(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite)
 	authorization := "Authorization: " + bearer(r.key("production", "memories:read", "entities:read")).Get("Authorization")
@@ -129,6 +130,7 @@ func wantCalm(t *testing.T, g *gateway) {
 
 // TestBackendSeesWhatWasDecidedOn compares what was sent with what the backend received, byte for byte.
 func TestBackendSeesWhatWasDecidedOn(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite)
 	authorization := "Authorization: " + bearer(r.key("production", "memories:read")).Get("Authorization")
@@ -173,6 +175,7 @@ func TestBackendSeesWhatWasDecidedOn(t *testing.T) {
 }
 
 func TestTricksAtTheDoorHaveADefinedAnswer(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite)
 	secret, other := r.key("production", "memories:read", "memories:write"), r.key("production", "memories:read")
@@ -259,6 +262,7 @@ func TestTricksAtTheDoorHaveADefinedAnswer(t *testing.T) {
 
 // TestLongRequestsAreDecidedOnInTimeWhereTheyAreLetIn raises the limit that refuses them first.
 func TestLongRequestsAreDecidedOnInTimeWhereTheyAreLetIn(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.prepare(standardSite)
 	text, err := os.ReadFile(g.file)
@@ -314,6 +318,7 @@ func TestLongRequestsAreDecidedOnInTimeWhereTheyAreLetIn(t *testing.T) {
 }
 
 func TestHTTP3IsNeitherOfferedNorServed(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.startTLS(standardSite)
 	answer := g.do("GET", "/v1/memories", bearer(r.key("production", "memories:read")))
@@ -330,6 +335,7 @@ func TestHTTP3IsNeitherOfferedNorServed(t *testing.T) {
 }
 
 func TestNoSpellingOfAnIdentityHeaderReachesTheBackend(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite)
 	key := r.key("production", "memories:read", "memories:write")
@@ -387,6 +393,7 @@ func wantIdentity(t *testing.T, answer reply, id string) {
 
 // TestHeadersThatRedirectABackendDoNotReachIt is about those that some frameworks take for the request's path.
 func TestHeadersThatRedirectABackendDoNotReachIt(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite)
 	h := bearer(r.key("production", "memories:read"))
@@ -400,6 +407,7 @@ func TestHeadersThatRedirectABackendDoNotReachIt(t *testing.T) {
 }
 
 func TestEachRequestOfAConnectionIsDecidedOnItsOwn(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite)
 	auth := "Authorization: " + bearer(r.key("production", "memories:read", "memories:write")).Get("Authorization")
@@ -513,6 +521,7 @@ func (g *gateway) h2(t *testing.T, fields [][2]string, body string, trailers [][
 }
 
 func TestTricksOverHTTP2HaveADefinedAnswer(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	t.Run("cleartext", func(t *testing.T) { wantH2Answers(t, r, r.of(t).start(standardSite)) })
 	t.Run("TLS", func(t *testing.T) { wantH2Answers(t, r, r.of(t).startTLS(standardSite)) })

@@ -20,6 +20,7 @@ func (r *rig) edges() []keyadmin.Edge {
 }
 
 func TestRevocationIsConfirmedByEveryEdgeAndTheSilentOneIsNamed(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	north := r.start(standardSite, "edge north eu", "max_staleness 3s")
 	r.start(standardSite, "edge south eu", "max_staleness 3s")
@@ -80,6 +81,7 @@ func TestRevocationIsConfirmedByEveryEdgeAndTheSilentOneIsNamed(t *testing.T) {
 }
 
 func TestEveryEdgeMeasuresTheCanaryThatOneOfThemRevokes(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	other := r.start(standardSite, "refresh 100ms") // first: the next canary is a minute away
 	sender := r.start(standardSite, "refresh 100ms", "canary")

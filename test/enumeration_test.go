@@ -32,6 +32,7 @@ func (g *gateway) series(t *testing.T, name string) float64 {
 // TestRefusalTellsNothingOfAKey compares answers byte for byte: to keys that nobody has, of either environment, with and
 // without a right checksum, with much and little of a good or a revoked key in them, and to what only looks like a key.
 func TestRefusalTellsNothingOfAKey(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite)
 	good, revoked := r.key("production", "memories:read"), r.key("production", "memories:read")
@@ -81,6 +82,7 @@ func TestRefusalTellsNothingOfAKey(t *testing.T) {
 
 // TestEveryWrongKeyOfAFloodIsCountedAndFewAskPostgres guesses from one address, with keys that are all different.
 func TestEveryWrongKeyOfAFloodIsCountedAndFewAskPostgres(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite)
 	good := r.key("production", "memories:read")

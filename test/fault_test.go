@@ -59,6 +59,7 @@ func (g *gateway) reload() {
 }
 
 func TestGatewayThatWasStoppedPastTheBoundAnswersNothingFromOldData(t *testing.T) {
+	t.Parallel()
 	f := newFaultRig(t)
 	revoked := f.rig.key("production", "memories:read")
 	revokedStream := f.openStream(revoked)
@@ -109,6 +110,7 @@ func (g *gateway) signal(s syscall.Signal) {
 
 // TestOutage walks through Postgres stalling, being killed and coming back, with a stream open and good and revoked keys.
 func TestOutageNeverTurnsAGoodKeyAwayAsBadNorLetsARevokedOneIn(t *testing.T) {
+	t.Parallel()
 	for name, fault := range map[string]struct{ begin, end func(*testing.T, *faultRig) }{
 		"stalled": {func(_ *testing.T, f *faultRig) { f.server.Pause() }, func(_ *testing.T, f *faultRig) { f.server.Resume() }},
 		"killed": {func(_ *testing.T, f *faultRig) { f.server.Kill() }, func(t *testing.T, f *faultRig) {
@@ -151,6 +153,7 @@ func TestOutageNeverTurnsAGoodKeyAwayAsBadNorLetsARevokedOneIn(t *testing.T) {
 
 // TestRestartOfPostgresWithinTheBoundEndsNoStreamOfAGoodKey: the feed starts over, and the keys in flight are read again.
 func TestRestartOfPostgresWithinTheBoundEndsNoStreamOfAGoodKey(t *testing.T) {
+	t.Parallel()
 	f := newFaultRig(t, "refresh 100ms", "max_staleness 50s")
 	later := f.rig.key("production", "memories:read")
 	laterStream := f.openStream(later)
@@ -230,6 +233,7 @@ func (f *faultRig) goodKeyWorks() bool {
 
 // TestAnotherServerBehindTheSameAddressIsFollowedFromScratch: transaction ids go back, changes were lost or made elsewhere.
 func TestAnotherServerBehindTheSameAddressIsFollowedFromScratch(t *testing.T) {
+	t.Parallel()
 	for name, replace := range map[string]func(*testing.T, *devenv.Postgres) *devenv.Postgres{
 		"a promoted standby": func(t *testing.T, old *devenv.Postgres) *devenv.Postgres {
 			standby, err := old.StartStandby(t.Context())
@@ -288,6 +292,7 @@ func TestAnotherServerBehindTheSameAddressIsFollowedFromScratch(t *testing.T) {
 }
 
 func TestPartitionedEdgeStopsAtTheBoundWhileOthersRefuseAtOnce(t *testing.T) {
+	t.Parallel()
 	f := newFaultRig(t)
 	r := f.rig
 	other := r.start(standardSite, "refresh 100ms", "max_staleness "+faultBound.String()) // reaches Postgres directly
@@ -318,6 +323,7 @@ func TestPartitionedEdgeStopsAtTheBoundWhileOthersRefuseAtOnce(t *testing.T) {
 // server that does not answer. When that takes long, every place in the pool is taken, and syncs fail though new connections
 // would work.
 func TestSilentNetworkDoesNotOccupyThePoolWhenItIsBack(t *testing.T) {
+	t.Parallel()
 	f := newFaultRig(t, "refresh 100ms", "max_staleness 50s")
 	const begins, ends = "key sync failed", "key sync works again"
 	f.fillPool()
@@ -399,6 +405,7 @@ func (f *faultRig) openStream(key keyadmin.Key) *follower {
 func (f *faultRig) logged(message string) int { return strings.Count(f.g.log.String(), message) }
 
 func TestReadOnlyDatabaseDoesNotDisturbRequests(t *testing.T) {
+	t.Parallel()
 	f := newFaultRig(t)
 	pgtest.Exec(t, f.server.URL(), "alter system set default_transaction_read_only = on")
 	pgtest.Exec(t, f.server.URL(), "select pg_reload_conf()")

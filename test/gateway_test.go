@@ -49,6 +49,7 @@ var scopeTable = []struct{ method, path, scope string }{
 }
 
 func TestEveryEndpointTakesTheKeyWithItsScopeAndNoOther(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite)
 	with, without := map[string]http.Header{}, map[string]http.Header{}
@@ -89,6 +90,7 @@ func TestEveryEndpointTakesTheKeyWithItsScopeAndNoOther(t *testing.T) {
 }
 
 func TestPrefixDecidesTheEnvironmentInEachWayOfPassingAKey(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite)
 	for _, environment := range []string{"production", "sandbox"} {
@@ -132,6 +134,7 @@ func TestPrefixDecidesTheEnvironmentInEachWayOfPassingAKey(t *testing.T) {
 }
 
 func TestEveryRefusalHasItsCode(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite, "refresh 50ms")
 	good, revoked, expired := r.key("production", "memories:read"), r.key("production", "memories:read"), r.key("production", "memories:read")
@@ -192,6 +195,7 @@ func TestEveryRefusalHasItsCode(t *testing.T) {
 }
 
 func TestSiteOfOneEnvironmentRefusesTheOther(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(strings.Replace(standardSite, `
 		sandbox {
@@ -202,6 +206,7 @@ func TestSiteOfOneEnvironmentRefusesTheOther(t *testing.T) {
 }
 
 func TestUnreachableBackendIsSaidInTheEnvelope(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(strings.NewReplacer("reverse_proxy PRODUCTION", fmt.Sprintf("reverse_proxy 127.0.0.1:%d", freePort(t)),
 		"reverse_proxy SANDBOX", "reverse_proxy SANDBOX {\n transport http {\n response_header_timeout 100ms\n }\n }").Replace(standardSite))
@@ -212,6 +217,7 @@ func TestUnreachableBackendIsSaidInTheEnvelope(t *testing.T) {
 }
 
 func TestClientsIdentityHeadersDoNotReachTheBackend(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite)
 	h := bearer(r.key("production", "memories:read"))
@@ -233,6 +239,7 @@ func TestClientsIdentityHeadersDoNotReachTheBackend(t *testing.T) {
 }
 
 func TestScopeLinesAddAndOverrideAndReportOnlyLetsPass(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	rules := "scope memories:read GET /v1/exports/*\n scope entities:read GET /v1/memories/:any"
 	g := r.start(strings.Replace(standardSite, "rekall_gateway {", "rekall_gateway {\n"+rules, 1))
@@ -260,6 +267,7 @@ func TestScopeLinesAddAndOverrideAndReportOnlyLetsPass(t *testing.T) {
 }
 
 func TestForwardCredentialPassesTheKeyOnAndLogsNone(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(strings.Replace(standardSite, "rekall_gateway {", "rekall_gateway {\nforward_credential", 1))
 	key := r.key("production", "memories:read")
@@ -273,6 +281,7 @@ func TestForwardCredentialPassesTheKeyOnAndLogsNone(t *testing.T) {
 }
 
 func TestPlainHTTPIsRefusedAndNeverRedirected(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start("http://:PORT {\nbind 127.0.0.1\nlog\nrekall_tls_only\nredir https://example.com{uri}\n}\n")
 	key := r.key("production", "memories:read").Key.Reveal()
@@ -287,6 +296,7 @@ func TestPlainHTTPIsRefusedAndNeverRedirected(t *testing.T) {
 }
 
 func TestHTTP2OverTLSGetsTheSameAnswers(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.startTLS(standardSite)
 	answer := g.do("GET", "/v1/memories", bearer(r.key("sandbox", "memories:read")))

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -14,6 +15,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -146,14 +148,24 @@ func (l *log) String() string {
 	return l.buf.String()
 }
 
+// lastPort makes the ports of tests that run at the same time different: one test may have stopped what another would take
+// for its own.
+var lastPort atomic.Int32
+
+// freePort returns a port below those that the kernel gives to outgoing connections, and above those of devenv.
 func freePort(t *testing.T) int {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	const lowest, ports = 30000, 2768
+	lastPort.CompareAndSwap(0, rand.Int32N(ports)) // of tests in other processes too
+	for range ports {
+		port := lowest + int(lastPort.Add(1))%ports
+		if l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil {
+			_ = l.Close()
+			return port
+		}
 	}
-	defer func() { _ = l.Close() }()
-	return l.Addr().(*net.TCPAddr).Port
+	t.Fatal("no port is free")
+	return 0
 }
 
 const standardSite = `

@@ -105,6 +105,7 @@ func (r *rig) signingKeys() (n int) {
 }
 
 func TestTokensOfTwoEdgesVerifyWithTheKeySetOfEither(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	edges := []*gateway{r.start(signingSite), r.start(signingSite)}
 	keys := map[string]keyadmin.Key{
@@ -134,6 +135,7 @@ func TestTokensOfTwoEdgesVerifyWithTheKeySetOfEither(t *testing.T) {
 }
 
 func TestTokenThatAClientSendsIsReplaced(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(signingSite)
 	mine, other := r.key("production", "memories:read"), r.key("production", "memories:read", "memories:delete")
@@ -147,6 +149,7 @@ func TestTokenThatAClientSendsIsReplaced(t *testing.T) {
 }
 
 func TestTokenFollowsItsKey(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(signingSite)
 	key := r.key("production", "memories:read", "memories:delete")
@@ -167,6 +170,7 @@ func TestTokenFollowsItsKey(t *testing.T) {
 }
 
 func TestWithoutIdentityTokenNothingIsSignedWrittenOrRunning(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite)
 	if token := g.token(r.key("production", "memories:read"), http.Header{tokenHeader: {"forged"}}); token != "" {
@@ -182,6 +186,7 @@ func TestWithoutIdentityTokenNothingIsSignedWrittenOrRunning(t *testing.T) {
 }
 
 func TestReloadKeepsTheSigningKey(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(signingSite)
 	key := r.key("production", "memories:read")
@@ -195,6 +200,7 @@ func TestReloadKeepsTheSigningKey(t *testing.T) {
 }
 
 func TestKeySetAndTokensSurviveAnOutageOfPostgres(t *testing.T) {
+	t.Parallel()
 	server := pgtest.Server(t)
 	r := newRigOn(t, server.URL())
 	g := r.start(signingSite, "max_staleness 50s")
@@ -209,6 +215,7 @@ func TestKeySetAndTokensSurviveAnOutageOfPostgres(t *testing.T) {
 // TestRequestForWhichNoTokenCanBeSignedIsNotPassedOn takes the table away: no backend may see a request without its token, nor
 // one with a token whose key is not published.
 func TestRequestForWhichNoTokenCanBeSignedIsNotPassedOn(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	pgtest.Exec(t, r.database, "alter table rekall.signing_keys rename to hidden")
 	g := r.start(signingSite)
@@ -245,6 +252,7 @@ func manual(t *testing.T, language string) []byte {
 }
 
 func TestConfigurationInTheManualIsValid(t *testing.T) {
+	t.Parallel()
 	file := filepath.Join(t.TempDir(), "Caddyfile")
 	if err := os.WriteFile(file, manual(t, "caddyfile"), 0o600); err != nil {
 		t.Fatal(err)
@@ -258,6 +266,7 @@ func TestConfigurationInTheManualIsValid(t *testing.T) {
 
 // TestGoBackendInTheManualServesOnlyWhatCameThroughTheGateway builds the program in the manual and puts it behind a gateway.
 func TestGoBackendInTheManualServesOnlyWhatCameThroughTheGateway(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	file, binary := filepath.Join(dir, "main.go"), filepath.Join(dir, "backend")
 	if err := os.WriteFile(file, manual(t, "go"), 0o600); err != nil {

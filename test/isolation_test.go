@@ -26,6 +26,7 @@ func guarded(environment string) string {
 }
 
 func TestNoOrderOfDirectivesLeadsPastTheGateway(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	for _, tc := range []struct {
 		name, site string
@@ -189,6 +190,7 @@ func next(port string) string {
 }
 
 func TestRefusedReloadLeavesTheGatewayAsItWas(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite)
 	good, err := os.ReadFile(g.file)
@@ -206,6 +208,7 @@ func TestRefusedReloadLeavesTheGatewayAsItWas(t *testing.T) {
 // TestRefusalsDoNotCountAgainstTheBackend plays a client without a key that hammers a proxy outside the gateway: passive
 // health checks must not take the backend away from those who have one.
 func TestRefusalsDoNotCountAgainstTheBackend(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	const passive = " {\n fail_duration 1h\n max_fails 1\n unhealthy_status 5xx\n transport rekall production\n}\n"
 	g := r.start("http://:PORT {\nbind 127.0.0.1\nhandle /outside* {\nreverse_proxy PRODUCTION" + passive + "}\nhandle {\n" +
@@ -222,6 +225,7 @@ func TestRefusalsDoNotCountAgainstTheBackend(t *testing.T) {
 // TestClientsBrokenBodyDoesNotCountAgainstTheBackend plays a customer with a good key: passive health checks must not take the
 // backend away from the others.
 func TestClientsBrokenBodyDoesNotCountAgainstTheBackend(t *testing.T) {
+	t.Parallel()
 	for _, versions := range []string{"1.1", "h2c"} {
 		t.Run(versions, func(t *testing.T) {
 			r := newRig(t)
@@ -257,6 +261,7 @@ func TestClientsBrokenBodyDoesNotCountAgainstTheBackend(t *testing.T) {
 }
 
 func TestHealthChecksReachAGuardedBackend(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start("http://:PORT {\nbind 127.0.0.1\n" + block("reverse_proxy PRODUCTION {\n health_uri /health\n health_interval 100ms\n transport rekall production\n}", "respond 418") + "}\n")
 	eventually(t, "the backend sees health checks", func() bool { return r.production.Requests() > 1 })

@@ -83,6 +83,7 @@ func (k *keysCLI) show(id string) keyadmin.Key {
 }
 
 func TestKeyIsRenamedRotatedAndRestoredFromTheCommandLine(t *testing.T) {
+	t.Parallel()
 	k := newKeysCLI(t)
 	key := k.create("Backend", "--expires-at", time.Now().Add(time.Hour*1000).Format(time.RFC3339), "--manage-keys")
 	if !key.ManageKeys || !strings.HasPrefix(*key.CreatedBy, "cli:") {
@@ -120,6 +121,7 @@ func TestKeyIsRenamedRotatedAndRestoredFromTheCommandLine(t *testing.T) {
 }
 
 func TestExitCodesTellWhatWasFound(t *testing.T) {
+	t.Parallel()
 	k := newKeysCLI(t)
 	key := k.create("Backend")
 	pasted := k.create("Pasted").Key.Reveal()
@@ -151,6 +153,7 @@ func TestExitCodesTellWhatWasFound(t *testing.T) {
 }
 
 func TestIncidentSwitchCountsBeforeItActs(t *testing.T) {
+	t.Parallel()
 	k := newKeysCLI(t)
 	for _, account := range []string{"acme", "acme", "globex"} {
 		k.create("Backend", "--account", account)
@@ -183,6 +186,7 @@ func TestIncidentSwitchCountsBeforeItActs(t *testing.T) {
 }
 
 func TestOldKeysAreRotatedWithoutAnybodyWatching(t *testing.T) {
+	t.Parallel()
 	k := newKeysCLI(t)
 	old := []keyadmin.Key{k.create("One"), k.create("Two")}
 	pgtest.Exec(t, k.database, `alter table rekall.api_keys disable trigger stamp; update rekall.api_keys set created_at = created_at - interval '91 days'`)
@@ -211,6 +215,7 @@ func TestOldKeysAreRotatedWithoutAnybodyWatching(t *testing.T) {
 
 // A successor that nobody saw would end its predecessor with nothing in its place.
 func TestSuccessorThatCouldNotBePrintedIsNoSuccessor(t *testing.T) {
+	t.Parallel()
 	k := newKeysCLI(t)
 	key := k.create("One")
 	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
@@ -230,6 +235,7 @@ func TestSuccessorThatCouldNotBePrintedIsNoSuccessor(t *testing.T) {
 }
 
 func TestFileOfKeysIsImportedOnceAndWhole(t *testing.T) {
+	t.Parallel()
 	k := newKeysCLI(t)
 	secret := apikey.Generate(apikey.Sandbox)
 	file := func(name, text string) string {
@@ -269,6 +275,7 @@ func TestFileOfKeysIsImportedOnceAndWhole(t *testing.T) {
 }
 
 func TestCheckReadsTheKeyFromItsInputAndNeverShowsIt(t *testing.T) {
+	t.Parallel()
 	k := newKeysCLI(t)
 	active, revoked := k.create("Active"), k.create("Revoked")
 	k.run("revoke", revoked.ID)
@@ -295,6 +302,7 @@ func TestCheckReadsTheKeyFromItsInputAndNeverShowsIt(t *testing.T) {
 }
 
 func TestShellCompletesCommandsFlagsAndTheirValues(t *testing.T) {
+	t.Parallel()
 	k := newKeysCLI(t)
 	complete := func(args ...string) string {
 		t.Helper()

@@ -154,6 +154,7 @@ func (tr *traffic) end() {
 
 // TestProductPageFromTopToBottom does what Rekall's page tells its users to do, against the running gateway.
 func TestProductPageFromTopToBottom(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(managedSite)
 	manager := r.manager("acme")
@@ -265,6 +266,7 @@ func TestProductPageFromTopToBottom(t *testing.T) {
 }
 
 func TestKeyManagementTakesCredentialsAsTheGatewayDoes(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(managedSite)
 	manager := r.manager("acme")
@@ -351,6 +353,7 @@ http://:PORT {
 `
 
 func TestPeopleWhomCaddyHasAuthenticatedManageTheKeysOfTheirAccount(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	output, err := exec.Command(program, "hash-password", "--plaintext", "password", "--bcrypt-cost", "4").Output()
 	if err != nil {
@@ -461,6 +464,7 @@ func TestPeopleWhomCaddyHasAuthenticatedManageTheKeysOfTheirAccount(t *testing.T
 
 // A key that was found is reported to one edge and refused by all.
 func TestReportedKeyIsRefusedByEveryEdgeAndStandsInNoLog(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	first, second := r.start(managedSite), r.start(managedSite)
 	var secrets canaries
@@ -501,6 +505,7 @@ func TestReportedKeyIsRefusedByEveryEdgeAndStandsInNoLog(t *testing.T) {
 
 // Edges whose database user may not manage keys do so with another.
 func TestManagementHasADatabaseUserOfItsOwn(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	roles := keystore.Roles{Edge: pgtest.Role(t, r.database), Admin: pgtest.Role(t, r.database)}
 	if _, stderr, code := cli(t, r.database, "migrate", "--edge-role", roles.Edge, "--admin-role", roles.Admin); code != 0 {

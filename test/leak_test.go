@@ -101,6 +101,7 @@ func (c *canaries) want(t *testing.T, sink, text string) {
 }
 
 func TestSearchFindsADisguisedCanary(t *testing.T) {
+	t.Parallel()
 	var c canaries
 	key := apikey.Generate(apikey.Sandbox)
 	c.add("key", key)
@@ -294,6 +295,7 @@ http://:PORT {
 `
 
 func TestNoKeyIsInAnySink(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	var hidden canaries
 	keys := map[string]string{
@@ -486,6 +488,7 @@ func dump(t *testing.T, database string) string {
 
 // TestNoKeyIsLoggedWhileNobodyCanTell keeps the gateway without its database: every answer is 503.
 func TestNoKeyIsLoggedWhileNobodyCanTell(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	var hidden canaries
 	password := apikey.RandomText(24)
@@ -526,6 +529,7 @@ func TestNoKeyIsLoggedWhileNobodyCanTell(t *testing.T) {
 // TestNoKeyIsLoggedWhereCaddyRedirects is about the server that Caddy adds for plain HTTP to a site that has TLS, unless the
 // operator says otherwise. It has the site's log, and none of our handlers.
 func TestNoKeyIsLoggedWhereCaddyRedirects(t *testing.T) {
+	t.Parallel()
 	const site = "https://localhost:PORT {\nbind 127.0.0.1\ntls internal\nlog\n" + "rekall_gateway {\nproduction {\nrespond 200\n}\n}\n}\n"
 	r := newRig(t)
 	key := apikey.Generate(apikey.Production)
@@ -568,6 +572,7 @@ func TestNoKeyIsLoggedWhereCaddyRedirects(t *testing.T) {
 
 // TestWhatIsNotOursComesThroughByteForByte is about the other parameters and the other schemes of a request with a key.
 func TestWhatIsNotOursComesThroughByteForByte(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite)
 	key := r.key("production", "memories:read").Key.Reveal()

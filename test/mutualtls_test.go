@@ -30,6 +30,7 @@ func exampleTLS(t *testing.T, files *strings.Replacer) string {
 }
 
 func TestBackendTakesRequestsFromTheGatewayOnlyWithTheExampleFilesMutualTLS(t *testing.T) {
+	t.Parallel()
 	r, ca, stranger := newRig(t), newAuthority(t), newAuthority(t)
 	var checks atomic.Int64
 	backend := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {

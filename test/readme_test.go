@@ -29,6 +29,7 @@ func blocks(t *testing.T, language string) []string {
 }
 
 func TestConfigurationsInTheReadmeAreValid(t *testing.T) {
+	t.Parallel()
 	for adapter, language := range map[string]string{"caddyfile": "caddyfile", "": "json"} {
 		for _, block := range blocks(t, language) {
 			file := filepath.Join(t.TempDir(), "config")
@@ -46,6 +47,7 @@ func TestConfigurationsInTheReadmeAreValid(t *testing.T) {
 
 // TestCommandsInTheReadmeWork runs the lines of its rekall-gateway block, with the id of a real key where one stands.
 func TestCommandsInTheReadmeWork(t *testing.T) {
+	t.Parallel()
 	var lines []string
 	for _, block := range blocks(t, "sh") {
 		for line := range strings.Lines(block) {

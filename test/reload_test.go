@@ -102,6 +102,7 @@ func TestFiftyReloadsUnderLoad(t *testing.T) {
 }
 
 func TestReloadWithContradictorySettingsIsRefusedAndTheEdgeGoesOn(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite, "refresh 1s", "max_staleness 20s")
 	good, err := os.ReadFile(g.file)

@@ -11,6 +11,7 @@ import (
 
 // TestTwoRolesSufficeForAllThatTheGatewayAndItsCommandsDo runs each with a user who is a member of its role and of nothing else.
 func TestTwoRolesSufficeForAllThatTheGatewayAndItsCommandsDo(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	edgeRole, adminRole := pgtest.Role(t, r.database), pgtest.Role(t, r.database)
 	if stdout, stderr, code := cli(t, r.database, "migrate", "--edge-role", edgeRole, "--admin-role", adminRole); code != 0 ||
@@ -75,6 +76,7 @@ func (g *gateway) wantWoken(database string) {
 }
 
 func TestMigrateRefusesRolesThatItCannotMakeWithOneLine(t *testing.T) {
+	t.Parallel()
 	database := pgtest.URL(t)
 	for name, args := range map[string][]string{
 		"empty":     {"--edge-role", ""},

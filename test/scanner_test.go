@@ -32,6 +32,7 @@ func scanners(t *testing.T) []*regexp.Regexp {
 }
 
 func TestScannerExpressionsFindKeysAndNothingElse(t *testing.T) {
+	t.Parallel()
 	expressions := scanners(t)
 	matches := func(text string) (found []string) {
 		for _, e := range expressions {

@@ -10,6 +10,7 @@ import (
 
 // TestStandbyWhoseReplayIsPausedIsNotTrusted: it answers every question, and looks healthy.
 func TestStandbyWhoseReplayIsPausedIsNotTrusted(t *testing.T) {
+	t.Parallel()
 	primary := pgtest.Server(t)
 	r := newRigOn(t, primary.URL())
 	standby, err := primary.StartStandby(t.Context())
@@ -55,6 +56,7 @@ func TestStandbyWhoseReplayIsPausedIsNotTrusted(t *testing.T) {
 }
 
 func TestStandbyAsTheOnlyDatabaseIsRefused(t *testing.T) {
+	t.Parallel()
 	primary := pgtest.Server(t)
 	r := newRigOn(t, primary.URL())
 	key := r.key("production", "memories:read")

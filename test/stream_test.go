@@ -135,6 +135,7 @@ func demo(key keyadmin.Key, behaviour string) http.Header {
 }
 
 func TestStreamsEndWithTheirKeyAndOthersGoOn(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite)
 	key, other := r.key("production", "memories:read", "memories:write"), r.key("production", "memories:read")
@@ -170,6 +171,7 @@ func endlessUpload(t *testing.T) io.Reader {
 }
 
 func TestHTTP2StreamsEndWithTheirKeyAndOthersOnTheSameConnectionGoOn(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.startTLS(standardSite, "refresh 50ms")
 	for code, end := range map[string]func(keyadmin.Key){
@@ -221,6 +223,7 @@ func TestHTTP2StreamsEndWithTheirKeyAndOthersOnTheSameConnectionGoOn(t *testing.
 }
 
 func TestStreamEndsWhenItsKeyExpires(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite, "refresh 50ms")
 	key := r.key("production", "memories:read")
@@ -232,6 +235,7 @@ func TestStreamEndsWhenItsKeyExpires(t *testing.T) {
 
 // TestCutIsNotBookedAsTheBackendsFailure: with passive health checks, one failure would take the backend from all keys.
 func TestCutIsNotBookedAsTheBackendsFailure(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(strings.Replace(standardSite, "reverse_proxy PRODUCTION",
 		"reverse_proxy PRODUCTION {\nfail_duration 1m\nmax_fails 1\n}", 1))
@@ -245,6 +249,7 @@ func TestCutIsNotBookedAsTheBackendsFailure(t *testing.T) {
 
 // TestDownloadToAClientThatDoesNotReadIsCut: the proxy is blocked in a write then, which a cancelled context does not end.
 func TestDownloadToAClientThatDoesNotReadIsCut(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite)
 	key := r.key("production", "memories:read")
@@ -255,6 +260,7 @@ func TestDownloadToAClientThatDoesNotReadIsCut(t *testing.T) {
 }
 
 func TestReloadKeepsTheCacheAndTheStreamsThatItCanStillCut(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite)
 	key, streaming := r.key("production", "memories:read"), r.key("production", "memories:read")
@@ -324,6 +330,7 @@ func (g *gateway) openWebSocket(header http.Header) (net.Conn, *bufio.Reader, *h
 }
 
 func TestWebSocketGetsACloseFrameBetweenTwoFrames(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	for name, tc := range map[string]struct {
 		sent  []byte
@@ -370,6 +377,7 @@ func TestWebSocketGetsACloseFrameBetweenTwoFrames(t *testing.T) {
 }
 
 func TestRefusedWebSocketIsNotUpgraded(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite)
 	_, _, resp := g.openWebSocket(http.Header{"X-Api-Key": {"rk_wrong"}})

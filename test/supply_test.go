@@ -21,6 +21,7 @@ func output(t *testing.T, name string, args ...string) string {
 
 // TestBinaryNamesEveryModuleInIt compares the bill of materials in the binary with what the compiler was given.
 func TestBinaryNamesEveryModuleInIt(t *testing.T) {
+	t.Parallel()
 	want := strings.Fields(output(t, "go", "list", "-deps",
 		"-f", "{{with .Module}}{{if not .Main}}{{.Path}}@{{.Version}}{{end}}{{end}}", "../cmd/rekall-gateway"))
 	slices.Sort(want)

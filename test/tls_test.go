@@ -41,6 +41,7 @@ func verifiedURL(t *testing.T, server *devenv.Postgres, host string, ca *authori
 }
 
 func TestEveryConnectionToPostgresIsEncryptedAndVerified(t *testing.T) {
+	t.Parallel()
 	ca := newAuthority(t)
 	server := tlsPostgres(t, ca)
 	database := verifiedURL(t, server, "localhost", ca)
@@ -67,6 +68,7 @@ func TestEveryConnectionToPostgresIsEncryptedAndVerified(t *testing.T) {
 }
 
 func TestPostgresThatCannotBeVerifiedIsNotAskedAndTheLogSaysWhy(t *testing.T) {
+	t.Parallel()
 	ca := newAuthority(t)
 	server := tlsPostgres(t, ca)
 	r := newRigOn(t, server.URL())

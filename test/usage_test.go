@@ -115,6 +115,7 @@ func (l *clients) goOn(requests int64) {
 // TestUsageAddsUpExactly: two edges and one Postgres, with reloads, a restart, lost connections and outages under load. One edge
 // flushes all the time, the other only when it must.
 func TestUsageAddsUpExactlyOverReloadsARestartAndAnOutage(t *testing.T) {
+	t.Parallel()
 	server := pgtest.Server(t)
 	r := newRigOn(t, server.URL())
 	keys := []keyadmin.Key{r.key("production", "memories:read"), r.key("sandbox", "memories:read"), r.key("production", "memories:read")}
@@ -193,6 +194,7 @@ func (g *gateway) rewrite(t *testing.T, from, to string) {
 }
 
 func TestStopWhileAnOldConfigurationIsDrainingLosesNoUse(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite, "usage_flush 1m")
 	key := r.key("production", "memories:read")
@@ -218,6 +220,7 @@ func TestStopWhileAnOldConfigurationIsDrainingLosesNoUse(t *testing.T) {
 }
 
 func TestReloadFlushesWhatIsCounted(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite, "usage_flush 5m")
 	key := r.key("production", "memories:read")
@@ -229,6 +232,7 @@ func TestReloadFlushesWhatIsCounted(t *testing.T) {
 }
 
 func TestKilledGatewayLosesNoMoreThanItHadNotFlushed(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite, "usage_flush 100ms")
 	key := r.key("production", "memories:read")
@@ -250,6 +254,7 @@ func TestKilledGatewayLosesNoMoreThanItHadNotFlushed(t *testing.T) {
 }
 
 func TestUsageIsShownFromTheCommandLineAndInMetrics(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	g := r.start(standardSite, "usage_flush 100ms")
 	key := r.key("production", "memories:read")
