@@ -16,6 +16,8 @@ import (
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 	"github.com/spf13/cobra"
 
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/dashboard"
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
@@ -26,7 +28,7 @@ func init() {
 		Name:  "dev",
 		Usage: "[--listen <address>] [--production <url>] [--sandbox <url>] [--data <dir>] [--database <url>]",
 		Short: "Runs the gateway with everything it needs, to try it",
-		Long: "Starts a private Postgres, makes a production and a sandbox key, starts two demo backends that echo what they receive, " +
+		Long: "Starts a private Postgres, makes a production key, a sandbox key and one for the dashboard, starts two demo backends that echo what they receive, " +
 			"and the gateway in front of them, on loopback and without TLS. Ctrl-C stops all and leaves nothing behind.",
 		CobraFunc: func(cmd *cobra.Command) {
 			cmd.Args = cobra.NoArgs
@@ -65,14 +67,14 @@ func (d *dev) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, d.stop()) }()
-	production, sandbox, err := d.start(ctx)
+	keys, err := d.start(ctx)
 	if err != nil {
 		if ctx.Err() != nil {
 			return nil // interrupted while starting
 		}
 		return err
 	}
-	d.explain(production, sandbox)
+	d.explain(keys)
 	<-ctx.Done()
 	return nil
 }
@@ -103,14 +105,17 @@ func (d *dev) check() error {
 	return listener.Close()
 }
 
-func (d *dev) start(ctx context.Context) (production, sandbox keyadmin.Key, err error) {
+// devKeys are the keys of one run.
+type devKeys struct{ production, sandbox, manager keyadmin.Key }
+
+func (d *dev) start(ctx context.Context) (keys devKeys, err error) {
 	if err = d.startDatabase(ctx); err != nil {
 		return
 	}
 	if _, _, err = keystore.Migrate(ctx, d.database); err != nil {
 		return
 	}
-	if production, sandbox, err = d.createKeys(ctx); err != nil {
+	if keys, err = d.createKeys(ctx); err != nil {
 		return
 	}
 	d.productionNote, d.sandboxNote = "yours", "yours"
@@ -147,20 +152,29 @@ func (d *dev) startDatabase(ctx context.Context) error {
 	return nil
 }
 
-func (d *dev) createKeys(ctx context.Context) (production, sandbox keyadmin.Key, err error) {
+func (d *dev) createKeys(ctx context.Context) (keys devKeys, err error) {
 	store, err := keystore.Open(d.database, keystore.Options{ApplicationName: "rekall-gateway dev"})
 	if err != nil {
 		return
 	}
 	defer store.Close()
 	admin := keyadmin.New(store)
-	request := keyadmin.CreateRequest{Name: "Demo production", Account: "demo", Environment: "production", Scopes: demoScopes}
-	creator := keyadmin.Operator("dev")
-	if production, _, err = admin.Create(ctx, creator, request); err != nil {
-		return
+	for _, one := range []struct {
+		into              *keyadmin.Key
+		name, environment string
+		scopes            []string
+	}{
+		{&keys.production, "Demo production", "production", demoScopes},
+		{&keys.sandbox, "Demo sandbox", "sandbox", demoScopes},
+		{&keys.manager, "Demo dashboard", "production", apikey.ScopeNames()},
+	} {
+		request := keyadmin.CreateRequest{
+			Name: one.name, Account: "demo", Environment: one.environment, Scopes: one.scopes, ManageKeys: one.into == &keys.manager,
+		}
+		if *one.into, _, err = admin.Create(ctx, keyadmin.Operator("dev"), request); err != nil {
+			return
+		}
 	}
-	request.Name, request.Environment = "Demo sandbox", "sandbox"
-	sandbox, _, err = admin.Create(ctx, creator, request)
 	return
 }
 
@@ -199,15 +213,21 @@ func (d *dev) startGateway() error {
 
 http://:%[2]s {
 	bind %[3]s
-	rekall_gateway {
-		production {
-			reverse_proxy %[4]s {
-				header_up Host {upstream_hostport}
+	@keys path /v1/api-keys /v1/api-keys/* /settings/api-keys /settings/api-keys/*
+	handle @keys {
+		rekall_keys
+	}
+	handle {
+		rekall_gateway {
+			production {
+				reverse_proxy %[4]s {
+					header_up Host {upstream_hostport}
+				}
 			}
-		}
-		sandbox {
-			reverse_proxy %[5]s {
-				header_up Host {upstream_hostport}
+			sandbox {
+				reverse_proxy %[5]s {
+					header_up Host {upstream_hostport}
+				}
 			}
 		}
 	}
@@ -236,7 +256,7 @@ func (d *dev) stop() error {
 	return errors.Join(errs...)
 }
 
-func (d *dev) explain(production, sandbox keyadmin.Key) {
+func (d *dev) explain(keys devKeys) {
 	self, err := os.Executable()
 	if err != nil {
 		self = "rekall-gateway"
@@ -251,6 +271,9 @@ func (d *dev) explain(production, sandbox keyadmin.Key) {
 
   production key   %[8]s
   sandbox key      %[9]s
+
+  dashboard        %[1]s%[12]s
+  sign in with     %[13]s
 
 Allowed, to production:
   curl -i %[1]s/v1/memories -H 'Authorization: Bearer %[8]s'
@@ -269,5 +292,5 @@ Revoke the production key, then try the first line again (401):
 
 Ready. Ctrl-C stops everything.
 `, base, d.production, d.productionNote, d.sandbox, d.sandboxNote, d.database, d.databaseNote,
-		production.Key.Reveal(), sandbox.Key.Reveal(), self, production.ID)
+		keys.production.Key.Reveal(), keys.sandbox.Key.Reveal(), self, keys.production.ID, dashboard.Root, keys.manager.Key.Reveal())
 }

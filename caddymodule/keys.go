@@ -14,6 +14,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/credential"
+	"github.com/rekall-ai/gateway/internal/dashboard"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/keysapi"
@@ -23,8 +24,8 @@ import (
 
 func init() { caddy.RegisterModule(Keys{}) }
 
-// Keys serves the management of API keys below /v1/api-keys, to keys that were made with manage_keys and, if account is
-// set, to people whom Caddy has authenticated in front. It answers whatever comes to it: nothing behind it runs. What
+// Keys serves the management of API keys: the API below /v1/api-keys, and the dashboard below /settings/api-keys. Both are
+// for keys that were made with manage_keys and, if account is set, for people whom Caddy has authenticated in front. It answers whatever comes to it: nothing behind it runs. What
 // /v1/api-keys/openapi.json and /v1/api-keys/leaked say and take needs no authentication.
 type Keys struct {
 	// The account whose keys a person may manage: a text with placeholders, such as {http.auth.user.id} where each person
@@ -47,6 +48,7 @@ type Keys struct {
 	GitHubSecretScanning string `json:"github_secret_scanning,omitempty"`
 
 	api         *keysapi.API
+	dashboard   *dashboard.Dashboard
 	cache       keys
 	metrics     *metrics
 	usage       *usage.Counter
@@ -63,11 +65,16 @@ func (Keys) CaddyModule() caddy.ModuleInfo {
 // managements are shared by the configurations before and after a reload: requests of the old one may be in flight.
 var managements = caddy.NewUsagePool()
 
-// management is a pool of connections besides the edge's own: long lists must not delay decisions.
-type management struct{ store *keystore.Store }
+// management is a pool of connections besides the edge's own: long lists must not delay decisions. A reload signs nobody out.
+type management struct {
+	store *keystore.Store
+	admin *keyadmin.Admin
+	state *dashboard.State
+}
 
 // Destruct ends the management when no configuration uses it any longer.
 func (m *management) Destruct() error {
+	m.state.Close()
 	m.store.Close()
 	return nil
 }
@@ -97,11 +104,12 @@ func (k *Keys) provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
-	admin, err := k.admin(app)
+	m, err := k.management(app)
 	if err != nil {
 		return err
 	}
-	k.api = keysapi.New(keysapi.Config{Admin: admin, Actor: k.actor, Client: clientAddress, GitHub: github, Logger: k.logger})
+	k.api = keysapi.New(keysapi.Config{Admin: m.admin, Actor: k.actor, Client: clientAddress, GitHub: github, Logger: k.logger})
+	k.dashboard = dashboard.New(dashboard.Config{Admin: m.admin, Person: k.visitor, SignIn: k.signIn, State: m.state, Logger: k.logger})
 	return nil
 }
 
@@ -149,7 +157,7 @@ func (k *Keys) gitHub() (*keysapi.GitHub, error) {
 	return github, nil
 }
 
-func (k *Keys) admin(app *App) (*keyadmin.Admin, error) {
+func (k *Keys) management(app *App) (*management, error) {
 	settings, err := app.settings()
 	if err != nil {
 		return nil, err
@@ -165,13 +173,14 @@ func (k *Keys) admin(app *App) (*keyadmin.Admin, error) {
 		if err != nil {
 			return nil, fmt.Errorf("database: %w", err)
 		}
-		return &management{store}, nil
+		admin := keyadmin.New(store)
+		return &management{store, admin, dashboard.NewState(admin)}, nil
 	})
 	if err != nil {
 		return nil, err
 	}
 	k.poolKey = database
-	return keyadmin.New(value.(*management).store), nil
+	return value.(*management), nil
 }
 
 // Cleanup gives the connections back.
@@ -184,6 +193,10 @@ func (k *Keys) Cleanup() error {
 }
 
 func (k *Keys) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
+	if path := r.URL.Path; path == dashboard.Root || strings.HasPrefix(path, dashboard.Root+"/") {
+		k.dashboard.ServeHTTP(w, r)
+		return nil
+	}
 	k.api.ServeHTTP(w, r)
 	return nil
 }

@@ -59,7 +59,7 @@ func (g *gateway) reload() {
 }
 
 func TestGatewayThatWasStoppedPastTheBoundAnswersNothingFromOldData(t *testing.T) {
-	t.Parallel()
+	// Not in parallel: on a busy machine, Postgres may be late and rightly blamed.
 	f := newFaultRig(t)
 	revoked := f.rig.key("production", "memories:read")
 	revokedStream := f.openStream(revoked)
@@ -137,9 +137,9 @@ func TestOutageNeverTurnsAGoodKeyAwayAsBadNorLetsARevokedOneIn(t *testing.T) {
 				return code == "AUTH_UNAVAILABLE"
 			})
 			f.stream.ends(t)
-			if ready := do(t, "GET", f.g.admin+"/rekall/ready", nil, nil); ready.StatusCode != http.StatusServiceUnavailable {
-				t.Errorf("ready answers %d past the bound", ready.StatusCode)
-			}
+			eventually(t, "it is not ready", func() bool {
+				return do(t, "GET", f.g.admin+"/rekall/ready", nil, nil).StatusCode == http.StatusServiceUnavailable
+			})
 			fault.end(t, f)
 			eventually(t, "the good key works again", f.goodKeyWorks)
 			f.g.do("GET", "/v1/memories", bearer(f.revoked)).wantCode(t, 401, "API_KEY_REVOKED")

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/dashboard"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
@@ -453,6 +454,31 @@ func TestPeopleWhomCaddyHasAuthenticatedManageTheKeysOfTheirAccount(t *testing.T
 	if got := ask(forward, "DELETE", one, "", "Cookie", "a").key(t); got.Status != keyadmin.Revoked || got.RevokedSelf {
 		t.Errorf("revoked %+v", got)
 	}
+	// The dashboard is for the same people.
+	if page := ask(people, "GET", dashboard.Root, "", "as", "ann"); page.StatusCode != http.StatusOK || !strings.Contains(page.body, created.ID) {
+		t.Errorf("the dashboard: %d %s", page.StatusCode, page.body)
+	}
+	const form = "name=Formed&environment=production&scope=memories%3Aread&expiry=90d&once=" + "0123456789abcdef"
+	formed := ask(people, "POST", dashboard.Root+"/new", form, "as", "ann", "Content-Type", "application/x-www-form-urlencoded", "Sec-Fetch-Site", "same-origin")
+	if formed.StatusCode != http.StatusCreated || !apikey.ContainsKey(formed.body) {
+		t.Errorf("created by a form: %d", formed.StatusCode)
+	}
+	if page := ask(people, "GET", dashboard.Root, "", "as", "bob"); strings.Contains(page.body, "Formed") || strings.Contains(page.body, created.ID) {
+		t.Error("the dashboard shows another account's keys")
+	}
+	if page := ask(people, "GET", dashboard.Root+"/"+created.ID, "", "as", "bob"); page.StatusCode != http.StatusNotFound {
+		t.Errorf("another account's key: %d", page.StatusCode)
+	}
+	if answer := ask(people, "POST", dashboard.Root+"/new", form, "as", "ann", "Content-Type", "application/x-www-form-urlencoded", "Sec-Fetch-Site", "cross-site"); answer.StatusCode != http.StatusForbidden {
+		t.Errorf("a form of another site: %d %s", answer.StatusCode, apikey.Redact(answer.body))
+	}
+	if page := ask(open, "GET", dashboard.Root, "", "X-Account", "ann"); page.StatusCode != http.StatusUnauthorized || strings.Contains(page.body, created.ID) {
+		t.Errorf("nobody's dashboard: %d %s", page.StatusCode, page.body)
+	}
+	if page := ask(open, "GET", dashboard.Root, "", "X-Api-Key", manager.Key.Reveal()); page.StatusCode != http.StatusUnauthorized {
+		t.Errorf("a key in a header opens the dashboard: %d", page.StatusCode)
+	}
+
 	audit := ask(people, "GET", one+"/audit", "", "as", "ann")
 	if !strings.Contains(audit.body, `"actor":"user:carol","action":"key.revoked"`) {
 		t.Errorf("audit %s", audit.body)

@@ -19,6 +19,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/dashboard"
 )
 
 // canaries are secrets that must not be found anywhere, in any disguise.
@@ -265,6 +266,10 @@ http://jwks.example:PORT {
 	import site jwks.example
 	rekall_jwks
 }
+http://keys.example:PORT {
+	import site keys.example
+	rekall_keys
+}
 http://panic.example:PORT {
 	import site panic.example
 	rekall_gateway {
@@ -322,7 +327,7 @@ func TestNoKeyIsInAnySink(t *testing.T) {
 	g.env = traces.env()
 	g.run(r.database)
 	g.waitReady()
-	sites := []string{"api.example", "down.example", "plain.example", "jwks.example", "panic.example", "panic-outside.example", "other.example"}
+	sites := []string{"api.example", "down.example", "plain.example", "jwks.example", "keys.example", "panic.example", "panic-outside.example", "other.example"}
 	statuses := map[int]bool{}
 	for _, site := range append(sites, "unheard-of.example") {
 		for name, key := range keys {
@@ -337,6 +342,20 @@ func TestNoKeyIsInAnySink(t *testing.T) {
 				hidden.want(t, site+", "+name+" key, "+place+": the answer, and what the backend received", received)
 			}
 		}
+	}
+	for name, key := range keys {
+		for place, request := range placements("keys.example", key) {
+			for _, path := range []string{keysPath, dashboard.Root} {
+				_, received := g.raw(strings.ReplaceAll(request, "/v1/memories", path))
+				hidden.want(t, path+", "+name+" key, "+place, received)
+			}
+		}
+		_, received := g.raw(strings.Join([]string{"POST " + dashboard.Root + "/sign-in HTTP/1.1", "Host: keys.example",
+			"Content-Type: application/x-www-form-urlencoded", fmt.Sprint("Content-Length: ", len("key="+key)), "", "key=" + key}, "\r\n"))
+		if !strings.Contains(received, "may not manage keys") && !strings.Contains(received, "not valid") {
+			t.Errorf("signing in with the %s key: %s", name, received)
+		}
+		hidden.want(t, "signing in with the "+name+" key", received)
 	}
 	plantHTTP2(t, g, &hidden, keys["production"])
 	plantNearMisses(t, g, &hidden)

@@ -1,0 +1,46 @@
+package caddymodule
+
+import (
+	"errors"
+	"net/http"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/credential"
+	"github.com/rekall-ai/gateway/internal/dashboard"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/internal/keysapi"
+)
+
+// visitor is the person whom Caddy has authenticated in front of the dashboard. A key in a header is for programs, which
+// have the API: in a browser it would act for whoever's page sent the request.
+func (k *Keys) visitor(r *http.Request) (keyadmin.Actor, error) {
+	if _, authenticated := k.person(r); !authenticated {
+		credential.Take(r)
+		return keyadmin.Actor{}, dashboard.ErrNobody
+	}
+	actor, err := k.actor(r)
+	return actor, forPeople(err)
+}
+
+// signIn is who holds a key that was typed into the dashboard. It is looked for like any other: a flood of keys that do not
+// exist costs the database no more here.
+func (k *Keys) signIn(r *http.Request, key string) (keyadmin.Actor, error) {
+	cred := credential.Credential{Kind: credential.Malformed}
+	if environment, err := apikey.Parse(key); err == nil {
+		cred = credential.Credential{Kind: credential.Key, Environment: environment, Digest: apikey.Hash(key)}
+	}
+	if cred.Kind != credential.Key {
+		return keyadmin.Actor{}, forPeople(k.refusal(apikey.Malformed, &cred))
+	}
+	actor, err := k.holder(r, &cred)
+	return actor, forPeople(err)
+}
+
+// forPeople makes an answer of the API one of the dashboard. Other errors stay what they are.
+func forPeople(err error) error {
+	var answer *keysapi.Error
+	if errors.As(err, &answer) {
+		return &dashboard.Refusal{Status: answer.Status, Message: answer.Message}
+	}
+	return err
+}

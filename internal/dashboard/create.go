@@ -1,0 +1,180 @@
+package dashboard
+
+import (
+	"errors"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+)
+
+// createData is the form of a new key, as it was filled in.
+type createData struct {
+	Name, Environment string
+	Groups            []scopeGroup
+	ManageKeys        bool
+	Expiry, Date      string // one of expiries, and a date where it is "date"
+	Once              string // makes a form that is sent again harmless
+	Problem           string
+	Field             string // that Problem is about; empty: none
+}
+
+// scopeGroup is the scopes of a resource.
+type scopeGroup struct {
+	Resource string
+	Scopes   []scopeChoice
+}
+
+type scopeChoice struct {
+	Name, Action, Description string
+	Chosen                    bool
+}
+
+// descriptions say what each scope lets a key do.
+var descriptions = map[string]string{
+	"memories:read":       "List, filter and search memories",
+	"memories:write":      "Create and change memories",
+	"memories:delete":     "Delete memories",
+	"entities:read":       "List, filter and search entities",
+	"entities:write":      "Create and change entities",
+	"entities:delete":     "Delete entities",
+	"relationships:read":  "List relationships",
+	"relationships:write": "Create and delete relationships",
+	"workflows:read":      "List workflows",
+	"workflows:write":     "Create, change, trigger and delete workflows",
+	"agents:read":         "List agents",
+	"agents:write":        "Spawn, change, message and delete agents",
+	"hives:read":          "List hives",
+	"hives:write":         "Create, change and delete hives and their members",
+}
+
+// groups are all scopes by resource, with those marked that are chosen.
+func groups(chosen []string) []scopeGroup {
+	var groups []scopeGroup
+	for _, name := range apikey.ScopeNames() {
+		resource, action, _ := strings.Cut(name, ":")
+		if n := len(groups); n == 0 || groups[n-1].Resource != resource {
+			groups = append(groups, scopeGroup{Resource: resource})
+		}
+		group := &groups[len(groups)-1]
+		group.Scopes = append(group.Scopes, scopeChoice{name, action, descriptions[name], slices.Contains(chosen, name)})
+	}
+	return groups
+}
+
+// quickChoices are the buttons that choose scopes.
+var quickChoices = map[string]func(name string) bool{
+	"read": func(name string) bool { return strings.HasSuffix(name, ":read") },
+	"all":  func(string) bool { return true },
+	"none": func(string) bool { return false },
+}
+
+func (d *Dashboard) newKey(v *visit) error {
+	environment := selection(v.r.URL.Query()).Environment
+	return v.showForm(http.StatusOK, createData{Environment: environment, Groups: groups(nil), Expiry: "90d", Once: apikey.RandomText(32)})
+}
+
+func (v *visit) showForm(status int, data createData) error {
+	return v.show(status, "new", layout{Title: "Create New Key", Data: data})
+}
+
+// form reads what was sent. A body that cannot be read is the client's mistake.
+func (v *visit) form() (url.Values, error) {
+	if err := v.r.ParseForm(); err != nil {
+		return nil, errForm
+	}
+	return v.r.PostForm, nil
+}
+
+// created is a new key, shown this once.
+type created struct {
+	Key         keyadmin.Key
+	Secret      string
+	Predecessor string // id of the key that it replaces; empty: none
+}
+
+func (d *Dashboard) create(v *visit) error {
+	form, err := v.form()
+	if err != nil {
+		return err
+	}
+	data := createData{
+		Name: strings.TrimSpace(form.Get("name")), Environment: form.Get("environment"), ManageKeys: form.Get("manage_keys") != "",
+		Expiry: form.Get("expiry"), Date: form.Get("date"), Once: form.Get("once"), Groups: groups(form["scope"]),
+	}
+	// Without JavaScript, the quick choices are buttons that send the form to have it filled in.
+	if choose, ok := quickChoices[form.Get("choose")]; ok {
+		names := slices.DeleteFunc(apikey.ScopeNames(), func(name string) bool { return !choose(name) })
+		data.Groups = groups(names)
+		return v.showForm(http.StatusOK, data)
+	}
+	request, err := data.request(form["scope"])
+	if err != nil {
+		return v.refuseForm(data, err)
+	}
+	key, replayed, err := d.Admin.Create(v.r.Context(), v.actor, request)
+	switch {
+	case err != nil:
+		return v.refuseForm(data, err)
+	case replayed:
+		return v.redirect(Root+"/"+key.ID, "existing")
+	}
+	return v.showKey(key)
+}
+
+// request is what the form asks for.
+func (c createData) request(scopes []string) (keyadmin.CreateRequest, error) {
+	request := keyadmin.CreateRequest{Name: c.Name, Environment: c.Environment, Scopes: scopes, ManageKeys: c.ManageKeys, IdempotencyKey: c.Once}
+	switch c.Expiry {
+	case "30d", "90d", "365d":
+		request.ExpiresIn = c.Expiry
+	case "date":
+		if c.Date == "" {
+			return request, &keyadmin.InvalidError{Field: "expiry", Reason: "needs a date"}
+		}
+		request.ExpiresAt = c.Date + "T23:59:59Z"
+	case "never":
+	default:
+		return request, &keyadmin.InvalidError{Field: "expiry", Reason: "must be one of the choices"}
+	}
+	return request, nil
+}
+
+// refuseForm shows a form again with what is wrong in it. What the visitor typed is kept.
+func (v *visit) refuseForm(data createData, err error) error {
+	var (
+		malformed *keyadmin.InvalidError
+		forbidden *keyadmin.ForbiddenError
+	)
+	switch {
+	case errors.As(err, &malformed):
+		data.Field, data.Problem = malformed.Field, sentence(malformed.Field, malformed.Reason)
+	case errors.As(err, &forbidden) && forbidden.Field != "":
+		data.Field, data.Problem = forbidden.Field, sentence(forbidden.Field, forbidden.Reason)
+	case errors.Is(err, keyadmin.ErrIdempotencyMismatch):
+		data.Once = apikey.RandomText(32)
+		data.Problem = "This form made a key before, and was changed since. Send it again to make another key."
+	default:
+		return err
+	}
+	if data.Field == "scopes" && malformed != nil {
+		data.Problem = "Choose at least one scope."
+	}
+	if strings.HasPrefix(data.Field, "expires") {
+		data.Field, data.Problem = "expiry", "The date must be in the future, at most ten years ahead."
+	}
+	return v.showForm(http.StatusUnprocessableEntity, data)
+}
+
+// showKey is the only answer that has a key in it. It is one to a form, so its address has nothing, and a reload sends the
+// form again, which makes no second key.
+func (v *visit) showKey(key keyadmin.Key) error {
+	data := created{Key: key, Secret: key.Key.Reveal()}
+	if key.Predecessor != nil {
+		data.Predecessor = *key.Predecessor
+	}
+	return v.show(http.StatusCreated, "created", layout{Title: "Copy your key", Data: data})
+}

@@ -1,0 +1,294 @@
+// Package dashboard is the pages of key management, /settings/api-keys: HTML forms over keyadmin, from the binary, for a
+// person whom the server around it has authenticated, or for one who signs in with a managing key. Everything but the live
+// views works without JavaScript, and nothing is loaded from elsewhere.
+package dashboard
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"embed"
+	"encoding/hex"
+	"errors"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/internal/scoperule"
+)
+
+// Root is the path of the list; all others begin with it.
+const Root = "/settings/api-keys"
+
+const (
+	// answerWithin bounds a request, so that it is answered though Postgres hangs.
+	answerWithin = 5 * time.Second
+
+	// maxForm is far more than the longest form that anybody fills in, in bytes.
+	maxForm = 32 << 10
+)
+
+// ErrNobody says that the server has authenticated no person: whoever asks may sign in with a key.
+var ErrNobody = errors.New("nobody is signed in")
+
+// Refusal is an answer that the server around the dashboard gives in its stead.
+type Refusal struct {
+	Status  int
+	Message string // one sentence for people
+}
+
+func (r *Refusal) Error() string { return r.Message }
+
+// Config of a Dashboard. Nothing may be left out.
+type Config struct {
+	Admin *keyadmin.Admin
+
+	// Person returns the person whom the server has authenticated. Its error is ErrNobody, a *Refusal, or one of keyadmin's.
+	Person func(*http.Request) (keyadmin.Actor, error)
+
+	// SignIn returns the holder of a key that was typed into the form. Its error is a *Refusal, or one of keyadmin's.
+	SignIn func(r *http.Request, key string) (keyadmin.Actor, error)
+
+	// State outlives the Dashboard, so that a new configuration of the server signs nobody out.
+	State *State
+
+	Logger *zap.Logger
+}
+
+// Dashboard serves Root and all below it.
+type Dashboard struct {
+	Config
+	handler http.Handler
+}
+
+// New returns a Dashboard.
+func New(config Config) *Dashboard {
+	d := &Dashboard{Config: config}
+	mux := http.NewServeMux()
+	const key = Root + "/{id}"
+	for pattern, page := range map[string]page{
+		"GET " + Root:                    d.list,
+		"GET " + Root + "/new":           d.newKey,
+		"POST " + Root + "/new":          d.create,
+		"GET " + key:                     d.key,
+		"POST " + key + "/rename":        d.rename,
+		"GET " + key + "/rotate":         d.rotateForm,
+		"POST " + key + "/rotate":        d.rotate,
+		"POST " + key + "/rotate/undo":   d.undoRotation,
+		"GET " + key + "/revoke":         d.revokeForm,
+		"POST " + key + "/revoke":        d.revoke,
+		"GET " + Root + "/{$}":           d.toList,
+		"GET " + Root + "/" + signInPath: d.toList,
+	} {
+		mux.Handle(pattern, signedIn{d, page})
+	}
+	mux.HandleFunc("POST "+Root+"/"+signInPath, d.signIn)
+	mux.HandleFunc("POST "+Root+"/sign-out", d.signOut)
+	for _, file := range assetNames {
+		mux.HandleFunc("GET "+Root+"/"+file, asset)
+	}
+	mux.Handle("/", signedIn{d, func(*visit) error { return errNoPage }})
+
+	crossOrigin := http.NewCrossOriginProtection()
+	crossOrigin.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		(&visit{Dashboard: d, w: w, r: r}).fail(errCrossOrigin)
+	}))
+	d.handler = crossOrigin.Handler(mux)
+	return d
+}
+
+// contentSecurityPolicy lets a page load the files below, talk to and send forms to its own site, and nothing else. A name
+// that got through the templates' escaping could still run nothing: not inline, and not through the DOM (Trusted Types).
+const contentSecurityPolicy = "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; " +
+	"base-uri 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+
+// ServeHTTP answers any request, also for paths that do not exist.
+func (d *Dashboard) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	h := w.Header()
+	h.Set("Cache-Control", "no-store")
+	h.Set("Content-Security-Policy", contentSecurityPolicy)
+	h.Set("Cross-Origin-Opener-Policy", "same-origin")
+	h.Set("Cross-Origin-Resource-Policy", "same-origin")
+	h.Set("Referrer-Policy", "same-origin") // with no-referrer, browsers send forms with the Origin "null"
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("X-Frame-Options", "DENY")
+	ctx, cancel := context.WithTimeout(r.Context(), answerWithin)
+	defer cancel()
+	r = r.WithContext(ctx)
+	// The mux would redirect what is not canonical, with whatever the path has in it.
+	if !scoperule.Canonical(r.URL.EscapedPath()) {
+		(&visit{Dashboard: d, w: w, r: r}).fail(errNoPage)
+		return
+	}
+	r.Body = http.MaxBytesReader(w, r.Body, maxForm)
+	d.handler.ServeHTTP(w, r)
+}
+
+// visit is one request of somebody who may manage keys.
+type visit struct {
+	*Dashboard
+	w     http.ResponseWriter
+	r     *http.Request
+	actor keyadmin.Actor
+}
+
+// page answers a visit, or returns why it cannot, with nothing written.
+type page func(*visit) error
+
+// signedIn is a page for those who may manage keys. All others get the sign-in form, whatever the page.
+type signedIn struct {
+	d    *Dashboard
+	page page
+}
+
+func (s signedIn) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	v := &visit{Dashboard: s.d, w: w, r: r}
+	var err error
+	if v.actor, err = s.d.actor(r); err == nil {
+		err = s.page(v)
+	}
+	if err != nil {
+		v.fail(err)
+	}
+}
+
+// actor finds out who asks: a person, else the holder of a key who signed in.
+func (d *Dashboard) actor(r *http.Request) (keyadmin.Actor, error) {
+	actor, err := d.Person(r)
+	if !errors.Is(err, ErrNobody) {
+		return actor, err
+	}
+	return d.State.sessions.actor(r, d.Admin)
+}
+
+// layout is what every page has.
+type layout struct {
+	Title    string
+	Account  string // empty: nobody is signed in
+	CanLeave bool   // whether there is a session to end
+	Notice   string
+	Reload   bool // the page shows what changes by itself
+	Data     any
+}
+
+// show writes a page as a whole or, if its template fails, not at all.
+func (v *visit) show(status int, template string, page layout) error {
+	page.Account, page.CanLeave = v.actor.Account(), v.actor.KeyID() != ""
+	if page.Notice == "" {
+		page.Notice = notices[v.r.URL.Query().Get("done")]
+	}
+	var body bytes.Buffer
+	if err := templates[template].Execute(&body, page); err != nil {
+		return err
+	}
+	v.w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	v.w.WriteHeader(status)
+	_, _ = v.w.Write(body.Bytes()) // the browser may be gone
+	return nil
+}
+
+// notices are what a page says after a form was sent, by the word in its address.
+var notices = map[string]string{
+	"renamed":    "The key has its new name.",
+	"undone":     "The rotation is undone. The successor is revoked, and this key has its old expiry again.",
+	"revoked":    "The key is revoked, for good.",
+	"existing":   "That form was sent before: the key exists already, and was shown then. If you did not copy it, revoke it and create another.",
+	"rotated":    "This key is being rotated already. Its successor was shown when it was made.",
+	"ended":      "This key has ended. Create a new one.",
+	"norotation": "This key is not being rotated: there is nothing to undo.",
+}
+
+// redirect ends a visit that sent a form, so that a reload does not send it again.
+func (v *visit) redirect(path, done string) error {
+	if done != "" {
+		path += "?" + url.Values{"done": {done}}.Encode()
+	}
+	http.Redirect(v.w, v.r, path, http.StatusSeeOther)
+	return nil
+}
+
+var (
+	errNoPage      = &Refusal{http.StatusNotFound, "There is no such page, or no such key among those that you may manage."}
+	errCrossOrigin = &Refusal{http.StatusForbidden, "A page of another site sent this form, so nothing was changed. Open the key here and do it again."}
+	errForm        = &Refusal{http.StatusBadRequest, "The form could not be read, so nothing was changed. Go back and send it again."}
+	errForbidden   = &Refusal{http.StatusForbidden, "You may not manage these keys."}
+	errUnavailable = &Refusal{http.StatusServiceUnavailable, "Keys cannot be managed right now. Keys that exist keep working. Try again shortly."}
+)
+
+// fail shows what went wrong. Only what nobody foresaw is logged: the rest is the visitor's, also that they went away.
+func (v *visit) fail(err error) {
+	if errors.Is(err, errSignedOut) {
+		v.showSignIn(http.StatusUnauthorized, "")
+		return
+	}
+	refusal := explain(err)
+	if refusal == errUnavailable && !errors.Is(err, context.Canceled) {
+		v.Logger.Error("the dashboard cannot manage keys", zap.String("method", v.r.Method), zap.String("error", apikey.Redact(err.Error())))
+	}
+	if refusal.Status == http.StatusServiceUnavailable {
+		v.w.Header().Set("Retry-After", "1")
+	}
+	if err := v.show(refusal.Status, "error", layout{Title: http.StatusText(refusal.Status), Data: refusal}); err != nil {
+		http.Error(v.w, refusal.Message, refusal.Status)
+	}
+}
+
+func explain(err error) *Refusal {
+	var (
+		refusal   *Refusal
+		malformed *keyadmin.InvalidError
+		forbidden *keyadmin.ForbiddenError
+	)
+	switch {
+	case errors.As(err, &refusal):
+		return refusal
+	case errors.As(err, &malformed):
+		return &Refusal{http.StatusBadRequest, sentence(malformed.Field, malformed.Reason)}
+	case errors.As(err, &forbidden):
+		if forbidden.Field != "" {
+			return &Refusal{http.StatusForbidden, sentence(forbidden.Field, forbidden.Reason)}
+		}
+		return errForbidden
+	case errors.Is(err, keyadmin.ErrNotFound):
+		return errNoPage
+	}
+	return errUnavailable
+}
+
+// sentence says what a field must be.
+func sentence(field, reason string) string {
+	field = strings.ReplaceAll(field, "_", " ")
+	return strings.ToUpper(field[:1]) + field[1:] + " " + reason + "."
+}
+
+//go:embed assets
+var assets embed.FS
+
+// assetNames are the files that the pages load.
+var assetNames = []string{"dashboard.css", "dashboard.js", "icon.svg"}
+
+// assetVersion changes with any of the files, so that browsers may keep them.
+var assetVersion = func() string {
+	hash := sha256.New()
+	for _, file := range assetNames {
+		text, err := assets.ReadFile("assets/" + file)
+		if err != nil {
+			panic(err) // it is embedded
+		}
+		hash.Write(text)
+	}
+	return hex.EncodeToString(hash.Sum(nil)[:6])
+}()
+
+// asset serves the files that are the same for all.
+func asset(w http.ResponseWriter, r *http.Request) {
+	if r.URL.RawQuery == assetVersion {
+		w.Header().Set("Cache-Control", "public, max-age=31536000, immutable")
+	}
+	http.ServeFileFS(w, r, assets, "assets"+strings.TrimPrefix(r.URL.Path, Root))
+}

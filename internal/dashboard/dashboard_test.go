@@ -1,0 +1,442 @@
+package dashboard_test
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/cookiejar"
+	"net/http/httptest"
+	"net/url"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/dashboard"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+func TestMain(m *testing.M) { pgtest.Main(m) }
+
+var operator = keyadmin.Operator("test")
+
+// rig is a dashboard before a real Postgres. A person is whom the header X-Person names, as "name@account".
+type rig struct {
+	t        *testing.T
+	database string
+	admin    *keyadmin.Admin
+	state    *dashboard.State
+	server   *httptest.Server
+	log      *bytes.Buffer
+}
+
+func newRig(t *testing.T) *rig {
+	t.Helper()
+	r := &rig{t: t, database: pgtest.URL(t), log: new(bytes.Buffer)}
+	if _, _, err := keystore.Migrate(t.Context(), r.database); err != nil {
+		t.Fatal(err)
+	}
+	store, err := keystore.Open(r.database, keystore.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(store.Close)
+	r.admin = keyadmin.New(store)
+	r.state = dashboard.NewState(r.admin)
+	t.Cleanup(r.state.Close)
+	logger := zap.New(zapcore.NewCore(zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig()), zapcore.Lock(zapcore.AddSync(r.log)), zap.DebugLevel))
+	r.server = httptest.NewServer(dashboard.New(dashboard.Config{
+		Admin: r.admin, State: r.state, Logger: logger,
+		Person: func(req *http.Request) (keyadmin.Actor, error) {
+			name, account, ok := strings.Cut(req.Header.Get("X-Person"), "@")
+			if !ok {
+				return keyadmin.Actor{}, dashboard.ErrNobody
+			}
+			return keyadmin.Person(name, account)
+		},
+		SignIn: func(req *http.Request, key string) (keyadmin.Actor, error) {
+			found, err := store.Lookup(req.Context(), []apikey.Digest{apikey.Hash(key)})
+			if err != nil {
+				return keyadmin.Actor{}, err
+			}
+			if len(found.Records) != 1 || found.Records[0].Validity(found.Now) != apikey.Allowed {
+				return keyadmin.Actor{}, &dashboard.Refusal{Status: http.StatusUnauthorized, Message: "This API key is not valid."}
+			}
+			return keyadmin.ManagingKey(found.Records[0])
+		},
+	}))
+	t.Cleanup(r.server.Close)
+	return r
+}
+
+func (r *rig) key(account, name string, manage bool) keyadmin.Key {
+	r.t.Helper()
+	key, _, err := r.admin.Create(r.t.Context(), operator, keyadmin.CreateRequest{
+		Name: name, Account: account, Environment: "production", Scopes: apikey.ScopeNames(), ManageKeys: manage,
+	})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return key
+}
+
+// browser keeps cookies and does not follow redirects.
+type browser struct {
+	*http.Client
+	r      *rig
+	header http.Header
+}
+
+func (r *rig) browser(person string) *browser {
+	jar, _ := cookiejar.New(nil) // which cannot fail without options
+	b := &browser{&http.Client{Jar: jar, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}, r, http.Header{}}
+	if person != "" {
+		b.header.Set("X-Person", person)
+	}
+	return b
+}
+
+type reply struct {
+	*http.Response
+	body string
+}
+
+// do gets a path below the root, or sends a form to it.
+func (b *browser) do(path string, form url.Values) reply {
+	b.r.t.Helper()
+	method, body := "GET", ""
+	if form != nil {
+		method, body = "POST", form.Encode()
+	}
+	req, err := http.NewRequest(method, b.r.server.URL+dashboard.Root+path, strings.NewReader(body))
+	if err != nil {
+		b.r.t.Fatal(err)
+	}
+	req.Header = b.header.Clone()
+	if form != nil {
+		req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	}
+	resp, err := b.Do(req)
+	if err != nil {
+		b.r.t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		b.r.t.Fatal(err)
+	}
+	return reply{resp, string(text)}
+}
+
+func (r reply) want(t *testing.T, status int, texts ...string) {
+	t.Helper()
+	if r.StatusCode != status {
+		t.Fatalf("%s: %d, want %d\n%s", r.Request.URL, r.StatusCode, status, apikey.Redact(r.body))
+	}
+	for _, text := range texts {
+		if !strings.Contains(r.body, text) {
+			t.Errorf("%s: no %q in\n%s", r.Request.URL, text, apikey.Redact(r.body))
+		}
+	}
+}
+
+func createForm(name string) url.Values {
+	return url.Values{
+		"name": {name}, "environment": {"production"}, "scope": {"memories:read", "hives:write"}, "expiry": {"90d"}, "once": {apikey.RandomText(32)},
+	}
+}
+
+var (
+	inputValue = regexp.MustCompile(`id="secret"[^>]* value="([^"]+)"`)
+	keyPath    = regexp.MustCompile(`key_[0-9A-Za-z]{22}`)
+)
+
+func TestKeyIsShownOnceThoughItsFormIsSentAgain(t *testing.T) {
+	r := newRig(t)
+	b := r.browser("ann@acme")
+	form := createForm("Production Backend")
+	shown := b.do("/new", form)
+	shown.want(t, http.StatusCreated, "only time the key is shown")
+	secret := inputValue.FindStringSubmatch(shown.body)
+	if secret == nil {
+		t.Fatal("the key is not shown")
+	}
+	id := keyPath.FindString(shown.body)
+	again := b.do("/new", form)
+	again.want(t, http.StatusSeeOther)
+	if want := dashboard.Root + "/" + id + "?done=existing"; again.Header.Get("Location") != want {
+		t.Errorf("sent again, it leads to %s, want %s", again.Header.Get("Location"), want)
+	}
+	for _, path := range []string{"", "/" + id, "/" + id + "/revoke", "/" + id + "/rotate"} {
+		if page := b.do(path, nil); page.StatusCode != http.StatusOK || apikey.ContainsKey(page.body) {
+			t.Errorf("%q: %d, or it has the key", path, page.StatusCode)
+		}
+	}
+	if r.log.Len() > 0 {
+		t.Errorf("log: %s", r.log)
+	}
+	page, err := r.admin.List(t.Context(), operator, keyadmin.ListRequest{Account: "acme"})
+	if err != nil || len(page.Keys) != 1 || strings.Join(page.Keys[0].Scopes, " ") != "memories:read hives:write" {
+		t.Errorf("keys %+v, error %v", page.Keys, err)
+	}
+}
+
+func TestEveryAnswerForbidsFramesScriptsAndCaches(t *testing.T) {
+	r := newRig(t)
+	id := r.key("acme", "A", false).ID
+	for _, person := range []string{"", "ann@acme"} {
+		b := r.browser(person)
+		for _, path := range []string{"", "/new", "/" + id, "/" + id + "/revoke", "/nothing", "/a//b", "/sign-out"} {
+			h := b.do(path, nil).Header
+			for name, value := range map[string]string{
+				"Cache-Control": "no-store", "X-Frame-Options": "DENY", "X-Content-Type-Options": "nosniff",
+				"Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; " +
+					"base-uri 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
+			} {
+				if h.Get(name) != value {
+					t.Errorf("%q %q: %s is %q", person, path, name, h.Get(name))
+				}
+			}
+		}
+	}
+}
+
+func TestFormsOfOtherSitesChangeNothing(t *testing.T) {
+	r := newRig(t)
+	key := r.key("acme", "Victim", true)
+	for name, value := range map[string]string{"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"} {
+		b := r.browser("ann@acme")
+		b.header.Set(name, value)
+		for path, form := range map[string]url.Values{
+			"/new": createForm("x"), "/" + key.ID + "/revoke": {"name": {"Victim"}}, "/" + key.ID + "/rotate": {"overlap": {"0"}},
+			"/" + key.ID + "/rename": {"name": {"y"}}, "/" + key.ID + "/rotate/undo": {}, "/sign-in": {"key": {key.Key.Reveal()}}, "/sign-out": {},
+		} {
+			reply := b.do(path, form)
+			reply.want(t, http.StatusForbidden, "A page of another site")
+			if reply.Header.Get("Set-Cookie") != "" {
+				t.Errorf("%s: %s", path, reply.Header.Get("Set-Cookie"))
+			}
+		}
+	}
+	page, err := r.admin.List(t.Context(), operator, keyadmin.ListRequest{Account: "acme", Status: "active"})
+	if err != nil || len(page.Keys) != 1 || page.Keys[0].Name != "Victim" || page.Keys[0].Successor != nil {
+		t.Errorf("keys %+v, error %v", page.Keys, err)
+	}
+}
+
+func TestAnotherAccountSeesAndChangesNothing(t *testing.T) {
+	r := newRig(t)
+	key := r.key("acme", "Theirs", false)
+	b := r.browser("eve@other")
+	if list := b.do("", nil); strings.Contains(list.body, "Theirs") || strings.Contains(list.body, key.ID) {
+		t.Error("the list shows another account's key")
+	}
+	none := b.do("/key_"+strings.Repeat("0", 22), nil)
+	for _, path := range []string{"", "/rotate", "/revoke"} {
+		reply := b.do("/"+key.ID+path, nil)
+		reply.want(t, http.StatusNotFound)
+		if reply.body != none.body {
+			t.Errorf("%q: the answer differs from that of a key that does not exist", path)
+		}
+	}
+	for path, form := range map[string]url.Values{"/revoke": {"name": {"Theirs"}}, "/rotate": {"overlap": {"0"}}, "/rename": {"name": {"Mine"}}, "/rotate/undo": {}} {
+		b.do("/"+key.ID+path, form).want(t, http.StatusNotFound)
+	}
+	if found, err := r.admin.Get(t.Context(), operator, key.ID); err != nil || found.Status != keyadmin.Active || found.Name != "Theirs" || found.Successor != nil {
+		t.Errorf("%+v, %v", found, err)
+	}
+}
+
+func TestNamesAreText(t *testing.T) {
+	r := newRig(t)
+	b := r.browser(`<i>ann</i>@"><script>alert(1)</script>`)
+	for _, name := range []string{`<script>alert(1)</script>`, `"><img src=x onerror=alert(1)>`, "\u202etxet\u2066", strings.Repeat("ü", 200), `{{.Key}} ' & <b>`} {
+		shown := b.do("/new", createForm(name))
+		shown.want(t, http.StatusCreated)
+		id := keyPath.FindString(shown.body)
+		for _, page := range []reply{shown, b.do("", nil), b.do("/"+id, nil), b.do("/"+id+"/revoke", nil), b.do("?q="+url.QueryEscape(name), nil)} {
+			page.want(t, page.StatusCode, "<bdi>")
+			for _, markup := range []string{"<script>alert", "<img", "<i>ann", "<b>'"} {
+				if strings.Contains(page.body, markup) {
+					t.Errorf("%s of %q has %s", page.Request.URL, name, markup)
+				}
+			}
+		}
+		b.do("/"+id+"/revoke", url.Values{"name": {name}}).want(t, http.StatusSeeOther)
+	}
+}
+
+func TestFormsSayWhatIsWrongAndKeepWhatWasTyped(t *testing.T) {
+	r := newRig(t)
+	b := r.browser("ann@acme")
+	for problem, change := range map[string]url.Values{
+		"Name must have 1 to 200 characters.":                             {"name": {strings.Repeat("n", 300)}},
+		"Name must not contain an API key.":                               {"name": {apikey.Generate(apikey.Sandbox)}},
+		"Choose at least one scope.":                                      {"scope": nil},
+		"Expiry needs a date.":                                            {"expiry": {"date"}},
+		"The date must be in the future, at most ten years ahead.":        {"expiry": {"date"}, "date": {"2001-01-01"}},
+		"Expiry must be one of the choices.":                              {"expiry": {"forever"}},
+		"Environment must be production or sandbox.":                      {"environment": {"staging"}},
+		"Idempotency-Key must have at most 255 printable ASCII character": {"once": {"ü"}},
+	} {
+		form := createForm("Typed")
+		for field, values := range change {
+			form[field] = values
+		}
+		reply := b.do("/new", form)
+		reply.want(t, http.StatusUnprocessableEntity, problem)
+		if change["scope"] == nil && len(form["scope"]) > 0 && !strings.Contains(reply.body, `value="hives:write" checked`) {
+			t.Errorf("%s: the chosen scopes are lost", problem)
+		}
+	}
+	key := r.key("acme", "Mine", false)
+	b.do("/"+key.ID+"/revoke", url.Values{"name": {"mine"}}).want(t, http.StatusUnprocessableEntity, "Nothing was revoked", `value="mine"`)
+	b.do("/"+key.ID+"/rename", url.Values{"name": {""}}).want(t, http.StatusUnprocessableEntity, "Name must have 1 to 200 characters.")
+	b.do("/"+key.ID+"/rotate", url.Values{"overlap": {"-1h"}}).want(t, http.StatusBadRequest, "Overlap must be")
+	if page, err := r.admin.List(t.Context(), operator, keyadmin.ListRequest{Account: "acme"}); err != nil || len(page.Keys) != 1 || page.Keys[0].Status != keyadmin.Active {
+		t.Errorf("%+v, %v", page.Keys, err)
+	}
+}
+
+func TestSessionEndsWithItsKeyWithTimeAndBySigningOut(t *testing.T) {
+	r := newRig(t)
+	now := time.Now()
+	r.state.SetClock(func() time.Time { return now })
+	signIn := func(key keyadmin.Key) *browser {
+		b := r.browser("")
+		reply := b.do("/sign-in", url.Values{"key": {key.Key.Reveal()}})
+		reply.want(t, http.StatusSeeOther)
+		cookie := reply.Header.Get("Set-Cookie")
+		for _, attribute := range []string{"HttpOnly", "SameSite=Strict", "Path=" + dashboard.Root} {
+			if !strings.Contains(cookie, attribute) {
+				t.Errorf("the cookie has no %s: %s", attribute, cookie)
+			}
+		}
+		if apikey.ContainsKey(fmt.Sprint(reply.Header)) || strings.Contains(cookie, key.ID) {
+			t.Error("the cookie tells the key")
+		}
+		b.do("", nil).want(t, http.StatusOK, "<bdi>acme</bdi>")
+		return b
+	}
+	out := func(b *browser) { t.Helper(); b.do("", nil).want(t, http.StatusUnauthorized, "<h1>Sign in</h1>") }
+
+	key := r.key("acme", "Manager", true)
+	idle, left := signIn(key), signIn(key)
+	left.do("/sign-out", url.Values{}).want(t, http.StatusSeeOther)
+	out(left)
+	now = now.Add(31 * time.Minute)
+	out(idle)
+	old := signIn(key)
+	for range 20 { // never idle, but too long
+		now = now.Add(25 * time.Minute)
+		if reply := old.do("", nil); reply.StatusCode == http.StatusUnauthorized {
+			break
+		}
+	}
+	out(old)
+	revoked := signIn(key)
+	if _, err := r.admin.Revoke(t.Context(), operator, key.ID); err != nil {
+		t.Fatal(err)
+	}
+	out(revoked)
+	if n := r.state.Sessions(); n != 0 {
+		t.Errorf("%d sessions are kept after they ended", n)
+	}
+}
+
+func TestNobodyButAManagingKeySignsIn(t *testing.T) {
+	r := newRig(t)
+	b := r.browser("")
+	plain := r.key("acme", "Plain", false)
+	b.do("/sign-in", url.Values{"key": {plain.Key.Reveal()}}).want(t, http.StatusForbidden, "may not manage keys")
+	b.do("/sign-in", url.Values{"key": {apikey.Generate(apikey.Production)}}).want(t, http.StatusUnauthorized, "not valid")
+	b.do("/sign-in", url.Values{}).want(t, http.StatusUnauthorized)
+	for _, path := range []string{"", "/new", "/" + plain.ID, "/nothing"} {
+		b.do(path, nil).want(t, http.StatusUnauthorized, "<h1>Sign in</h1>")
+	}
+	b.do("/"+plain.ID+"/revoke", url.Values{"name": {"Plain"}}).want(t, http.StatusUnauthorized)
+	if strings.Contains(r.log.String(), plain.Key.Reveal()) {
+		t.Error("the log has the key")
+	}
+}
+
+func TestListFiltersSortsAndPages(t *testing.T) {
+	r := newRig(t)
+	for i := range 30 {
+		r.key("acme", fmt.Sprintf("Key %02d", 29-i), false)
+	}
+	b := r.browser("ann@acme")
+	first := b.do("?sort=name", nil)
+	first.want(t, http.StatusOK, "Key 00", "Key 24", "30 keys", "Next page")
+	if strings.Contains(first.body, "Key 25") || strings.Index(first.body, "Key 00") > strings.Index(first.body, "Key 01") {
+		t.Error("the first page is not the first 25 by name")
+	}
+	next := regexp.MustCompile(`href="` + dashboard.Root + `(\?[^"]*cursor[^"]*)"`).FindStringSubmatch(first.body)
+	if next == nil {
+		t.Fatal("there is no next page")
+	}
+	second := b.do(strings.ReplaceAll(next[1], "&amp;", "&"), nil)
+	second.want(t, http.StatusOK, "Key 25", "Key 29")
+	if strings.Contains(second.body, "Key 24") {
+		t.Error("the second page repeats the first")
+	}
+	b.do("?q=key+07", nil).want(t, http.StatusOK, "Key 07", "1 key<")
+	b.do("?q=absent", nil).want(t, http.StatusOK, "No key matches")
+	b.do("?status=revoked", nil).want(t, http.StatusOK, "No key matches")
+	b.do("?environment=sandbox", nil).want(t, http.StatusOK, "No sandbox keys yet")
+	b.do("?cursor=nonsense", nil).want(t, http.StatusBadRequest)
+}
+
+func TestMarksAndChartSayWhatNeedsALook(t *testing.T) {
+	r := newRig(t)
+	key := r.key("acme", "Busy", false)
+	pgtest.Exec(t, r.database, `insert into rekall.usage (key_id, hour, outcome, count) select $1, date_trunc('hour', now()) - interval '1 hour' * n, 'allowed', 12 from generate_series(1, 40) n`, key.ID)
+	pgtest.Exec(t, r.database, `insert into rekall.usage (key_id, hour, outcome, count) values ($1, date_trunc('hour', now()) - interval '1 hour', 'scope_insufficient', 34567)`, key.ID)
+	pgtest.Exec(t, r.database, `insert into rekall.spikes (key_id, hour, threshold) values ($1, date_trunc('hour', now()) - interval '1 hour', 321)`, key.ID)
+	b := r.browser("ann@acme")
+	b.do("", nil).want(t, http.StatusOK, "Spike", "Never used")
+	for _, span := range []string{"24h", "7d", "30d"} {
+		b.do("/"+key.ID+"?range="+span, nil).want(t, http.StatusOK, "scope insufficient", "34,567", "spikes: 1", "Spike")
+	}
+}
+
+func TestPageWeighsLessThan100KiBWithAllThatItLoads(t *testing.T) {
+	r := newRig(t)
+	for i := range 25 {
+		key := r.key("acme", fmt.Sprintf("%s %d", strings.Repeat("n", 190), i), false)
+		pgtest.Exec(t, r.database, `insert into rekall.usage (key_id, hour, outcome, count) select $1, date_trunc('hour', now()) - interval '1 hour' * n, 'allowed', 1234567 from generate_series(0, 168) n`, key.ID)
+	}
+	b := r.browser("ann@acme")
+	list := b.do("", nil)
+	for name, page := range map[string]reply{"list": list, "key": b.do("/"+keyPath.FindString(list.body), nil), "form": b.do("/new", nil)} {
+		sum := len(page.body)
+		for _, file := range regexp.MustCompile(dashboard.Root+`(/[a-z.]+[?][0-9a-f]{12})"`).FindAllStringSubmatch(page.body, -1) {
+			asset := b.do(file[1], nil)
+			asset.want(t, http.StatusOK)
+			if !strings.Contains(asset.Header.Get("Cache-Control"), "immutable") {
+				t.Errorf("%s is not kept by browsers", file[1])
+			}
+			sum += len(asset.body)
+		}
+		if t.Logf("%s: %d bytes", name, sum); sum > 100<<10 {
+			t.Errorf("%s: %d bytes with all that it loads", name, sum)
+		}
+	}
+}
+
+func TestPostgresThatIsGoneIsSaidAndNothingElse(t *testing.T) {
+	r := newRig(t)
+	pgtest.Exec(t, r.database, "alter table rekall.api_keys rename to gone")
+	reply := r.browser("ann@acme").do("", nil)
+	reply.want(t, http.StatusServiceUnavailable, "Keys that exist keep working")
+	if strings.Contains(reply.body, "api_keys ") || !strings.Contains(r.log.String(), "the dashboard cannot manage keys") {
+		t.Errorf("body %s\nlog %s", reply.body, r.log)
+	}
+}

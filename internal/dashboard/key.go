@@ -1,0 +1,278 @@
+package dashboard
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+)
+
+// keyData is the page of a key.
+type keyData struct {
+	Key      keyadmin.Key
+	Marks    []mark
+	Usage    keyadmin.Usage
+	Range    string
+	Chart    chart
+	Reasons  []reason
+	History  []keyadmin.AuditEntry
+	Earlier  bool // there is more history than is shown
+	Rotation *rotation
+	Edges    *edges
+	Problem  string // with the new name
+	NewName  string
+	Self     bool // the key that signed in
+}
+
+// reason is why requests were denied, and how often.
+type reason struct {
+	Name  string
+	Count int64
+}
+
+func reasons(counts map[string]int64) []reason {
+	var list []reason
+	for _, name := range slices.Sorted(maps.Keys(counts)) {
+		list = append(list, reason{strings.ReplaceAll(name, "_", " "), counts[name]})
+	}
+	slices.SortStableFunc(list, func(a, b reason) int { return int(min(max(b.Count-a.Count, -1), 1)) })
+	return list
+}
+
+// rotation is how the traffic moves from a key to its successor, since that was made.
+type rotation struct {
+	Old, New           keyadmin.Key
+	OldCount, NewCount int64
+	Share              int64 // of the successor, in percent
+	Quiet              bool  // nobody used either
+	Chart              chart
+}
+
+// edges is how a revocation arrives.
+type edges struct {
+	Confirmed []keyadmin.Confirmation
+	Waiting   []keyadmin.Edge
+	Done      bool // no edge allows the key
+}
+
+func (d *Dashboard) key(v *visit) error { return d.showKeyPage(v, http.StatusOK, "", "") }
+
+func (d *Dashboard) showKeyPage(v *visit, status int, newName, problem string) error {
+	ctx := v.r.Context()
+	key, err := d.Admin.Get(ctx, v.actor, v.r.PathValue("id"))
+	if err != nil {
+		return err
+	}
+	data := keyData{Key: key, Problem: problem, NewName: or(newName, key.Name), Self: key.ID == v.actor.KeyID()}
+	if err := d.addUsage(v, &data); err != nil {
+		return err
+	}
+	history, err := d.Admin.Audit(ctx, v.actor, keyadmin.AuditRequest{KeyID: key.ID, Limit: pageSize})
+	if err != nil {
+		return err
+	}
+	data.History, data.Earlier = history.Entries, history.NextCursor != ""
+	if data.Rotation, err = d.rotationOf(ctx, v.actor, key); err != nil {
+		return err
+	}
+	if data.Edges, err = d.edgesOf(ctx, key); err != nil {
+		return err
+	}
+	live := data.Rotation != nil || data.Edges != nil && !data.Edges.Done
+	return v.show(status, "key", layout{Title: key.Name, Reload: live, Data: data})
+}
+
+// addUsage adds what the key was used for in the range that was asked for, and its marks.
+func (d *Dashboard) addUsage(v *visit, data *keyData) error {
+	span, draw := 7*24*time.Hour, hourly
+	data.Range = v.r.URL.Query().Get("range")
+	switch data.Range {
+	case "24h":
+		span = 24 * time.Hour
+	case "30d":
+		span, draw = 30*24*time.Hour, daily
+	default:
+		data.Range = "7d"
+	}
+	now := time.Now()
+	usage, err := d.Admin.Usage(v.r.Context(), v.actor, data.Key.ID, now.Add(-span), time.Time{})
+	if err != nil {
+		return err
+	}
+	data.Usage, data.Chart, data.Reasons = usage, draw(usage, wide), reasons(usage.Total.DeniedByReason)
+	data.Marks = marks(data.Key, usage)
+	return nil
+}
+
+// rotationOf is the rotation that a key is the old key of; nil: none, or it has ended.
+func (d *Dashboard) rotationOf(ctx context.Context, actor keyadmin.Actor, old keyadmin.Key) (*rotation, error) {
+	if old.Successor == nil || old.Status != keyadmin.Active {
+		return nil, nil
+	}
+	successor, err := d.Admin.Get(ctx, actor, *old.Successor)
+	if err != nil {
+		return nil, err
+	}
+	since := successor.CreatedAt.Truncate(time.Hour)
+	of := func(key keyadmin.Key) (keyadmin.Usage, error) {
+		return d.Admin.Usage(ctx, actor, key.ID, since, time.Time{})
+	}
+	oldUsage, err := of(old)
+	if err != nil {
+		return nil, err
+	}
+	newUsage, err := of(successor)
+	if err != nil {
+		return nil, err
+	}
+	r := &rotation{Old: old, New: successor, OldCount: oldUsage.Total.Allowed, NewCount: newUsage.Total.Allowed}
+	if sum := r.OldCount + r.NewCount; sum > 0 {
+		r.Share = r.NewCount * 100 / sum
+	}
+	r.Quiet = r.OldCount+r.NewCount == 0
+	r.Chart = meter(r.Share)
+	return r, nil
+}
+
+// edgesOf is how far a revocation has come; nil: the key is not revoked, or was so long ago that every edge refuses it.
+func (d *Dashboard) edgesOf(ctx context.Context, key keyadmin.Key) (*edges, error) {
+	if key.RevokedAt == nil {
+		return nil, nil
+	}
+	if time.Since(*key.RevokedAt) < watchFor {
+		d.State.watchRevocation(key.ID)
+	}
+	confirmed, done, watched := d.State.seen(key.ID)
+	if !watched {
+		return nil, nil
+	}
+	e := &edges{Confirmed: confirmed, Done: done}
+	if done {
+		return e, nil
+	}
+	all, err := d.Admin.Edges(ctx)
+	if err != nil {
+		return nil, err
+	}
+	e.Waiting = slices.DeleteFunc(all, func(edge keyadmin.Edge) bool {
+		return slices.ContainsFunc(confirmed, func(c keyadmin.Confirmation) bool { return c.Instance == edge.Instance })
+	})
+	return e, nil
+}
+
+func (d *Dashboard) rename(v *visit) error {
+	form, err := v.form()
+	if err != nil {
+		return err
+	}
+	id, name := v.r.PathValue("id"), strings.TrimSpace(form.Get("name"))
+	_, err = d.Admin.Rename(v.r.Context(), v.actor, id, name)
+	var malformed *keyadmin.InvalidError
+	if errors.As(err, &malformed) {
+		return d.showKeyPage(v, http.StatusUnprocessableEntity, name, sentence(malformed.Field, malformed.Reason))
+	}
+	if err != nil {
+		return err
+	}
+	return v.redirect(Root+"/"+id, "renamed")
+}
+
+// changeData is the form that rotates or revokes a key.
+type changeData struct {
+	Key     keyadmin.Key
+	Problem string
+	Typed   string
+	Overlap string
+	Self    bool
+}
+
+func (d *Dashboard) changeForm(v *visit) (changeData, error) {
+	key, err := d.Admin.Get(v.r.Context(), v.actor, v.r.PathValue("id"))
+	return changeData{Key: key, Overlap: "1d", Self: key.ID != "" && key.ID == v.actor.KeyID()}, err
+}
+
+func (d *Dashboard) rotateForm(v *visit) error {
+	data, err := d.changeForm(v)
+	if err != nil {
+		return err
+	}
+	if data.Key.Status != keyadmin.Active {
+		return v.redirect(Root+"/"+data.Key.ID, "ended")
+	}
+	return v.show(http.StatusOK, "rotate", layout{Title: "Rotate key", Data: data})
+}
+
+func (d *Dashboard) rotate(v *visit) error {
+	form, err := v.form()
+	if err != nil {
+		return err
+	}
+	id := v.r.PathValue("id")
+	overlap, err := keyadmin.ParseOverlap(form.Get("overlap"))
+	if err != nil {
+		return err
+	}
+	successor, err := d.Admin.Rotate(v.r.Context(), v.actor, id, overlap)
+	switch {
+	case errors.Is(err, keyadmin.ErrAlreadyRotated):
+		return v.redirect(Root+"/"+id, "rotated")
+	case errors.Is(err, keyadmin.ErrEnded):
+		return v.redirect(Root+"/"+id, "ended")
+	case err != nil:
+		return err
+	}
+	return v.showKey(successor)
+}
+
+func (d *Dashboard) undoRotation(v *visit) error {
+	id := v.r.PathValue("id")
+	_, err := d.Admin.UndoRotation(v.r.Context(), v.actor, id)
+	switch {
+	case errors.Is(err, keyadmin.ErrNotRotated):
+		return v.redirect(Root+"/"+id, "norotation")
+	case errors.Is(err, keyadmin.ErrEnded):
+		return v.redirect(Root+"/"+id, "ended")
+	case err != nil:
+		return err
+	}
+	return v.redirect(Root+"/"+id, "undone")
+}
+
+func (d *Dashboard) revokeForm(v *visit) error {
+	data, err := d.changeForm(v)
+	if err != nil {
+		return err
+	}
+	if data.Key.Status == keyadmin.Revoked {
+		return v.redirect(Root+"/"+data.Key.ID, "")
+	}
+	return v.show(http.StatusOK, "revoke", layout{Title: "Revoke key", Data: data})
+}
+
+// revoke wants the name typed: it cannot be undone. Where a key is revoked already, that is what was asked for.
+func (d *Dashboard) revoke(v *visit) error {
+	form, err := v.form()
+	if err != nil {
+		return err
+	}
+	data, err := d.changeForm(v)
+	if err != nil {
+		return err
+	}
+	data.Typed = strings.TrimSpace(form.Get("name"))
+	if data.Typed != data.Key.Name && data.Typed != data.Key.ID {
+		data.Problem = "That is not the key's name. Nothing was revoked."
+		return v.show(http.StatusUnprocessableEntity, "revoke", layout{Title: "Revoke key", Data: data})
+	}
+	_, err = d.Admin.Revoke(v.r.Context(), v.actor, data.Key.ID)
+	if err != nil && !errors.Is(err, keyadmin.ErrAlreadyRevoked) {
+		return err
+	}
+	d.State.watchRevocation(data.Key.ID)
+	return v.redirect(Root+"/"+data.Key.ID, "revoked")
+}

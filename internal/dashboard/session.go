@@ -1,0 +1,176 @@
+package dashboard
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"errors"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+)
+
+const (
+	signInPath = "sign-in"
+
+	// maxSession is a working day, and maxIdle a meeting: who comes back later has the key at hand or should not be here.
+	maxSession = 8 * time.Hour
+	maxIdle    = 30 * time.Minute
+
+	// maxSessions bounds memory against a holder of a key who signs in without end.
+	maxSessions = 10000
+)
+
+var errSignedOut = errors.New("signed out")
+
+// sessions are those who signed in with a key. The cookie is random and says nothing; here stand only its hash and the id of
+// the key, so neither a cookie nor this memory can be turned into a key. They live in this process: who is sent to another,
+// or comes back after a restart, signs in again. An encrypted cookie would serve several processes, but needs a secret that
+// they share and that rotates, and could be neither ended by signing out nor be counted.
+type sessions struct {
+	now func() time.Time
+
+	mu   sync.Mutex
+	byID map[[sha256.Size]byte]*session
+}
+
+type session struct {
+	keyID          string
+	began, lastUse time.Time
+}
+
+func (s *session) ended(now time.Time) bool {
+	return now.Sub(s.began) > maxSession || now.Sub(s.lastUse) > maxIdle
+}
+
+// begin signs the holder of a key in and returns the session's id.
+func (s *sessions) begin(keyID string) string {
+	id, now := rand.Text(), s.now()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.byID) >= maxSessions {
+		s.makeRoom(now)
+	}
+	s.byID[sha256.Sum256([]byte(id))] = &session{keyID, now, now}
+	return id
+}
+
+// makeRoom removes the sessions that ended, else the one that was idle longest.
+func (s *sessions) makeRoom(now time.Time) {
+	var idlest [sha256.Size]byte
+	oldest := now
+	for id, session := range s.byID {
+		if session.ended(now) {
+			delete(s.byID, id)
+		} else if !session.lastUse.After(oldest) {
+			idlest, oldest = id, session.lastUse
+		}
+	}
+	if len(s.byID) >= maxSessions {
+		delete(s.byID, idlest)
+	}
+}
+
+// end signs out; of a session that does not exist, nobody.
+func (s *sessions) end(id string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.byID, sha256.Sum256([]byte(id)))
+}
+
+// keyID returns the key that a session was begun with.
+func (s *sessions) keyID(id string) (string, bool) {
+	hash, now := sha256.Sum256([]byte(id)), s.now()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	session, ok := s.byID[hash]
+	if !ok {
+		return "", false
+	}
+	if session.ended(now) {
+		delete(s.byID, hash)
+		return "", false
+	}
+	session.lastUse = now
+	return session.keyID, true
+}
+
+// actor is whose session a request belongs to. Postgres is asked each time: a key that was revoked or has expired is signed
+// out at once, also where the edge has not heard of it.
+func (s *sessions) actor(r *http.Request, admin *keyadmin.Admin) (keyadmin.Actor, error) {
+	id := sessionID(r)
+	keyID, ok := s.keyID(id)
+	if !ok {
+		return keyadmin.Actor{}, errSignedOut
+	}
+	actor, err := admin.Manager(r.Context(), keyID)
+	var forbidden *keyadmin.ForbiddenError
+	if errors.As(err, &forbidden) {
+		s.end(id)
+		return keyadmin.Actor{}, errSignedOut
+	}
+	return actor, err
+}
+
+// cookieName is one that pages without TLS cannot set, where there is TLS.
+func cookieName(r *http.Request) string {
+	if r.TLS != nil {
+		return "__Secure-rekall-session"
+	}
+	return "rekall-session"
+}
+
+func sessionID(r *http.Request) string {
+	cookie, err := r.Cookie(cookieName(r))
+	if err != nil {
+		return ""
+	}
+	return cookie.Value
+}
+
+func setCookie(w http.ResponseWriter, r *http.Request, value string, maxAge int) {
+	http.SetCookie(w, &http.Cookie{
+		Name: cookieName(r), Value: value, Path: Root, MaxAge: maxAge, HttpOnly: true, Secure: r.TLS != nil, SameSite: http.SameSiteStrictMode,
+	})
+}
+
+func (d *Dashboard) toList(v *visit) error { return v.redirect(Root, "") }
+
+func (v *visit) showSignIn(status int, problem string) {
+	if err := v.show(status, "sign-in", layout{Title: "Sign in", Data: problem}); err != nil {
+		http.Error(v.w, "Sign in.", status)
+	}
+}
+
+// signIn takes a key from a form's body, which no log has, and forgets it.
+func (d *Dashboard) signIn(w http.ResponseWriter, r *http.Request) {
+	v := &visit{Dashboard: d, w: w, r: r}
+	if err := r.ParseForm(); err != nil {
+		v.fail(errForm)
+		return
+	}
+	actor, err := d.SignIn(r, r.PostForm.Get("key"))
+	var (
+		refusal   *Refusal
+		forbidden *keyadmin.ForbiddenError
+	)
+	switch {
+	case errors.As(err, &refusal):
+		v.showSignIn(refusal.Status, refusal.Message)
+	case errors.As(err, &forbidden):
+		v.showSignIn(http.StatusForbidden, "This key is good, but may not manage keys. Use one that was created with “manage keys”.")
+	case err != nil:
+		v.fail(err)
+	default:
+		d.State.sessions.end(sessionID(r))
+		setCookie(w, r, d.State.sessions.begin(actor.KeyID()), int(maxSession.Seconds()))
+		_ = v.redirect(Root, "")
+	}
+}
+
+func (d *Dashboard) signOut(w http.ResponseWriter, r *http.Request) {
+	d.State.sessions.end(sessionID(r))
+	setCookie(w, r, "", -1)
+	_ = (&visit{Dashboard: d, w: w, r: r}).redirect(Root, "")
+}

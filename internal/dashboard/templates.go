@@ -1,0 +1,127 @@
+package dashboard
+
+import (
+	"embed"
+	"fmt"
+	"html/template"
+	"strings"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+)
+
+//go:embed templates
+var templateFiles embed.FS
+
+// templates are the pages, each with the layout and the parts that several of them have.
+var templates = func() map[string]*template.Template {
+	pages := map[string]*template.Template{}
+	for _, name := range []string{"list", "new", "created", "key", "rotate", "revoke", "sign-in", "error"} {
+		pages[name] = template.Must(template.New("layout.html").Funcs(functions).
+			ParseFS(templateFiles, "templates/layout.html", "templates/parts.html", "templates/"+name+".html"))
+	}
+	return pages
+}()
+
+var functions = template.FuncMap{
+	"root":    func() string { return Root },
+	"version": func() string { return assetVersion },
+	"when":    when,
+	"number":  number,
+	"num":     func(f float64) string { return fmt.Sprintf("%.2f", f) },
+	"action":  func(a keyadmin.Action) string { return or(actions[a], string(a)) },
+	"delay":   delay,
+	"percent": func(n int64) string { return fmt.Sprintf("%d %%", n) },
+	"first":   first,
+	"plus":    func(a, b int64) int64 { return a + b },
+	"short":   short,
+	"ranges":  func() []string { return []string{"24h", "7d", "30d"} },
+}
+
+// actions say the lines of the audit for people.
+var actions = map[keyadmin.Action]string{
+	keyadmin.KeyCreated:        "Created",
+	keyadmin.KeyRenamed:        "Renamed",
+	keyadmin.KeyRevoked:        "Revoked",
+	keyadmin.KeyRotated:        "Rotated",
+	keyadmin.KeyRotationUndone: "Rotation undone",
+	keyadmin.KeyGraceStarted:   "Successor used for the first time",
+	keyadmin.LeakReported:      "Reported as leaked",
+}
+
+// moment is a time as people say it, and exactly.
+type moment struct{ Relative, Exact, Machine string }
+
+// when takes a time or a pointer to one. Nil is an empty moment.
+func when(at any) moment {
+	var t time.Time
+	switch at := at.(type) {
+	case time.Time:
+		t = at
+	case *time.Time:
+		if at == nil {
+			return moment{}
+		}
+		t = *at
+	}
+	return moment{relative(time.Since(t)), t.Format("2 January 2006, 15:04:05 MST"), t.Format(time.RFC3339)}
+}
+
+// relative says how long ago something was, or how far ahead it is if that is negative.
+func relative(ago time.Duration) string {
+	const day = 24 * time.Hour
+	form := "%s ago"
+	if ago < 0 {
+		ago, form = -ago, "in %s"
+	}
+	units := []struct {
+		name string
+		unit time.Duration
+		upTo time.Duration
+	}{
+		{"minute", time.Minute, time.Hour}, {"hour", time.Hour, 2 * day}, {"day", day, 60 * day}, {"month", 30 * day, 365 * day}, {"year", 365 * day, 1<<63 - 1},
+	}
+	if ago < time.Minute {
+		return map[bool]string{true: "in a moment", false: "just now"}[form == "in %s"]
+	}
+	for _, u := range units {
+		if ago < u.upTo {
+			n := int64((ago + u.unit/2) / u.unit)
+			plural := "s"
+			if n == 1 {
+				plural = ""
+			}
+			return fmt.Sprintf(form, fmt.Sprintf("%d %s%s", n, u.name, plural))
+		}
+	}
+	return ""
+}
+
+// delay is what an edge took to confirm: milliseconds, until they are too many to read.
+func delay(seconds float64) string {
+	if seconds < 1 {
+		return fmt.Sprintf("%.0f ms", seconds*1000)
+	}
+	return fmt.Sprintf("%.1f s", seconds)
+}
+
+// number writes 1234567 as 1,234,567.
+func number(n int64) string {
+	text := fmt.Sprint(n)
+	for i := len(text) - 3; i > 0; i -= 3 {
+		text = text[:i] + "," + text[i:]
+	}
+	return text
+}
+
+// first is the beginning of a list, and short how many scopes stand in a row of the list.
+func first(n int, list []string) []string { return list[:min(n, len(list))] }
+
+func short(scopes []string) string {
+	const shown = 2
+	text := strings.Join(first(shown, scopes), ", ")
+	if more := len(scopes) - shown; more > 0 {
+		text += fmt.Sprintf(" +%d", more)
+	}
+	return text
+}
