@@ -47,6 +47,8 @@ var actions = map[keyadmin.Action]string{
 	keyadmin.KeyRotationUndone: "Rotation undone",
 	keyadmin.KeyGraceStarted:   "Successor used for the first time",
 	keyadmin.LeakReported:      "Reported as leaked",
+	keyadmin.KeysRevoked:       "Revoked with others",
+	keyadmin.KeysImported:      "Imported with others",
 }
 
 // moment is a time as people say it, and exactly.
