@@ -213,21 +213,16 @@ func (d *dev) startGateway() error {
 
 http://:%[2]s {
 	bind %[3]s
-	@keys path /v1/api-keys /v1/api-keys/* /settings/api-keys /settings/api-keys/*
-	handle @keys {
-		rekall_keys
-	}
-	handle {
-		rekall_gateway {
-			production {
-				reverse_proxy %[4]s {
-					header_up Host {upstream_hostport}
-				}
+	rekall_keys
+	rekall_gateway {
+		production {
+			reverse_proxy %[4]s {
+				header_up Host {upstream_hostport}
 			}
-			sandbox {
-				reverse_proxy %[5]s {
-					header_up Host {upstream_hostport}
-				}
+		}
+		sandbox {
+			reverse_proxy %[5]s {
+				header_up Host {upstream_hostport}
 			}
 		}
 	}

@@ -50,7 +50,7 @@ func (w *deadlineWriter) SetWriteDeadline(time.Time) error {
 // slow stands for a proxy that is still writing when the time for that is over.
 type slow struct{}
 
-func (slow) ServeHTTP(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
+func (slow) ServeHTTP(http.ResponseWriter, *http.Request) error {
 	<-time.After(2 * cutGrace)
 	return nil
 }
@@ -64,7 +64,7 @@ func TestLateCutNeverTouchesAFinishedWriter(t *testing.T) {
 	for _, tc := range []struct {
 		name      string
 		tracked   bool
-		handler   caddyhttp.MiddlewareHandler
+		handler   caddyhttp.Handler
 		deadlines int
 	}{
 		{"refused, since the key has changed", false, passing{}, 0},

@@ -50,7 +50,7 @@ type Gateway struct {
 	// request for which no token can be signed is answered 503. Default: none.
 	IdentityToken *IdentityToken `json:"identity_token,omitempty"`
 
-	production, sandbox caddyhttp.MiddlewareHandler
+	production, sandbox caddyhttp.Handler
 	rules               *scoperule.Table
 	cache               keys
 	issuer              *identitytoken.Issuer // nil: no identity tokens
@@ -112,7 +112,7 @@ func (g *Gateway) Provision(ctx caddy.Context) error {
 	return nil
 }
 
-func loadHandler(ctx caddy.Context, g *Gateway, field string, raw json.RawMessage) (caddyhttp.MiddlewareHandler, error) {
+func loadHandler(ctx caddy.Context, g *Gateway, field string, raw json.RawMessage) (caddyhttp.Handler, error) {
 	if raw == nil {
 		return nil, nil
 	}
@@ -120,7 +120,18 @@ func loadHandler(ctx caddy.Context, g *Gateway, field string, raw json.RawMessag
 	if err != nil {
 		return nil, fmt.Errorf("rekall_gateway: load handlers: %w", err)
 	}
-	return module.(caddyhttp.MiddlewareHandler), nil
+	return chain(module.(caddyhttp.MiddlewareHandler)), nil
+}
+
+// chain is an environment's handlers with nothing behind them. A block is compiled here, once: as a handler it would compile
+// its routes for each request.
+func chain(handler caddyhttp.MiddlewareHandler) caddyhttp.Handler {
+	if block, ok := handler.(*caddyhttp.Subroute); ok && block.Errors == nil {
+		return block.Routes.Compile(deadEnd)
+	}
+	return caddyhttp.HandlerFunc(func(w http.ResponseWriter, r *http.Request) error {
+		return handler.ServeHTTP(w, r, deadEnd)
+	})
 }
 
 func (g *Gateway) scopeTable() (*scoperule.Table, error) {
@@ -219,7 +230,7 @@ func (g *Gateway) decide(x *exchange, method, path string, found keycache.Found)
 	return outcome
 }
 
-func (g *Gateway) handler(environment apikey.Environment) caddyhttp.MiddlewareHandler {
+func (g *Gateway) handler(environment apikey.Environment) caddyhttp.Handler {
 	switch environment {
 	case apikey.Production:
 		return g.production
@@ -253,7 +264,7 @@ func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential
 	if x.gateway.ForwardCredential {
 		forwarded.Header["Authorization"] = []string{"Bearer " + cred.Reveal()}
 	}
-	return true, x.finish(x.gateway.handler(x.environment).ServeHTTP(x, forwarded, deadEnd))
+	return true, x.finish(x.gateway.handler(x.environment).ServeHTTP(x, forwarded))
 }
 
 // deadEnd ends the chain of an environment's handlers: there is nothing behind the gateway.

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
@@ -84,7 +83,7 @@ func newGateway(t testing.TB) (*Gateway, string) {
 // passing stands for the proxy.
 type passing struct{}
 
-func (passing) ServeHTTP(w http.ResponseWriter, _ *http.Request, _ caddyhttp.Handler) error {
+func (passing) ServeHTTP(w http.ResponseWriter, _ *http.Request) error {
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }

@@ -24,9 +24,10 @@ import (
 
 func init() { caddy.RegisterModule(Keys{}) }
 
-// Keys serves the management of API keys: the API below /v1/api-keys, and the dashboard below /settings/api-keys. Both are
-// for keys that were made with manage_keys and, if account is set, for people whom Caddy has authenticated in front. It answers whatever comes to it: nothing behind it runs. What
-// /v1/api-keys/openapi.json and /v1/api-keys/leaked say and take needs no authentication.
+// Keys serves the management of API keys: the API at /v1/api-keys, and the dashboard at /settings/api-keys. Both are for keys
+// that were made with manage_keys and, if account is set, for people whom Caddy has authenticated in front. What
+// /v1/api-keys/openapi.json and /v1/api-keys/leaked say and take needs no authentication. Requests for other paths go on to
+// the next handler, and cost less than with a matcher in front.
 type Keys struct {
 	// The account whose keys a person may manage: a text with placeholders, such as {http.auth.user.id} where each person
 	// is an account of their own. All of them must have a value. Beware of {http.request.header.*}: use it only behind a
@@ -192,13 +193,20 @@ func (k *Keys) Cleanup() error {
 	return err
 }
 
-func (k *Keys) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
-	if path := r.URL.Path; path == dashboard.Root || strings.HasPrefix(path, dashboard.Root+"/") {
+func (k *Keys) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+	switch {
+	case isBelow(r.URL.Path, keysapi.Root):
+		k.api.ServeHTTP(w, r)
+	case isBelow(r.URL.Path, dashboard.Root):
 		k.dashboard.ServeHTTP(w, r)
-		return nil
+	default:
+		return next.ServeHTTP(w, r)
 	}
-	k.api.ServeHTTP(w, r)
 	return nil
+}
+
+func isBelow(path, root string) bool {
+	return strings.HasPrefix(path, root) && (len(path) == len(root) || path[len(root)] == '/')
 }
 
 // actor finds out who asks: the holder of an API key, or a person whom Caddy has authenticated in front. Its error is a

@@ -39,6 +39,7 @@ type Transport struct {
 
 	environment apikey.Environment
 	logger      *zap.Logger
+	debug       bool // whether the log shows requests in full
 }
 
 // CaddyModule returns the Caddy module information.
@@ -49,6 +50,7 @@ func (Transport) CaddyModule() caddy.ModuleInfo {
 // Provision sets up the HTTP transport.
 func (t *Transport) Provision(ctx caddy.Context) error {
 	t.logger = ctx.Logger()
+	t.debug = t.logger.Core().Enabled(zap.DebugLevel)
 	var err error
 	if t.environment, err = apikey.ParseEnvironment(t.Environment); err != nil {
 		return fmt.Errorf("transport rekall: %w", err)
@@ -88,12 +90,29 @@ func (t *Transport) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	d, decided := r.Context().Value(decisionKey{}).(*decision)
 	switch {
-	case decided && d.environment == t.environment, isHealthCheck(r):
+	case decided && d.environment == t.environment:
+		return t.roundTrip(r)
+	case isHealthCheck(r):
 		return t.HTTPTransport.RoundTrip(r)
 	case decided:
 		return t.refuse(r, answers[apikey.Mismatch]), nil
 	}
 	return t.refuse(r, gatewayRequired), nil
+}
+
+// roundTrip sends a request, and leaves a bare one for the proxy's debug log: the proxy encodes the request for each answer,
+// whether or not that log is on, which takes more time than the whole decision. Net/http may still be writing the request
+// when it returns, so it gets one of its own. What the proxy reads in the headers of a request that was answered stays: those
+// of an upgrade or a stream of HTTP/2, and those of an answer that may be tried again.
+func (t *Transport) roundTrip(r *http.Request) (*http.Response, error) {
+	if t.debug {
+		return t.HTTPTransport.RoundTrip(r)
+	}
+	res, err := t.HTTPTransport.RoundTrip(r.WithContext(r.Context()))
+	if err == nil && res.StatusCode/100 == 2 && res.ProtoMajor == 1 {
+		r.Header = nil
+	}
+	return res, err
 }
 
 var gatewayRequired = newAnswer(http.StatusForbidden, "GATEWAY_REQUIRED", "This resource is not served here.", "")

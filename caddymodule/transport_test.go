@@ -81,6 +81,59 @@ func TestTransportContactsItsBackendForNobodyButTheGatewayAndHealthChecks(t *tes
 	}
 }
 
+// The proxy reads the headers of what is upgraded, tried again or logged in full.
+func TestTransportLeavesTheProxyTheHeadersThatItReads(t *testing.T) {
+	received := make(chan string, 1)
+	backend := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		received <- r.Header.Get("X-Of-Client")
+		if r.URL.Path == "/503" {
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}
+	}))
+	defer backend.Close()
+	cctx, cancel := caddy.NewContext(caddy.Context{Context: context.Background()})
+	defer cancel()
+	for name, tc := range map[string]struct {
+		path  string
+		debug bool
+		left  string
+	}{
+		"answered":               {"/", false, ""},
+		"answered, while logged": {"/", true, "value"},
+		"to be tried again":      {"/503", false, "value"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			transport := &Transport{Environment: "production"}
+			if err := transport.Provision(cctx); err != nil {
+				t.Fatal(err)
+			}
+			transport.debug = tc.debug
+			ofClient := context.WithValue(t.Context(), caddyhttp.VarsCtxKey, map[string]any{})
+			ctx := context.WithValue(&decision{ofClient, apikey.Production}, caddyhttp.OriginalRequestCtxKey, http.Request{})
+			r, err := http.NewRequestWithContext(ctx, "GET", backend.URL+tc.path, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.Header.Set("X-Of-Client", "value")
+			ofProxy := r.Header
+			resp, err := transport.RoundTrip(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = resp.Body.Close()
+			if got := <-received; got != "value" {
+				t.Errorf("the backend received %q", got)
+			}
+			if got := r.Header.Get("X-Of-Client"); got != tc.left {
+				t.Errorf("%q is left", got)
+			}
+			if ofProxy.Get("X-Of-Client") != "value" {
+				t.Error("the headers themselves are changed: the proxy sends them again")
+			}
+		})
+	}
+}
+
 func TestTransportOfNoEnvironmentIsRefused(t *testing.T) {
 	cctx, cancel := caddy.NewContext(caddy.Context{Context: context.Background()})
 	defer cancel()

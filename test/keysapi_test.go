@@ -25,17 +25,13 @@ const managedSite = `
 http://:PORT {
 	bind 127.0.0.1
 	log
-	handle /v1/api-keys* {
-		rekall_keys
-	}
-	handle {
-		rekall_gateway {
-			production {
-				reverse_proxy PRODUCTION
-			}
-			sandbox {
-				reverse_proxy SANDBOX
-			}
+	rekall_keys
+	rekall_gateway {
+		production {
+			reverse_proxy PRODUCTION
+		}
+		sandbox {
+			reverse_proxy SANDBOX
 		}
 	}
 }
@@ -297,7 +293,7 @@ func TestKeyManagementTakesCredentialsAsTheGatewayDoes(t *testing.T) {
 		{"two", keysPath, http.Header{"X-Api-Key": {secret}, "Authorization": {"Bearer " + expired.Key.Reveal()}}, 400, "API_KEY_AMBIGUOUS"},
 		{"in the path", keysPath + "/" + secret, bearer(manager), 400, "PATH_INVALID"},
 		{"not a manager", keysPath, bearer(r.key("production", "memories:read")), 403, "PERMISSION_DENIED"},
-		{"other path", keysPath + "s", bearer(manager), 404, "NOT_FOUND"},
+		{"a path of the gateway behind it", keysPath + "s", bearer(manager), 403, "ROUTE_NOT_COVERED"},
 	} {
 		answer := g.do("GET", tc.path, tc.header)
 		if answer.StatusCode != tc.status {

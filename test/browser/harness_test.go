@@ -83,18 +83,13 @@ const site = `{
 http://:%[1]d {
 	bind 127.0.0.1
 	log
-	@keys path /v1/api-keys* /settings/api-keys*
-	handle @keys {
-		rekall_keys
-	}
-	handle {
-		rekall_gateway {
-			production {
-				reverse_proxy %[5]s
-			}
-			sandbox {
-				reverse_proxy %[6]s
-			}
+	rekall_keys
+	rekall_gateway {
+		production {
+			reverse_proxy %[5]s
+		}
+		sandbox {
+			reverse_proxy %[6]s
 		}
 	}
 }

@@ -125,7 +125,7 @@ func ungated(t *testing.T, example string) string {
 	whole, inside := blockOf(t, example, "rekall_gateway {\n")
 	_, proxy := blockOf(t, inside, "production {\n")
 	proxy = replaced(t, proxy, "transport rekall production {\n", "transport http {\nkeepalive_idle_conns_per_host 512\n")
-	return without(t, replaced(t, example, whole, proxy), "\trekall_keys @keys\n")
+	return without(t, replaced(t, example, whole, proxy), "\trekall_keys\n")
 }
 
 // startPlain starts stock Caddy with what Caddyfile.example says beside the gateway.
