@@ -90,7 +90,8 @@ func TestChecksHoldWhatTheGatewayAssumes(t *testing.T) {
 		return err
 	}
 	for column, values := range map[string][]string{
-		"id":          {`'key_0123456789'`, `'key_0123456789abcdefABCDE_'`, `'id__0123456789abcdefABCDEF'`, `E'key_0123456789abcdefABCDEF\n'`, `null`},
+		"id": {`'key_0123456789'`, `'key_0123456789abcdefABCDE_'`, `'id__0123456789abcdefABCDEF'`, `E'key_0123456789abcdefABCDEF\n'`,
+			`E'key_0123456789abcdefABCDE\n'`, `'key_0123456789abcdefABCDEÄ'`, `'KEY_0123456789abcdefABCDEF'`, `''`, `null`},
 		"account":     {`''`, `repeat('a', 201)`, `E'a\nb'`, `E'a\u0085b'`, `' acme'`, `'acme '`, `null`},
 		"name":        {`''`, `repeat('a', 201)`, `E'a\tb'`, `E'a\x7fb'`, `null`},
 		"environment": {`'staging'`, `''`, `'Sandbox'`, `null`},
