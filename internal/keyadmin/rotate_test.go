@@ -173,6 +173,13 @@ func TestEndedKeyIsNotRotated(t *testing.T) {
 	}
 }
 
+// firstUse is what the flush of a key's first use does, even if it is not the first.
+func firstUse(t *testing.T, databaseURL, id string) {
+	t.Helper()
+	pgtest.Exec(t, databaseURL, `delete from rekall.last_used where key_id = $1`, id)
+	pgtest.Exec(t, databaseURL, `insert into rekall.last_used (key_id, first_used_at, last_used_at) values ($1, now(), now())`, id)
+}
+
 func TestFirstUseOfTheSuccessorStartsTheGracePeriodOnce(t *testing.T) {
 	admin, _, databaseURL := newAdmin(t)
 	old := create(t, admin, request())
@@ -180,18 +187,17 @@ func TestFirstUseOfTheSuccessorStartsTheGracePeriodOnce(t *testing.T) {
 	if *next.OverlapOnFirstUse != "1h0m0s" || !get(t, admin, old.ID).ExpiresAt.Equal(*old.ExpiresAt) {
 		t.Errorf("before: old %+v, next %+v", get(t, admin, old.ID), next)
 	}
-	use := func(id string) { pgtest.Exec(t, databaseURL, `select rekall.start_grace($1)`, id) }
-	use(old.ID)
-	use("key_0000000000000000000000")
+	firstUse(t, databaseURL, old.ID)
+	firstUse(t, databaseURL, "key_0000000000000000000000")
 	if got := get(t, admin, old.ID); !got.ExpiresAt.Equal(*old.ExpiresAt) {
 		t.Errorf("the use of another key started it: %+v", got)
 	}
-	use(next.ID)
+	firstUse(t, databaseURL, next.ID)
 	ending := get(t, admin, old.ID)
 	if left := time.Until(*ending.ExpiresAt); left > time.Hour || left < 50*time.Minute {
 		t.Errorf("the old key has %v left", left)
 	}
-	use(next.ID)
+	firstUse(t, databaseURL, next.ID)
 	if got := get(t, admin, old.ID); !got.ExpiresAt.Equal(*ending.ExpiresAt) || get(t, admin, next.ID).OverlapOnFirstUse != nil {
 		t.Errorf("the second use changed the expiry from %v to %v", ending.ExpiresAt, got.ExpiresAt)
 	}
@@ -209,7 +215,7 @@ func TestFirstUseRevivesNoKeyThatHasEnded(t *testing.T) {
 	old := create(t, admin, request())
 	next := rotate(t, admin, old.ID, keyadmin.Overlap{For: time.Hour, OnFirstUse: true})
 	pgtest.Exec(t, databaseURL, `update rekall.api_keys set expires_at = now() - interval '1 second' where id = $1`, old.ID)
-	pgtest.Exec(t, databaseURL, `select rekall.start_grace($1)`, next.ID)
+	firstUse(t, databaseURL, next.ID)
 	if got := get(t, admin, old.ID); got.Status != keyadmin.Expired {
 		t.Errorf("old key %+v", got)
 	}

@@ -55,7 +55,8 @@ func (s *Store) CountSelected(ctx context.Context, reach Reach, selection Select
 	return count, nil
 }
 
-// RevokeSelected revokes the keys of a selection, with a line in the audit for each, and returns how many there were.
+// RevokeSelected revokes the keys of a selection, with a line in the audit for each, and returns how many there were. It locks
+// them in the order in which first uses do.
 //
 // A key that another transaction was just making is not in the statement's snapshot, but its maker may have been waiting
 // for a row that this one has now changed. So it looks again until it finds none.
@@ -67,8 +68,11 @@ func (t *Tx) RevokeSelected(ctx context.Context, reach Reach, selection Selectio
 	q := selection.conditions(reach)
 	n := len(q.args)
 	sql := `
-with gone as (
-	update rekall.api_keys k set revoked_at = now() where ` + q.where() + ` returning k.id, k.account, k.environment
+with selected as materialized (
+	select k.id from rekall.api_keys k where ` + q.where() + ` order by k.id collate "C" for no key update
+),
+gone as (
+	update rekall.api_keys k set revoked_at = now() from selected s where k.id = s.id returning k.id, k.account, k.environment
 )
 insert into rekall.audit (actor, action, key_id, account, environment, details)
 select ` + placeholder(n+1) + `, 'key.revoked', id, account, environment, ` + placeholder(n+2) + `::jsonb from gone`

@@ -60,7 +60,6 @@ var grants = []grant{
 	{on: "function rekall.refuse_removal()"},
 	{on: "function rekall.notify_key_change()"},
 	{on: "function rekall.refuse_audit_change()"},
-	{on: "function rekall.start_grace(text)", edge: "execute"},
 	{on: "function rekall.key_first_used()"},
 }
 

@@ -96,7 +96,7 @@ var edgeMayNot = []string{
 }
 
 var adminMayNot = []string{
-	`select rekall.start_grace('key_0123456789abcdefABCDEF')`,
+	`insert into rekall.last_used (key_id, first_used_at, last_used_at) values ('key_0123456789abcdefABCDEF', now(), now())`,
 	`select * from rekall.signing_keys`,
 	`delete from rekall.signing_keys`,
 	`insert into rekall.edges (instance) values ('mine')`,

@@ -23,22 +23,26 @@ type Tx struct {
 	tx pgx.Tx
 }
 
-// attempts at a transaction that Postgres ended because another waited for it in turn.
-const attempts = 5
-
 // Change runs do in a transaction, which is committed if do returns nil. It runs do again if Postgres broke a deadlock at
 // its expense: two keys that revoke each other wait for each other.
 func (s *Store) Change(ctx context.Context, do func(*Tx) error) error {
+	return repeatDeadlocked(func() error { return s.ChangeOnce(ctx, do) })
+}
+
+// repeatDeadlocked runs a transaction again, a few times, if Postgres ended it because another waited for it in turn.
+func repeatDeadlocked(transaction func() error) error {
+	const (
+		attempts         = 5
+		deadlockDetected = "40P01"
+	)
 	for attempt := 1; ; attempt++ {
-		err := s.ChangeOnce(ctx, do)
+		err := transaction()
 		var pgErr *pgconn.PgError
 		if attempt == attempts || !errors.As(err, &pgErr) || pgErr.Code != deadlockDetected {
 			return err
 		}
 	}
 }
-
-const deadlockDetected = "40P01"
 
 // ChangeOnce is Change without a second attempt: what do reads may not be there twice.
 func (s *Store) ChangeOnce(ctx context.Context, do func(*Tx) error) error {

@@ -72,8 +72,11 @@ func (s *Store) FlushUsage(ctx context.Context, f UsageFlush) error {
 			}
 		}
 	}
-	err := s.execBinary(ctx, flushSQL, text(f.Instance), bigint(f.Sequence), timestamptz(f.Hour*3600*1e6),
-		keys.parameter(), counts.parameter(), usedAt.parameter(), deniedKeys.parameter(), outcomes.parameter(), deniedCounts.parameter())
+	// First uses lock key rows, for which the undoing of a rotation may wait in the other order.
+	err := repeatDeadlocked(func() error {
+		return s.execBinary(ctx, flushSQL, text(f.Instance), bigint(f.Sequence), timestamptz(f.Hour*3600*1e6),
+			keys.parameter(), counts.parameter(), usedAt.parameter(), deniedKeys.parameter(), outcomes.parameter(), deniedCounts.parameter())
+	})
 	if err != nil {
 		return failed("flush usage", err)
 	}

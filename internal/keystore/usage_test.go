@@ -158,21 +158,36 @@ func TestFlushesOfManyEdgesAtOnceNeitherDeadlockNorLoseACount(t *testing.T) {
 	}
 }
 
-func TestFirstAllowedUseOfAKeyIsAnnouncedOnce(t *testing.T) {
+func TestFirstAllowedUseOfAKeyStartsAGracePeriodOnce(t *testing.T) {
 	databaseURL := database(t)
 	store := open(t, databaseURL, keystore.Options{})
-	id, edge := newKey().ID, instance()
-	mustFlush(t, store, flushOf(edge, 1, anHour, counts(newKey().ID, 1, 0, 1))) // no function yet: nothing to call
-	conn := connect(t, databaseURL)
-	exec(t, conn, `create table announced (key_id text);
-		create or replace function rekall.start_grace(successor text) returns void language sql as 'insert into public.announced values ($1)'`)
-	mustFlush(t, store, flushOf(edge, 2, anHour, counts(id, 0, 1, 0)))
-	mustFlush(t, store, flushOf(edge, 3, anHour, counts(id, 1, 0, 1)))
-	mustFlush(t, store, flushOf(edge, 4, anHour, counts(id, 1, 1, 2)))
-	mustFlush(t, store, flushOf(instance(), 1, anHour, counts(id, 1, 0, 3)))
-	var announced int
-	if err := conn.QueryRow(t.Context(), `select count(*) from announced where key_id = $1`, id).Scan(&announced); err != nil || announced != 1 {
-		t.Errorf("announced %d times, %v", announced, err)
+	old, next, _ := rotated(t, databaseURL, 1, 9)
+	edge := instance()
+	grace := func() (at *time.Time, lines int) {
+		t.Helper()
+		row, err := store.Get(t.Context(), keystore.Everything(), old)
+		if err != nil {
+			t.Fatal(err)
+		}
+		entries, err := store.ListAudit(t.Context(), keystore.Everything(), keystore.AuditFilter{Action: "key.grace_started"}, 10)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return row.GraceStartedAt, len(entries)
+	}
+	mustFlush(t, store, flushOf(edge, 1, anHour, counts(next, 0, 1, 0), counts(newKey().ID, 1, 0, 1)))
+	if at, _ := grace(); at != nil {
+		t.Error("a use that was refused started it")
+	}
+	mustFlush(t, store, flushOf(edge, 2, anHour, counts(next, 1, 0, 1), counts(newKey().ID, 1, 0, 1)))
+	began, _ := grace()
+	if began == nil {
+		t.Fatal("the first use did not start it")
+	}
+	mustFlush(t, store, flushOf(edge, 3, anHour, counts(next, 1, 1, 2)))
+	mustFlush(t, store, flushOf(instance(), 1, anHour, counts(next, 1, 0, 3)))
+	if at, lines := grace(); !at.Equal(*began) || lines != 1 {
+		t.Errorf("began at %v and at %v, with %d lines in the audit", began, at, lines)
 	}
 }
 

@@ -1,0 +1,111 @@
+package keystore_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+// rotated makes a key, its successor whose first use is awaited, and a key beside them, and returns their ids. In the table
+// and by their times of creation the successor comes first and the old key last, so that nothing but a lock order helps.
+func rotated(t *testing.T, databaseURL string, oldNumber, nextNumber int) (old, next, beside string) {
+	t.Helper()
+	id := func(number int) string { return fmt.Sprintf("key_%022d", number) }
+	old, next, beside = id(oldNumber), id(nextNumber), id(5)
+	pgtest.Exec(t, databaseURL, `
+		insert into rekall.api_keys (id, account, name, environment, key_hash, scopes, created_at, predecessor, overlap_on_first_use)
+		values ($1, 'acme', 'Backend', 'sandbox', sha256('next'), '{}', now(), $3, '1 day'),
+			($2, 'acme', 'Backend', 'sandbox', sha256('beside'), '{}', now() - interval '1 day', null, null),
+			($3, 'acme', 'Backend', 'sandbox', sha256('old'), '{}', now() - interval '2 days', null, null)`, next, beside, old)
+	return old, next, beside
+}
+
+// waitForWaiters returns when that many statements wait for locks.
+func waitForWaiters(t *testing.T, databaseURL string, waiters int) {
+	t.Helper()
+	conn := connect(t, databaseURL)
+	for deadline := time.Now().Add(time.Minute); ; {
+		var waiting int
+		err := conn.QueryRow(t.Context(), `select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'`).Scan(&waiting)
+		if err != nil || time.Now().After(deadline) {
+			t.Fatalf("%d statements wait, not %d: %v", waiting, waiters, err)
+		}
+		if waiting == waiters {
+			return
+		}
+	}
+}
+
+func TestMassRevocationAndFirstUseLockKeysInOneOrder(t *testing.T) {
+	for name, numbers := range map[string][2]int{"old key first": {1, 9}, "successor first": {9, 1}} {
+		t.Run(name, func(t *testing.T) {
+			databaseURL := database(t)
+			store := open(t, databaseURL, keystore.Options{})
+			old, next, beside := rotated(t, databaseURL, numbers[0], numbers[1])
+
+			held := connect(t, databaseURL)
+			exec(t, held, `begin`)
+			exec(t, held, `select from rekall.api_keys where id = $1 for update`, beside)
+			done := make(chan error, 2)
+			go func() { // holds the first of the keys, and waits for the one beside
+				done <- store.ChangeOnce(t.Context(), func(tx *keystore.Tx) error {
+					_, err := tx.RevokeSelected(t.Context(), keystore.Within("acme", ""), keystore.Selection{}, "cli:test", map[string]any{})
+					return err
+				})
+			}()
+			waitForWaiters(t, databaseURL, 1)
+			used := connect(t, databaseURL)
+			go func() { // without the second attempt that a flush has
+				_, err := used.Exec(t.Context(), `insert into rekall.last_used (key_id, first_used_at, last_used_at) values ($1, now(), now())`, next)
+				done <- err
+			}()
+			waitForWaiters(t, databaseURL, 2)
+			exec(t, held, `rollback`)
+			if err := errors.Join(<-done, <-done); err != nil {
+				t.Fatal(err)
+			}
+			for _, id := range []string{old, next, beside} {
+				row, err := store.Get(t.Context(), keystore.Everything(), id)
+				if err != nil || row.RevokedAt == nil || row.GraceStartedAt != nil {
+					t.Errorf("%+v, %v", row, err)
+				}
+			}
+		})
+	}
+}
+
+// Undoing a rotation locks the old key and then its successor: in the other order where the successor's id is the lower.
+func TestUndoneRotationAndFirstUseThatDeadlockAreBothDone(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	old, next, _ := rotated(t, databaseURL, 9, 1)
+	flushed := make(chan error, 1)
+	attempts := 0
+	err := store.Change(t.Context(), func(tx *keystore.Tx) error {
+		if _, err := tx.Lock(t.Context(), keystore.Everything(), old); err != nil {
+			return err
+		}
+		if attempts++; attempts == 1 {
+			go func() {
+				flushed <- store.FlushUsage(context.WithoutCancel(t.Context()), flushOf(instance(), 1, anHour, counts(next, 1, 0, 1)))
+			}()
+			waitForWaiters(t, databaseURL, 1)
+		}
+		if _, _, err := tx.Revoke(t.Context(), keystore.Everything(), next); err != nil {
+			return err
+		}
+		return tx.Detach(t.Context(), next)
+	})
+	if err := errors.Join(err, <-flushed); err != nil {
+		t.Fatal(err)
+	}
+	row, err := store.Get(t.Context(), keystore.Everything(), next)
+	if err != nil || row.RevokedAt == nil || row.Predecessor != "" || row.LastUsedAt == nil {
+		t.Errorf("%+v, %v", row, err)
+	}
+}
