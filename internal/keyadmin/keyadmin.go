@@ -77,21 +77,18 @@ func (a *Admin) Create(ctx context.Context, actor Actor, request CreateRequest) 
 		return Key{}, false, err
 	}
 	secret := generate(&key)
-	key.CreatedBy = actor.String()
+	key.ID, key.CreatedBy = newID(), actor.String()
 	err = a.change(ctx, actor, func(tx *keystore.Tx, actor Actor) error {
 		if err := actor.mayHold(key.Account, key.Environment, key.Scopes); err != nil {
 			return err
 		}
-		if request.IdempotencyKey != "" {
-			first, err := tx.ClaimIdempotencyKey(ctx, key.Account, actor.String(), request.IdempotencyKey, request.hash(), key.ID)
-			if err != nil {
-				return err
-			}
-			if first != nil {
-				replayed = true
-				created, err = replay(ctx, tx, actor, request, first)
-				return err
-			}
+		before, err := claim(ctx, tx, actor, key.Account, request.IdempotencyKey, request.hash(), key.ID)
+		if err != nil {
+			return err
+		}
+		if replayed = before != nil; replayed {
+			created = *before
+			return nil
 		}
 		if err := checkFuture(ctx, tx, key.ExpiresAt); err != nil {
 			return err
@@ -110,10 +107,10 @@ func (a *Admin) Create(ctx context.Context, actor Actor, request CreateRequest) 
 	return created, replayed, nil
 }
 
-// generate gives a key its id, digest and hint, and returns the key itself.
+// generate gives a key its digest and hint, and returns the key itself.
 func generate(key *keystore.NewKey) string {
 	secret := apikey.Generate(key.Environment)
-	key.ID, key.Digest, key.Hint = newID(), apikey.Hash(secret), apikey.Hint(secret)
+	key.Digest, key.Hint = apikey.Hash(secret), apikey.Hint(secret)
 	return secret
 }
 
@@ -130,17 +127,25 @@ func insert(ctx context.Context, tx *keystore.Tx, actor Actor, key keystore.NewK
 	return row, tx.Audit(ctx, entry(actor, KeyCreated, row, details))
 }
 
-// replay answers a request that came before.
-func replay(ctx context.Context, tx *keystore.Tx, actor Actor, request CreateRequest, first *keystore.FirstRequest) (Key, error) {
-	hash := request.hash()
-	if string(first.Hash) != string(hash[:]) {
-		return Key{}, ErrIdempotencyMismatch
+// claim notes which key a request makes, if it has an idempotency key. If the same request came before, claim returns the key
+// that it made then, without the key itself.
+func claim(ctx context.Context, tx *keystore.Tx, actor Actor, account, idempotencyKey string, request [sha256.Size]byte, id string) (*Key, error) {
+	if idempotencyKey == "" {
+		return nil, nil
+	}
+	first, err := tx.ClaimIdempotencyKey(ctx, account, actor.String(), idempotencyKey, request, id)
+	if err != nil || first == nil {
+		return nil, err
+	}
+	if string(first.Hash) != string(request[:]) {
+		return nil, ErrIdempotencyMismatch
 	}
 	row, err := tx.Get(ctx, actor.reach(), first.KeyID)
 	if err != nil {
-		return Key{}, err
+		return nil, err
 	}
-	return fromRow(row), nil
+	made := fromRow(row)
+	return &made, nil
 }
 
 // complete fills in what the actor need not say.

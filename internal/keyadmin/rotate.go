@@ -2,6 +2,7 @@ package keyadmin
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"time"
@@ -66,49 +67,83 @@ func (o Overlap) String() string {
 // Predecessor is the old key, which ends after the overlap. The error wraps ErrNotFound, ErrEnded or ErrAlreadyRotated, or is
 // a *ForbiddenError: whoever rotates a key holds its successor.
 func (a *Admin) Rotate(ctx context.Context, actor Actor, id string, overlap Overlap) (Key, error) {
-	return a.rotate(ctx, actor, id, overlap, func(Key) error { return nil })
+	successor, _, err := a.RotateOnce(ctx, actor, id, overlap, "")
+	return successor, err
 }
 
-// rotate is Rotate, and hands the successor out as its last step before it commits. A key that could not be handed out is
+// RotateOnce is Rotate with an idempotency key, as CreateRequest has it: for 24 hours the actor's same request answers the
+// successor that it made, without the key itself, which replayed says. The error may also be an *InvalidError or wrap
+// ErrIdempotencyMismatch.
+func (a *Admin) RotateOnce(ctx context.Context, actor Actor, id string, overlap Overlap, idempotencyKey string) (successor Key, replayed bool, err error) {
+	if err := checkIdempotencyKey(idempotencyKey); err != nil {
+		return Key{}, false, err
+	}
+	return a.rotate(ctx, actor, id, overlap, idempotencyKey, func(Key) error { return nil })
+}
+
+// rotate is RotateOnce, and hands the successor out as its last step before it commits. A key that could not be handed out is
 // never in force, and its predecessor lives on.
-func (a *Admin) rotate(ctx context.Context, actor Actor, id string, overlap Overlap, handOut func(Key) error) (Key, error) {
+func (a *Admin) rotate(ctx context.Context, actor Actor, id string, overlap Overlap, idempotencyKey string, handOut func(Key) error) (successor Key, replayed bool, err error) {
 	if err := checkID(id); err != nil {
-		return Key{}, err
+		return Key{}, false, err
 	}
 	if err := overlap.check(); err != nil {
-		return Key{}, err
+		return Key{}, false, err
 	}
-	var successor Key
-	err := a.change(ctx, actor, func(tx *keystore.Tx, actor Actor) error {
+	err = a.change(ctx, actor, func(tx *keystore.Tx, actor Actor) error {
 		old, err := tx.Lock(ctx, actor.reach(), id)
 		if err != nil {
 			return err
 		}
-		next, err := successorOf(old, actor, overlap)
+		// Before anything is said of the old key: the request that came before has ended it.
+		nextID := newID()
+		before, err := claim(ctx, tx, actor, old.Account, idempotencyKey, hashRotation(id, overlap), nextID)
 		if err != nil {
 			return err
 		}
-		if has, err := tx.HasSuccessor(ctx, id); err != nil || has {
-			return errors.Join(err, rotatedIf(has, old))
+		if replayed = before != nil; replayed {
+			successor = *before
+			return nil
 		}
-		if err := setEnd(ctx, tx, id, overlap); err != nil {
+		if successor, err = succeed(ctx, tx, actor, old, nextID, overlap); err != nil {
 			return err
 		}
-		secret := generate(&next)
-		row, err := insert(ctx, tx, actor, next)
-		if err != nil {
-			return err
-		}
-		if err := tx.Audit(ctx, entry(actor, KeyRotated, old, map[string]any{"successor": row.ID, "overlap": overlap.String()})); err != nil {
-			return err
-		}
-		successor = fromRow(row)
-		successor.Key = Secret(secret)
 		return handOut(successor)
 	})
 	if err != nil {
-		return Key{}, notFound(err, id)
+		return Key{}, false, notFound(err, id)
 	}
+	return successor, replayed, nil
+}
+
+// hashRotation tells requests apart that came with the same idempotency key, also from those to create a key.
+func hashRotation(id string, overlap Overlap) [sha256.Size]byte {
+	return sha256.Sum256([]byte("rotate " + id + " " + overlap.String()))
+}
+
+// succeed makes the successor of a key, and sets the key's end.
+func succeed(ctx context.Context, tx *keystore.Tx, actor Actor, old keystore.Row, id string, overlap Overlap) (Key, error) {
+	next, err := successorOf(old, actor, overlap)
+	if err != nil {
+		return Key{}, err
+	}
+	if has, err := tx.HasSuccessor(ctx, old.ID); err != nil || has {
+		return Key{}, errors.Join(err, rotatedIf(has, old))
+	}
+	if err := setEnd(ctx, tx, old.ID, overlap); err != nil {
+		return Key{}, err
+	}
+	next.ID = id
+	secret := generate(&next)
+	row, err := insert(ctx, tx, actor, next)
+	if err != nil {
+		return Key{}, err
+	}
+	if err := tx.Audit(ctx, entry(actor, KeyRotated, old, map[string]any{"successor": row.ID, "overlap": overlap.String()})); err != nil {
+		return Key{}, err
+	}
+	successor := fromRow(row)
+	successor.Key = Secret(secret)
 	return successor, nil
 }
 
@@ -235,7 +270,7 @@ func (a *Admin) RotateDue(ctx context.Context, actor Actor, request RotateDueReq
 			if dryRun {
 				err = handOut(fromRow(row))
 			} else {
-				_, err = a.rotate(ctx, actor, row.ID, request.Overlap, handOut)
+				_, _, err = a.rotate(ctx, actor, row.ID, request.Overlap, "", handOut)
 			}
 			if errors.Is(err, ErrEnded) || errors.Is(err, ErrAlreadyRotated) {
 				continue // meanwhile

@@ -158,6 +158,60 @@ func TestRotationAfterTheSuccessorWasRevokedStartsAfresh(t *testing.T) {
 	}
 }
 
+func TestSameIdempotencyKeyMakesOneSuccessor(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	old := create(t, admin, request())
+	once := func() (keyadmin.Key, bool, error) {
+		return admin.RotateOnce(t.Context(), operator, old.ID, day(t), "deploy-42")
+	}
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	ids, secrets := map[string]int{}, 0
+	for range 8 {
+		wg.Go(func() {
+			key, replayed, err := once()
+			mu.Lock()
+			defer mu.Unlock()
+			if err != nil || replayed != (key.Key == "") || *key.Predecessor != old.ID {
+				t.Errorf("replayed %v, %+v, %v", replayed, key, err)
+			}
+			ids[key.ID]++
+			if key.Key != "" {
+				secrets++
+			}
+		})
+	}
+	wg.Wait()
+	if len(ids) != 1 || secrets != 1 {
+		t.Errorf("%d successors, shown %d times", len(ids), secrets)
+	}
+	if _, _, err := admin.RotateOnce(t.Context(), keyadmin.Operator("other"), old.ID, day(t), "deploy-42"); !errors.Is(err, keyadmin.ErrAlreadyRotated) {
+		t.Errorf("another actor: %v", err)
+	}
+	pgtest.Exec(t, databaseURL, `update rekall.idempotency_keys set created_at = created_at - interval '25 hours'`)
+	if _, _, err := once(); !errors.Is(err, keyadmin.ErrAlreadyRotated) {
+		t.Errorf("a day later: %v", err)
+	}
+}
+
+func TestRefusedRotationDoesNotUseUpItsIdempotencyKey(t *testing.T) {
+	admin, _, _ := newAdmin(t)
+	old := create(t, admin, request())
+	first := rotate(t, admin, old.ID, day(t))
+	once := func() (keyadmin.Key, bool, error) {
+		return admin.RotateOnce(t.Context(), operator, old.ID, day(t), "deploy-43")
+	}
+	if _, _, err := once(); !errors.Is(err, keyadmin.ErrAlreadyRotated) {
+		t.Fatalf("a key with a successor: %v", err)
+	}
+	if _, err := admin.Revoke(t.Context(), operator, first.ID); err != nil {
+		t.Fatal(err)
+	}
+	if key, replayed, err := once(); err != nil || replayed || key.Key == "" {
+		t.Errorf("%v, %+v, %v", replayed, key, err)
+	}
+}
+
 func TestEndedKeyIsNotRotated(t *testing.T) {
 	admin, _, _ := newAdmin(t)
 	revoked := create(t, admin, request())

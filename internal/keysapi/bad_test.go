@@ -110,6 +110,10 @@ func TestBadInputIsRefusedWithTheFieldNamedAndNothingChanged(t *testing.T) {
 		{"POST", path, `{"name": "a", "scopes": ["hives:read"]}`, http.Header{"Idempotency-Key": {"a b"}}, unacceptable, "Idempotency-Key"},
 		{"POST", path, `{"name": "a", "scopes": ["hives:read"]}`, http.Header{"Idempotency-Key": {strings.Repeat("a", 256)}}, unacceptable, "Idempotency-Key"},
 		{"POST", path, `{"name": "a", "scopes": ["hives:read"]}`, http.Header{"Idempotency-Key": {pasted}}, unacceptable, "Idempotency-Key"},
+		{"POST", one + "/rotate", ``, http.Header{"Idempotency-Key": {""}}, invalid, "Idempotency-Key"},
+		{"POST", one + "/rotate", ``, http.Header{"Idempotency-Key": {"a", "a"}}, invalid, "Idempotency-Key"},
+		{"POST", one + "/rotate", ``, http.Header{"Idempotency-Key": {"ü"}}, unacceptable, "Idempotency-Key"},
+		{"POST", one + "/rotate", ``, http.Header{"Idempotency-Key": {pasted}}, unacceptable, "Idempotency-Key"},
 		// Queries.
 		{"GET", path + "?limit=0", "", plain, unacceptable, "limit"},
 		{"GET", path + "?limit=101", "", plain, unacceptable, "limit"},

@@ -20,8 +20,13 @@ type keyBody struct {
 
 func one(status int, key keyBody) answer { return answer{status: status, body: resourceBody{key}} }
 
-// made answers with a new key, which is shown this once.
-func made(key keyadmin.Key) answer {
+// made answers with a new key, which is shown this once, or with one that an earlier request made.
+func made(key keyadmin.Key, replayed bool) answer {
+	if replayed {
+		a := one(http.StatusOK, keyBody{Key: key, Replayed: true})
+		a.replayed = true
+		return a
+	}
 	a := one(http.StatusCreated, keyBody{Key: key})
 	a.location = Root + "/" + key.ID
 	return a
@@ -50,12 +55,7 @@ func (a *API) create(r *http.Request, actor keyadmin.Actor) (answer, error) {
 	if err != nil {
 		return answer{}, err
 	}
-	if replayed {
-		a := one(http.StatusOK, keyBody{Key: key, Replayed: true})
-		a.replayed = true
-		return a, nil
-	}
-	return made(key), nil
+	return made(key, replayed), nil
 }
 
 // idempotencyKey reads the header. An empty one is a mistake in a client that believes its retries to be harmless.
@@ -154,11 +154,15 @@ func (a *API) rotate(r *http.Request, actor keyadmin.Actor) (answer, error) {
 	if err != nil {
 		return answer{}, err
 	}
-	successor, err := a.Admin.Rotate(r.Context(), actor, r.PathValue("id"), overlap)
+	once, err := idempotencyKey(r.Header)
 	if err != nil {
 		return answer{}, err
 	}
-	return made(successor), nil
+	successor, replayed, err := a.Admin.RotateOnce(r.Context(), actor, r.PathValue("id"), overlap, once)
+	if err != nil {
+		return answer{}, err
+	}
+	return made(successor, replayed), nil
 }
 
 func (a *API) undoRotation(r *http.Request, actor keyadmin.Actor) (answer, error) {

@@ -128,6 +128,39 @@ func TestRetryWithAnIdempotencyKeyMakesNoSecondKeyAndSaysSo(t *testing.T) {
 	}
 }
 
+func TestRetryOfARotationWithAnIdempotencyKeyMakesNoSecondSuccessorAndSaysSo(t *testing.T) {
+	r := newRig(t)
+	manager := by(r.manager("acme", "sandbox"))
+	create := func() string {
+		return path + "/" + r.call("POST", path, manager, `{"name": "a", "scopes": ["hives:read"]}`).object(t, http.StatusCreated).ID
+	}
+	one, other := create(), create()
+	once := with(manager, "Idempotency-Key", "rotate-1")
+	successor := r.call("POST", one+"/rotate", once, `{"overlap": "0"}`).object(t, http.StatusCreated)
+	for _, body := range []string{`{"overlap": "0"}`, `{"overlap": "0s"}`} { // the same, though the old key has ended
+		answer := r.call("POST", one+"/rotate", once, body)
+		if got := answer.object(t, http.StatusOK); got.ID != successor.ID || got.Key.Key != "" || !got.Replayed || answer.Header.Get("Idempotent-Replayed") != "true" ||
+			answer.Header.Get("Location") != "" || apikey.ContainsKey(answer.body) {
+			t.Errorf("replayed %s", answer.body)
+		}
+	}
+	const mismatch = "IDEMPOTENCY_MISMATCH"
+	r.call("POST", one+"/rotate", once, `{"overlap": "1h"}`).refused(t, 409, mismatch, "")
+	r.call("POST", other+"/rotate", once, `{"overlap": "0"}`).refused(t, 409, mismatch, "")
+	r.call("POST", path, once, `{"name": "a", "scopes": ["hives:read"]}`).refused(t, 409, mismatch, "")
+	r.call("POST", one+"/rotate", with(manager, "Idempotency-Key", "rotate-2"), `{"overlap": "0"}`).refused(t, 409, "KEY_ENDED", "")
+	r.call("POST", one+"/rotate", manager, `{"overlap": "0"}`).refused(t, 409, "KEY_ENDED", "")
+	// What somebody else sends with it is their own request.
+	stranger := by(r.manager("other", "sandbox"))
+	r.call("POST", one+"/rotate", with(stranger, "Idempotency-Key", "rotate-1"), `{"overlap": "0"}`).refused(t, 404, "NOT_FOUND", "")
+	if total := *r.call("GET", path, manager, "").keys(t).Pagination.TotalCount; total != 4 {
+		t.Errorf("%d keys", total)
+	}
+	if audit := r.call("GET", one+"/audit?action=key.rotated", manager, "").audit(t); len(audit.Data) != 1 {
+		t.Errorf("audit %+v", audit.Data)
+	}
+}
+
 func TestListPagesAndFilters(t *testing.T) {
 	r := newRig(t)
 	ann := person("ann@acme")
