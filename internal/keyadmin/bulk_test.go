@@ -157,7 +157,7 @@ func TestKeyThatIsBeingMadeDoesNotEscapeTheIncidentSwitch(t *testing.T) {
 			_, err := admin.RevokeMany(t.Context(), operator, keyadmin.Selection{Account: "acme"}, false)
 			revoked <- err
 		}()
-		waitUntilBlocked(t, databaseURL)
+		waitUntilBlocked(t, databaseURL, 1)
 		return nil
 	})
 	if err := errors.Join(err, <-revoked); err != nil {
@@ -169,12 +169,14 @@ func TestKeyThatIsBeingMadeDoesNotEscapeTheIncidentSwitch(t *testing.T) {
 	}
 }
 
-// waitUntilBlocked returns when a statement waits for a lock.
-func waitUntilBlocked(t *testing.T, databaseURL string) {
+// waitUntilBlocked returns when that many statements wait for locks.
+func waitUntilBlocked(t *testing.T, databaseURL string, statements int) {
 	t.Helper()
 	for deadline := time.Now().Add(30 * time.Second); ; {
-		err := pgtest.TryExec(databaseURL, `do $$ begin
-			if not exists (select from pg_locks where not granted) then raise exception 'nobody waits'; end if; end $$`)
+		err := pgtest.TryExec(databaseURL, fmt.Sprintf(`do $$ begin
+			if (select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock') < %d then
+				raise exception 'too few wait';
+			end if; end $$`, statements))
 		if err == nil {
 			return
 		}

@@ -10,6 +10,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
 func get(t testing.TB, admin *keyadmin.Admin, id string) keyadmin.Key {
@@ -155,6 +156,34 @@ func TestRotationAfterTheSuccessorWasRevokedStartsAfresh(t *testing.T) {
 	}
 	if restored, err := admin.UndoRotation(t.Context(), operator, old.ID); err != nil || !restored.ExpiresAt.Equal(*old.ExpiresAt) {
 		t.Errorf("undone %+v, %v", restored, err)
+	}
+}
+
+// Of two that wait for the same key, the second must not act on what was before the first.
+func TestRotationIsUndoneOnce(t *testing.T) {
+	admin, store, databaseURL := newAdmin(t)
+	old := create(t, admin, request())
+	rotate(t, admin, old.ID, day(t))
+	const undos = 2
+	done := make(chan error, undos)
+	err := store.Change(t.Context(), func(tx *keystore.Tx) error {
+		if _, err := tx.Lock(t.Context(), keystore.Everything(), old.ID); err != nil {
+			return err
+		}
+		for range undos {
+			go func() {
+				_, err := admin.UndoRotation(t.Context(), operator, old.ID)
+				done <- err
+			}()
+		}
+		waitUntilBlocked(t, databaseURL, undos)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if first, second := <-done, <-done; first != nil || !errors.Is(second, keyadmin.ErrNotRotated) {
+		t.Errorf("undone: %v and %v", first, second)
 	}
 }
 

@@ -122,9 +122,13 @@ func (k Keys) Get(ctx context.Context, reach Reach, id string) (Row, error) {
 	return readRow(ctx, k.db, "get key", `select `+rowColumns+` from rekall.api_keys k where `+oneKey, reach.args(id)...)
 }
 
-// Lock is Get, and keeps others from changing the key until the transaction ends.
+// Lock is Get, and keeps others from changing the key until the transaction ends. It reads the key once it has it: a statement
+// that waits for a row sees the row as it is then, but all beside it, such as its successor, as it was before.
 func (t *Tx) Lock(ctx context.Context, reach Reach, id string) (Row, error) {
-	return readRow(ctx, t.db, "lock key", `select `+rowColumns+` from rekall.api_keys k where `+oneKey+` for no key update`, reach.args(id)...)
+	if err := t.exec(ctx, "lock key", `select from rekall.api_keys k where `+oneKey+` for no key update`, reach.args(id)...); err != nil {
+		return Row{}, err
+	}
+	return t.Get(ctx, reach, id)
 }
 
 // Find returns the key with this digest, or an error that wraps ErrNoRow.
