@@ -108,6 +108,27 @@ func choices(cmd *cobra.Command, flag string, values ...string) {
 	_ = cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
 }
 
+// notEmpty refuses flags that are given and empty, most likely by an unset variable of a script: left out, they would mean
+// their default, such as a key that never ends or the keys of all accounts.
+func notEmpty(cmd *cobra.Command, flags ...string) error {
+	for _, flag := range flags {
+		if cmd.Flags().Changed(flag) && text(cmd, flag) == "" {
+			return fmt.Errorf("--%s must not be empty", flag)
+		}
+	}
+	return nil
+}
+
+// onlyForMany refuses flags that change nothing about a single key: whoever gives --dry-run expects that nothing happens.
+func onlyForMany(cmd *cobra.Command, flags ...string) error {
+	for _, flag := range flags {
+		if cmd.Flags().Changed(flag) {
+			return fmt.Errorf("--%s is not for a key that is given by its id: leave out one of them", flag)
+		}
+	}
+	return nil
+}
+
 func keysCreateCommand() *cobra.Command {
 	cmd := keysCommand(&cobra.Command{
 		Use:     "create --name <name> --scopes <scope,...> --environment production|sandbox",
@@ -128,6 +149,9 @@ func keysCreateCommand() *cobra.Command {
 }
 
 func createKey(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
+	if err := notEmpty(cmd, "expires-in", "expires-at"); err != nil {
+		return err
+	}
 	scopes, _ := cmd.Flags().GetStringSlice("scopes")
 	key, _, err := admin.Create(ctx, operator(), keyadmin.CreateRequest{
 		Name: text(cmd, "name"), Account: text(cmd, "account"), Environment: text(cmd, "environment"), Scopes: scopes,
@@ -156,6 +180,9 @@ func keysListCommand() *cobra.Command {
 }
 
 func listKeys(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
+	if err := notEmpty(cmd, "account", "environment", "status", "name", "created-by"); err != nil {
+		return err
+	}
 	request := keyadmin.ListRequest{
 		Account: text(cmd, "account"), Environment: text(cmd, "environment"), Status: text(cmd, "status"), Name: text(cmd, "name"),
 		CreatedBy: text(cmd, "created-by"),
@@ -288,6 +315,9 @@ func keysAuditCommand() *cobra.Command {
 }
 
 func showAudit(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
+	if err := notEmpty(cmd, "account", "key-id", "actor", "action", "since", "until"); err != nil {
+		return err
+	}
 	request := keyadmin.AuditRequest{
 		Account: text(cmd, "account"), KeyID: text(cmd, "key-id"), Actor: text(cmd, "actor"), Action: text(cmd, "action"),
 		Since: text(cmd, "since"), Until: text(cmd, "until"),

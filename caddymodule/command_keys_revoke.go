@@ -51,6 +51,9 @@ func revokeKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 	case many:
 		return revokeMany(ctx, cmd, admin)
 	}
+	if err := onlyForMany(cmd, "dry-run"); err != nil {
+		return err
+	}
 	key, err := admin.Revoke(ctx, operator(), args[0])
 	if err != nil {
 		return err
@@ -128,13 +131,9 @@ func revokeMany(ctx context.Context, cmd *cobra.Command, admin *keyadmin.Admin) 
 	})
 }
 
-// selectionOf reads the flags. One that is given and empty is a mistake, most likely an unset variable of a script: left
-// out, it would select more than was meant.
 func selectionOf(cmd *cobra.Command) (keyadmin.Selection, error) {
-	for _, flag := range selectionFlags {
-		if cmd.Flags().Changed(flag) && text(cmd, flag) == "" {
-			return keyadmin.Selection{}, fmt.Errorf("--%s must not be empty", flag)
-		}
+	if err := notEmpty(cmd, selectionFlags...); err != nil {
+		return keyadmin.Selection{}, err
 	}
 	selection := keyadmin.Selection{
 		Account: text(cmd, "account"), CreatedBy: text(cmd, "created-by"),

@@ -42,16 +42,24 @@ passed over. It acts only with --yes; without, it shows what it would rotate.`,
 }
 
 func rotateKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
+	if err := notEmpty(cmd, "overlap", "older-than", "account"); err != nil {
+		return err
+	}
 	overlap, err := keyadmin.ParseOverlap(text(cmd, "overlap"))
 	if err != nil {
 		return err
 	}
-	switch many := cmd.Flags().Changed("older-than"); {
-	case many == (len(args) == 1):
+	many := cmd.Flags().Changed("older-than")
+	if many == (len(args) == 1) {
 		return errors.New("give either the id of a key or --older-than")
-	case many:
+	}
+	if many {
 		return rotateDue(ctx, cmd, admin, overlap)
-	case is(cmd, "undo"):
+	}
+	if err := onlyForMany(cmd, "account", "dry-run"); err != nil {
+		return err
+	}
+	if is(cmd, "undo") {
 		return undoRotation(ctx, cmd, args[0], admin)
 	}
 	key, err := admin.Rotate(ctx, operator(), args[0], overlap)

@@ -16,32 +16,28 @@ import (
 )
 
 func keysUsageCommand() *cobra.Command {
-	cmd := &cobra.Command{
+	cmd := keysCommand(&cobra.Command{
 		Use:     "usage <id>",
 		Short:   "Shows what a key was used for",
 		Long:    "Shows how many requests with a key were allowed, and denied for which reasons, by day or by hour (UTC).",
 		Example: "  rekall-gateway keys usage key_4fK2mQ9xT1bV7nR3sY8wZ0 --last 7d --hourly",
 		Args:    cobra.ExactArgs(1),
-	}
-	databaseFlags(cmd)
+	}, showUsage)
 	cmd.Flags().String("last", "30d", "How far to look back, e.g. 90d, 2w or 12h")
 	cmd.Flags().Bool("hourly", false, "Show hours instead of days (--json has both)")
-	cmd.RunE = admin(func(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
-		last, _ := cmd.Flags().GetString("last")
-		back, err := keyadmin.ParseDuration(last)
-		if err != nil {
-			return fmt.Errorf("--last %w", err)
-		}
-		usage, err := admin.Usage(ctx, operator(), args[0], time.Now().Add(-back), time.Time{})
-		if err != nil {
-			return usageFlagNames(err)
-		}
-		return show(cmd, usage, func(w io.Writer) {
-			hourly, _ := cmd.Flags().GetBool("hourly")
-			printUsage(w, usage, hourly)
-		})
-	})
 	return cmd
+}
+
+func showUsage(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
+	back, err := keyadmin.ParseDuration(text(cmd, "last"))
+	if err != nil {
+		return fmt.Errorf("--last %w", err)
+	}
+	usage, err := admin.Usage(ctx, operator(), args[0], time.Now().Add(-back), time.Time{})
+	if err != nil {
+		return usageFlagNames(err)
+	}
+	return show(cmd, usage, func(w io.Writer) { printUsage(w, usage, is(cmd, "hourly")) })
 }
 
 // usageFlagNames makes an error about the range speak of the flag that sets it.

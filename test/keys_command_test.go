@@ -124,7 +124,8 @@ func TestExitCodesTellWhatWasFound(t *testing.T) {
 	t.Parallel()
 	k := newKeysCLI(t)
 	key := k.create("Backend")
-	pasted := k.create("Pasted").Key.Reveal()
+	active := k.create("Pasted")
+	pasted := active.Key.Reveal()
 	k.run("revoke", key.ID)
 	const missing = "key_0000000000000000000000"
 	for _, test := range []struct {
@@ -133,7 +134,7 @@ func TestExitCodesTellWhatWasFound(t *testing.T) {
 	}{
 		{3, []string{"show", missing}}, {3, []string{"rename", missing, "n"}}, {3, []string{"rotate", missing}},
 		{3, []string{"rotate", missing, "--undo"}}, {3, []string{"revoke", missing}}, {3, []string{"show", pasted}},
-		{3, []string{"revoke", pasted}}, {3, []string{"list", "--name", pasted}},
+		{3, []string{"revoke", pasted}}, {3, []string{"list", "--name", pasted}}, {3, []string{"usage", pasted}},
 		{4, []string{"revoke", key.ID}}, {4, []string{"rotate", key.ID}},
 		{1, []string{"check", pasted}}, {1, []string{pasted}}, {1, []string{"list", "--" + pasted}},
 		{1, []string{"rotate"}}, {1, []string{"rotate", key.ID, "--older-than", "90d"}}, {1, []string{"rotate", key.ID, "--overlap", "soon"}},
@@ -141,13 +142,20 @@ func TestExitCodesTellWhatWasFound(t *testing.T) {
 		{1, []string{"revoke", "--created-by", "", "--account", "default", "--yes"}}, {1, []string{"revoke", "--account", "default", "--yes", "--dry-run"}},
 		{1, []string{"revoke", "--hashes", "/nonexistent"}}, {1, []string{"import", "/nonexistent.csv"}}, {1, []string{"list", "--status", "gone"}},
 		{1, []string{"list", "--limit", "-1"}}, {1, []string{"audit", "--since", "yesterday"}}, {1, []string{"rename", key.ID, "a\nb"}},
+		// What would do more than was meant.
+		{1, []string{"revoke", active.ID, "--dry-run"}}, {1, []string{"rotate", active.ID, "--dry-run"}},
+		{1, []string{"rotate", active.ID, "--account", "other"}}, {1, []string{"rotate", active.ID, "--overlap", ""}},
+		{1, []string{"rotate", "--older-than", "0s", "--account", "", "--yes"}}, {1, []string{"rotate", "--older-than", "", "--yes"}},
+		{1, []string{"create", "--name", "a", "--scopes", "hives:read", "--environment", "sandbox", "--expires-in", ""}},
+		{1, []string{"create", "--name", "a", "--scopes", "hives:read", "--environment", "sandbox", "--expires-at", ""}},
+		{1, []string{"list", "--account", ""}}, {1, []string{"audit", "--key-id", ""}}, {1, []string{"usage", active.ID, "--" + pasted}},
 	} {
 		stdout, stderr, code := k.try("", test.args...)
 		if code != test.code || stdout != "" || strings.Count(strings.TrimSpace(stderr), "\n") != 0 || strings.TrimSpace(stderr) == "" {
 			t.Errorf("%s: exit %d, want %d and one line: %q %q", apikey.Redact(fmt.Sprint(test.args)), code, test.code, stdout, stderr)
 		}
 	}
-	if list := read[[]keyadmin.Key](k, "list", "--status", "active"); len(list) != 1 || list[0].Name != "Pasted" {
+	if list := read[[]keyadmin.Key](k, "list", "--status", "active"); len(list) != 1 || list[0].ID != active.ID || list[0].Successor != nil {
 		t.Errorf("active keys: %+v", list)
 	}
 }

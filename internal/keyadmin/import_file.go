@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 )
@@ -213,6 +214,14 @@ func (r *jsonReader) parse(text []byte) (importLine, error) {
 	}
 	if line.Key != "" && !r.plainKeys {
 		return line, &BadLine{r.number, "key", plainKeysRefused}
+	}
+	// JSON has a character for what is not text: two accounts could become one.
+	const notText = "must be a text of valid Unicode characters"
+	if strings.ContainsRune(line.Account, utf8.RuneError) {
+		return line, &BadLine{r.number, "account", notText}
+	}
+	if strings.ContainsRune(line.Name, utf8.RuneError) {
+		return line, &BadLine{r.number, "name", notText}
 	}
 	return line, nil
 }

@@ -114,6 +114,17 @@ func TestOneBadLineImportsNothingAndIsNamedWithoutBeingQuoted(t *testing.T) {
 			t.Errorf("%.60q: %v", apikey.Redact(line), err)
 		}
 	}
+	for _, broken := range []string{"\xff", `\ud800`} {
+		for _, field := range []string{"account", "name"} {
+			line := strings.Replace(`{"hash":"`+strings.Repeat("ab", 32)+`","account":"acme","name":"Backend","environment":"production","scopes":["memories:read"]}`,
+				`"`+field+`":"`, `"`+field+`":"`+broken, 1)
+			_, err := importText(t, admin, line, keyadmin.ImportOptions{Format: "jsonl"})
+			var bad *keyadmin.ImportError
+			if !errors.As(err, &bad) || bad.Lines[0].Field != field {
+				t.Errorf("%q: %v", line, err)
+			}
+		}
+	}
 	for _, header := range []string{"", "hash,color\n", "hash,hash\n", "key\n", secret + "\n"} {
 		_, err := importText(t, admin, header, keyadmin.ImportOptions{Format: "csv"})
 		var bad *keyadmin.ImportError

@@ -13,6 +13,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
 // maxBody is the size in bytes of a request that manages one key: ten times the longest sensible one.
@@ -67,6 +68,9 @@ var spellings = map[string]string{"expiresIn": "expires_in", "expiresAt": "expir
 // readFields reads a body that is an object with no other fields than the known ones. A name that stands twice is refused:
 // two readers may each believe another of the values.
 func readFields(r *http.Request, limit int64, known ...string) (fields, error) {
+	if _, err := readQuery(r); err != nil { // what changes something takes no parameters: it would do so in spite of a ?dry_run=true
+		return nil, err
+	}
 	body, err := readBody(r, limit)
 	if err != nil || body == nil {
 		return nil, err
@@ -118,10 +122,22 @@ func shown(name string) string {
 	return name
 }
 
-// text reads a field that is a text. Like the next two, it leaves what is not given, or null, as it was.
+// text reads a field that is a text. Like the next three, it leaves what is not given, or null, as it was.
 func (f fields) text(name string, to *string) error {
 	if !f.read(name, to) || !whole(*to) {
 		return invalid(name, name+" must be a text of valid Unicode characters.")
+	}
+	return nil
+}
+
+// option is text for a field that has a default. An empty text, most likely a variable that nobody set, does not mean it: a
+// key without an expiry would never end.
+func (f fields) option(name string, to *string) error {
+	if err := f.text(name, to); err != nil {
+		return err
+	}
+	if value, given := f[name]; given && *to == "" && string(value) != "null" {
+		return &keyadmin.InvalidError{Field: name, Reason: "must not be empty: leave it out for its default"}
 	}
 	return nil
 }

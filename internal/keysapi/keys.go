@@ -40,11 +40,11 @@ func (a *API) create(r *http.Request, actor keyadmin.Actor) (answer, error) {
 	var request keyadmin.CreateRequest
 	if err := cmp.Or(
 		f.text("name", &request.Name),
-		f.text("environment", &request.Environment),
+		f.option("environment", &request.Environment),
 		f.texts("scopes", &request.Scopes),
 		f.flag("manage_keys", &request.ManageKeys),
-		f.text("expires_in", &request.ExpiresIn),
-		f.text("expires_at", &request.ExpiresAt),
+		f.option("expires_in", &request.ExpiresIn),
+		f.option("expires_at", &request.ExpiresAt),
 	); err != nil {
 		return answer{}, err
 	}
@@ -147,7 +147,7 @@ func (a *API) rotate(r *http.Request, actor keyadmin.Actor) (answer, error) {
 		return answer{}, err
 	}
 	var text string
-	if err := f.text("overlap", &text); err != nil {
+	if err := f.option("overlap", &text); err != nil {
 		return answer{}, err
 	}
 	overlap, err := keyadmin.ParseOverlap(text)
