@@ -282,6 +282,24 @@ func TestFileOfKeysIsImportedOnceAndWhole(t *testing.T) {
 	}
 }
 
+func TestImportOfALongFileShowsItsProgress(t *testing.T) {
+	t.Parallel()
+	k := newKeysCLI(t)
+	const keys = 100_000
+	var file strings.Builder
+	file.WriteString("hash,account,name,environment,scopes\n")
+	for i := range keys {
+		fmt.Fprintf(&file, "%064x,acme,Backend,sandbox,memories:read\n", i)
+	}
+	stdout, stderr, code := k.try(file.String(), "import", "-", "--format", "csv", "--dry-run", "--json")
+	if code != 0 || stderr != "read 100000 keys\nchecking 100000 keys\n" {
+		t.Errorf("exit %d, progress %q", code, stderr)
+	}
+	if got := decoded[keyadmin.Imported](k, stdout); got != (keyadmin.Imported{Imported: keys}) {
+		t.Errorf("got %+v", got)
+	}
+}
+
 func TestCheckReadsTheKeyFromItsInputAndNeverShowsIt(t *testing.T) {
 	t.Parallel()
 	k := newKeysCLI(t)
@@ -324,7 +342,7 @@ func TestShellCompletesCommandsFlagsAndTheirValues(t *testing.T) {
 		args []string
 		want []string
 	}{
-		{[]string{""}, []string{"create", "list", "show", "rename", "rotate", "revoke", "audit", "import", "check"}},
+		{[]string{""}, []string{"create", "list", "show", "rename", "rotate", "revoke", "usage", "audit", "import", "check"}},
 		{[]string{"create", "--"}, []string{"--name", "--scopes", "--expires-in", "--expires-at", "--manage-keys"}},
 		{[]string{"create", "--environment", ""}, []string{"production", "sandbox"}},
 		{[]string{"create", "--scopes", "memories"}, []string{"memories:read", "memories:delete"}},
