@@ -43,7 +43,7 @@ var ErrUnavailable = errors.New("key data is unavailable")
 
 // Store is what the cache asks of Postgres. *keystore.Store is one.
 type Store interface {
-	Snapshot(ctx context.Context, since uint64) (keystore.Snapshot, error)
+	Snapshot(ctx context.Context, since string) (keystore.Snapshot, error)
 	Lookup(ctx context.Context, digests []apikey.Digest) (keystore.Found, error)
 	Listen(ctx context.Context, wake func()) error
 	ScanHashes(ctx context.Context, begin func(server keystore.Server, keys int) error, each func(prefix []byte)) error

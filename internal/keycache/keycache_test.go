@@ -278,7 +278,7 @@ func (s *hookedStore) Lookup(ctx context.Context, digests []apikey.Digest) (keys
 	return found, err
 }
 
-func (s *hookedStore) Snapshot(ctx context.Context, since uint64) (keystore.Snapshot, error) {
+func (s *hookedStore) Snapshot(ctx context.Context, since string) (keystore.Snapshot, error) {
 	snap, err := s.Store.Snapshot(ctx, since)
 	if s.change != nil {
 		s.change(&snap)

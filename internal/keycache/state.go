@@ -20,9 +20,9 @@ type state struct {
 	log     []epochChanges           // the same keys, oldest epoch first
 
 	server    keystore.Server
-	watermark uint64                   // every change stamped below it has been read
-	xmax      uint64                   // of the snapshot; it never falls on one server
-	window    map[apikey.Digest]uint64 // change stamps at or above the watermark that have been applied already
+	seen      string // the snapshot as of which every change has been read
+	watermark uint64 // every transaction below it had ended then
+	xmax      uint64 // of the snapshot; it never falls on one server
 
 	syncedAt   time.Time // what the sync vouches from, both clocks: its start, unless a standby lags; zero: never
 	readAt     time.Time // start of the sync, both clocks
@@ -98,7 +98,7 @@ func (s *state) sameServer(snap keystore.Snapshot) bool {
 func (s *state) restart(snap keystore.Snapshot, readAt, vouchedAt time.Time) *state {
 	return &state{
 		epoch: s.epoch + 1, origin: s.epoch + 1, horizon: s.epoch + 1,
-		server: snap.Server, watermark: snap.Xmin, xmax: snap.Xmax,
+		server: snap.Server, seen: snap.Text, watermark: snap.Xmin, xmax: snap.Xmax,
 		syncedAt: vouchedAt, readAt: readAt, pgNow: snap.Now, superseded: make(chan struct{}),
 	}
 }
@@ -107,19 +107,13 @@ func (s *state) restart(snap keystore.Snapshot, readAt, vouchedAt time.Time) *st
 func (s *state) next(snap keystore.Snapshot, readAt, vouchedAt time.Time) (n *state, changed []*entry) {
 	n = &state{
 		epoch: s.epoch + 1, origin: s.origin, horizon: s.horizon, changes: s.changes, log: s.log,
-		server: snap.Server, watermark: snap.Xmin, xmax: snap.Xmax, window: make(map[apikey.Digest]uint64, len(snap.Changes)),
+		server: snap.Server, seen: snap.Text, watermark: snap.Xmin, xmax: snap.Xmax,
 		syncedAt: vouchedAt, readAt: readAt, pgNow: snap.Now, superseded: make(chan struct{}),
 	}
 	var digests []apikey.Digest
 	for _, ch := range snap.Changes {
-		d := ch.Record.Digest
-		n.window[d] = ch.Xid
-		// A long transaction anywhere in the cluster holds the watermark back, and the same rows come at each sync.
-		if s.window[d] == ch.Xid {
-			continue
-		}
 		changed = append(changed, newEntry(*ch.Record, n.epoch))
-		digests = append(digests, d)
+		digests = append(digests, ch.Record.Digest)
 	}
 	if len(changed) > 0 {
 		n.remember(changed, digests)

@@ -110,7 +110,7 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 	defer cancel()
 	c.counts.syncs.Add(1)
 	old, startedAt := c.state.Load(), time.Now()
-	snap, err := c.store.Snapshot(ctx, old.watermark)
+	snap, err := c.store.Snapshot(ctx, old.seen)
 	if err != nil {
 		c.counts.syncErrors.Add(1)
 		return fmt.Errorf("read changes: %w", err)
@@ -122,9 +122,9 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 	}
 	news := true
 	var changed []*entry
-	if old.syncedAt.IsZero() || !old.sameServer(snap) {
+	if old.syncedAt.IsZero() || !old.sameServer(snap) || snap.Overrun {
 		c.publish(old, old.restart(snap, startedAt, vouchedAt))
-		c.cfg.Logger().Info("key sync starts over", zap.Bool("first", old.syncedAt.IsZero()))
+		c.cfg.Logger().Info("key sync starts over", zap.Bool("first", old.syncedAt.IsZero()), zap.Bool("too_many_changes", snap.Overrun))
 		// Flights that begin from here on are checked against the new state by Track.
 		s.unverified, s.vouchedAt = c.flight.digests(), old.syncedAt
 		c.wantFill()

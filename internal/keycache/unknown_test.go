@@ -233,6 +233,28 @@ func TestFilterOfAnEarlierServerIsNotBelieved(t *testing.T) {
 	}
 }
 
+func TestMoreChangesThanATickCanReadAreInForceAfterIt(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	c, s := newFiltered(t, db.store)
+	kept, revoked := db.create(t), db.create(t)
+	tick(t, s, c)
+	for _, key := range []testKey{kept, revoked} {
+		want(t, c, key.digest, apikey.Allowed)
+	}
+	db.exec(t, `insert into rekall.api_keys (id, account, name, environment, key_hash, scopes)
+		select 'key_' || lpad(n::text, 22, '0'), 'many', 'n', 'production', sha256(n::text::bytea), '{}' from generate_series(1, $1::int) n`, keystore.MaxChanges)
+	db.revoke(t, revoked)
+	tick(t, s, c)
+	want(t, c, revoked.digest, apikey.Revoked)
+	want(t, c, kept.digest, apikey.Allowed)
+	want(t, c, apikey.Hash("1"), apikey.Allowed) // the filter of before has not heard of it
+	want(t, c, unknownKey(), apikey.Unknown)
+	tick(t, s, c)
+	if c.state.Load().epoch == c.state.Load().origin {
+		t.Error("the feed starts over again")
+	}
+}
+
 func TestFilterReadFromAnotherServerThanTheFeedsIsNotUsed(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	store := &hookedStore{Store: db.store, change: func(snap *keystore.Snapshot) { snap.Server.StartedAt-- }}

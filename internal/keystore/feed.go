@@ -2,7 +2,6 @@ package keystore
 
 import (
 	"context"
-	"strconv"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -27,19 +26,25 @@ type Change struct {
 // Snapshot is one reading of the change feed: all of it as of one moment of the server.
 type Snapshot struct {
 	Server  Server
-	Xmin    uint64    // every transaction below it had ended: the watermark to read from next
+	Xmin    uint64    // every transaction below it had ended
 	Xmax    uint64    // no transaction at or above it had ended; never falls while Server stays the same
 	Now     time.Time // the server's clock
 	Beat    uint64    // the last report that Options.Instance has made, as far as this server knows
-	Text    string    // the snapshot itself, as pg_snapshot
+	Text    string    // the snapshot itself, as pg_snapshot: where to read on from
 	Changes []Change  // in no order
+	Overrun bool      // there were more than MaxChanges: Changes is of no use, and all that was read before may be out of date
 }
+
+// MaxChanges is the most changes that are read at a time, in some 0.3 s. All edges read all changes: one import of millions, or
+// one account's keys revoked, would take each of them longer than it may be without news.
+const MaxChanges = 50_000
 
 // recordColumns are what a row receives.
 const recordColumns = `k.id, k.account, k.key_hash, k.environment, k.scopes, k.manage_keys, k.expires_at, k.revoked_at`
 
-// snapshotSQL is one statement, so that watermark and rows belong to the same snapshot. A change that commits later has a
-// transaction id at or above the watermark and comes with a later reading, however late it commits.
+// snapshotSQL is one statement, so that snapshot and rows belong together. It reads the rows that were stamped by transactions
+// that the snapshot before could not see, however late they committed. To name the oldest of those makes the index useful:
+// a long transaction anywhere in the cluster holds it back, but brings no row twice.
 //
 // Rows at or above xmax were stamped by another cluster, from which they were restored: this one's ids are not that far.
 // Without the upper bound every reading would return them all until they are.
@@ -51,16 +56,16 @@ with s as materialized (
 		(select oid from pg_database where datname = current_database()) as database
 )
 select s.xmin, s.xmax, s.snapshot, s.beat, s.now, s.system_id, s.started_at, s.in_recovery, s.database, k.change_xid, ` + recordColumns + `
-from s left join rekall.api_keys k on k.change_xid >= $1::text::xid8 and k.change_xid < s.xmax`
+from s left join rekall.api_keys k on k.change_xid >= pg_snapshot_xmin($1::text::pg_snapshot) and k.change_xid < s.xmax
+	and not pg_visible_in_snapshot(k.change_xid, $1::text::pg_snapshot)
+limit $3`
 
-// noRows is above every transaction id.
-const noRows = "18446744073709551615"
-
-// Snapshot reads the feed: every row stamped at or after since. With since 0 it reads no rows, only where the feed stands.
-func (s *Store) Snapshot(ctx context.Context, since uint64) (Snapshot, error) {
-	from := noRows
-	if since > 0 {
-		from = strconv.FormatUint(since, 10)
+// Snapshot reads the feed: every row that has changed since a snapshot, which is the Text of an earlier one of the same
+// server. With an empty one it reads no rows, only where the feed stands.
+func (s *Store) Snapshot(ctx context.Context, since string) (Snapshot, error) {
+	var from *string // null: no row compares with it
+	if since != "" {
+		from = &since
 	}
 	var (
 		snap    Snapshot
@@ -70,7 +75,7 @@ func (s *Store) Snapshot(ctx context.Context, since uint64) (Snapshot, error) {
 	)
 	targets := append([]any{&snap.Xmin, &snap.Xmax, &snap.Text, &snap.Beat, &snap.Now, &snap.Server.SystemID, &started, &snap.Server.InRecovery,
 		&snap.Server.Database, &xid}, key.targets()...)
-	rows, _ := s.pool.Query(ctx, snapshotSQL, from, s.instance) // ForEachRow returns its error
+	rows, _ := s.pool.Query(ctx, snapshotSQL, from, s.instance, MaxChanges+1) // ForEachRow returns its error
 	_, err := pgx.ForEachRow(rows, targets, func() error {
 		if xid == nil {
 			return nil // nothing changed
@@ -86,6 +91,9 @@ func (s *Store) Snapshot(ctx context.Context, since uint64) (Snapshot, error) {
 		return Snapshot{}, failed("read change feed", err)
 	}
 	snap.Server.StartedAt = started.UnixMicro()
+	if snap.Overrun = len(snap.Changes) > MaxChanges; snap.Overrun {
+		snap.Changes = nil
+	}
 	return snap, nil
 }
 

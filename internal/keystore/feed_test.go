@@ -1,7 +1,6 @@
 package keystore_test
 
 import (
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -36,24 +35,24 @@ func TestChangeThatCommitsOutOfOrderIsNotLost(t *testing.T) {
 	databaseURL := database(t)
 	store := open(t, databaseURL, keystore.Options{})
 	first, second := insert(t, store), insert(t, store)
-	start := snapshot(t, store, 0)
+	start := snapshot(t, store, "")
 
 	slow, quick := connect(t, databaseURL), connect(t, databaseURL)
 	exec(t, slow, "begin")
 	exec(t, slow, revokeSQL, first.ID)
 	exec(t, quick, revokeSQL, second.ID)
 
-	between := snapshot(t, store, start.Xmin)
+	between := snapshot(t, store, start.Text)
 	if !revokedIn(between, second) || revokedIn(between, first) {
 		t.Fatalf("before the slow commit: %+v", between.Changes)
 	}
 	exec(t, slow, "commit")
-	after := snapshot(t, store, between.Xmin)
+	after := snapshot(t, store, between.Text)
 	if !revokedIn(after, first) {
 		t.Fatalf("the slow transaction's change is lost: %+v", after.Changes)
 	}
-	end := snapshot(t, store, after.Xmin)
-	if again := snapshot(t, store, end.Xmin); len(again.Changes) != 0 {
+	end := snapshot(t, store, after.Text)
+	if again := snapshot(t, store, end.Text); len(again.Changes) != 0 {
 		t.Errorf("changes come again with nothing in flight: %+v", again.Changes)
 	}
 }
@@ -63,16 +62,16 @@ func TestChangeInSavepointIsNotLost(t *testing.T) {
 	databaseURL := database(t)
 	store := open(t, databaseURL, keystore.Options{})
 	key := insert(t, store)
-	start := snapshot(t, store, 0)
+	start := snapshot(t, store, "")
 	conn := connect(t, databaseURL)
 	exec(t, conn, "begin")
 	exec(t, conn, "savepoint a")
 	exec(t, conn, revokeSQL, key.ID)
 	exec(t, conn, "release a")
 	insert(t, store) // a later transaction that ends before
-	between := snapshot(t, store, start.Xmin)
+	between := snapshot(t, store, start.Text)
 	exec(t, conn, "commit")
-	if !revokedIn(snapshot(t, store, between.Xmin), key) {
+	if !revokedIn(snapshot(t, store, between.Text), key) {
 		t.Error("the change is lost")
 	}
 }
@@ -81,9 +80,9 @@ func TestChangeTypedIntoPsqlIsInTheFeed(t *testing.T) {
 	databaseURL := database(t)
 	store := open(t, databaseURL, keystore.Options{})
 	key := insert(t, store)
-	start := snapshot(t, store, 0)
+	start := snapshot(t, store, "")
 	pgtest.Exec(t, databaseURL, `UPDATE rekall.api_keys SET revoked_at = now() WHERE id = '`+key.ID+`'`)
-	snap := snapshot(t, store, start.Xmin)
+	snap := snapshot(t, store, start.Text)
 	if !revokedIn(snap, key) {
 		t.Fatalf("changes %+v", snap.Changes)
 	}
@@ -97,11 +96,11 @@ func TestReplicaRoleIsStampedAndRefusedToo(t *testing.T) {
 	databaseURL := database(t)
 	store := open(t, databaseURL, keystore.Options{})
 	key := insert(t, store)
-	start := snapshot(t, store, 0)
+	start := snapshot(t, store, "")
 	conn := connect(t, databaseURL)
 	exec(t, conn, "set session_replication_role = replica")
 	exec(t, conn, revokeSQL, key.ID)
-	if !revokedIn(snapshot(t, store, start.Xmin), key) {
+	if !revokedIn(snapshot(t, store, start.Text), key) {
 		t.Error("the change is not in the feed")
 	}
 	for _, sql := range refused {
@@ -115,9 +114,9 @@ func TestStampCannotBeChosen(t *testing.T) {
 	databaseURL := database(t)
 	store := open(t, databaseURL, keystore.Options{})
 	key := insert(t, store)
-	start := snapshot(t, store, 0)
+	start := snapshot(t, store, "")
 	pgtest.Exec(t, databaseURL, `update rekall.api_keys set change_xid = '3', name = 'x' where id = $1`, key.ID)
-	if change(snapshot(t, store, start.Xmin), key) == nil {
+	if change(snapshot(t, store, start.Text), key) == nil {
 		t.Error("a change with a stamp of its own is lost")
 	}
 }
@@ -126,7 +125,7 @@ func TestSnapshotFromZeroReadsNoRows(t *testing.T) {
 	store := open(t, database(t), keystore.Options{})
 	insert(t, store)
 	before := time.Now().Add(-time.Hour)
-	snap := snapshot(t, store, 0)
+	snap := snapshot(t, store, "")
 	if len(snap.Changes) != 0 {
 		t.Errorf("changes %+v", snap.Changes)
 	}
@@ -145,19 +144,19 @@ func TestServerTellsDatabasesAndRestartsApart(t *testing.T) {
 		if _, _, err := keystore.Migrate(t.Context(), databaseURL); err != nil {
 			t.Fatal(err)
 		}
-		servers[i] = snapshot(t, open(t, databaseURL, keystore.Options{}), 0).Server
+		servers[i] = snapshot(t, open(t, databaseURL, keystore.Options{}), "").Server
 	}
 	if servers[0] == servers[1] {
 		t.Error("two databases of a cluster look the same")
 	}
 	store := open(t, server.URL(), keystore.Options{})
-	if again := snapshot(t, store, 0).Server; again != servers[0] {
+	if again := snapshot(t, store, "").Server; again != servers[0] {
 		t.Errorf("%+v, then %+v", servers[0], again)
 	}
 	if err := server.Restart(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	restarted := snapshot(t, open(t, server.URL(), keystore.Options{}), 0).Server
+	restarted := snapshot(t, open(t, server.URL(), keystore.Options{}), "").Server
 	if restarted.StartedAt <= servers[0].StartedAt || restarted.SystemID != servers[0].SystemID {
 		t.Errorf("%+v, restarted %+v", servers[0], restarted)
 	}
@@ -173,14 +172,14 @@ func TestRestoredRowsDoNotFloodTheFeed(t *testing.T) {
 		alter table rekall.api_keys disable trigger stamp;
 		update rekall.api_keys set change_xid = '900000000000';
 		alter table rekall.api_keys enable always trigger stamp`)
-	start := snapshot(t, store, 0)
-	if snap := snapshot(t, store, start.Xmin); len(snap.Changes) != 0 {
+	start := snapshot(t, store, "")
+	if snap := snapshot(t, store, start.Text); len(snap.Changes) != 0 {
 		t.Fatalf("changes %+v", snap.Changes)
 	}
 	if _, _, err := store.Revoke(t.Context(), keystore.Everything(), key.ID); err != nil {
 		t.Fatal(err)
 	}
-	if !revokedIn(snapshot(t, store, start.Xmin), key) {
+	if !revokedIn(snapshot(t, store, start.Text), key) {
 		t.Error("a change to a restored key is lost")
 	}
 }
@@ -193,25 +192,62 @@ func TestFeedIsReadByIndex(t *testing.T) {
 		select 'key_' || lpad(i::text, 22, '0'), 'acme', 'Key', 'sandbox', sha256(i::text::bytea), '{}'
 		from generate_series(1, 20000) i`)
 	store := open(t, databaseURL, keystore.Options{})
-	watermark := snapshot(t, store, 0).Xmin
+	since := snapshot(t, store, "").Text
 	for _, analyzed := range []bool{false, true} {
 		if analyzed {
 			exec(t, conn, "analyze rekall.api_keys")
 		}
 		for _, mode := range []string{"force_custom_plan", "force_generic_plan"} {
 			exec(t, conn, "set plan_cache_mode = "+mode)
-			if plan := explain(t, conn, keystore.SnapshotSQL, watermark); !strings.Contains(plan, "api_keys_change_xid") {
+			if plan := explain(t, conn, keystore.SnapshotSQL, since); !strings.Contains(plan, "api_keys_change_xid") {
 				t.Errorf("analyzed %v, %s:\n%s", analyzed, mode, plan)
 			}
 		}
 	}
 }
 
-func explain(t *testing.T, conn *pgx.Conn, sql string, watermark uint64) string {
+func TestChangesComeOnceThoughALongTransactionHoldsTheirTransactionIDsBack(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	start := snapshot(t, store, "")
+	long := connect(t, databaseURL)
+	exec(t, long, "begin")
+	exec(t, long, "select pg_current_xact_id()")
+	key := insert(t, store)
+	first := snapshot(t, store, start.Text)
+	if change(first, key) == nil || first.Xmin != start.Xmin {
+		t.Fatalf("%d changes, from %d on after %d", len(first.Changes), first.Xmin, start.Xmin)
+	}
+	if again := snapshot(t, store, first.Text); len(again.Changes) != 0 {
+		t.Errorf("%d changes come again", len(again.Changes))
+	}
+}
+
+func TestMoreChangesThanCanBeReadInTimeAreSaidNotRead(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	start := snapshot(t, store, "")
+	for keys, overrun := range map[int]bool{keystore.MaxChanges: false, keystore.MaxChanges + 1: true} {
+		since := snapshot(t, store, "").Text
+		pgtest.Exec(t, databaseURL, `
+			insert into rekall.api_keys (id, account, name, environment, key_hash, scopes)
+			select 'key_' || lpad($1::text || lpad(i::text, 8, '0'), 22, '0'), 'acme', 'Key', 'sandbox', sha256(($1::text || i)::bytea), '{}'
+			from generate_series(1, $1::int) i`, keys)
+		snap := snapshot(t, store, since)
+		if snap.Overrun != overrun || (len(snap.Changes) == keys) == overrun {
+			t.Errorf("of %d changes %d are read, overrun %v", keys, len(snap.Changes), snap.Overrun)
+		}
+		if snap.Xmax < start.Xmax || snapshot(t, store, snap.Text).Overrun {
+			t.Error("the reading afterwards does not go on from here")
+		}
+	}
+}
+
+func explain(t *testing.T, conn *pgx.Conn, sql, since string) string {
 	t.Helper()
-	exec(t, conn, "prepare feed (text, text) as "+sql)
+	exec(t, conn, "prepare feed (text, text, bigint) as "+sql)
 	defer exec(t, conn, "deallocate feed")
-	rows, _ := conn.Query(t.Context(), "explain execute feed ('"+strconv.FormatUint(watermark, 10)+"', '')")
+	rows, _ := conn.Query(t.Context(), "explain execute feed ('"+since+"', '', 50001)")
 	lines, err := pgx.CollectRows(rows, pgx.RowTo[string])
 	if err != nil {
 		t.Fatal(err)
@@ -245,7 +281,7 @@ func TestLookupFindsABatchAndOnlyThat(t *testing.T) {
 		digests = append(digests, key.Digest)
 	}
 	insert(t, store)
-	server := snapshot(t, store, 0).Server
+	server := snapshot(t, store, "").Server
 	found, err := store.Lookup(t.Context(), digests)
 	if err != nil {
 		t.Fatal(err)
@@ -266,7 +302,7 @@ func TestLookupFindsABatchAndOnlyThat(t *testing.T) {
 
 func TestLookupOfUnknownKeysNamesTheServer(t *testing.T) {
 	store := open(t, database(t), keystore.Options{})
-	server := snapshot(t, store, 0)
+	server := snapshot(t, store, "")
 	for _, digests := range [][]apikey.Digest{nil, {newKey().Digest}} {
 		found, err := store.Lookup(t.Context(), digests)
 		if err != nil {

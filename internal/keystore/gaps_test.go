@@ -53,12 +53,12 @@ func TestRefusedStatementsLeaveEveryColumnAsItWas(t *testing.T) {
 func TestInsertUnderReplicaRoleIsStampedToo(t *testing.T) {
 	databaseURL := database(t)
 	store := open(t, databaseURL, keystore.Options{})
-	start := snapshot(t, store, 0)
+	start := snapshot(t, store, "")
 	conn := connect(t, databaseURL)
 	exec(t, conn, "set session_replication_role = replica")
 	exec(t, conn, `insert into rekall.api_keys (id, account, name, environment, key_hash, scopes, change_xid)
 		values ('key_0123456789abcdefABCDEF', 'acme', 'x', 'sandbox', sha256('x'), '{}', '3')`)
-	if snap := snapshot(t, store, start.Xmin); len(snap.Changes) != 1 || snap.Changes[0].Xid < start.Xmin {
+	if snap := snapshot(t, store, start.Text); len(snap.Changes) != 1 || snap.Changes[0].Xid < start.Xmin {
 		t.Errorf("changes %+v", snap.Changes)
 	}
 }
@@ -68,7 +68,7 @@ func TestRolledBackChangeIsNotInTheFeed(t *testing.T) {
 	databaseURL := database(t)
 	store := open(t, databaseURL, keystore.Options{})
 	kept, undone := insert(t, store), insert(t, store)
-	start := snapshot(t, store, 0)
+	start := snapshot(t, store, "")
 	conn := connect(t, databaseURL)
 	exec(t, conn, "begin")
 	exec(t, conn, revokeSQL, kept.ID)
@@ -76,7 +76,7 @@ func TestRolledBackChangeIsNotInTheFeed(t *testing.T) {
 	exec(t, conn, revokeSQL, undone.ID)
 	exec(t, conn, "rollback to a")
 	exec(t, conn, "commit")
-	snap := snapshot(t, store, start.Xmin)
+	snap := snapshot(t, store, start.Text)
 	if !revokedIn(snap, kept) || change(snap, undone) != nil {
 		t.Errorf("changes %+v", snap.Changes)
 	}
@@ -126,13 +126,13 @@ func TestLookupWorksWithExecModeInTheURL(t *testing.T) {
 		query.Set("default_query_exec_mode", mode)
 		u.RawQuery = query.Encode()
 		store := open(t, u.String(), keystore.Options{})
-		start := snapshot(t, store, 0)
+		start := snapshot(t, store, "")
 		key := insert(t, store)
 		found, err := store.Lookup(t.Context(), []apikey.Digest{newKey().Digest, key.Digest})
 		if err != nil || len(found.Records) != 1 || found.Records[0].ID != key.ID || found.StartedAt != start.Server.StartedAt {
 			t.Errorf("%s: Lookup = %+v, %v", mode, found, err)
 		}
-		if record := change(snapshot(t, store, start.Xmin), key); record == nil || record.Digest != key.Digest {
+		if record := change(snapshot(t, store, start.Text), key); record == nil || record.Digest != key.Digest {
 			t.Errorf("%s: change %+v", mode, record)
 		}
 	}

@@ -71,14 +71,14 @@ func TestCreatorAndPredecessorNeverChange(t *testing.T) {
 func TestManageKeysReachesTheFeed(t *testing.T) {
 	databaseURL := database(t)
 	store := open(t, databaseURL, keystore.Options{})
-	start := snapshot(t, store, 0)
+	start := snapshot(t, store, "")
 	key := newKey()
 	key.ManageKeys = true
 	if _, err := store.Insert(t.Context(), key); err != nil {
 		t.Fatal(err)
 	}
 	insert(t, store)
-	for _, change := range snapshot(t, store, start.Xmin).Changes {
+	for _, change := range snapshot(t, store, start.Text).Changes {
 		if change.Record.ManageKeys != (change.Record.ID == key.ID) {
 			t.Errorf("record %+v", change.Record)
 		}

@@ -85,7 +85,7 @@ func TestListenTakesNoConnectionFromThePool(t *testing.T) {
 	store := open(t, database(t), keystore.Options{MaxConns: 1})
 	l := listen(t, store)
 	receive(t, "wake", l.wakes)
-	snapshot(t, store, 0)
+	snapshot(t, store, "")
 	if n := store.Pool().Stat().TotalConns(); n != 1 {
 		t.Errorf("%d connections in the pool", n)
 	}

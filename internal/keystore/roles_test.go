@@ -137,11 +137,11 @@ func TestEdgeRoleSufficesForAnEdge(t *testing.T) {
 	databaseURL, roles := granted(t)
 	owner, ctx := open(t, databaseURL, keystore.Options{}), t.Context()
 	edge := open(t, pgtest.Login(t, databaseURL, roles.Edge), keystore.Options{Instance: apikey.RandomText(22)})
-	start, key := snapshot(t, edge, 0), insert(t, owner)
+	start, key := snapshot(t, edge, ""), insert(t, owner)
 	if found, err := edge.Lookup(ctx, []apikey.Digest{key.Digest}); err != nil || len(found.Records) != 1 {
 		t.Errorf("Lookup = %+v, %v", found, err)
 	}
-	if changes := snapshot(t, edge, start.Xmin).Changes; len(changes) != 1 {
+	if changes := snapshot(t, edge, start.Text).Changes; len(changes) != 1 {
 		t.Errorf("changes %+v", changes)
 	}
 	e := report(t, edge, keystore.Edge{Name: "north"})
@@ -378,7 +378,7 @@ func TestMissingRightSaysWhatToDo(t *testing.T) {
 	databaseURL, roles := granted(t)
 	pgtest.Exec(t, databaseURL, `revoke select on rekall.api_keys from `+roles.Edge)
 	edge := open(t, pgtest.Login(t, databaseURL, roles.Edge), keystore.Options{})
-	_, err := edge.Snapshot(t.Context(), 0)
+	_, err := edge.Snapshot(t.Context(), "")
 	if sqlState(err) != insufficientPrivilege || !strings.Contains(err.Error(), "--edge-role") || !strings.Contains(err.Error(), "api_keys") {
 		t.Errorf("got %v", err)
 	}

@@ -22,7 +22,7 @@ func TestScansReadEveryKeyInEveryModeOfThePooler(t *testing.T) {
 				pgtest.Exec(t, databaseURL, `insert into rekall.last_used values ($1, clock_timestamp(), clock_timestamp())`, key.ID)
 			}
 			insert(t, store) // and never used
-			server := snapshot(t, store, 0).Server
+			server := snapshot(t, store, "").Server
 
 			var hashes [][keystore.HashPrefix]byte
 			err := store.ScanHashes(t.Context(), func(s keystore.Server, keys int) error {

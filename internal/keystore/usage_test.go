@@ -112,7 +112,7 @@ func TestUseOfAKeyIsNoChangeOfIt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	start := snapshot(t, store, 0)
+	start := snapshot(t, store, "")
 	mustFlush(t, store, flushOf(instance(), 1, anHour, counts(key.ID, 10, 5, 2)))
 	after, err := store.Get(t.Context(), keystore.Everything(), key.ID)
 	if err != nil {
@@ -121,7 +121,7 @@ func TestUseOfAKeyIsNoChangeOfIt(t *testing.T) {
 	if after.ChangeXid != before.ChangeXid {
 		t.Errorf("change_xid went from %d to %d", before.ChangeXid, after.ChangeXid)
 	}
-	if changes := snapshot(t, store, start.Xmin).Changes; len(changes) != 0 {
+	if changes := snapshot(t, store, start.Text).Changes; len(changes) != 0 {
 		t.Errorf("the feed has %d changes", len(changes))
 	}
 }

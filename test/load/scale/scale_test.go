@@ -158,7 +158,7 @@ func median(t *testing.T, times int, do func() error) time.Duration {
 	return took[len(took)/2]
 }
 
-func (db *database) snapshot(t *testing.T, since uint64) keystore.Snapshot {
+func (db *database) snapshot(t *testing.T, since string) keystore.Snapshot {
 	t.Helper()
 	snap, err := db.store.Snapshot(t.Context(), since)
 	if err != nil {
@@ -169,7 +169,7 @@ func (db *database) snapshot(t *testing.T, since uint64) keystore.Snapshot {
 
 func (db *database) emptyTicks(t *testing.T) (took time.Duration, pages float64) {
 	const ticks = 500
-	watermark := db.snapshot(t, 0).Xmin
+	watermark := db.snapshot(t, "").Text
 	before := db.settledPages(t)
 	took = median(t, ticks, func() error {
 		_, err := db.store.Snapshot(t.Context(), watermark)
@@ -203,7 +203,7 @@ func (db *database) changesTicks(t *testing.T) time.Duration {
 	const changes = 1000
 	var took []time.Duration
 	for range 11 {
-		watermark := db.snapshot(t, 0).Xmin
+		watermark := db.snapshot(t, "").Text
 		first := 1 + rand.IntN(db.keys-changes)
 		if _, err := db.pool.Exec(t.Context(), `update rekall.api_keys set name = name || '.'
 			where id in (select 'key_' || lpad(n::text, 22, '0') from generate_series($1::int, $2::int) n)`, first, first+changes-1); err != nil {
