@@ -62,7 +62,7 @@ type Row struct {
 
 // rowColumns are what scanRow receives, of a table named k.
 const rowColumns = `k.id, k.account, k.name, k.environment, coalesce(k.hint, ''), k.scopes, k.manage_keys, coalesce(k.created_by, ''),
-	k.created_at, k.expires_at, k.revoked_at, (select u.last_used_at from rekall.last_used u where u.key_id = k.id),
+	k.created_at, k.expires_at, k.revoked_at, (select ` + lastUse + ` from rekall.last_used l where l.key_id = k.id),
 	coalesce(k.predecessor, ''),
 	coalesce((select s.id from rekall.api_keys s where s.predecessor = k.id order by s.created_at desc limit 1), ''),
 	k.overlap_on_first_use, k.grace_started_at, k.prior_expires_at, k.change_xid, now()`

@@ -20,7 +20,7 @@ const serverSQL = `
 select (select system_identifier from pg_control_system()), pg_postmaster_start_time(), pg_is_in_recovery(),
 	(select oid from pg_database where datname = current_database())`
 
-// recentSQL decides which keys are worth having in memory first.
+// recentSQL decides which keys are worth having in memory first. It need not be exact to the minute.
 const recentSQL = `select ` + recordColumns + `
 from rekall.api_keys k left join rekall.last_used u on u.key_id = k.id
 order by u.last_used_at desc nulls last limit $1`

@@ -33,19 +33,22 @@ with mark as (
 	on conflict (instance) do update set sequence = excluded.sequence, flushed_at = excluded.flushed_at
 	where f.sequence < excluded.sequence
 	returning sequence
-), allowed as materialized (
-	select n.* from mark, unnest($4::text[], $5::bigint[], $6::timestamptz[]) as n (key_id, count, used_at)
-), used as (
-	insert into rekall.last_used as l (key_id, first_used_at, last_used_at)
-	select key_id, used_at, used_at from allowed
-	on conflict (key_id) do update set first_used_at = least(l.first_used_at, excluded.first_used_at),
-		last_used_at = greatest(l.last_used_at, excluded.last_used_at)
+), counted as (
+	insert into rekall.usage as u (key_id, hour, outcome, count, used_at)
+	select n.key_id, $3, 'allowed', n.count, n.used_at from mark, unnest($4::text[], $5::bigint[], $6::timestamptz[]) as n (key_id, count, used_at)
+	union all
+	select n.key_id, $3, n.outcome, n.count, null from mark, unnest($7::text[], $8::text[], $9::bigint[]) as n (key_id, outcome, count)
+	on conflict (key_id, hour, outcome) do update set count = u.count + excluded.count, used_at = greatest(u.used_at, excluded.used_at)
+	returning u.key_id, u.used_at, u.xmax = 0 as new
 )
-insert into rekall.usage as u (key_id, hour, outcome, count)
-select key_id, $3, 'allowed', count from allowed
-union all
-select n.key_id, $3, n.outcome, n.count from mark, unnest($7::text[], $8::text[], $9::bigint[]) as n (key_id, outcome, count)
-on conflict (key_id, hour, outcome) do update set count = u.count + excluded.count`
+insert into rekall.last_used as l (key_id, first_used_at, last_used_at)
+select key_id, used_at, used_at from counted where new and used_at is not null
+on conflict (key_id) do update set first_used_at = least(l.first_used_at, excluded.first_used_at),
+	last_used_at = greatest(l.last_used_at, excluded.last_used_at)`
+
+// lastUse is when a key l of last_used was used last: in the hour that its row tells of.
+const lastUse = `greatest(l.last_used_at, (select u.used_at from rekall.usage u
+	where u.key_id = l.key_id and u.hour = date_trunc('hour', l.last_used_at, 'UTC') and u.outcome = 'allowed'))`
 
 // FlushUsage adds counts to Postgres, in one transaction. Each key stands in them once, and all edges sort them in the same
 // order: then they do not deadlock. A flush whose outcome is not known is to be repeated, unchanged; it is never counted
@@ -106,7 +109,7 @@ type KeyUsage struct {
 
 // LastUsed says when a key was used. A use is a request that was allowed. The zero value: never.
 type LastUsed struct {
-	FirstUsedAt, LastUsedAt time.Time // by Postgres's clock
+	FirstUsedAt, LastUsedAt time.Time // by Postgres's clock; the first is that of the flush that told of it
 }
 
 // Usage returns what a key was used for in the hours that begin at from or later and before to.
@@ -136,7 +139,7 @@ select key_id, hour, threshold from rekall.spikes where key_id = $1 and hour >= 
 func (s *Store) LastUsed(ctx context.Context, keyIDs []string) (map[string]LastUsed, error) {
 	used := make(map[string]LastUsed, len(keyIDs))
 	rows, _ := s.pool.Query(ctx, `
-select key_id, first_used_at, last_used_at from rekall.last_used where key_id = any($1)`, keyIDs) // ForEachRow returns its error
+select l.key_id, l.first_used_at, `+lastUse+` from rekall.last_used l where l.key_id = any($1)`, keyIDs) // ForEachRow returns its error
 	var (
 		id string
 		at LastUsed
@@ -216,16 +219,23 @@ insert into rekall.spikes (key_id, hour, threshold) values ($1, $2, $3) on confl
 // silentEdge is how long an edge that has not flushed may yet repeat its last flush.
 const silentEdge = 7 * 24 * time.Hour
 
-// ForgetUsage removes up to limit rows of counts older than retention, and what belongs to them. It returns how many rows
-// of counts it removed: with fewer than limit, nothing is left to do.
-func (s *Store) ForgetUsage(ctx context.Context, retention time.Duration, limit int) (int64, error) {
-	tag, err := s.pool.Exec(ctx, `
+// ForgetUsage removes up to limit rows of counts older than retention, and what belongs to them, but for when the keys were
+// used last. It returns how many rows of counts it removed: with fewer than limit, nothing is left to do.
+func (s *Store) ForgetUsage(ctx context.Context, retention time.Duration, limit int) (removed int64, err error) {
+	err = s.pool.QueryRow(ctx, `
 with spikes as (delete from rekall.spikes where hour < now() - $1::interval),
-	flushes as (delete from rekall.usage_flushes where flushed_at < now() - $3::interval)
-delete from rekall.usage where ctid = any(array(
-	select ctid from rekall.usage where hour < now() - $1::interval limit $2))`, retention, limit, silentEdge)
+	flushes as (delete from rekall.usage_flushes where flushed_at < now() - $3::interval),
+	gone as (
+		delete from rekall.usage where ctid = any(array(
+			select ctid from rekall.usage where hour < now() - $1::interval limit $2))
+		returning key_id, used_at),
+	kept as (
+		update rekall.last_used l set last_used_at = g.used_at
+		from (select key_id, max(used_at) as used_at from gone group by key_id) g
+		where l.key_id = g.key_id and l.last_used_at < g.used_at)
+select count(*) from gone`, retention, limit, silentEdge).Scan(&removed)
 	if err != nil {
 		return 0, failed("forget usage", err)
 	}
-	return tag.RowsAffected(), nil
+	return removed, nil
 }

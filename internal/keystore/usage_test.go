@@ -60,8 +60,8 @@ func TestFlushesOfAllEdgesAddUpByHourAndOutcome(t *testing.T) {
 	store := open(t, database(t), keystore.Options{})
 	id, other := newKey().ID, newKey().ID
 	north, south := instance(), instance()
-	mustFlush(t, store, flushOf(north, 1, anHour, counts(id, 3, 2, 5)))
-	mustFlush(t, store, flushOf(south, 1, anHour, counts(id, 4, 0, 4)))
+	mustFlush(t, store, flushOf(north, 1, anHour, counts(id, 3, 2, 4)))
+	mustFlush(t, store, flushOf(south, 1, anHour, counts(id, 4, 0, 5)))
 	mustFlush(t, store, flushOf(north, 2, anHour.Add(time.Hour), counts(id, 1, 0, 65)))
 	mustFlush(t, store, flushOf(south, 2, anHour, counts(id, 0, 7, 0), counts(other, 0, 1, 0)))
 	want := []keystore.HourUsage{{anHour, "allowed", 7}, {anHour, "revoked", 9}, {anHour.Add(time.Hour), "allowed", 1}}
@@ -229,6 +229,34 @@ func TestForgetRemovesWhatIsPastItsRetentionAndKeepsTheLastUse(t *testing.T) {
 	if err := connect(t, databaseURL).QueryRow(t.Context(), `select count(*) from rekall.usage_flushes`).Scan(&flushes); err != nil || flushes != 1 {
 		t.Errorf("%d edges' flushes left, %v", flushes, err)
 	}
+}
+
+// Of the uses in an hour only the first changes the row that outlives the counts.
+func TestLastUseIsExactAndOutlivesItsCounts(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	key, edge := insert(t, store), instance()
+	for i, use := range []struct {
+		hour   time.Time
+		minute int
+	}{{anHour, 1}, {anHour, 30}, {anHour.Add(time.Hour), 61}, {anHour, 59}, {anHour.Add(time.Hour), 75}, {anHour.Add(time.Hour), 70}} {
+		mustFlush(t, store, flushOf(edge, int64(i+1), use.hour, counts(key.ID, 1, 1, use.minute)))
+	}
+	first, last := anHour.Add(time.Minute), anHour.Add(75*time.Minute)
+	check := func(when string) {
+		t.Helper()
+		if got := usageOf(t, store, key.ID); got.FirstUsedAt != first || got.LastUsedAt != last {
+			t.Errorf("%s: used from %v to %v, want from %v to %v", when, got.FirstUsedAt, got.LastUsedAt, first, last)
+		}
+		if row, err := store.Get(t.Context(), keystore.Everything(), key.ID); err != nil || row.LastUsedAt == nil || !row.LastUsedAt.Equal(last) {
+			t.Errorf("%s: %+v, %v", when, row, err)
+		}
+	}
+	check("with its counts")
+	if n, err := store.ForgetUsage(t.Context(), time.Hour, 100); err != nil || n != 4 {
+		t.Fatalf("%d rows removed, %v", n, err)
+	}
+	check("without them")
 }
 
 func TestChoreHasOneTakerInItsPeriod(t *testing.T) {
