@@ -50,7 +50,7 @@ type Store interface {
 	ScanRecent(ctx context.Context, n int, begin func(keystore.Server) error, each func(apikey.Record)) error
 }
 
-// Config of a Cache. Warm, NoListen, SentAt and Changed may be left out.
+// Config of a Cache. Warm, NoListen, SentAt, Changed and Revoked may be left out.
 type Config struct {
 	Size         int           // keys held, at most
 	Warm         int           // keys read into memory when the feed starts over, at most Size; 0: none
@@ -60,7 +60,10 @@ type Config struct {
 	// SentAt makes the store a standby's, which may lag: a sync then vouches for no more than the last report of this edge
 	// that the standby has replayed. SentAt returns when that report was sent. Nil: the store is the primary's.
 	SentAt  func(beat uint64) (time.Time, bool)
-	Changed func()             // called after changes were applied; must not block; may be nil
+	Changed func() // called after changes were applied; must not block; may be nil
+	// Revoked is called when a key that was in memory is found to be revoked, with the time for which it stayed allowed after
+	// its revocation, by Postgres's clock. It must not block; it may be nil.
+	Revoked func(delay time.Duration)
 	Logger  func() *zap.Logger // asked at each line: a config reload closes the old logger's writers
 }
 
@@ -120,17 +123,21 @@ type Found struct {
 
 // New returns a cache that is empty and vouches for nothing until Run has synced once.
 func New(store Store, cfg Config) (*Cache, error) {
+	c := &Cache{cfg: cfg, store: store, unknown: newUnknowns(), wake: make(chan struct{}, 1), refill: make(chan struct{}, 1)}
 	known, err := ristretto.NewCache(&ristretto.Config[uint64, *entry]{
 		NumCounters: 10 * int64(cfg.Size), // ristretto's advice: ten per entry
 		MaxCost:     int64(cfg.Size),
 		BufferItems: 64,
 		// Cost counts keys. With the internal cost included, room for 10,000 keys would hold 175.
 		IgnoreInternalCost: true,
+		// Ristretto's own metrics would count each Get too, which is the hot path.
+		OnEvict:  func(*ristretto.Item[*entry]) { c.counts.evictions.Add(1) },
+		OnReject: func(*ristretto.Item[*entry]) { c.counts.drops.Add(1) },
 	})
 	if err != nil {
 		return nil, fmt.Errorf("create cache: %w", err)
 	}
-	c := &Cache{cfg: cfg, store: store, known: known, unknown: newUnknowns(), wake: make(chan struct{}, 1), refill: make(chan struct{}, 1)}
+	c.known = known
 	c.loader = newLoader(c)
 	c.state.Store(newState())
 	c.applied.Store(new(Applied))
@@ -233,8 +240,8 @@ func place(d *apikey.Digest) uint64 { return binary.LittleEndian.Uint64(d[:]) }
 func (c *Cache) keep(e *entry) {
 	c.closing.RLock()
 	defer c.closing.RUnlock()
-	if !c.closed {
-		c.known.Set(place(&e.record.Digest), e, 1)
+	if !c.closed && !c.known.Set(place(&e.record.Digest), e, 1) {
+		c.counts.drops.Add(1)
 	}
 }
 

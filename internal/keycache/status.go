@@ -10,7 +10,8 @@ import (
 type counts struct {
 	hits striped
 
-	misses, proofs, refused, lookups, lookupErrors, syncs, syncErrors, listenErrors, cuts atomic.Uint64
+	misses, proofs, refused, evictions, drops, lookups, lookupErrors atomic.Uint64
+	syncs, syncErrors, restarts, listens, listenErrors, cuts         atomic.Uint64
 }
 
 // striped is a counter for what happens on every request: CPUs that count for different keys do not wait for each other.
@@ -31,23 +32,30 @@ func (s *striped) load() uint64 {
 
 // Status is what an operator may want to know of a cache at one moment.
 type Status struct {
-	Epoch    uint64        // syncs that were published
-	SyncedAt time.Time     // start of the last good sync; zero: never
-	Age      time.Duration // since then
-	Fresh    bool          // whether that sync still vouches for cached keys
-	InFlight int           // requests being tracked
-	Canary   time.Duration // from the last canary's revocation to its refusal here; 0: none yet
+	Epoch        uint64        // syncs that were published
+	SyncedAt     time.Time     // start of the last good sync; zero: never
+	Age          time.Duration // since then
+	Lag          time.Duration // by which the data was behind when it was read, which only a standby's is
+	Fresh        bool          // whether that sync still vouches for cached keys
+	MaxStaleness time.Duration // after which it does not
+	InFlight     int           // requests being tracked
+	Canary       time.Duration // from the last canary's revocation to its refusal here; 0: none yet
+
+	Keys, Size       int    // in memory, and at most
+	Evictions, Drops uint64 // of keys that others took the place of, and of those that were not taken into memory
 
 	FilterKeys  int // digests in the filter of all keys; 0: it is not built
 	FilterBytes int
 
-	Hits, Misses             uint64 // answers from memory, and those for which Postgres was asked
-	Proofs                   uint64 // of the misses, those that the feed proved to be unknown keys
-	Refused                  uint64 // of the misses, those for which there was no room to wait
-	Lookups, LookupErrors    uint64 // statements
-	Syncs, SyncErrors        uint64
-	ListenErrors, StreamsCut uint64
-	Watermark                uint64 // every change stamped below it is applied
+	Hits, Misses          uint64 // answers from memory, and those for which Postgres was asked
+	Proofs                uint64 // of the misses, those that the feed proved to be unknown keys
+	Refused               uint64 // of the misses, those for which there was no room to wait
+	Lookups, LookupErrors uint64 // statements
+	Syncs, SyncErrors     uint64
+	Restarts              uint64 // times the feed started over, the first included: Postgres was restarted, or is another
+	Listens, ListenErrors uint64 // connections that were made, and those that were lost or refused
+	StreamsCut            uint64
+	Watermark             uint64 // every change stamped below it is applied
 }
 
 // Applied is what the cache has read of the feed.
@@ -66,6 +74,9 @@ func (c *Cache) Status() Status {
 		Epoch: s.epoch, SyncedAt: s.syncedAt, InFlight: c.InFlight(), Canary: time.Duration(c.canary.Load()), Watermark: s.watermark,
 		Hits: c.counts.hits.load(), Misses: c.counts.misses.Load(), Proofs: c.counts.proofs.Load(), Refused: c.counts.refused.Load(),
 		Lookups: c.counts.lookups.Load(), LookupErrors: c.counts.lookupErrors.Load(),
+		Keys: int(c.known.MaxCost() - c.known.RemainingCost()), Size: c.cfg.Size, MaxStaleness: c.cfg.MaxStaleness,
+		Evictions: c.counts.evictions.Load(), Drops: c.counts.drops.Load(),
+		Restarts: c.counts.restarts.Load(), Listens: c.counts.listens.Load(),
 		Syncs: c.counts.syncs.Load(), SyncErrors: c.counts.syncErrors.Load(),
 		ListenErrors: c.counts.listenErrors.Load(), StreamsCut: c.counts.cuts.Load(),
 	}
@@ -74,7 +85,7 @@ func (c *Cache) Status() Status {
 	}
 	if !s.syncedAt.IsZero() {
 		now := time.Now()
-		st.Age, st.Fresh = age(s.syncedAt, now), s.fresh(now, c.cfg.MaxStaleness)
+		st.Age, st.Lag, st.Fresh = age(s.syncedAt, now), age(s.syncedAt, s.readAt), s.fresh(now, c.cfg.MaxStaleness)
 	}
 	return st
 }

@@ -123,6 +123,7 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 	news := true
 	var changed []*entry
 	if old.syncedAt.IsZero() || !old.sameServer(snap) || snap.Overrun {
+		c.counts.restarts.Add(1)
 		c.publish(old, old.restart(snap, startedAt, vouchedAt))
 		c.cfg.Logger().Info("key sync starts over", zap.Bool("first", old.syncedAt.IsZero()), zap.Bool("too_many_changes", snap.Overrun))
 		// Flights that begin from here on are checked against the new state by Track.
@@ -137,8 +138,9 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 		c.publish(old, n)
 		news = len(changed) > 0
 		for _, e := range changed {
-			if _, ok := c.known.Get(place(&e.record.Digest)); ok {
+			if was, ok := c.known.Get(place(&e.record.Digest)); ok {
 				c.keep(e) // thrift: a key in use needs no lookup after its change
+				c.tellOfRevocation(was, e)
 			}
 			c.apply(&e.record.Digest, &e.record, snap.Now)
 		}
@@ -149,7 +151,7 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 	}
 	for _, e := range changed {
 		if e.record.Account == keystore.CanaryAccount && !e.record.RevokedAt.IsZero() {
-			c.canary.Store(int64(c.state.Load().pgTime(time.Now()).Sub(e.record.RevokedAt.Time())))
+			c.canary.Store(int64(c.sinceRevoked(e)))
 		}
 	}
 	// Only now: a confirmed change has also reached the requests in flight.
@@ -158,6 +160,19 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 		c.cfg.Changed()
 	}
 	return nil
+}
+
+// tellOfRevocation reports how long a key stayed allowed after its revocation. was is what memory held: only a key that could
+// have been allowed here counts, and it counts once.
+func (c *Cache) tellOfRevocation(was, e *entry) {
+	if c.cfg.Revoked != nil && was.record.Digest == e.record.Digest && was.record.RevokedAt.IsZero() && !e.record.RevokedAt.IsZero() {
+		c.cfg.Revoked(c.sinceRevoked(e))
+	}
+}
+
+// sinceRevoked is the time since the revocation of e, by Postgres's clock.
+func (c *Cache) sinceRevoked(e *entry) time.Duration {
+	return c.state.Load().pgTime(time.Now()).Sub(e.record.RevokedAt.Time())
 }
 
 // vouchedAt returns the moment up to which a reading shows all changes. A primary shows them all when the reading starts. A
@@ -291,7 +306,12 @@ func (c *Cache) listen(ctx context.Context) {
 	delay := listenRetryMin
 	failing := false
 	for {
+		connected := false
 		err := c.store.Listen(ctx, func() {
+			if !connected {
+				connected = true
+				c.counts.listens.Add(1)
+			}
 			if failing {
 				c.cfg.Logger().Info("listening for changes again")
 			}
