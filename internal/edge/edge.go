@@ -6,6 +6,7 @@ import (
 	"context"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -59,6 +60,9 @@ type Reporter struct {
 
 	forgetEvery time.Duration
 	forgetAt    time.Time // when to look for edges that went away
+
+	countAt time.Time                          // when to count the edges
+	count   atomic.Pointer[keystore.EdgeCount] // nil: not counted yet
 
 	mu     sync.Mutex
 	sentAt map[uint64]time.Time // of the last reports
@@ -156,7 +160,7 @@ func (r *Reporter) report(ctx context.Context, applied keycache.Applied) error {
 		return err
 	}
 	r.forget(ctx)
-	return nil
+	return r.countEdges(ctx)
 }
 
 // forget takes edges that went away without a word off the list, now and then. If that fails, another edge does it.
@@ -166,6 +170,31 @@ func (r *Reporter) forget(ctx context.Context) {
 	}
 	r.forgetAt = time.Now().Add(r.forgetEvery + rand.N(r.forgetEvery))
 	_ = r.store.ForgetEdges(ctx, forgetAfter)
+}
+
+// countEdges counts the edges twice in the time after which one counts as fail-closed, and not at every report: the cost of
+// that would grow with the square of the fleet.
+func (r *Reporter) countEdges(ctx context.Context) error {
+	if time.Now().Before(r.countAt) {
+		return nil
+	}
+	n, err := r.store.CountEdges(ctx)
+	if err != nil {
+		return err
+	}
+	r.count.Store(&n)
+	every := r.edge.MaxStaleness / 2
+	r.countAt = time.Now().Add(every - every/4 + rand.N(every/2))
+	return nil
+}
+
+// Edges returns how many edges there were when this one counted them last, or false if it has not yet.
+func (r *Reporter) Edges() (keystore.EdgeCount, bool) {
+	n := r.count.Load()
+	if n == nil {
+		return keystore.EdgeCount{}, false
+	}
+	return *n, true
 }
 
 // remove takes the edge off the list when it stops in good order. If that fails, the others forget it.

@@ -100,6 +100,30 @@ func TestEdgesThatWentAwayAreLookedForAtTheFirstReportAndNotAtEveryOne(t *testin
 	}
 }
 
+func TestEdgesAreCountedTwiceInTheTimeAfterWhichOneIsFailClosed(t *testing.T) {
+	r := newRig(t)
+	if n, counted := r.reporter.Edges(); counted {
+		t.Errorf("%+v before the first report", n)
+	}
+	want := func(when string, live, failClosed int) {
+		t.Helper()
+		if n, counted := r.reporter.Edges(); !counted || n.Live != live || n.FailClosed != failClosed {
+			t.Errorf("%s: %+v %v, want %d live and %d fail-closed", when, n, counted, live, failClosed)
+		}
+	}
+	r.report()
+	want("alone", 1, 0)
+	r.gone()
+	r.report()
+	want("a report soon after", 1, 0)
+	if next := time.Until(r.reporter.countAt); next > r.reporter.edge.MaxStaleness {
+		t.Errorf("the next count is %v away", next)
+	}
+	r.reporter.countAt = time.Now()
+	r.report()
+	want("a report when it is time again", 1, 1)
+}
+
 // TestEdgeThatWasStoppedForLongDoesNotForgetItself: its own row is the oldest of all when it goes on.
 func TestEdgeThatWasStoppedForLongDoesNotForgetItself(t *testing.T) {
 	r := newRig(t)

@@ -54,6 +54,24 @@ func (s *Store) RemoveEdge(ctx context.Context, instance string) error {
 	return nil
 }
 
+// EdgeCount is how many edges there are.
+type EdgeCount struct {
+	Live       int // that have reported within their max_staleness
+	FailClosed int // that have not
+}
+
+// CountEdges counts all edges. An edge's own role may.
+func (s *Store) CountEdges(ctx context.Context) (EdgeCount, error) {
+	var n EdgeCount
+	err := s.pool.QueryRow(ctx, `
+select count(*) filter (where not silent), count(*) filter (where silent)
+from (select clock_timestamp() - seen_at > max_staleness as silent from rekall.edges) edges`).Scan(&n.Live, &n.FailClosed)
+	if err != nil {
+		return EdgeCount{}, failed("count edges", err)
+	}
+	return n, nil
+}
+
 // SeenEdge is an edge as the others see it. Durations are by Postgres's clock.
 type SeenEdge struct {
 	Instance, Name, Region, Version string

@@ -106,6 +106,18 @@ var adminMayNot = []string{
 	`select rekall.revoke_canary('key_0123456789abcdefABCDEF')`,
 }
 
+func TestRoleOfEdgesCountsThemAll(t *testing.T) {
+	databaseURL, roles := granted(t)
+	report(t, open(t, databaseURL, keystore.Options{}), keystore.Edge{Name: "owner's"})
+	silent := report(t, open(t, databaseURL, keystore.Options{}), keystore.Edge{Name: "silent"})
+	pgtest.Exec(t, databaseURL, `update rekall.edges set seen_at = now() + interval '1 hour'; -- live
+		update rekall.edges set seen_at = now() - interval '2 seconds' where instance = '`+silent.Instance+`'`)
+	n, err := open(t, pgtest.Login(t, databaseURL, roles.Edge), keystore.Options{}).CountEdges(t.Context())
+	if want := (keystore.EdgeCount{Live: 1, FailClosed: 1}); err != nil || n != want {
+		t.Errorf("%+v %v, want %+v", n, err, want)
+	}
+}
+
 func TestRolesAreDeniedWhatTheyDoNotNeed(t *testing.T) {
 	databaseURL, roles := granted(t)
 	store := open(t, databaseURL, keystore.Options{})
