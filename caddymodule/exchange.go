@@ -29,6 +29,7 @@ type exchange struct {
 	environment apikey.Environment // by the prefix of the key
 	record      *apikey.Record     // nil until found
 	now         time.Time          // Postgres's clock when it was found
+	startedAt   time.Time          // zero: its latency is not sampled
 	required    apikey.Scopes      // what an Insufficient key lacks
 	token       string             // X-Rekall-Identity-Token; empty: none is asked for
 	outcome     apikey.Outcome
@@ -46,6 +47,7 @@ type exchange struct {
 
 func (x *exchange) count() {
 	x.gateway.metrics.decisions[x.outcome][x.environment].Inc()
+	x.gateway.metrics.latency(x.startedAt)
 	if x.record != nil {
 		x.gateway.usage.Count(x.record, x.outcome, x.now)
 	}

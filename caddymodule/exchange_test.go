@@ -76,7 +76,7 @@ func TestLateCutNeverTouchesAFinishedWriter(t *testing.T) {
 				record := apikey.Record{Environment: apikey.Production, Scopes: apikey.MemoriesRead}
 				counter := usage.New(nil, usage.Config{})
 				g := &Gateway{
-					rules: rules, cache: &cutWhileTracking{record: record, tracked: tc.tracked}, metrics: newMetrics(nil, counter), usage: counter,
+					rules: rules, cache: &cutWhileTracking{record: record, tracked: tc.tracked}, metrics: newMetrics(), usage: counter,
 					logger: zap.NewNop(), production: tc.handler,
 				}
 				w := &deadlineWriter{ResponseRecorder: httptest.NewRecorder()}

@@ -151,8 +151,9 @@ const maxFinds = 3
 
 // ServeHTTP is the whole way of a request: credential, parse, find, decide, route.
 func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
+	startedAt := sampleStart()
 	cred := credential.Take(r)
-	x := &exchange{gateway: g, requestID: newRequestID(), environment: cred.Environment}
+	x := &exchange{gateway: g, requestID: newRequestID(), environment: cred.Environment, startedAt: startedAt}
 	x.ResponseWriter = w
 	// On every way out: a cut may come even to a request that is then found again and refused, and its timer must not
 	// touch the writer afterwards.

@@ -3,10 +3,13 @@ package caddymodule
 import (
 	"errors"
 	"fmt"
+	"math/rand/v2"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/edge"
 	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/usage"
 )
@@ -14,17 +17,41 @@ import (
 // metrics live as long as the runtime and are registered again with each configuration's registry, so that counters
 // survive reloads. Labels are closed sets: never a key, a key id or an account.
 type metrics struct {
-	decisions  [apikey.OutcomeCount][apikey.Sandbox + 1]prometheus.Counter // resolved once; a lookup by label costs more than a decision
-	collectors []prometheus.Collector
-	reportOnly *prometheus.CounterVec
+	decisions       [apikey.OutcomeCount][apikey.Sandbox + 1]prometheus.Counter // resolved once; a lookup by label costs more than a decision
+	latencies       prometheus.Histogram
+	revocationDelay prometheus.Histogram
+	reportOnly      *prometheus.CounterVec
+	collectors      []prometheus.Collector
 }
 
-func newMetrics(cache *keycache.Cache, used *usage.Counter) *metrics {
+// latencyShare is the part of the decisions, one in so many, whose latency is measured: reading the clock twice and adding to
+// a histogram that CPUs share would cost a tenth of a decision from memory.
+const latencyShare = 16
+
+// latencyBuckets are in seconds: from a decision from memory (1 us) past a lookup (1 ms) to the most that a request waits (1 s).
+var latencyBuckets = []float64{
+	250e-9, 500e-9, 1e-6, 2e-6, 4e-6, 8e-6, 16e-6, 32e-6, 64e-6, 250e-6, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3, 64e-3, 0.125, 0.25, 0.5, 1,
+}
+
+// revocationBuckets are in seconds, up to what is promised.
+var revocationBuckets = []float64{0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60}
+
+func newMetrics() *metrics {
 	decisions := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "rekall_decisions_total",
 		Help: "Requests decided by the gateway, by outcome and by the environment of the presented key.",
 	}, []string{"outcome", "environment"})
 	m := &metrics{
+		latencies: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "rekall_decision_duration_seconds",
+			Help:    "Time from a request's arrival at the gateway's handler to its decision, of one request in 16.",
+			Buckets: latencyBuckets,
+		}),
+		revocationDelay: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "rekall_revocation_delay_seconds",
+			Help:    "How long keys in memory stayed allowed here after their revocation, by Postgres's clock.",
+			Buckets: revocationBuckets,
+		}),
 		reportOnly: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "rekall_scope_report_only_total",
 			Help: "Requests let pass in report-only mode that scope rules would have refused.",
@@ -36,34 +63,13 @@ func newMetrics(cache *keycache.Cache, used *usage.Counter) *metrics {
 				apikey.Outcome(outcome).String(), apikey.Environment(environment).String())
 		}
 	}
-	m.collectors = append(m.collectors, decisions, m.reportOnly)
-	gauge := func(name, help string, value func(keycache.Status) float64) {
-		m.collectors = append(m.collectors, prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help},
-			func() float64 { return value(cache.Status()) }))
-	}
-	counter := func(name, help string, value func(keycache.Status) uint64) {
-		m.collectors = append(m.collectors, prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help},
-			func() float64 { return float64(value(cache.Status())) }))
-	}
-	gauge("rekall_sync_age_seconds", "Time since the start of the last good sync; key data is refused beyond max_staleness.",
-		func(s keycache.Status) float64 { return s.Age.Seconds() })
-	gauge("rekall_requests_in_flight", "Requests and streams that would be cut if their key ended.",
-		func(s keycache.Status) float64 { return float64(s.InFlight) })
-	gauge("rekall_canary_revocation_seconds", "How long the last canary stayed allowed here after its revocation; 0: none yet.",
-		func(s keycache.Status) float64 { return s.Canary.Seconds() })
-	counter("rekall_cache_hits_total", "Keys answered from memory.", func(s keycache.Status) uint64 { return s.Hits })
-	counter("rekall_cache_misses_total", "Keys that Postgres was asked for.", func(s keycache.Status) uint64 { return s.Misses })
-	counter("rekall_unknown_keys_proved_total", "Unknown keys that the change feed proved to be unknown, without a lookup.", func(s keycache.Status) uint64 { return s.Proofs })
-	counter("rekall_unknown_keys_refused_total", "Requests answered 503 because too many unknown keys waited for proof.", func(s keycache.Status) uint64 { return s.Refused })
-	gauge("rekall_filter_keys", "Keys in the filter of all keys; 0 until it is built.", func(s keycache.Status) float64 { return float64(s.FilterKeys) })
-	counter("rekall_lookups_total", "Lookup statements sent to Postgres.", func(s keycache.Status) uint64 { return s.Lookups })
-	counter("rekall_lookup_errors_total", "Lookup statements that failed.", func(s keycache.Status) uint64 { return s.LookupErrors })
-	counter("rekall_syncs_total", "Reads of the change feed.", func(s keycache.Status) uint64 { return s.Syncs })
-	counter("rekall_sync_errors_total", "Reads of the change feed that failed.", func(s keycache.Status) uint64 { return s.SyncErrors })
-	counter("rekall_listen_errors_total", "Lost or refused LISTEN connections.", func(s keycache.Status) uint64 { return s.ListenErrors })
-	counter("rekall_streams_cut_total", "Requests in flight cut because their key ended.", func(s keycache.Status) uint64 { return s.StreamsCut })
-	m.collectors = append(m.collectors, usageCollectors(used)...)
+	m.collectors = []prometheus.Collector{decisions, m.latencies, m.revocationDelay, m.reportOnly}
 	return m
+}
+
+// watch adds what is read from the runtime's parts at each scrape.
+func (m *metrics) watch(rt *runtime) {
+	m.collectors = append(m.collectors, &observer{rt.cache, rt.usage, rt.reporter})
 }
 
 func (m *metrics) register(registry *prometheus.Registry) error {
@@ -74,4 +80,133 @@ func (m *metrics) register(registry *prometheus.Registry) error {
 		}
 	}
 	return nil
+}
+
+// sampleStart returns the time for one request in latencyShare, and zero for the others.
+func sampleStart() time.Time {
+	if rand.Uint32()%latencyShare != 0 {
+		return time.Time{}
+	}
+	return time.Now()
+}
+
+// latency measures a decision that is made now. startedAt is sampleStart's.
+func (m *metrics) latency(startedAt time.Time) {
+	if !startedAt.IsZero() {
+		m.latencies.Observe(time.Since(startedAt).Seconds())
+	}
+}
+
+func (m *metrics) revoked(delay time.Duration) { m.revocationDelay.Observe(delay.Seconds()) }
+
+// observer collects what the runtime's parts say of themselves, all of it read at one moment.
+type observer struct {
+	cache    *keycache.Cache
+	usage    *usage.Counter
+	reporter *edge.Reporter
+}
+
+// observation is that moment.
+type observation struct {
+	keycache.Status
+	usage usage.Status
+}
+
+// series is a metric that is one number of an observation.
+type series struct {
+	desc  *prometheus.Desc
+	kind  prometheus.ValueType
+	value func(*observation) float64
+}
+
+func gauge(name, help string, value func(*observation) float64) series {
+	return series{prometheus.NewDesc(name, help, nil, nil), prometheus.GaugeValue, value}
+}
+
+func counter(name, help string, value func(*observation) uint64) series {
+	return series{prometheus.NewDesc(name, help, nil, nil), prometheus.CounterValue,
+		func(o *observation) float64 { return float64(value(o)) }}
+}
+
+var observed = []series{
+	gauge("rekall_ready", "1 while cached keys are trusted; 0 once the last good sync is older than max_staleness: fail-closed.",
+		func(o *observation) float64 {
+			if o.Fresh {
+				return 1
+			}
+			return 0
+		}),
+	gauge("rekall_sync_age_seconds", "Time since the start of the last good sync; key data is refused beyond max_staleness.",
+		func(o *observation) float64 { return o.Age.Seconds() }),
+	gauge("rekall_sync_lag_seconds", "How far the data was behind when it was last read; 0 unless a standby is read.",
+		func(o *observation) float64 { return o.Lag.Seconds() }),
+	gauge("rekall_max_staleness_seconds", "The sync age beyond which no cached key is trusted, as configured.",
+		func(o *observation) float64 { return o.MaxStaleness.Seconds() }),
+	counter("rekall_syncs_total", "Reads of the change feed.", func(o *observation) uint64 { return o.Syncs }),
+	counter("rekall_sync_errors_total", "Reads of the change feed that failed.", func(o *observation) uint64 { return o.SyncErrors }),
+	counter("rekall_sync_restarts_total", "Times the change feed started over, the first included: after a restart or a failover of Postgres.",
+		func(o *observation) uint64 { return o.Restarts }),
+	counter("rekall_listen_connections_total", "LISTEN connections made to Postgres; each after the first is a reconnect.",
+		func(o *observation) uint64 { return o.Listens }),
+	counter("rekall_listen_errors_total", "Lost or refused LISTEN connections.", func(o *observation) uint64 { return o.ListenErrors }),
+	gauge("rekall_canary_revocation_seconds", "How long the last canary stayed allowed here after its revocation; 0: none yet.",
+		func(o *observation) float64 { return o.Canary.Seconds() }),
+
+	gauge("rekall_cache_keys", "Keys in memory.", func(o *observation) float64 { return float64(o.Keys) }),
+	gauge("rekall_cache_size_keys", "Keys that memory holds at most, as configured.", func(o *observation) float64 { return float64(o.Size) }),
+	counter("rekall_cache_hits_total", "Keys answered from memory.", func(o *observation) uint64 { return o.Hits }),
+	counter("rekall_cache_misses_total", "Keys that Postgres was asked for.", func(o *observation) uint64 { return o.Misses }),
+	counter("rekall_cache_evictions_total", "Keys that left memory in favour of others.", func(o *observation) uint64 { return o.Evictions }),
+	counter("rekall_cache_drops_total", "Keys that were not taken into memory: it was busy, or others are used more.",
+		func(o *observation) uint64 { return o.Drops }),
+	counter("rekall_lookups_total", "Lookup statements sent to Postgres.", func(o *observation) uint64 { return o.Lookups }),
+	counter("rekall_lookup_errors_total", "Lookup statements that failed.", func(o *observation) uint64 { return o.LookupErrors }),
+	gauge("rekall_filter_keys", "Keys in the filter of all keys; 0 until it is built.", func(o *observation) float64 { return float64(o.FilterKeys) }),
+	counter("rekall_unknown_keys_proved_total", "Unknown keys that the change feed proved to be unknown, without a lookup.",
+		func(o *observation) uint64 { return o.Proofs }),
+	counter("rekall_unknown_keys_refused_total", "Requests answered 503 because too many unknown keys waited for proof.",
+		func(o *observation) uint64 { return o.Refused }),
+
+	gauge("rekall_requests_in_flight", "Requests and streams that would be cut if their key ended.",
+		func(o *observation) float64 { return float64(o.InFlight) }),
+	counter("rekall_streams_cut_total", "Requests in flight cut because their key ended.", func(o *observation) uint64 { return o.StreamsCut }),
+
+	gauge("rekall_usage_buffered", "Keys and hours whose counts wait to be added up in Postgres.",
+		func(o *observation) float64 { return float64(o.usage.Buffered) }),
+	gauge("rekall_usage_buffer_size", "Keys and hours whose counts can wait; beyond it further ones are dropped.",
+		func(o *observation) float64 { return float64(o.usage.MaxBuffered) }),
+	counter("rekall_usage_flushed_total", "Requests whose count was added up in Postgres.", func(o *observation) uint64 { return o.usage.Flushed }),
+	counter("rekall_usage_flush_errors_total", "Flushes of usage that failed; each is repeated.",
+		func(o *observation) uint64 { return o.usage.FlushErrors }),
+	counter("rekall_usage_dropped_total", "Requests that are missing in the usage of their key, since the buffer was full.",
+		func(o *observation) uint64 { return o.usage.Dropped }),
+	counter("rekall_usage_spikes_total", "Hours in which a key was used far more than before, as far as this edge told of them.",
+		func(o *observation) uint64 { return o.usage.Spikes }),
+}
+
+// edgesDesc is of all edges, not only of this one: it tells of an edge that nobody scrapes any longer.
+var edgesDesc = prometheus.NewDesc("rekall_edges",
+	"Edges in Postgres's list when this edge last counted them, live or fail-closed: silent for longer than their max_staleness.",
+	[]string{"status"}, nil)
+
+// Describe implements prometheus.Collector.
+func (*observer) Describe(descs chan<- *prometheus.Desc) {
+	for _, s := range observed {
+		descs <- s.desc
+	}
+	descs <- edgesDesc
+}
+
+// Collect implements prometheus.Collector.
+func (w *observer) Collect(collected chan<- prometheus.Metric) {
+	o := &observation{Status: w.cache.Status(), usage: w.usage.Status()}
+	for _, s := range observed {
+		collected <- prometheus.MustNewConstMetric(s.desc, s.kind, s.value(o))
+	}
+	edges, counted := w.reporter.Edges()
+	if !counted {
+		return
+	}
+	collected <- prometheus.MustNewConstMetric(edgesDesc, prometheus.GaugeValue, float64(edges.Live), "live")
+	collected <- prometheus.MustNewConstMetric(edgesDesc, prometheus.GaugeValue, float64(edges.FailClosed), "fail-closed")
 }

@@ -65,7 +65,7 @@ func newRuntime(s settings) (*runtime, error) {
 	if err != nil {
 		return nil, err
 	}
-	rt := &runtime{store: store, refresh: s.refresh}
+	rt := &runtime{store: store, refresh: s.refresh, metrics: newMetrics()}
 	if s.canary {
 		rt.canary = edge.NewCanary(store, rt.logger.Load)
 	}
@@ -76,7 +76,7 @@ func newRuntime(s settings) (*runtime, error) {
 	}, rt.logger.Load)
 	config := keycache.Config{
 		Size: s.cacheSize, Warm: s.warm, Refresh: s.refresh, MaxStaleness: s.maxStaleness, NoListen: !s.listen,
-		Changed: rt.reporter.Changed, Logger: rt.logger.Load,
+		Changed: rt.reporter.Changed, Revoked: rt.metrics.revoked, Logger: rt.logger.Load,
 	}
 	var reads keycache.Store = store
 	if s.readDatabase != "" {
@@ -100,7 +100,7 @@ func newRuntime(s settings) (*runtime, error) {
 	rt.usage = usage.New(rt.counts, usage.Config{
 		Instance: instance, Flush: s.usageFlush, Retention: s.usageRetention, Logger: rt.logger.Load,
 	})
-	rt.metrics = newMetrics(rt.cache, rt.usage)
+	rt.metrics.watch(rt)
 	rt.ctx, rt.cancel = context.WithCancel(context.Background())
 	return rt, nil
 }

@@ -161,6 +161,7 @@ func (c *Counter) Wake() {
 // Status is what an operator may want to know of a counter at one moment.
 type Status struct {
 	Buffered    int64  // keys and hours that wait for a flush
+	MaxBuffered int    // of them
 	Flushed     uint64 // requests added to Postgres
 	FlushErrors uint64 // flushes that failed, or whose outcome was not known; each is repeated
 	Dropped     uint64 // requests that are not counted, since the buffer was full
@@ -170,7 +171,7 @@ type Status struct {
 // Status returns the counter's state.
 func (c *Counter) Status() Status {
 	return Status{
-		Buffered: c.buffered.Load(), Flushed: c.flushed.Load(), FlushErrors: c.flushErrors.Load(),
+		Buffered: c.buffered.Load(), MaxBuffered: c.cfg.MaxBuffered, Flushed: c.flushed.Load(), FlushErrors: c.flushErrors.Load(),
 		Dropped: c.dropped.Load(), Spikes: c.spikes.Load(),
 	}
 }
