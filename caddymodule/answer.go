@@ -116,6 +116,13 @@ func (a answer) write(w http.ResponseWriter, requestID string, details map[strin
 	_, _ = w.Write(body) // the client may be gone
 }
 
+// refuse sends the answer to a request on whose key nothing was decided.
+func (a answer) refuse(w http.ResponseWriter, r *http.Request) {
+	requestID := newRequestID()
+	logLater(r.Context(), refused{requestID, a.code})
+	a.write(w, requestID, nil)
+}
+
 // newRequestID returns "req_" and 20 characters, 119 random bits. It identifies and does not authorise, so the runtime's
 // generator is enough.
 func newRequestID() string {

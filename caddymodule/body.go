@@ -49,5 +49,5 @@ func (x *exchange) refuseBody(unread *bodyError) {
 	if errors.As(unread, &limit) {
 		a = bodyTooLarge
 	}
-	a.write(x.ResponseWriter, x.requestID, nil)
+	x.answer(x.ResponseWriter, a, nil)
 }

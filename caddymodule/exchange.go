@@ -33,6 +33,7 @@ type exchange struct {
 	required    apikey.Scopes      // what an Insufficient key lacks
 	token       string             // X-Rekall-Identity-Token; empty: none is asked for
 	outcome     apikey.Outcome
+	reason      string // code of the error that the gateway answered with; empty: none
 	flight      keycache.Flight
 	decision    decision                // once allowed
 	body        clientBody              // of the forwarded request
@@ -61,8 +62,14 @@ func (x *exchange) refuse(w http.ResponseWriter) error {
 		details = map[string]string{"required_scope": x.required.String()}
 		a.authenticate += `, scope="` + x.required.String() + `"`
 	}
-	a.write(w, x.requestID, details)
+	x.answer(w, a, details)
 	return nil
+}
+
+// answer answers in place of a backend.
+func (x *exchange) answer(w http.ResponseWriter, a answer, details map[string]string) {
+	x.reason = a.code
+	a.write(w, x.requestID, details)
 }
 
 func (x *exchange) unavailable(w http.ResponseWriter, err error) error {
@@ -205,11 +212,14 @@ func (x *exchange) unblock() {
 	_ = http.NewResponseController(writer).SetWriteDeadline(time.Now()) // a hijacked connection is closed by its own
 }
 
-// end says that the handlers have returned.
+// end says that the handlers have returned, or panicked, as a proxy does whose answer was cut.
 func (x *exchange) end() {
 	x.mu.Lock()
 	x.done = true
 	x.mu.Unlock()
+	if cut := x.cutBy.Load(); cut != nil {
+		x.outcome, x.reason = cut.Outcome, answers[cut.Outcome].code
+	}
 }
 
 // statusClientClosed is what Caddy's reverse proxy answers when the request's context is cancelled.
@@ -263,8 +273,7 @@ func (x *exchange) FlushError() error {
 
 func (x *exchange) refuseCut(cut *keycache.Cut) {
 	x.wroteHeader = true
-	x.outcome = cut.Outcome
-	answers[cut.Outcome].write(x.ResponseWriter, x.requestID, nil)
+	x.answer(x.ResponseWriter, answers[cut.Outcome], nil)
 }
 
 // finish turns what the environment's handlers returned into the gateway's own answer, where there is none yet.
@@ -296,7 +305,7 @@ func (x *exchange) finish(err error) error {
 	}
 	x.gateway.logger.Error("upstream unavailable", zap.String("request_id", x.requestID),
 		zap.Stringer("environment", x.environment), zap.Error(failed.Err))
-	a.write(x.ResponseWriter, x.requestID, nil)
+	x.answer(x.ResponseWriter, a, nil)
 	return nil
 }
 

@@ -54,6 +54,7 @@ type Gateway struct {
 	rules               *scoperule.Table
 	cache               keys
 	issuer              *identitytoken.Issuer // nil: no identity tokens
+	accessLog           bool                  // whether what is decided goes into one
 	metrics             *metrics
 	usage               *usage.Counter
 	logger              *zap.Logger
@@ -109,6 +110,7 @@ func (g *Gateway) Provision(ctx caddy.Context) error {
 	if err := guardDoor(ctx); err != nil {
 		return fmt.Errorf("rekall_gateway: %w", err)
 	}
+	g.accessLog = hasAccessLog(ctx)
 	return nil
 }
 
@@ -160,6 +162,9 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	defer x.end()
 	if repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
 		repl.Map(x.placeholder)
+	}
+	if g.accessLog {
+		logLater(r.Context(), x)
 	}
 	path := r.URL.EscapedPath()
 	if x.outcome = parse(r.Method, path, &cred); x.outcome != apikey.Allowed {

@@ -150,21 +150,37 @@ func TestHandlerAllocatesNoMoreThanItsBudget(t *testing.T) {
 		// Exchange, request id and placeholders; then body, its length and the header values.
 		"refused": 6,
 	} {
-		traffic := kindsOfTraffic(secret)[name]
-		traffic.refill()
-		for i, r := range traffic.requests {
-			traffic.requests[i] = credential.AtDoor(r)
-		}
-		allocations := testing.AllocsPerRun(len(traffic.requests)-1, func() {
-			clear(traffic.writer.header)
-			if err := g.ServeHTTP(traffic.writer, traffic.next(), nil); err != nil {
-				t.Fatal(err)
-			}
-		})
-		if allocations > budget {
+		if allocations := g.allocations(t, kindsOfTraffic(secret)[name]); allocations > budget {
 			t.Errorf("%s: %.0f allocations, want at most %.0f", name, allocations, budget)
 		}
 	}
+}
+
+// TestAccessLogCostsOnlyThoseWhoKeepOne: what stands in a line is put together when the line is written.
+func TestAccessLogCostsOnlyThoseWhoKeepOne(t *testing.T) {
+	g, secret := newGateway(t)
+	traffic := kindsOfTraffic(secret)["bearer"]
+	without := g.allocations(t, traffic)
+	g.accessLog = true
+	// The field's place in Caddy's list, and two for the list's own cache of loggers, which Caddy clears with each field.
+	if with := g.allocations(t, traffic); with <= without || with > without+3 {
+		t.Errorf("%.0f allocations with an access log and %.0f without", with, without)
+	}
+}
+
+// allocations is what the handler allocates for one request, past the door.
+func (g *Gateway) allocations(t *testing.T, traffic *traffic) float64 {
+	t.Helper()
+	traffic.refill()
+	for i, r := range traffic.requests {
+		traffic.requests[i] = credential.AtDoor(r)
+	}
+	return testing.AllocsPerRun(len(traffic.requests)-1, func() {
+		clear(traffic.writer.header)
+		if err := g.ServeHTTP(traffic.writer, traffic.next(), nil); err != nil {
+			t.Fatal(err)
+		}
+	})
 }
 
 func TestPreparedAnswersAreWhatEncodingThemWouldGive(t *testing.T) {
@@ -215,6 +231,7 @@ func (t *traffic) refill() {
 		_ = cancel // as the server does when the request ends; here the context is garbage by then
 		replacer := caddy.NewReplacer()
 		replacer.Map(func(string) (any, bool) { return nil, false }) // as Caddy does for its HTTP placeholders
+		ctx = context.WithValue(ctx, caddyhttp.ExtraLogFieldsCtxKey, new(caddyhttp.ExtraLogFields))
 		t.requests[i] = r.WithContext(context.WithValue(ctx, caddy.ReplacerCtxKey, replacer))
 	}
 	t.used = 0

@@ -89,7 +89,7 @@ func (j *JWKS) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Han
 	document, err := j.signer.JWKS(r.Context())
 	if err != nil {
 		j.logger.Debug("key set cannot be served", zap.Error(err))
-		jwksUnavailable.write(w, newRequestID(), nil)
+		jwksUnavailable.refuse(w, r)
 		return nil
 	}
 	h := w.Header()

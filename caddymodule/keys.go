@@ -109,7 +109,7 @@ func (k *Keys) provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
-	k.api = keysapi.New(keysapi.Config{Admin: m.admin, Actor: k.actor, Client: clientAddress, GitHub: github, Logger: k.logger})
+	k.api = keysapi.New(keysapi.Config{Admin: m.admin, Actor: k.actor, Client: clientAddress, GitHub: github, Refused: logRefusal, Logger: k.logger})
 	k.dashboard = dashboard.New(dashboard.Config{Admin: m.admin, Person: k.visitor, SignIn: k.signIn, State: m.state, Logger: k.logger})
 	return nil
 }
@@ -254,6 +254,9 @@ func (k *Keys) holder(r *http.Request, cred *credential.Credential) (keyadmin.Ac
 		k.logger.Debug("key cannot be checked", zap.Error(err))
 		return keyadmin.Actor{}, k.refusal(apikey.Unavailable, cred)
 	}
+	if found.Record != nil {
+		replacer(r).Set("http.auth.user.id", found.Record.ID) // for the logs
+	}
 	outcome := found.Record.Validity(found.Now)
 	if outcome == apikey.Allowed && found.Record.Environment != cred.Environment {
 		outcome = apikey.Mismatch // imported wrongly, and not to be believed
@@ -268,7 +271,6 @@ func (k *Keys) holder(r *http.Request, cred *credential.Credential) (keyadmin.Ac
 	}
 	k.metrics.decisions[outcome][cred.Environment].Inc()
 	k.count(found, outcome)
-	replacer(r).Set("http.auth.user.id", found.Record.ID) // for the logs
 	return actor, err
 }
 
@@ -314,6 +316,11 @@ func (k *Keys) personally(r *http.Request, name string) (keyadmin.Actor, error) 
 		return keyadmin.Actor{}, errNoAccount
 	}
 	return actor, nil
+}
+
+// logRefusal has the access log say why the API refused.
+func logRefusal(r *http.Request, requestID string, e *keysapi.Error) {
+	logLater(r.Context(), refused{requestID, e.Code})
 }
 
 // clientAddress is where a request comes from, as Caddy sees it through its trusted proxies.

@@ -32,7 +32,7 @@ func (*TLSOnly) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp
 	}
 	// The client's connection is not worth keeping: whatever it sends next is in the clear as well.
 	w.Header().Set("Connection", "close")
-	tlsRequired.write(w, newRequestID(), nil)
+	tlsRequired.refuse(w, r)
 	return nil
 }
 

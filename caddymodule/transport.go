@@ -95,9 +95,9 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	case isHealthCheck(r):
 		return t.HTTPTransport.RoundTrip(r)
 	case decided:
-		return t.refuse(r, answers[apikey.Mismatch]), nil
+		return t.refuse(r, answers[apikey.Mismatch], r.Header.Get("X-Request-Id")), nil // which the gateway set
 	}
-	return t.refuse(r, gatewayRequired), nil
+	return t.refuse(r, gatewayRequired, newRequestID()), nil
 }
 
 // roundTrip sends a request, and leaves a bare one for the proxy's debug log: the proxy encodes the request for each answer,
@@ -122,22 +122,22 @@ func isHealthCheck(r *http.Request) bool { return r.Context().Value(caddyhttp.Va
 
 // refuse answers in the backend's place. It is no error: the proxy would count that against the backend, and with passive
 // health checks anybody could take it away from those who may use it.
-func (t *Transport) refuse(r *http.Request, a answer) *http.Response {
+func (t *Transport) refuse(r *http.Request, a answer, requestID string) *http.Response {
 	if r.Body != nil {
 		_ = r.Body.Close() // a RoundTripper's duty
 	}
-	requestID := newRequestID()
+	logLater(r.Context(), refused{requestID, a.code})
 	t.logger.Error("refused a request that no rekall_gateway allowed for this environment; move its reverse_proxy into one",
 		zap.String("request_id", requestID), zap.Stringer("environment", t.environment))
-	refused := refusal{header: http.Header{}}
-	a.write(&refused, requestID, nil)
+	answer := refusal{header: http.Header{}}
+	a.write(&answer, requestID, nil)
 	return &http.Response{
 		Status:     strconv.Itoa(a.status) + " " + http.StatusText(a.status),
 		StatusCode: a.status,
 		Proto:      "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
-		Header:        refused.header,
-		Body:          io.NopCloser(&refused.body),
-		ContentLength: int64(refused.body.Len()),
+		Header:        answer.header,
+		Body:          io.NopCloser(&answer.body),
+		ContentLength: int64(answer.body.Len()),
 		Request:       r,
 	}
 }

@@ -156,6 +156,9 @@ func invalid(field, message string) *Error {
 // refuse says an error. Only what nobody foresaw is logged: the rest is the caller's, also that it went away.
 func (a *API) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	refusal := explain(err)
+	if a.Refused != nil {
+		a.Refused(r, w.Header().Get(requestID), refusal)
+	}
 	if refusal == errUnavailable && !errors.Is(err, context.Canceled) {
 		a.Logger.Error("API keys cannot be managed", zap.String("request_id", w.Header().Get(requestID)),
 			zap.String("method", r.Method), zap.String("error", apikey.Redact(err.Error())))

@@ -27,7 +27,7 @@ const Root = "/v1/api-keys"
 // answerWithin bounds a request, so that it is answered though Postgres hangs. Management is patient: it may wait for a lock.
 const answerWithin = 5 * time.Second
 
-// Config of an API. GitHub may be left out.
+// Config of an API. GitHub and Refused may be left out.
 type Config struct {
 	Admin *keyadmin.Admin
 
@@ -40,6 +40,9 @@ type Config struct {
 
 	// GitHub checks what GitHub's secret scanning reports. Nil: its endpoint does not exist.
 	GitHub *GitHub
+
+	// Refused is told of each refusal before it is answered; nil: nobody is.
+	Refused func(r *http.Request, requestID string, e *Error)
 
 	Logger *zap.Logger
 }
