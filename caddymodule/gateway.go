@@ -9,6 +9,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.opentelemetry.io/otel/trace"
 	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
@@ -157,6 +158,8 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	cred := credential.Take(r)
 	x := &exchange{gateway: g, requestID: newRequestID(), environment: cred.Environment, startedAt: startedAt}
 	x.ResponseWriter = w
+	span := trace.SpanFromContext(r.Context())
+	defer x.traceDecision(span)
 	// On every way out: a cut may come even to a request that is then found again and refused, and its timer must not
 	// touch the writer afterwards.
 	defer x.end()
@@ -171,7 +174,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 		return x.refuse(w)
 	}
 	for range maxFinds {
-		found, err := g.cache.Find(r.Context(), cred.Digest)
+		found, err := find(r.Context(), span, g.cache, cred.Digest)
 		if err != nil {
 			return x.unavailable(w, err)
 		}

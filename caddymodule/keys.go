@@ -10,6 +10,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.opentelemetry.io/otel/trace"
 	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
@@ -249,7 +250,7 @@ func (a answer) asError() *keysapi.Error {
 
 // holder is who holds a key that is good.
 func (k *Keys) holder(r *http.Request, cred *credential.Credential) (keyadmin.Actor, error) {
-	found, err := k.cache.Find(r.Context(), cred.Digest)
+	found, err := find(r.Context(), trace.SpanFromContext(r.Context()), k.cache, cred.Digest)
 	if err != nil {
 		k.logger.Debug("key cannot be checked", zap.Error(err))
 		return keyadmin.Actor{}, k.refusal(apikey.Unavailable, cred)

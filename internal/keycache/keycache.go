@@ -111,10 +111,34 @@ func newEntry(record apikey.Record, asOf uint64) *entry {
 	return e
 }
 
+// Source is where an answer of Find comes from.
+type Source uint8
+
+// The sources. Only Memory answers at once.
+const (
+	Memory   Source = iota
+	Feed            // a sync that was waited for, which brought the key or proved its absence
+	Postgres        // a lookup that was waited for
+)
+
+// String returns the source as traces write it.
+func (s Source) String() string {
+	switch s {
+	case Memory:
+		return "memory"
+	case Feed:
+		return "feed"
+	case Postgres:
+		return "postgres"
+	}
+	return "invalid"
+}
+
 // Found is an answer of Find.
 type Found struct {
 	Record *apikey.Record // nil: Postgres has no such key
 	Now    time.Time      // Postgres's clock, which expiry follows
+	Source Source         // the last that was asked; with an error too, when nothing else is set
 
 	entry     *entry // of Record
 	state     *state
@@ -195,7 +219,8 @@ func (c *Cache) cached(s *state, d *apikey.Digest, now time.Time) *entry {
 }
 
 // ask reads the row from Postgres and keeps it.
-func (c *Cache) ask(ctx context.Context, d apikey.Digest) (Found, error) {
+func (c *Cache) ask(ctx context.Context, d apikey.Digest) (f Found, err error) {
+	defer func() { f.Source = Postgres }()
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
 	for {

@@ -122,7 +122,8 @@ func (c *Cache) remembered(s *state, d *apikey.Digest, now time.Time) bool {
 // prove finds out from the feed about a key that is not in the filter. A sync that begins now brings the key if it was
 // created by now; if not, it was absent. One sync proves that for all that wait, however many: so a flood of unknown keys
 // costs Postgres a fixed number of statements, and a key created during it works.
-func (c *Cache) prove(ctx context.Context, d apikey.Digest, since time.Time) (Found, error) {
+func (c *Cache) prove(ctx context.Context, d apikey.Digest, since time.Time) (f Found, err error) {
+	defer func() { f.Source = max(f.Source, Feed) }() // it may end by asking Postgres
 	defer c.unknown.proving.Add(-1)
 	if c.unknown.proving.Add(1) > maxProving {
 		c.counts.refused.Add(1)
