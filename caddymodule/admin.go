@@ -3,12 +3,18 @@ package caddymodule
 import (
 	"encoding/json"
 	"net/http"
-	"time"
+	"slices"
 
 	"github.com/caddyserver/caddy/v2"
 )
 
 func init() { caddy.RegisterModule(Admin{}) }
+
+// The paths of the probes, on the admin endpoint and on a site with rekall_health.
+const (
+	livePath  = "/rekall/live"
+	readyPath = "/rekall/ready"
+)
 
 // Admin serves what an operator may ask of a running edge, read-only: /rekall/live, /rekall/ready and /rekall/status on
 // Caddy's admin endpoint.
@@ -22,43 +28,10 @@ func (Admin) CaddyModule() caddy.ModuleInfo {
 // Routes returns the routes.
 func (Admin) Routes() []caddy.AdminRoute {
 	return []caddy.AdminRoute{
-		{Pattern: "/rekall/live", Handler: caddy.AdminHandlerFunc(serveLive)},
-		{Pattern: "/rekall/ready", Handler: caddy.AdminHandlerFunc(serveReady)},
+		{Pattern: livePath, Handler: caddy.AdminHandlerFunc(serveLive)},
+		{Pattern: readyPath, Handler: caddy.AdminHandlerFunc(serveReady)},
 		{Pattern: "/rekall/status", Handler: caddy.AdminHandlerFunc(serveStatus)},
 	}
-}
-
-// status is one runtime's state. There are several only while a reload with other settings is draining.
-type status struct {
-	Ready          bool       `json:"ready"`
-	Epoch          uint64     `json:"epoch"`
-	LastSyncAt     *time.Time `json:"last_sync_at"`
-	SyncAgeSeconds float64    `json:"sync_age_seconds"`
-	InFlight       int        `json:"in_flight"`
-	Lookups        uint64     `json:"lookups"`
-	LookupErrors   uint64     `json:"lookup_errors"`
-	Syncs          uint64     `json:"syncs"`
-	SyncErrors     uint64     `json:"sync_errors"`
-	StreamsCut     uint64     `json:"streams_cut"`
-	Canary         float64    `json:"canary_revocation_seconds"` // 0: none yet
-}
-
-func statuses() []status {
-	all := []status{}
-	runtimes.Range(func(_, value any) bool {
-		s := value.(*runtime).cache.Status()
-		one := status{
-			Ready: s.Fresh, Epoch: s.Epoch, SyncAgeSeconds: s.Age.Seconds(), InFlight: s.InFlight,
-			Lookups: s.Lookups, LookupErrors: s.LookupErrors, Syncs: s.Syncs, SyncErrors: s.SyncErrors, StreamsCut: s.StreamsCut, Canary: s.Canary.Seconds(),
-		}
-		if !s.SyncedAt.IsZero() {
-			at := s.SyncedAt.UTC()
-			one.LastSyncAt = &at
-		}
-		all = append(all, one)
-		return true
-	})
-	return all
 }
 
 func serveLive(w http.ResponseWriter, r *http.Request) error {
@@ -67,20 +40,17 @@ func serveLive(w http.ResponseWriter, r *http.Request) error {
 
 // serveReady answers 200 while the key data of every runtime is fresh: an outage shorter than max_staleness drains nobody.
 func serveReady(w http.ResponseWriter, r *http.Request) error {
-	all := statuses()
-	ready := len(all) > 0
-	for _, s := range all {
-		ready = ready && s.Ready
-	}
+	all := running()
+	stale := slices.ContainsFunc(all, func(rt *runtime) bool { return !rt.cache.Status().Fresh })
+	return replyReady(w, r, len(all) > 0 && !stale)
+}
+
+func replyReady(w http.ResponseWriter, r *http.Request, ready bool) error {
 	code := http.StatusOK
 	if !ready {
 		code = http.StatusServiceUnavailable
 	}
 	return reply(w, r, code, map[string]bool{"ready": ready})
-}
-
-func serveStatus(w http.ResponseWriter, r *http.Request) error {
-	return reply(w, r, http.StatusOK, map[string]any{"runtimes": statuses()})
 }
 
 func reply(w http.ResponseWriter, r *http.Request, code int, body any) error {

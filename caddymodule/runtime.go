@@ -39,6 +39,7 @@ type runtime struct {
 	store    *keystore.Store
 	standby  *keystore.Store // nil: reads go to store
 	cache    *keycache.Cache
+	identity edge.Identity
 	reporter *edge.Reporter
 	canary   *edge.Canary // nil: this edge sends none
 	usage    *usage.Counter
@@ -71,9 +72,10 @@ func newRuntime(s settings) (*runtime, error) {
 	}
 	rt.logger.Store(zap.NewNop())
 	rt.signer, rt.tokens = identitytoken.NewSigner(store, instance, rt.logger.Load), s.cacheSize
-	rt.reporter = edge.NewReporter(store, edge.Identity{
+	rt.identity = edge.Identity{
 		Instance: instance, Name: s.edgeName, Region: s.edgeRegion, Version: version(), MaxStaleness: s.maxStaleness,
-	}, rt.logger.Load)
+	}
+	rt.reporter = edge.NewReporter(store, rt.identity, rt.logger.Load)
 	config := keycache.Config{
 		Size: s.cacheSize, Warm: s.warm, Refresh: s.refresh, MaxStaleness: s.maxStaleness, NoListen: !s.listen,
 		Changed: rt.reporter.Changed, Revoked: rt.metrics.revoked, Logger: rt.logger.Load,

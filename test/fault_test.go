@@ -23,25 +23,44 @@ import (
 
 // edgeStatus is what /rekall/status says of one runtime.
 type edgeStatus struct {
-	Ready          bool    `json:"ready"`
-	Epoch          uint64  `json:"epoch"`
-	SyncAgeSeconds float64 `json:"sync_age_seconds"`
-	InFlight       int     `json:"in_flight"`
-	Lookups        uint64  `json:"lookups"`
-	LookupErrors   uint64  `json:"lookup_errors"`
-	SyncErrors     uint64  `json:"sync_errors"`
-	Canary         float64 `json:"canary_revocation_seconds"`
+	Ready          bool
+	Epoch          uint64
+	SyncAgeSeconds float64
+	InFlight       int
+	Lookups        uint64
+	LookupErrors   uint64
+	SyncErrors     uint64
+	Canary         float64
 }
 
 func (g *gateway) status() edgeStatus {
 	g.t.Helper()
 	var s struct {
-		Runtimes []edgeStatus `json:"runtimes"`
+		Runtimes []struct {
+			Ready bool `json:"ready"`
+			Sync  struct {
+				Epoch      uint64  `json:"epoch"`
+				AgeSeconds float64 `json:"age_seconds"`
+				Errors     uint64  `json:"errors"`
+			} `json:"sync"`
+			Lookups struct {
+				Total  uint64 `json:"total"`
+				Errors uint64 `json:"errors"`
+			} `json:"lookups"`
+			Requests struct {
+				InFlight int `json:"in_flight"`
+			} `json:"requests"`
+			Canary float64 `json:"canary_revocation_seconds"`
+		} `json:"runtimes"`
 	}
 	if err := json.Unmarshal([]byte(do(g.t, "GET", g.admin+"/rekall/status", nil, nil).body), &s); err != nil || len(s.Runtimes) != 1 {
 		g.t.Fatalf("status %+v, %v", s, err)
 	}
-	return s.Runtimes[0]
+	rt := s.Runtimes[0]
+	return edgeStatus{
+		Ready: rt.Ready, Epoch: rt.Sync.Epoch, SyncAgeSeconds: rt.Sync.AgeSeconds, InFlight: rt.Requests.InFlight,
+		Lookups: rt.Lookups.Total, LookupErrors: rt.Lookups.Errors, SyncErrors: rt.Sync.Errors, Canary: rt.Canary,
+	}
 }
 
 // reload loads the same Caddyfile again.

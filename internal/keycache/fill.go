@@ -53,6 +53,7 @@ func (c *Cache) fillLoop(ctx context.Context) {
 			if err == nil {
 				break
 			}
+			c.failed(err)
 			c.cfg.Logger().Warn("reading all keys failed; keys that are not in memory are asked for one by one", zap.Error(err))
 			if !pause(ctx, delay/2+rand.N(delay), c.refill) {
 				return

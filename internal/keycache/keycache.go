@@ -93,7 +93,8 @@ type Cache struct {
 	refill  chan struct{} // to read all keys again
 	counts  counts
 	applied atomic.Pointer[Applied]
-	canary  atomic.Int64 // nanoseconds that the last canary stayed allowed after its revocation; 0: none yet
+	failure atomic.Pointer[Failure] // the last
+	canary  atomic.Int64            // nanoseconds that the last canary stayed allowed after its revocation; 0: none yet
 
 	closing sync.RWMutex // ristretto panics when Set races Close
 	closed  bool

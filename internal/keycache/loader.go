@@ -227,6 +227,7 @@ func (c *Cache) read(ctx context.Context, digests []apikey.Digest, epoch uint64)
 	found, err := c.store.Lookup(ctx, digests)
 	if err != nil {
 		c.counts.lookupErrors.Add(1)
+		c.failed(err)
 		return nil, err
 	}
 	if found.InRecovery && c.cfg.SentAt == nil {

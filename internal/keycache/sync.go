@@ -59,7 +59,9 @@ func (c *Cache) syncLoop(ctx context.Context) {
 		case err == nil && failing:
 			c.cfg.Logger().Info("key sync works again")
 		}
-		failing = err != nil
+		if failing = err != nil; failing {
+			c.failed(err)
+		}
 		if !pause(ctx, wakeGap, nil) || !c.awaitSync(ctx, startedAt, time.Since(startedAt)) {
 			return
 		}
@@ -322,6 +324,7 @@ func (c *Cache) listen(ctx context.Context) {
 			return
 		}
 		c.counts.listenErrors.Add(1)
+		c.failed(err)
 		if !failing {
 			failing = true
 			c.cfg.Logger().Warn("listening for changes failed; changes arrive with the next tick", zap.Error(err))

@@ -25,7 +25,7 @@ type grant struct {
 // neither role needs. Rows of edges are guarded by policies besides, and revocations by triggers.
 var grants = []grant{
 	{on: "schema rekall", edge: "usage", admin: "usage"},
-	{on: "table rekall.schema_version"},
+	{on: "table rekall.schema_version", edge: "select (version)"}, // for /rekall/status
 	{
 		on:   "table rekall.api_keys",
 		edge: "select (id, account, key_hash, environment, scopes, manage_keys, expires_at, revoked_at, change_xid)",

@@ -61,7 +61,6 @@ var nobodyMay = []string{
 	`create table rekall.mine (i int)`,
 	`drop table rekall.edges`,
 	`drop schema rekall cascade`,
-	`select version from rekall.schema_version`,
 	`update rekall.schema_version set version = 1`,
 	`alter table rekall.api_keys owner to current_user`,
 	`truncate rekall.edges`,
@@ -97,6 +96,7 @@ var edgeMayNot = []string{
 
 var adminMayNot = []string{
 	`insert into rekall.last_used (key_id, first_used_at, last_used_at) values ('key_0123456789abcdefABCDEF', now(), now())`,
+	`select version from rekall.schema_version`,
 	`select * from rekall.signing_keys`,
 	`delete from rekall.signing_keys`,
 	`insert into rekall.edges (instance) values ('mine')`,

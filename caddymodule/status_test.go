@@ -1,0 +1,145 @@
+package caddymodule
+
+import (
+	"encoding/json"
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+// fields returns the names of the fields in a JSON value, with "[]" for the elements of a list.
+func fields(prefix string, value any) map[string]bool {
+	names := map[string]bool{}
+	switch value := value.(type) {
+	case map[string]any:
+		for name, field := range value {
+			name = strings.TrimPrefix(prefix+"."+name, ".")
+			names[name] = true
+			maps.Copy(names, fields(name, field))
+		}
+	case []any:
+		for _, element := range value {
+			maps.Copy(names, fields(prefix+"[]", element))
+		}
+	}
+	return names
+}
+
+// documentedFields are those in the page's table of the status.
+func documentedFields(t *testing.T) []string {
+	t.Helper()
+	page, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, found := strings.Cut(string(page), "\n## Status\n")
+	if !found {
+		t.Fatal("the page has no section about the status")
+	}
+	var names []string
+	for line := range strings.Lines(section) {
+		cells := strings.Split(line, "|")
+		if len(cells) < 3 {
+			continue
+		}
+		for _, name := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cells[1], -1) {
+			names = append(names, name[1])
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// newRuntimeOn returns a running runtime that has synced and reported itself.
+func newRuntimeOn(t *testing.T, database string) *runtime {
+	t.Helper()
+	rt, err := newRuntime(settings{
+		database: database, refresh: 50 * time.Millisecond, maxStaleness: 30 * time.Second, cacheSize: 100, edgeName: "eu-1", edgeRegion: "eu",
+		usageFlush: time.Second, usageRetention: 24 * time.Hour,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(rt.close)
+	rt.start(zap.NewNop())
+	return rt
+}
+
+// TestStatusHasTheFieldsOfItsPage: what monitors read must not be renamed unseen, nor stay unexplained.
+func TestStatusHasTheFieldsOfItsPage(t *testing.T) {
+	database := pgtest.URL(t)
+	if _, _, err := keystore.Migrate(t.Context(), database); err != nil {
+		t.Fatal(err)
+	}
+	rt := newRuntimeOn(t, database)
+	var s runtimeStatus
+	for deadline := time.Now().Add(30 * time.Second); !s.Ready || s.Edges == nil; s = rt.status(t.Context()) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not ready: %+v", s)
+		}
+	}
+	if s.Schema == nil || *s.Schema != keystore.KnownSchemaVersion() || s.Sync.LastGoodAt == nil || s.Sync.Position == 0 || s.Cache.Capacity != 100 ||
+		s.Edge.Name != "eu-1" || *s.Edges != (edgeCount{Live: 1}) || s.LastError != nil {
+		t.Errorf("status %+v", s)
+	}
+	s.LastError = new(lastError) // for its fields: nothing has failed
+	text, err := json.Marshal(status{Runtimes: []runtimeStatus{s}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var value map[string]any
+	if err := json.Unmarshal(text, &value); err != nil {
+		t.Fatal(err)
+	}
+	names := fields("", value)
+	for name := range names { // an object has no line of its own, unless it may be missing
+		if strings.HasSuffix(name, "versions") || slices.Contains([]string{"runtimes", "runtimes[].edge", "runtimes[].sync", "runtimes[].cache", "runtimes[].lookups", "runtimes[].requests"}, name) {
+			delete(names, name)
+		}
+	}
+	if diff := cmp.Diff(documentedFields(t), slices.Sorted(maps.Keys(names))); diff != "" {
+		t.Errorf("fields (-page +status)\n%s", diff)
+	}
+}
+
+// TestStatusIsToldWhilePostgresIsAway, with what went wrong, and without the password.
+func TestStatusIsToldWhilePostgresIsAway(t *testing.T) {
+	rt := newRuntimeOn(t, "postgres://rekall:hunter2@127.0.0.1:1/none?connect_timeout=1")
+	var s runtimeStatus
+	for deadline := time.Now().Add(30 * time.Second); s.LastError == nil; s = rt.status(t.Context()) {
+		if time.Now().After(deadline) {
+			t.Fatal("no failure is told")
+		}
+	}
+	if s.Ready || s.Schema != nil || s.Edges != nil || s.Sync.LastGoodAt != nil || time.Since(s.LastError.At) > time.Minute || s.LastError.Message == "" {
+		t.Errorf("status %+v, last error %+v", s, s.LastError)
+	}
+	if strings.Contains(s.LastError.Message, "hunter2") {
+		t.Error("the last error shows the password")
+	}
+}
+
+// TestProbesAreReadOnly: neither the admin endpoint's nor a site's may be taken for something that acts.
+func TestProbesAreReadOnly(t *testing.T) {
+	for _, route := range (Admin{}).Routes() {
+		w := httptest.NewRecorder()
+		if err := route.Handler.ServeHTTP(w, httptest.NewRequest(http.MethodPost, route.Pattern, nil)); err != nil {
+			t.Fatal(err)
+		}
+		if w.Code != http.StatusMethodNotAllowed || w.Header().Get("Allow") != "GET, HEAD" || w.Body.Len() > 0 {
+			t.Errorf("POST %s: %d, Allow %q, %q", route.Pattern, w.Code, w.Header().Get("Allow"), w.Body)
+		}
+	}
+}

@@ -1,0 +1,24 @@
+package keystore
+
+import (
+	"context"
+	"io/fs"
+)
+
+// SchemaVersion returns the version of the database's schema.
+func (s *Store) SchemaVersion(ctx context.Context) (int32, error) {
+	var version int32
+	if err := s.pool.QueryRow(ctx, "select version from "+versionTable).Scan(&version); err != nil {
+		return 0, failed("read the schema's version", err)
+	}
+	return version, nil
+}
+
+// KnownSchemaVersion is the newest version of the schema that this binary knows: the number of its migrations.
+func KnownSchemaVersion() int32 {
+	files, err := fs.Glob(migrations, "migrations/*.sql")
+	if err != nil {
+		panic(err) // the pattern is a good one
+	}
+	return int32(len(files))
+}
