@@ -22,6 +22,9 @@ func init() {
 	httpcaddyfile.RegisterHandlerDirective("rekall_jwks", parseJWKS)
 	// Before the gateway, which nothing comes after.
 	httpcaddyfile.RegisterDirectiveOrder("rekall_jwks", httpcaddyfile.Before, "respond")
+	httpcaddyfile.RegisterHandlerDirective("rekall_health", parseHealth)
+	// Before "handle", which would send the probes to a gateway that takes all requests.
+	httpcaddyfile.RegisterDirectiveOrder("rekall_health", httpcaddyfile.Before, "handle")
 	httpcaddyfile.RegisterHandlerDirective("rekall_tls_only", parseTLSOnly)
 	// Before all that could answer or redirect: a redirect invites the client to send its key in the clear again.
 	httpcaddyfile.RegisterDirectiveOrder("rekall_tls_only", httpcaddyfile.Before, "redir")
@@ -275,6 +278,14 @@ func parseJWKS(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 		return nil, h.Err("rekall_jwks takes no arguments and no block")
 	}
 	return new(JWKS), nil
+}
+
+func parseHealth(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
+	h.Next()
+	if h.NextArg() || h.NextBlock(h.Nesting()) {
+		return nil, h.Err("rekall_health takes no arguments and no block")
+	}
+	return new(Health), nil
 }
 
 func parseTLSOnly(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {

@@ -105,7 +105,7 @@ func TestServerThatOnlySpeaksHTTP3IsRefused(t *testing.T) {
 		"server":   {"servers {\nprotocols h3\n}\n", ""},
 		"listener": {"", "bind 127.0.0.1 {\nprotocols h3\n}\n"},
 	} {
-		for _, directive := range []string{"rekall_gateway {\nproduction {\nrespond 200\n}\n}", "rekall_tls_only", "rekall_jwks", "rekall_keys"} {
+		for _, directive := range []string{"rekall_gateway {\nproduction {\nrespond 200\n}\n}", "rekall_tls_only", "rekall_jwks", "rekall_keys", "rekall_health"} {
 			err := validate(t, "{\nadmin off\nauto_https off\n"+tc.servers+"}\nhttps://127.0.0.1:1 {\n"+tc.bind+directive+"\n}\n")
 			if err == nil || !strings.Contains(err.Error(), "HTTP/3") {
 				t.Errorf("%s, %s: error %v, want one about HTTP/3", name, directive, err)

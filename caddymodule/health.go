@@ -1,0 +1,49 @@
+package caddymodule
+
+import (
+	"fmt"
+	"net/http"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+func init() { caddy.RegisterModule(Health{}) }
+
+// Health answers /rekall/live and /rekall/ready on a site, for load balancers that cannot reach the admin endpoint. It tells
+// no more than yes or no, so that anybody may ask. Every other request passes.
+type Health struct{ runtime *runtime }
+
+// CaddyModule returns the Caddy module information.
+func (Health) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "http.handlers.rekall_health", New: func() caddy.Module { return new(Health) }}
+}
+
+// Provision finds the data whose freshness is asked for, and guards the server's door.
+func (h *Health) Provision(ctx caddy.Context) error {
+	app, err := app(ctx)
+	if err != nil {
+		return err
+	}
+	h.runtime = app.runtime
+	if err := guardDoor(ctx); err != nil {
+		return fmt.Errorf("rekall_health: %w", err)
+	}
+	return nil
+}
+
+// ServeHTTP answers for this configuration alone: one that is being loaded beside it says nothing about this site yet.
+func (h *Health) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+	switch r.URL.Path {
+	case livePath:
+		return serveLive(w, r)
+	case readyPath:
+		return replyReady(w, r, h.runtime.cache.Status().Fresh)
+	}
+	return next.ServeHTTP(w, r)
+}
+
+var (
+	_ caddy.Provisioner           = (*Health)(nil)
+	_ caddyhttp.MiddlewareHandler = (*Health)(nil)
+)
