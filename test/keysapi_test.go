@@ -56,6 +56,15 @@ func (g *gateway) manage(method, path string, header http.Header, body string, s
 	return answer
 }
 
+// awaitRefusal waits until a key is refused. The request that it is revoked in the middle of is cut.
+func (g *gateway) awaitRefusal(t *testing.T, path string, key keyadmin.Key) {
+	t.Helper()
+	eventually(t, "the revoked key is refused", func() bool {
+		answer, err := send("GET", g.http+path, bearer(key), nil)
+		return err == nil && answer.StatusCode == http.StatusUnauthorized
+	})
+}
+
 // key is the key in an answer, with what is said of it.
 func (r reply) key(t *testing.T) (key struct {
 	keyadmin.Key
@@ -219,9 +228,7 @@ func TestProductPageFromTopToBottom(t *testing.T) {
 		return g.manage("GET", keysPath+"/"+successor.ID, bearer(manager), "", http.StatusOK).key(t).LastUsedAt != nil
 	})
 	g.manage("POST", keysPath+"/"+created.ID+"/revoke", bearer(manager), "", http.StatusOK)
-	eventually(t, "the old key is refused", func() bool {
-		return g.do("GET", "/v1/memories", bearer(created.Key)).StatusCode == http.StatusUnauthorized
-	})
+	g.awaitRefusal(t, "/v1/memories", created.Key)
 	g.do("GET", "/v1/memories", bearer(created.Key)).wantCode(t, http.StatusUnauthorized, "API_KEY_REVOKED")
 	tr.more(t, 100)
 	tr.end()
@@ -245,17 +252,13 @@ func TestProductPageFromTopToBottom(t *testing.T) {
 			t.Errorf("revoked %+v", got)
 		}
 	}
-	eventually(t, "the revoked key is refused", func() bool {
-		return g.do("GET", "/v1/memories", bearer(successor.Key)).StatusCode == http.StatusUnauthorized
-	})
+	g.awaitRefusal(t, "/v1/memories", successor.Key)
 
 	// At last the key that asks revokes itself, and is refused here with the same words.
 	if got := g.manage("DELETE", keysPath+"/"+manager.ID, bearer(manager), "", http.StatusOK).key(t); !got.RevokedSelf {
 		t.Errorf("revoked %+v", got)
 	}
-	eventually(t, "the managing key is refused", func() bool {
-		return g.do("GET", keysPath, bearer(manager)).StatusCode == http.StatusUnauthorized
-	})
+	g.awaitRefusal(t, keysPath, manager)
 	g.do("GET", keysPath, bearer(manager)).wantCode(t, http.StatusUnauthorized, "API_KEY_REVOKED")
 	if log := g.log.String(); apikey.ContainsKey(log) || !strings.Contains(log, `"user_id":"`+manager.ID+`"`) {
 		t.Error("a key stands in the log, or not the id of the one that asked")
@@ -506,9 +509,7 @@ func TestReportedKeyIsRefusedByEveryEdgeAndStandsInNoLog(t *testing.T) {
 		}
 	}
 	for _, g := range []*gateway{first, second} {
-		eventually(t, "the reported key is refused", func() bool {
-			return g.do("GET", "/v1/memories", bearer(existing)).StatusCode == http.StatusUnauthorized
-		})
+		g.awaitRefusal(t, "/v1/memories", existing)
 		g.do("GET", "/v1/memories", bearer(existing)).wantCode(t, http.StatusUnauthorized, "API_KEY_REVOKED")
 	}
 	entries, err := r.admin.Audit(t.Context(), keyadmin.Operator("test"), keyadmin.AuditRequest{Action: string(keyadmin.LeakReported)})

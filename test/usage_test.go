@@ -168,6 +168,10 @@ func TestUsageAddsUpExactlyOverReloadsARestartAndAnOutage(t *testing.T) {
 	north.stop()
 	south.stop()
 	t.Logf("%d requests, %d connections broke", l.total(), l.broken.Load())
+	eventually(t, "the connection that the restart broke is replaced", func() bool {
+		_, err := r.admin.Get(t.Context(), keyadmin.Operator("test"), keys[0].ID)
+		return err == nil
+	})
 	for _, key := range keys {
 		got := r.usage(key)
 		delete(got, "unavailable")
