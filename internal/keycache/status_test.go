@@ -27,10 +27,21 @@ func TestDelayOfARevocationIsToldOnceAndOnlyOfKeysInMemory(t *testing.T) {
 	if len(delays) != 1 || delays[0] <= 0 {
 		t.Fatalf("delays %v, want that of the key in memory", delays)
 	}
-	db.exec(t, "update rekall.api_keys set name = 'other' where id = $1", held.id)
-	tick(t, s, c)
+	for range 2 {
+		for _, key := range []testKey{held, other} {
+			db.exec(t, "update rekall.api_keys set name = name || '.' where id = $1", key.id)
+		}
+		tick(t, s, c)
+	}
 	if len(delays) != 1 {
-		t.Errorf("delays %v after another change of the revoked key", delays)
+		t.Errorf("delays %v after other changes of the revoked keys", delays)
+	}
+	brought := db.create(t)
+	tick(t, s, c)
+	db.revoke(t, brought)
+	tick(t, s, c)
+	if len(delays) != 2 {
+		t.Errorf("delays %v, want that of the key that the feed brought too", delays)
 	}
 }
 

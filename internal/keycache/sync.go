@@ -140,10 +140,14 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 		c.publish(old, n)
 		news = len(changed) > 0
 		for _, e := range changed {
-			if was, ok := c.known.Get(place(&e.record.Digest)); ok {
+			was, ok := c.known.Get(place(&e.record.Digest))
+			if ok {
 				c.keep(e) // thrift: a key in use needs no lookup after its change
-				c.tellOfRevocation(was, e)
 			}
+			if ch, ok := old.changes[e.record.Digest]; ok { // which is found without the cache
+				was = ch.entry
+			}
+			c.tellOfRevocation(was, e)
 			c.apply(&e.record.Digest, &e.record, snap.Now)
 		}
 	}
@@ -164,12 +168,13 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 	return nil
 }
 
-// tellOfRevocation reports how long a key stayed allowed after its revocation. was is what memory held: only a key that could
-// have been allowed here counts, and it counts once.
+// tellOfRevocation reports how long a key stayed allowed after its revocation. was is what memory held, or nil: only a key that
+// could have been allowed here counts, and it counts once.
 func (c *Cache) tellOfRevocation(was, e *entry) {
-	if c.cfg.Revoked != nil && was.record.Digest == e.record.Digest && was.record.RevokedAt.IsZero() && !e.record.RevokedAt.IsZero() {
-		c.cfg.Revoked(c.sinceRevoked(e))
+	if c.cfg.Revoked == nil || e.record.RevokedAt.IsZero() || was == nil || was.record.Digest != e.record.Digest || !was.record.RevokedAt.IsZero() {
+		return
 	}
+	c.cfg.Revoked(c.sinceRevoked(e))
 }
 
 // sinceRevoked is the time since the revocation of e, by Postgres's clock.
