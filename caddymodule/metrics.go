@@ -63,6 +63,9 @@ func newMetrics() *metrics {
 				apikey.Outcome(outcome).String(), apikey.Environment(environment).String())
 		}
 	}
+	for _, outcome := range []apikey.Outcome{apikey.NotCovered, apikey.Insufficient} { // from 0, or the first ones are no increase
+		m.reportOnly.WithLabelValues(outcome.String())
+	}
 	m.collectors = []prometheus.Collector{decisions, m.latencies, m.revocationDelay, m.reportOnly}
 	return m
 }
