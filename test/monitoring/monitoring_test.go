@@ -1,0 +1,269 @@
+package monitoring
+
+import (
+	"encoding/json"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+)
+
+const shipped = "../../cmd/rekall-gateway/deploy/monitoring/"
+
+// hastened is the shipped rules for a test: they look at seconds where the shipped ones look at minutes, and two thresholds are
+// such that a fault of seconds passes them.
+func hastened(t *testing.T) string {
+	t.Helper()
+	rules := read(t, shipped+"rules.yml")
+	for _, change := range [][2]string{
+		{`for: \S+`, "for: 2s"},
+		{`\[5m\]`, "[5s]"},
+		{`(revocation_delay_seconds_bucket.*) > 30`, "$1 > 0.9"},
+		{`0\.5 \* (rekall_usage_buffer_size)`, "0.000003 * $1"}, // 1.5 keys
+	} {
+		pattern := regexp.MustCompile(change[0])
+		if !pattern.MatchString(rules) {
+			t.Fatalf("no rule has %s", pattern)
+		}
+		rules = pattern.ReplaceAllString(rules, change[1])
+	}
+	return rules
+}
+
+func alerts(t *testing.T) []string {
+	t.Helper()
+	var names []string
+	for _, match := range regexp.MustCompile(`(?m)- alert: (\w+)$`).FindAllStringSubmatch(read(t, shipped+"rules.yml"), -1) {
+		names = append(names, match[1])
+	}
+	return names
+}
+
+// panels is the queries of the dashboard by the title of their panel, with its variables filled in.
+func panels(t *testing.T) map[string][]string {
+	t.Helper()
+	var dashboard struct {
+		Panels []struct {
+			Title   string
+			Targets []struct{ Expr string }
+		}
+	}
+	if err := json.Unmarshal([]byte(read(t, shipped+"dashboard.json")), &dashboard); err != nil {
+		t.Fatal(err)
+	}
+	variables := strings.NewReplacer("$job", "rekall-gateway", "$instance", ".*", "$__rate_interval", "1m")
+	queries := make(map[string][]string)
+	for _, panel := range dashboard.Panels {
+		for _, target := range panel.Targets {
+			queries[panel.Title] = append(queries[panel.Title], variables.Replace(target.Expr))
+		}
+	}
+	return queries
+}
+
+func TestEveryQueryReturnsDataAndEachAlertFiresWhenItsFaultIsMade(t *testing.T) {
+	server := pgtest.Server(t)
+	r := newRig(t, server.URL())
+	g, other := r.start("canary"), r.start("edge other")
+	p := startPrometheus(t, hastened(t), g, other)
+
+	good, revoked := r.key(), r.key()
+	g.allowed(revoked)
+	g.allowed(good)
+	g.ask(apikey.Generate(apikey.Production))
+	defer load(1, func() { g.ask(good.Key.Reveal()) })()
+	// As one transaction: the revocation is two seconds old when it is committed.
+	pgtest.Exec(t, r.database, `update rekall.api_keys set revoked_at = now() where id = '`+revoked.ID+`'; select pg_sleep(2)`)
+	p.waitFiring("RekallRevocationSlow")
+
+	for title, queries := range panels(t) {
+		for _, query := range queries {
+			eventually(t, title+" has data: "+query, func() bool { return hasNumber(p.query(query)) })
+		}
+	}
+	eventually(t, "no alert fires while all is well", func() bool { return len(p.firing()) == 0 })
+	fired := []string{"RekallRevocationSlow"}
+	fault := func(alerts ...string) {
+		t.Helper()
+		for _, alert := range alerts {
+			if p.firing()[alert] {
+				t.Errorf("%s fired before its fault was made", alert)
+			}
+		}
+		fired = append(fired, alerts...)
+	}
+
+	fault("RekallUnknownKeys", "RekallEdgeDown", "RekallEdgeSilent")
+	other.process.kill()
+	end := load(8, func() { g.ask(apikey.Generate(apikey.Production)) })
+	p.waitFiring("RekallUnknownKeys", "RekallEdgeDown", "RekallEdgeSilent")
+	end()
+
+	fault("RekallSyncOld", "RekallFailClosed", "RekallUnavailable", "RekallUsageNotFlushed", "RekallUsageBuffer")
+	second := r.key()
+	g.allowed(second)
+	server.Kill()
+	g.allowed(second) // counted, and cannot be flushed
+	p.waitFiring("RekallSyncOld", "RekallFailClosed", "RekallUnavailable", "RekallUsageNotFlushed", "RekallUsageBuffer")
+
+	if got, want := slices.Sorted(slices.Values(fired)), slices.Sorted(slices.Values(alerts(t))); !slices.Equal(got, want) {
+		t.Errorf("faults were made for %q, and there are alerts %q", got, want)
+	}
+}
+
+// hasNumber reports whether there is a series with a number in the answer.
+func hasNumber(samples []sample) bool {
+	return slices.ContainsFunc(samples, func(s sample) bool { return s.Value[1] != "NaN" })
+}
+
+// TestAlertsFireInTime feeds the shipped rules, whose minutes no other test waits for, with series that a fault makes.
+func TestAlertsFireInTime(t *testing.T) {
+	promtool(t, "", "test", "rules", "testdata/rules_test.yml")
+	tested := read(t, "testdata/rules_test.yml")
+	for _, alert := range alerts(t) {
+		if !strings.Contains(tested, `{alertname="`+alert+`"}`) {
+			t.Errorf("no test of %s", alert)
+		}
+	}
+}
+
+func TestEachAlertLinksToItsPageInTheRunbook(t *testing.T) {
+	runbook, rules := read(t, shipped+"RUNBOOK.md"), read(t, shipped+"rules.yml")
+	for _, alert := range alerts(t) {
+		if !strings.Contains(runbook, "\n## "+alert+"\n\n**It means:** ") {
+			t.Errorf("the runbook does not say what %s means", alert)
+		}
+		link := "runbook_url: https://github.com/rekall-ai/gateway/blob/main/cmd/rekall-gateway/deploy/monitoring/RUNBOOK.md#" + strings.ToLower(alert) + "\n"
+		if strings.Count(rules, link) != 1 {
+			t.Errorf("%s does not link to its page", alert)
+		}
+	}
+}
+
+func TestMetricsFollowConventionsAndSurviveReloads(t *testing.T) {
+	r := newRig(t, pgtest.URL(t))
+	g := r.start("canary")
+	key := r.key()
+	for range 200 { // of which about one in 16 is timed
+		g.allowed(key)
+	}
+	eventually(t, "usage is flushed", func() bool { return g.metric("rekall_usage_flushed_total") == 200 })
+	before := g.counters()
+	promtool(t, g.text(), "check", "metrics")
+
+	reload(t, g)
+	for name, value := range g.counters() {
+		if value < before[name] {
+			t.Errorf("%s fell from %v to %v", name, before[name], value)
+		}
+		delete(before, name)
+	}
+	if len(before) > 0 {
+		t.Errorf("the reload lost %v", before)
+	}
+	allowed := `rekall_decisions_total{environment="production",outcome="allowed"}`
+	g.allowed(key)
+	if got := g.metric(allowed); got != 201 {
+		t.Errorf("%v decisions after the reload, want 201", got)
+	}
+	if got := g.metric("rekall_decision_duration_seconds_count"); got == 0 || got > 100 {
+		t.Errorf("%v of 201 decisions were timed", got)
+	}
+}
+
+// TestCommandsOfTheRunbookWork runs them as they stand there, but for the port.
+func TestCommandsOfTheRunbookWork(t *testing.T) {
+	r := newRig(t, pgtest.URL(t))
+	g := r.start("")
+	blocks := regexp.MustCompile("(?s)\n```sh\n(.*?)```\n").FindAllStringSubmatch(read(t, shipped+"RUNBOOK.md"), -1)
+	if len(blocks) < len(alerts(t)) {
+		t.Fatalf("%d blocks of commands", len(blocks))
+	}
+	for _, block := range blocks {
+		shell := exec.Command("bash", "-euo", "pipefail", "-c", strings.ReplaceAll(block[1], "localhost:2019", g.admin))
+		shell.Env = append(os.Environ(), "REKALL_DATABASE_URL="+r.database, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
+		if output, err := shell.CombinedOutput(); err != nil || len(output) == 0 {
+			t.Errorf("%s: %v\n%s", block[1], err, output)
+		}
+	}
+}
+
+func promtool(t *testing.T, input string, args ...string) {
+	t.Helper()
+	command := exec.Command("promtool", args...)
+	command.Stdin = strings.NewReader(input)
+	if output, err := command.CombinedOutput(); err != nil {
+		t.Errorf("promtool %v: %v\n%s", args, err, output)
+	}
+}
+
+func reload(t *testing.T, g *gateway) {
+	t.Helper()
+	req, err := http.NewRequest("POST", "http://"+g.admin+"/load", strings.NewReader(read(t, g.file)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Content-Type", "text/caddyfile")
+	req.Header.Set("Cache-Control", "must-revalidate") // though nothing has changed
+	resp, err := client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		t.Fatalf("reload: %s", resp.Status)
+	}
+}
+
+// text is the gateway's own metrics.
+func (g *gateway) text() string {
+	g.t.Helper()
+	resp, err := client.Get("http://" + g.metrics + "/")
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	all, err := io.ReadAll(resp.Body)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	var own strings.Builder
+	for line := range strings.Lines(string(all)) {
+		if strings.HasPrefix(line, "rekall_") || strings.HasPrefix(line, "# HELP rekall_") || strings.HasPrefix(line, "# TYPE rekall_") {
+			own.WriteString(line)
+		}
+	}
+	return own.String()
+}
+
+// counters is all series that may not fall.
+func (g *gateway) counters() map[string]float64 {
+	g.t.Helper()
+	counters := make(map[string]float64)
+	for line := range strings.Lines(g.text()) {
+		name, text, ok := strings.Cut(strings.TrimSpace(line), " ")
+		if !ok || !regexp.MustCompile(`^rekall_\w+_(total|count|sum|bucket)(\{|$)`).MatchString(name) {
+			continue
+		}
+		value, err := strconv.ParseFloat(text, 64)
+		if err != nil {
+			g.t.Fatal(err)
+		}
+		counters[name] = value
+	}
+	return counters
+}
+
+func (g *gateway) metric(name string) float64 {
+	g.t.Helper()
+	return g.counters()[name]
+}
