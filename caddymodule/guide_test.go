@@ -1,0 +1,93 @@
+package caddymodule
+
+import (
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"maps"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// codesInCode are the errors that are answered, as "403 TLS_REQUIRED": those that newAnswer makes, and keysapi's.
+func codesInCode(t *testing.T) map[string]bool {
+	t.Helper()
+	statuses := map[string]int{} // by the name of its constant in net/http
+	for status := 400; status < 600; status++ {
+		statuses["Status"+strings.ReplaceAll(http.StatusText(status), " ", "")] = status
+	}
+	found := map[string]bool{}
+	add := func(status, code ast.Expr) {
+		name, isName := status.(*ast.SelectorExpr)
+		text, isText := code.(*ast.BasicLit)
+		if !isName || !isText || statuses[name.Sel.Name] == 0 {
+			t.Fatal("an error whose status or code is no constant: this test must learn to read it")
+		}
+		unquoted, err := strconv.Unquote(text.Value)
+		if err != nil {
+			t.Fatal(err)
+		}
+		found[fmt.Sprintf("%d %s", statuses[name.Sel.Name], unquoted)] = true
+	}
+	for _, folder := range []string{".", "../internal/keysapi"} {
+		files, err := filepath.Glob(folder + "/*.go")
+		if err != nil || len(files) == 0 {
+			t.Fatal("no source in", folder, err)
+		}
+		for _, name := range files {
+			if strings.HasSuffix(name, "_test.go") {
+				continue
+			}
+			file, err := parser.ParseFile(token.NewFileSet(), name, nil, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ast.Inspect(file, func(n ast.Node) bool {
+				switch n := n.(type) {
+				case *ast.CallExpr:
+					if f, ok := n.Fun.(*ast.Ident); ok && f.Name == "newAnswer" {
+						add(n.Args[0], n.Args[1])
+					}
+				case *ast.CompositeLit:
+					fields := map[string]ast.Expr{}
+					for _, element := range n.Elts {
+						if pair, ok := element.(*ast.KeyValueExpr); ok {
+							if key, ok := pair.Key.(*ast.Ident); ok {
+								fields[key.Name] = pair.Value
+							}
+						}
+					}
+					if code, ok := fields["Code"].(*ast.BasicLit); ok { // not where one answer becomes another's
+						add(fields["Status"], code)
+					}
+				}
+				return true
+			})
+		}
+	}
+	return found
+}
+
+// TestGuideSaysOfEachErrorWhatToDo: a code that is added must be explained to those who will meet it.
+func TestGuideSaysOfEachErrorWhatToDo(t *testing.T) {
+	page, err := os.ReadFile("ERRORS.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var documented []string
+	for _, row := range regexp.MustCompile("(?m)^\\| (\\d{3}) \\| `([A-Z_]+)` \\| \\S").FindAllStringSubmatch(string(page), -1) {
+		documented = append(documented, row[1]+" "+row[2])
+	}
+	if diff := cmp.Diff(slices.Sorted(maps.Keys(codesInCode(t))), documented); diff != "" {
+		t.Errorf("errors, sorted (-code +page)\n%s", diff)
+	}
+}

@@ -1,0 +1,71 @@
+package test
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+)
+
+// guides are the pages for operators, users of the API and backend developers.
+var guides = []string{"../caddymodule/README.md", "../caddymodule/ERRORS.md", "../caddymodule/BACKENDS.md"}
+
+func TestConfigurationsInTheGuidesAreValid(t *testing.T) {
+	t.Parallel()
+	for _, page := range []string{guides[0], guides[2]} {
+		for _, block := range blocksOf(t, page, "caddyfile") {
+			file := filepath.Join(t.TempDir(), "Caddyfile")
+			if err := os.WriteFile(file, []byte(block), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			cmd := exec.Command(program, "validate", "--config", file, "--adapter", "caddyfile")
+			cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL=postgres://nobody@127.0.0.1:1/none", "HOME="+t.TempDir())
+			if output, err := cmd.CombinedOutput(); err != nil {
+				t.Errorf("%s: %v\n%s", page, err, output)
+			}
+		}
+	}
+}
+
+// TestCommandsInTheGuidesWork runs each line of each shell block, as it is written but for addresses and ids.
+func TestCommandsInTheGuidesWork(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	key := r.key("production", "memories:read")
+	manager, _, err := r.admin.Create(t.Context(), keyadmin.Operator("test"), keyadmin.CreateRequest{
+		Name: "Key Manager", Account: "acme", Environment: "production", Scopes: []string{"memories:read"}, ManageKeys: true,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	g := r.start(strings.Replace(managedSite, "\tlog\n", "\tlog {\n\t\toutput file "+filepath.Join(dir, "access.log")+"\n\t}\n", 1))
+	real := strings.NewReplacer("https://api.rekall.ai", g.http, "http://localhost:2019", g.admin, "key_…", key.ID)
+	commands, outputs := 0, ""
+	for _, page := range guides[:2] {
+		for _, block := range blocksOf(t, page, "sh") {
+			for line := range strings.Lines(strings.TrimSpace(block)) { // a block in a list ends with its indentation
+				commands++
+				cmd := exec.Command("bash", "-e", "-o", "pipefail", "-c", real.Replace(line))
+				cmd.Dir = dir
+				cmd.Env = append(os.Environ(), "REKALL_API_KEY="+key.Key.Reveal(), "REKALL_MANAGING_KEY="+manager.Key.Reveal())
+				output, err := cmd.CombinedOutput()
+				if err != nil {
+					t.Errorf("%s: %s: %v\n%s", page, line, err, output)
+				}
+				outputs += string(output)
+			}
+		}
+	}
+	if commands < 6 {
+		t.Errorf("only %d commands found", commands)
+	}
+	for _, part := range []string{`"backend": "production"`, `"ready": true`, `"predecessor":"` + key.ID, `"status":"revoked"`} {
+		if !strings.Contains(outputs, part) {
+			t.Errorf("no command printed %s", part)
+		}
+	}
+}
