@@ -77,7 +77,7 @@ func TestLateCutNeverTouchesAFinishedWriter(t *testing.T) {
 				counter := usage.New(nil, usage.Config{})
 				g := &Gateway{
 					rules: rules, cache: &cutWhileTracking{record: record, tracked: tc.tracked}, metrics: newMetrics(), usage: counter,
-					logger: zap.NewNop(), production: tc.handler,
+					logger: zap.NewNop(), production: block{chain: tc.handler},
 				}
 				w := &deadlineWriter{ResponseRecorder: httptest.NewRecorder()}
 				if err := g.ServeHTTP(w, bearerRequest(apikey.Generate(apikey.Production)), nil); err != nil {

@@ -51,7 +51,7 @@ type Gateway struct {
 	// request for which no token can be signed is answered 503. Default: none.
 	IdentityToken *IdentityToken `json:"identity_token,omitempty"`
 
-	production, sandbox caddyhttp.Handler
+	production, sandbox block
 	rules               *scoperule.Table
 	cache               keys
 	issuer              *identitytoken.Issuer // nil: no identity tokens
@@ -96,10 +96,10 @@ func (g *Gateway) Provision(ctx caddy.Context) error {
 		return err
 	}
 	g.cache, g.metrics, g.usage = app.runtime.cache, app.runtime.metrics, app.runtime.usage
-	if g.production, err = loadHandler(ctx, g, "ProductionRaw", g.ProductionRaw); err != nil {
+	if g.production, err = loadBlock(ctx, g, "ProductionRaw", g.ProductionRaw); err != nil {
 		return err
 	}
-	if g.sandbox, err = loadHandler(ctx, g, "SandboxRaw", g.SandboxRaw); err != nil {
+	if g.sandbox, err = loadBlock(ctx, g, "SandboxRaw", g.SandboxRaw); err != nil {
 		return err
 	}
 	if g.rules, err = g.scopeTable(); err != nil {
@@ -115,15 +115,23 @@ func (g *Gateway) Provision(ctx caddy.Context) error {
 	return nil
 }
 
-func loadHandler(ctx caddy.Context, g *Gateway, field string, raw json.RawMessage) (caddyhttp.Handler, error) {
+// block is an environment's handlers: as they are configured, which checkRoutes walks, and as a chain for requests. The zero
+// value is a block that is missing.
+type block struct {
+	configured caddyhttp.MiddlewareHandler
+	chain      caddyhttp.Handler
+}
+
+func loadBlock(ctx caddy.Context, g *Gateway, field string, raw json.RawMessage) (block, error) {
 	if raw == nil {
-		return nil, nil
+		return block{}, nil
 	}
 	module, err := ctx.LoadModule(g, field)
 	if err != nil {
-		return nil, fmt.Errorf("rekall_gateway: load handlers: %w", err)
+		return block{}, fmt.Errorf("rekall_gateway: load handlers: %w", err)
 	}
-	return chain(module.(caddyhttp.MiddlewareHandler)), nil
+	handler := module.(caddyhttp.MiddlewareHandler)
+	return block{handler, chain(handler)}, nil
 }
 
 // chain is an environment's handlers with nothing behind them. A block is compiled here, once: as a handler it would compile
@@ -242,9 +250,9 @@ func (g *Gateway) decide(x *exchange, method, path string, found keycache.Found)
 func (g *Gateway) handler(environment apikey.Environment) caddyhttp.Handler {
 	switch environment {
 	case apikey.Production:
-		return g.production
+		return g.production.chain
 	case apikey.Sandbox:
-		return g.sandbox
+		return g.sandbox.chain
 	}
 	return nil
 }

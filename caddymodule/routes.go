@@ -83,8 +83,8 @@ func (c *routeCheck) handler(where string, env apikey.Environment, handler any) 
 		c.responses(where, env, h.HandleResponse)
 	case *Gateway:
 		c.guarded = true
-		c.handler(where+", rekall_gateway production", apikey.Production, h.production)
-		c.handler(where+", rekall_gateway sandbox", apikey.Sandbox, h.sandbox)
+		c.handler(where+", rekall_gateway production", apikey.Production, h.production.configured)
+		c.handler(where+", rekall_gateway sandbox", apikey.Sandbox, h.sandbox.configured)
 	case *reverseproxy.Handler:
 		c.proxy(where, env, h)
 		c.responses(where, env, h.HandleResponse)
