@@ -51,6 +51,7 @@ const concurrencyRetry = time.Second
 type Bucket struct {
 	emptyAt    atomic.Int64 // nanoseconds since the limiter's start, or givenBack
 	concurrent atomic.Int64
+	lease      *lease // of a limiter with a store: what it holds of the key's bucket there
 }
 
 // givenBack marks a bucket that was idle and is no longer in the table: what is taken from it would be forgotten.
@@ -58,15 +59,18 @@ const givenBack = math.MaxInt64
 
 // take asks for one request at now. It reports false if the bucket was given back.
 func (b *Bucket) take(l Limit, now int64) (Verdict, bool) {
+	if l.PerMinute <= 0 {
+		return Verdict{Allowed: true}, b.emptyAt.Load() != givenBack
+	}
+	return b.takeAt(l.interval(), l.depth(), now)
+}
+
+func (b *Bucket) takeAt(interval, depth, now int64) (Verdict, bool) {
 	for {
 		old := b.emptyAt.Load()
 		if old == givenBack {
 			return Verdict{}, false
 		}
-		if l.PerMinute <= 0 {
-			return Verdict{Allowed: true}, true
-		}
-		interval, depth := l.interval(), l.depth()
 		next := max(old, now) + interval
 		if early := next - now - depth*interval; early > 0 {
 			return Verdict{ResetAfter: time.Duration(old - now), RetryAfter: time.Duration(early)}, true
@@ -83,7 +87,7 @@ func (b *Bucket) take(l Limit, now int64) (Verdict, bool) {
 // one that counts itself in afterwards sees the mark.
 func (b *Bucket) giveBack(now int64) bool {
 	emptyAt := b.emptyAt.Load()
-	if emptyAt > now || b.concurrent.Load() != 0 || !b.emptyAt.CompareAndSwap(emptyAt, givenBack) {
+	if emptyAt > now || b.concurrent.Load() != 0 || !b.lease.idle() || !b.emptyAt.CompareAndSwap(emptyAt, givenBack) {
 		return false
 	}
 	if b.concurrent.Load() != 0 {
@@ -98,6 +102,7 @@ const shards = 64
 // Limiter has the buckets of the keys that were in use lately.
 type Limiter struct {
 	start  time.Time // of the monotonic clock that buckets count in: nobody can set it
+	store  *Store    // nil: limits hold at this edge alone
 	shards [shards]shard
 }
 
@@ -106,7 +111,7 @@ type shard struct {
 	buckets map[apikey.Digest]*Bucket
 }
 
-// New returns a limiter.
+// New returns a limiter of this edge alone.
 func New() *Limiter {
 	l := &Limiter{start: time.Now()}
 	for i := range l.shards {
@@ -123,7 +128,7 @@ func (l *Limiter) Acquire(d apikey.Digest, limit Limit) (*Bucket, Verdict) {
 			b.Release()
 			return b, Verdict{RetryAfter: concurrencyRetry}
 		}
-		verdict, ok := b.take(limit, int64(time.Since(l.start)))
+		verdict, ok := l.take(b, limit, int64(time.Since(l.start)))
 		if !verdict.Allowed {
 			b.Release()
 		}
@@ -131,6 +136,13 @@ func (l *Limiter) Acquire(d apikey.Digest, limit Limit) (*Bucket, Verdict) {
 			return b, verdict
 		}
 	}
+}
+
+func (l *Limiter) take(b *Bucket, limit Limit, now int64) (Verdict, bool) {
+	if l.store != nil {
+		return l.store.take(b, limit, now)
+	}
+	return b.take(limit, now)
 }
 
 // Release says that a request that was allowed has ended.
@@ -151,6 +163,9 @@ func (l *Limiter) bucket(d apikey.Digest) *Bucket {
 		return b
 	}
 	b = new(Bucket)
+	if l.store != nil {
+		b.lease = newLease(l.store, d, b)
+	}
 	s.buckets[d] = b
 	return b
 }

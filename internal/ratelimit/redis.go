@@ -1,0 +1,111 @@
+package ratelimit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+	"github.com/redis/go-redis/v9/maintnotifications"
+)
+
+// exchangeScript settles with the bucket of one key and leases from it: GCRA in microseconds of Redis's own clock, the only one that
+// all edges share. What was spent counts whatever the bucket holds; more is leased only from what it has left. A
+// key that Redis has lost (it was restarted empty) begins with what the edges say that they let through.
+//
+// A bucket further ahead than all edges could have spent comes from a clock that was set back: it is cut to that.
+var exchangeScript = redis.NewScript(`
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+local interval, depth = tonumber(ARGV[1]), tonumber(ARGV[2])
+local spent, want, lost = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local stored = redis.call('GET', KEYS[1])
+if not stored and lost > 0 then spent = lost end
+local empty = math.max(now, tonumber(stored or '0')) + spent * interval
+empty = math.min(math.max(now, empty), now + 3 * depth * interval + 60000000)
+local left = math.max(0, math.floor((now + depth * interval - empty) / interval + 0.001))
+local leased = math.min(want, left)
+empty = empty + leased * interval
+if empty > now then
+	redis.call('SET', KEYS[1], string.format('%.17g', empty), 'PX', math.ceil((empty - now) / 1000) + 1000)
+else
+	redis.call('DEL', KEYS[1])
+end
+return {leased, left - leased, math.ceil(math.max(0, empty + interval - depth * interval - now))}
+`)
+
+const (
+	// exchangeTimeout bounds an exchange, dialling included. Requests do not wait for it.
+	exchangeTimeout = time.Second
+
+	// maxBatch is how many keys one round trip settles.
+	maxBatch = 512
+)
+
+// newClient returns a client for a URL: redis://, rediss:// (TLS) or unix://, with user, password, host, port and database.
+// connected is asked about each new connection.
+func newClient(url string, connected func() error) (*redis.Client, error) {
+	options, err := redis.ParseURL(url)
+	if err != nil {
+		// Not err: it repeats the URL, and the password in it.
+		return nil, errors.New("the rate limit store's URL is not usable: write it as redis://user:password@host:6379/0, or rediss:// for TLS")
+	}
+	options.ContextTimeoutEnabled = true
+	options.DialTimeout, options.ReadTimeout, options.WriteTimeout = exchangeTimeout, exchangeTimeout, exchangeTimeout
+	options.MaxRetries = -1 // what was spent must not count twice; an answer that is missing is an outage
+	options.DialerRetries = 1
+	options.PoolSize, options.PipelinePoolSize = 1, -1 // one connection: a new one tells of an outage
+	options.ConnMaxIdleTime = -1
+	options.OnConnect = func(context.Context, *redis.Conn) error { return connected() }
+	options.DisableIdentity = true
+	options.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
+	return redis.NewClient(options), nil
+}
+
+// The client would write to standard error, which belongs to whoever runs the gateway. What fails is returned to us as well.
+func init() { redis.SetLogger(silent{}) }
+
+type silent struct{}
+
+func (silent) Printf(context.Context, string, ...any) {}
+
+// settlement is what one exchange says of a lease, and Redis's answer.
+type settlement struct {
+	lease *lease
+
+	spent int64 // without Redis's knowledge; below zero: given back
+	want  int64
+	lost  int64 // what the bucket begins with if Redis has lost it; 0: it has not
+
+	owed   int64 // that is settled by this: what was spent, forgiven or not
+	answer *redis.Cmd
+}
+
+// send runs the script for each settlement, in one round trip. Each has its answer, or the error, when it returns.
+func (s *Store) send(ctx context.Context, batch []settlement) {
+	pipe := s.client.Pipeline()
+	for i := range batch {
+		b := &batch[i]
+		interval := strconv.FormatFloat(float64(time.Minute/time.Microsecond)/float64(b.lease.minute.Load()), 'g', -1, 64)
+		b.answer = pipe.EvalSha(ctx, exchangeScript.Hash(), []string{b.lease.key}, interval, b.lease.depth.Load(), b.spent, b.want, b.lost)
+	}
+	s.exchanges.Add(1)
+	s.commands.Add(uint64(len(batch)))
+	_, _ = pipe.Exec(ctx) // the first of the errors that the answers have
+}
+
+// answered returns what Redis has leased, what it has left and how long it takes until it has something again.
+func (b *settlement) answered() (leased, left int64, wait time.Duration, err error) {
+	numbers, err := b.answer.Int64Slice()
+	if err == nil && len(numbers) != 3 {
+		err = fmt.Errorf("%d numbers, want 3", len(numbers))
+	}
+	if err != nil {
+		return 0, 0, 0, fmt.Errorf("exchange leases: %w", err)
+	}
+	return numbers[0], numbers[1], time.Duration(numbers[2]) * time.Microsecond, nil
+}
+
+func scriptMissing(err error) bool { return redis.HasErrorPrefix(err, "NOSCRIPT") }

@@ -1,0 +1,165 @@
+package ratelimit
+
+import (
+	"encoding/hex"
+	"math"
+	"sync/atomic"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+)
+
+// A key's limit holds across edges because Redis has the key's bucket, from which each edge leases requests ahead of need. A
+// request spends what is leased and never waits for Redis: one goroutine leases, gives back and settles for all keys.
+//
+// An edge that has run out may run ahead of Redis by a few requests (lease.ahead), which Redis is told of and which are paid
+// back before anything more is leased. So all edges together let through at most what the limit allows and what they may run
+// ahead by, and that is a twentieth of what a minute may hold, or one request for each edge if that is more.
+
+// lease is what this edge holds of a key's bucket in Redis.
+type lease struct {
+	key    string // in Redis
+	bucket *Bucket
+	store  *Store
+
+	held   atomic.Int64 // requests that may be spent; below zero: spent ahead of Redis
+	asks   atomic.Int64 // requests since the last exchange, allowed or not
+	low    atomic.Int64 // a request that finds less held than this asks for an exchange
+	next   atomic.Int64 // when Redis has a request for this edge again, on the limiter's clock; 0: never asked
+	left   atomic.Int64 // that Redis had at the last exchange
+	minute atomic.Int64 // Limit.PerMinute of the last request
+	depth  atomic.Int64 // Limit.depth of the last request
+
+	asked atomic.Bool // in Store.asking
+	after *lease      // the next one there
+
+	// Of the goroutine that exchanges:
+	followed bool   // in Store.followed
+	at       int64  // of the last exchange
+	due      int64  // of the next one, unless the lease asks for it earlier
+	outages  uint64 // after which Redis was told what this edge had let through
+}
+
+func newLease(s *Store, d apikey.Digest, b *Bucket) *lease {
+	l := &lease{key: "rekall:rl:{" + hex.EncodeToString(d[:16]) + "}", bucket: b, store: s, outages: s.outages.Load()}
+	l.low.Store(math.MaxInt64)
+	return l
+}
+
+// aheadPerMinute is which part of what a minute may hold all edges together may run ahead by.
+const aheadPerMinute = 20
+
+// ahead returns how many requests may be spent that are not leased.
+func (l *lease) ahead(limit Limit, edges, now int64) int64 {
+	most := max(1, (int64(limit.PerMinute)+limit.depth())/(aheadPerMinute*edges))
+	next := l.next.Load()
+	switch {
+	case next == 0 || l.left.Load() > most*edges:
+		return most
+	case next > now:
+		return 0
+	}
+	// The bucket has filled since. What this edge may take of it without asking is its share.
+	return min(most, 1+(now-next)/(limit.interval()*edges))
+}
+
+// take asks for one request at now. It reports false if the bucket was given back.
+func (s *Store) take(b *Bucket, limit Limit, now int64) (Verdict, bool) {
+	if limit.PerMinute <= 0 {
+		return b.take(limit, now)
+	}
+	l, edges := b.lease, s.edges.Load()
+	l.asks.Add(1)
+	l.know(limit)
+	if s.fallback.Load() {
+		verdict, ok := b.takeShare(limit, edges, now)
+		if verdict.Allowed {
+			l.held.Add(-1)
+		}
+		l.ask(l.held.Load())
+		return verdict, ok
+	}
+	for {
+		held := l.held.Load()
+		if held <= -l.ahead(limit, edges, now) {
+			l.ask(held)
+			return l.refusal(limit, edges, held, now), b.emptyAt.Load() != givenBack
+		}
+		if l.held.CompareAndSwap(held, held-1) {
+			l.ask(held - 1)
+			return l.allowance(limit, held-1), b.noteShare(limit, edges, now)
+		}
+	}
+}
+
+func (l *lease) know(limit Limit) {
+	if minute := int64(limit.PerMinute); l.minute.Load() != minute {
+		l.minute.Store(minute)
+	}
+	if depth := limit.depth(); l.depth.Load() != depth {
+		l.depth.Store(depth)
+	}
+}
+
+// ask puts the lease on the list for the next exchange, if it is low.
+func (l *lease) ask(held int64) {
+	if held < l.low.Load() && !l.asked.Load() && l.asked.CompareAndSwap(false, true) {
+		l.store.push(l)
+	}
+}
+
+func (l *lease) allowance(limit Limit, held int64) Verdict {
+	remaining := min(limit.depth(), max(0, held+l.left.Load()))
+	return Verdict{
+		Allowed: true, Remaining: int(remaining), ResetAfter: time.Duration((limit.depth() - remaining) * limit.interval()),
+	}
+}
+
+// refusal tells when a request will pass: what is owed is paid back first, and each other edge may have run ahead by one that
+// Redis did not know of yet.
+func (l *lease) refusal(limit Limit, edges, held, now int64) Verdict {
+	interval := limit.interval()
+	wait := max(l.next.Load()-now, 0)
+	return Verdict{
+		RetryAfter: time.Duration(wait + (edges-min(held, 0))*interval),
+		ResetAfter: time.Duration(wait + (limit.depth()-min(held, 0))*interval),
+	}
+}
+
+// takeShare asks this edge's part of the limit for one request: what holds while Redis does not answer.
+func (b *Bucket) takeShare(limit Limit, edges, now int64) (Verdict, bool) {
+	return b.takeAt(limit.interval()*edges, max(1, limit.depth()/edges), now)
+}
+
+// noteShare counts a request in this edge's part of the limit, so that nobody begins an outage with a full one. It reports
+// false if the bucket was given back.
+func (b *Bucket) noteShare(limit Limit, edges, now int64) bool {
+	interval := limit.interval() * edges
+	full := now + max(1, limit.depth()/edges)*interval
+	for {
+		old := b.emptyAt.Load()
+		if old == givenBack {
+			return false
+		}
+		if next := min(max(old, now)+interval, max(full, old)); next == old || b.emptyAt.CompareAndSwap(old, next) {
+			return true
+		}
+	}
+}
+
+// outstanding is what this edge let through lately and its part of the limit still remembers.
+func (l *lease) outstanding(edges, now int64) int64 {
+	emptyAt := l.bucket.emptyAt.Load()
+	if emptyAt == givenBack || emptyAt <= now {
+		return 0
+	}
+	interval := l.interval() * edges
+	return (emptyAt - now + interval - 1) / interval
+}
+
+func (l *lease) interval() int64 { return int64(time.Minute) / l.minute.Load() }
+
+// idle reports whether nothing is held or owed, and no exchange is to change that. A bucket without a store has no lease.
+func (l *lease) idle() bool {
+	return l == nil || l.held.Load() == 0 && l.low.Load() == math.MaxInt64 && !l.asked.Load()
+}

@@ -1,0 +1,392 @@
+package ratelimit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"sync/atomic"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+	"go.uber.org/zap"
+)
+
+const (
+	// tick is how often the leases are looked at that have not asked.
+	tick = 20 * time.Millisecond
+
+	// settleEvery is how often a lease in use is settled: an edge that a key no longer comes to gives back within twice this.
+	settleEvery = 100 * time.Millisecond
+
+	// leaseFor is how long a lease lasts at the rate of the requests before it.
+	leaseFor = 2 * settleEvery
+
+	// patience is how long Redis may take before this edge goes on without it.
+	patience = 100 * time.Millisecond
+
+	// probeEvery is how often Redis is asked whether it is there, while it is not or while no key needs it.
+	probeEvery = 500 * time.Millisecond
+)
+
+// Store is the Redis in which edges share the limits of keys. While it does not answer, each edge holds keys to its
+// part of their limits.
+type Store struct {
+	client    *redis.Client
+	connected atomic.Bool
+	count     func() int
+	logger    func() *zap.Logger
+	start     time.Time
+
+	edges    atomic.Int64
+	fallback atomic.Bool
+	outages  atomic.Uint64
+	asking   atomic.Pointer[lease] // a list, to which requests add without a lock
+	wake     chan struct{}
+
+	followed []*lease // that hold or owe something
+
+	exchanges, commands, failures atomic.Uint64
+}
+
+// OpenStore returns a store. It does not connect. url is redis://user:password@host:6379/0, or rediss:// for TLS. edges returns how many
+// edges share the store now, this one included; it must not block. logger is asked at each line.
+func OpenStore(url string, edges func() int, logger func() *zap.Logger) (*Store, error) {
+	s := &Store{count: edges, logger: logger, start: time.Now(), wake: make(chan struct{}, 1)}
+	s.edges.Store(int64(max(1, edges())))
+	var err error
+	s.client, err = newClient(url, s.connect)
+	return s, err
+}
+
+// NewShared returns a limiter that shares the limits of keys with the other limiters of its store. Concurrent requests are limited at
+// this edge alone. A store has one limiter in a process.
+func NewShared(s *Store) *Limiter {
+	l := New()
+	l.start, l.store = s.start, s
+	return l
+}
+
+// StoreStatus is what a store has done since it was opened.
+type StoreStatus struct {
+	Fallback  bool   // whether this edge holds keys to its part of their limits, because Redis does not answer
+	Edges     int    // that share the limits
+	Outages   uint64 // times that Redis did not answer
+	Exchanges uint64 // round trips
+	Commands  uint64 // keys settled in them
+	Failures  uint64 // round trips without a usable answer
+}
+
+// Status returns what the store has done.
+func (s *Store) Status() StoreStatus {
+	return StoreStatus{
+		Fallback: s.fallback.Load(), Edges: int(s.edges.Load()), Outages: s.outages.Load(),
+		Exchanges: s.exchanges.Load(), Commands: s.commands.Load(), Failures: s.failures.Load(),
+	}
+}
+
+var (
+	errConnectionLost = errors.New("the connection was lost")
+	errSlow           = fmt.Errorf("no answer within %s", patience)
+)
+
+// connect refuses a connection that replaces another, unless the outage is known: Redis may have been restarted empty, and
+// is to be told first what was let through.
+func (s *Store) connect() error {
+	if s.connected.Swap(true) && !s.fallback.Load() {
+		return errConnectionLost
+	}
+	return nil
+}
+
+// Run exchanges leases until ctx is done, gives all of them back and closes the connections.
+func (s *Store) Run(ctx context.Context) {
+	defer func() { _ = s.client.Close() }()
+	ticker := time.NewTicker(tick)
+	defer ticker.Stop()
+	var probeAt time.Time
+	for {
+		if now := time.Now(); now.After(probeAt) {
+			s.edges.Store(int64(max(1, s.count())))
+			s.probe(ctx)
+			probeAt = now.Add(probeEvery)
+		}
+		ticked := false
+		select {
+		case <-ctx.Done():
+			s.giveAllBack(context.WithoutCancel(ctx))
+			return
+		case <-s.wake:
+		case <-ticker.C:
+			ticked = true
+		}
+		asking := s.follow()
+		if s.fallback.Load() {
+			continue
+		}
+		if !ticked {
+			s.settle(ctx, asking)
+			continue
+		}
+		s.settle(ctx, s.followed)
+		s.unfollow()
+	}
+}
+
+// push adds a lease to the list of those that ask for an exchange.
+func (s *Store) push(l *lease) {
+	for {
+		l.after = s.asking.Load()
+		if s.asking.CompareAndSwap(l.after, l) {
+			break
+		}
+	}
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// follow takes the leases that ask and follows them until they are idle again.
+func (s *Store) follow() []*lease {
+	var asking []*lease
+	for l := s.asking.Swap(nil); l != nil; {
+		after := l.after
+		l.low.Store(math.MinInt64) // until it is settled
+		l.asked.Store(false)
+		l.due = 0
+		asking = append(asking, l)
+		if !l.followed {
+			l.followed = true
+			s.followed = append(s.followed, l)
+		}
+		l = after
+	}
+	return asking
+}
+
+// settle exchanges what is due. It reports whether all answers were usable and in time.
+func (s *Store) settle(ctx context.Context, leases []*lease) bool {
+	now := int64(time.Since(s.start))
+	ok := true
+	var batch []settlement
+	for _, l := range leases {
+		if l.due > now {
+			continue
+		}
+		if b, needed := s.plan(l, now); needed {
+			batch = append(batch, b)
+		}
+		if len(batch) == maxBatch {
+			ok = s.exchange(ctx, batch) && ok
+			batch = batch[:0]
+		}
+	}
+	return s.exchange(ctx, batch) && ok
+}
+
+// plan says what a lease needs; nothing if it may stay as it is.
+func (s *Store) plan(l *lease, now int64) (settlement, bool) {
+	edges := s.edges.Load()
+	asks, held := l.asks.Swap(0), l.held.Load()
+	b := settlement{lease: l, want: s.wanted(l, asks, edges, now)}
+	if asks == 0 && held == 0 {
+		return b, false // and it stays due, so that unfollow leaves it alone
+	}
+	l.due = now + int64(settleEvery)
+	switch outages := s.outages.Load(); {
+	case l.outages != outages:
+		// What was let through in the outage beyond this edge's part was nobody's to give: only what that still remembers counts.
+		b.lost = l.outstanding(edges, now)
+		b.owed, b.spent = max(0, -held), min(max(0, -held), b.lost)
+		l.outages = outages
+	case held < 0:
+		b.owed, b.spent = -held, -held
+	case held > b.want+b.want/2:
+		// Taken before it is given: no request may spend it meanwhile.
+		if !l.held.CompareAndSwap(held, b.want) {
+			l.due = 0
+			l.asks.Add(asks)
+			return b, false
+		}
+		b.spent, b.want = b.want-held, 0
+	default:
+		b.want = max(0, b.want-held)
+	}
+	if b.spent == 0 && b.want == 0 && b.owed == 0 {
+		l.low.Store((held + 1) / 2)
+		return b, false
+	}
+	return b, true
+}
+
+// wanted is what the lease should hold: enough for a while at the rate of the requests since the last exchange, and, while
+// the bucket has plenty, something for the next burst. Never more than half of what is there, which others may need more.
+func (s *Store) wanted(l *lease, asks, edges, now int64) int64 {
+	if asks == 0 {
+		return 0
+	}
+	depth := l.depth.Load()
+	if l.at == 0 {
+		return max(1, min(2*asks+depth/(4*edges), depth/2))
+	}
+	elapsed := now - l.at
+	left := min(depth, l.left.Load()+elapsed/l.interval())
+	demand := asks*int64(leaseFor)/max(elapsed, int64(tick)) + 1
+	return max(1, min(demand+left/(4*edges), left/2))
+}
+
+// exchange sends a batch and books the answers. No request waits for it. It reports whether all were usable and in time.
+func (s *Store) exchange(ctx context.Context, batch []settlement) bool {
+	if len(batch) == 0 {
+		return true
+	}
+	// Not cut short when the gateway ends: what is sent counts.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), exchangeTimeout)
+	defer cancel()
+	slow := time.AfterFunc(patience, func() { s.fall(errSlow) })
+	err := s.trade(ctx, batch)
+	inTime := slow.Stop()
+	if err != nil {
+		s.failures.Add(1)
+		s.fall(err)
+	}
+	return inTime && err == nil
+}
+
+func (s *Store) trade(ctx context.Context, batch []settlement) error {
+	s.send(ctx, batch)
+	undone, err := s.bookAll(batch)
+	if err != nil || len(undone) == 0 {
+		return err
+	}
+	if err := exchangeScript.Load(ctx, s.client).Err(); err != nil {
+		return fmt.Errorf("load the script: %w", err)
+	}
+	s.send(ctx, undone)
+	if undone, err = s.bookAll(undone); len(undone) > 0 {
+		err = undone[0].answer.Err()
+	}
+	return err
+}
+
+// bookAll applies the answers. It returns what was not done because Redis does not have the script: it is new.
+func (s *Store) bookAll(batch []settlement) (undone []settlement, err error) {
+	for _, b := range batch {
+		if scriptMissing(b.answer.Err()) {
+			undone = append(undone, b)
+		} else if bookErr := s.book(b); bookErr != nil {
+			err = bookErr
+		}
+	}
+	return undone, err
+}
+
+// book applies an answer to its lease.
+func (s *Store) book(b settlement) error {
+	l := b.lease
+	leased, left, wait, err := b.answered()
+	if err != nil {
+		return err
+	}
+	now := int64(time.Since(s.start))
+	l.at = now
+	l.left.Store(left)
+	l.next.Store(now + int64(wait))
+	l.held.Add(b.owed + leased)
+	if wait > 0 {
+		// Nothing is to be had before: a flood of refused requests costs Redis no more than this.
+		l.low.Store(math.MinInt64)
+		l.due = now + min(max(int64(wait), int64(tick)), int64(settleEvery))
+	} else {
+		l.low.Store(max(1, (l.held.Load()+1)/2))
+		l.due = now + int64(settleEvery)
+	}
+	return nil
+}
+
+// unfollow leaves the leases alone that hold and owe nothing and that nobody asks.
+func (s *Store) unfollow() {
+	now := int64(time.Since(s.start))
+	kept := s.followed[:0]
+	for _, l := range s.followed {
+		if l.due > now || l.asks.Load() != 0 || l.held.Load() != 0 || l.asked.Load() {
+			kept = append(kept, l)
+			continue
+		}
+		l.low.Store(math.MaxInt64)
+		// A request that came in between has seen the old mark and not asked.
+		if l.asks.Load() != 0 || l.held.Load() != 0 {
+			kept = append(kept, l)
+			continue
+		}
+		l.followed, l.at = false, 0
+	}
+	clear(s.followed[len(kept):])
+	s.followed = kept
+}
+
+// fall goes on without Redis. It is called by the timer of a slow exchange as well.
+func (s *Store) fall(err error) {
+	if s.fallback.CompareAndSwap(false, true) {
+		s.outages.Add(1)
+		s.logger().Warn("rate limit store does not answer; this edge holds keys to its part of their limits until it does",
+			zap.Int64("edges", s.edges.Load()), zap.Error(err))
+	}
+}
+
+// probe asks Redis whether it is there. After an outage it first settles all leases, while requests still go by this edge's
+// part: else those of before would be refused for what was let through meanwhile.
+func (s *Store) probe(ctx context.Context) {
+	began := time.Now()
+	probe, cancel := context.WithTimeout(ctx, exchangeTimeout)
+	defer cancel()
+	err := s.client.Ping(probe).Err()
+	switch {
+	case ctx.Err() != nil:
+		return
+	case err == nil && time.Since(began) > patience:
+		err = errSlow
+	}
+	if err != nil {
+		s.failures.Add(1)
+		s.fall(err)
+		s.forget()
+		return
+	}
+	if !s.fallback.Load() {
+		return
+	}
+	for _, l := range s.followed {
+		l.due = 0
+	}
+	if s.settle(ctx, s.followed) {
+		s.fallback.Store(false)
+		s.logger().Info("rate limit store answers again")
+	}
+}
+
+// forget drops what an outage has made useless to settle: leases of keys that no longer come.
+func (s *Store) forget() {
+	now, edges := int64(time.Since(s.start)), s.edges.Load()
+	for _, l := range s.followed {
+		if l.asks.Swap(0) == 0 && l.outstanding(edges, now) == 0 {
+			l.held.Store(0)
+			l.due = 0
+		}
+	}
+	s.unfollow()
+}
+
+// giveAllBack settles for the last time, so that the other edges have at once what this one held.
+func (s *Store) giveAllBack(ctx context.Context) {
+	s.follow()
+	if s.fallback.Load() {
+		return
+	}
+	for _, l := range s.followed {
+		l.asks.Store(0)
+		l.due = 0
+	}
+	s.settle(ctx, s.followed)
+}

@@ -1,0 +1,406 @@
+package ratelimit
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/internal/devenv/redistest"
+)
+
+// edgeUnderTest is a limiter, its store, and what the store logs.
+type edgeUnderTest struct {
+	*Limiter
+	store *Store
+	log   *logBuffer
+	stop  func()
+}
+
+type logBuffer struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *logBuffer) Sync() error { return nil }
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
+func (l *logBuffer) lines(containing string) int { return strings.Count(l.String(), containing) }
+
+const (
+	begins = "rate limit store does not answer"
+	ends   = "rate limit store answers again"
+)
+
+func openStore(t testing.TB, url string, edges int) (*Store, *logBuffer) {
+	t.Helper()
+	log := new(logBuffer)
+	logger := zap.New(zapcore.NewCore(zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig()), log, zap.DebugLevel))
+	store, err := OpenStore(url, func() int { return edges }, func() *zap.Logger { return logger })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return store, log
+}
+
+// startEdges returns so many edges on one Redis.
+func startEdges(t testing.TB, url string, n int) []*edgeUnderTest {
+	t.Helper()
+	var edges []*edgeUnderTest
+	for range n {
+		store, log := openStore(t, url, n)
+		ctx, cancel := context.WithCancel(context.Background())
+		var running sync.WaitGroup
+		running.Go(func() { store.Run(ctx) })
+		stop := sync.OnceFunc(func() {
+			cancel()
+			running.Wait()
+		})
+		t.Cleanup(stop)
+		edges = append(edges, &edgeUnderTest{NewShared(store), store, log, stop})
+	}
+	return edges
+}
+
+func (e *edgeUnderTest) ask(d apikey.Digest, limit Limit) Verdict {
+	b, v := e.Acquire(d, limit)
+	if v.Allowed {
+		b.Release()
+	}
+	return v
+}
+
+func eventually(t testing.TB, what string, condition func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !condition(); <-time.After(2 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within 30s: %s", what)
+		}
+	}
+}
+
+// hammer asks for more than the limit at all the edges for a while, and returns what was allowed and how long it took.
+func hammer(edges []*edgeUnderTest, d apikey.Digest, limit Limit, length time.Duration) (allowed int64, took time.Duration) {
+	var count atomic.Int64
+	var clients sync.WaitGroup
+	began := time.Now()
+	for _, e := range edges {
+		clients.Go(func() {
+			for time.Since(began) < length {
+				if e.ask(d, limit).Allowed {
+					count.Add(1)
+				} else {
+					<-time.After(time.Millisecond)
+				}
+			}
+		})
+	}
+	clients.Wait()
+	return count.Load(), time.Since(began)
+}
+
+// within is what a limit allows in a time, from a full bucket.
+func within(limit Limit, length time.Duration) int64 {
+	return limit.depth() + int64(length)/limit.interval() + 1
+}
+
+// tolerance is a twentieth of what a minute may hold.
+func tolerance(limit Limit) int64 { return (int64(limit.PerMinute) + limit.depth()) / 20 }
+
+var fast = Limit{PerMinute: 12_000, Burst: 4000} // 200 a second and 1,000 at once
+
+func TestAKeysLimitHoldsAcrossEdgesAndIsReached(t *testing.T) {
+	redis := redistest.Server(t, devenv.RedisOptions{})
+	for _, n := range []int{1, 3, 5} {
+		edges := startEdges(t, redis.URL(), n)
+		allowed, took := hammer(edges, digest(n), fast, 3*time.Second)
+		if most := within(fast, took) + tolerance(fast); allowed > most {
+			t.Errorf("%d edges let %d through in %s, want at most %d", n, allowed, took, most)
+		}
+		if least := within(fast, took) * 8 / 10; allowed < least {
+			t.Errorf("%d edges let only %d through in %s, want %d", n, allowed, took, least)
+		}
+		t.Logf("%d edges: %d allowed in %s, limit %d", n, allowed, took.Round(time.Millisecond), within(fast, took))
+	}
+}
+
+func TestWhatAnEdgeDoesNotUseGoesToTheOthers(t *testing.T) {
+	redis := redistest.Server(t, devenv.RedisOptions{})
+	edges := startEdges(t, redis.URL(), 3)
+	d, slow := digest(1), Limit{PerMinute: 60, Burst: 1015} // 1,000 at once, and hardly more
+	for _, e := range edges {
+		e.ask(d, slow)
+	}
+	allowed := int64(3)
+	eventually(t, "one edge gets all that is left", func() bool {
+		if edges[0].ask(d, slow).Allowed {
+			allowed++
+		}
+		return allowed >= 950
+	})
+	eventually(t, "the others hold nothing", func() bool {
+		return edges[1].bucket(d).lease.held.Load() == 0 && edges[2].bucket(d).lease.held.Load() == 0
+	})
+}
+
+func TestAnEdgeThatEndsGivesBackWhatItHolds(t *testing.T) {
+	server := redistest.Server(t, devenv.RedisOptions{})
+	edges := startEdges(t, server.URL(), 2)
+	d, slow := digest(1), Limit{PerMinute: 1, Burst: 1000}
+	edges[0].ask(d, slow)
+	eventually(t, "it holds a lease", func() bool { return edges[0].bucket(d).lease.held.Load() > 10 })
+	edges[0].stop()
+	client := connect(t, server.URL())
+	spent := func() int64 {
+		stored, err := client.Get(t.Context(), edges[0].bucket(d).lease.key).Float64()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return int64((stored - float64(time.Now().UnixMicro())) / float64(slow.interval()/1000))
+	}
+	if n := spent(); n > 2 {
+		t.Errorf("%d are spent, want 1", n)
+	}
+}
+
+func connect(t testing.TB, url string) *redis.Client {
+	t.Helper()
+	options, err := redis.ParseURL(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := redis.NewClient(options)
+	t.Cleanup(func() { _ = client.Close() })
+	return client
+}
+
+func TestNoRequestCallsRedis(t *testing.T) {
+	server := redistest.Server(t, devenv.RedisOptions{})
+	store, _ := openStore(t, server.URL(), 3) // and nobody runs it
+	l := NewShared(store)
+	for i := range 10_000 {
+		if b, v := l.Acquire(digest(i%100), fast); v.Allowed {
+			b.Release()
+		}
+	}
+	info, err := connect(t, server.URL()).Info(t.Context(), "commandstats").Result()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(info, "eval") || strings.Contains(info, "cmdstat_get") {
+		t.Errorf("Redis was asked:\n%s", info)
+	}
+	if n := store.client.PoolStats().TotalConns; n != 0 {
+		t.Errorf("%d connections, want none", n)
+	}
+}
+
+func TestRedisIsAskedFarLessOftenThanAKeyThatIsOverItsLimit(t *testing.T) {
+	server := redistest.Server(t, devenv.RedisOptions{})
+	e := startEdges(t, server.URL(), 1)[0]
+	d, limit := digest(1), Limit{PerMinute: 1}
+	eventually(t, "it is over its limit", func() bool { return !e.ask(d, limit).Allowed })
+	for range 100_000 {
+		e.ask(d, limit)
+	}
+	if n := e.store.Status().Commands; n > 1000 {
+		t.Errorf("Redis was asked %d times in 100,000 requests", n)
+	}
+}
+
+func TestWithoutRedisEachEdgeAllowsItsPartAndSaysSoOnce(t *testing.T) {
+	for name, fault := range map[string]struct{ begin, end func(*devenv.Redis) error }{
+		"paused": {
+			func(r *devenv.Redis) error { r.Pause(); return nil },
+			func(r *devenv.Redis) error { r.Resume(); return nil },
+		},
+		"killed and restarted empty": {
+			func(r *devenv.Redis) error { r.Kill(); return nil },
+			func(r *devenv.Redis) error { return r.Restart(context.Background()) },
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			server := redistest.Server(t, devenv.RedisOptions{})
+			edges := startEdges(t, server.URL(), 3)
+			d := digest(1)
+			began := time.Now()
+			before, _ := hammer(edges, d, fast, time.Second)
+			if err := fault.begin(server); err != nil {
+				t.Fatal(err)
+			}
+			each := func(what string, condition func(*edgeUnderTest) bool) {
+				t.Helper()
+				for _, e := range edges {
+					eventually(t, what, func() bool { return condition(e) })
+				}
+			}
+			each("the fallback begins", func(e *edgeUnderTest) bool { return e.store.Status().Fallback })
+			fallback := time.Now()
+			during, took := hammer(edges[:1], d, fast, 2*time.Second)
+			// What that edge's part has gathered since, and at the rate of its part from then on.
+			most := within(fast, time.Since(fallback)+time.Second)/3 + tolerance(fast)
+			if least := int64(took) / fast.interval() / 3 * 8 / 10; during < least || during > most {
+				t.Errorf("one of three edges let %d through in %s, want its part, %d to %d", during, took, least, most)
+			}
+			others, _ := hammer(edges[1:], d, fast, time.Second)
+			if err := fault.end(server); err != nil {
+				t.Fatal(err)
+			}
+			each("the fallback ends", func(e *edgeUnderTest) bool { return !e.store.Status().Fallback })
+			after, _ := hammer(edges, d, fast, time.Second)
+			if most := within(fast, time.Since(began)) + 2*tolerance(fast); before+during+others+after > most {
+				t.Errorf("%d + %d + %d + %d were let through in %s, want at most %d",
+					before, during, others, after, time.Since(began), most)
+			}
+			t.Logf("%d + %d + %d + %d in %s, limit %d", before, during, others, after, time.Since(began).Round(time.Millisecond), within(fast, time.Since(began)))
+		})
+	}
+}
+
+func TestAnOutageIsLoggedOnceWhenItBeginsAndOnceWhenItEnds(t *testing.T) {
+	server := redistest.Server(t, devenv.RedisOptions{})
+	e := startEdges(t, server.URL(), 1)[0]
+	eventually(t, "it is connected", func() bool { return e.store.connected.Load() })
+	server.Kill()
+	eventually(t, "several attempts fail", func() bool { return e.store.Status().Failures >= 3 })
+	if n := e.log.lines(begins); n != 1 {
+		t.Errorf("%d lines when it begins, want 1:\n%s", n, e.log)
+	}
+	if err := server.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the fallback ends", func() bool { return !e.store.Status().Fallback })
+	eventually(t, "the line is written", func() bool { return e.log.lines(ends) == 1 })
+}
+
+func TestBucketsInRedisExpireAndNameNoKey(t *testing.T) {
+	server := redistest.Server(t, devenv.RedisOptions{})
+	e := startEdges(t, server.URL(), 1)[0]
+	limit := Limit{PerMinute: 6000, Burst: 6000}
+	const keys = 50
+	for i := range keys {
+		e.ask(digest(i), limit)
+	}
+	eventually(t, "all are settled", func() bool { return e.store.Status().Commands >= keys })
+	client := connect(t, server.URL())
+	names, err := client.Keys(t.Context(), "*").Result()
+	if err != nil || len(names) == 0 {
+		t.Fatalf("%d buckets, %v", len(names), err)
+	}
+	for _, name := range names {
+		if !strings.HasPrefix(name, "rekall:rl:{") {
+			t.Errorf("%s is not ours by name", name)
+		}
+		if ttl := client.PTTL(t.Context(), name).Val(); ttl == -1 || ttl > time.Minute {
+			t.Errorf("%s expires in %s", name, ttl)
+		}
+	}
+	eventually(t, "they are gone", func() bool { return client.DBSize(t.Context()).Val() == 0 })
+	eventually(t, "idle buckets are given back", func() bool {
+		e.GiveBack()
+		return e.Len() == 0
+	})
+}
+
+func TestPasswordIsInNoLogAndNoError(t *testing.T) {
+	const password = "correct-horse-battery"
+	server := redistest.Server(t, devenv.RedisOptions{Password: password})
+	right := startEdges(t, server.URL(), 1)[0]
+	eventually(t, "it leases", func() bool {
+		right.ask(digest(1), fast)
+		return right.store.Status().Commands > 0 && right.bucket(digest(1)).lease.held.Load() > 0
+	})
+	wrong := startEdges(t, strings.Replace(server.URL(), password, "wrong-"+password, 1), 1)[0]
+	eventually(t, "the fallback begins", func() bool { return wrong.log.lines(begins) == 1 })
+	if log := right.log.String() + wrong.log.String(); strings.Contains(log, password) {
+		t.Error(log)
+	}
+	for _, url := range []string{"redis://:" + password + "@host:port", "http://" + password, password, "redis://:" + password + "@host/x"} {
+		if _, err := OpenStore(url, func() int { return 1 }, zap.NewNop); err == nil || strings.Contains(err.Error(), password) {
+			t.Errorf("error %v", err)
+		}
+	}
+}
+
+func TestAClientThatObeysRetryAfterIsServedAtEveryEdge(t *testing.T) {
+	server := redistest.Server(t, devenv.RedisOptions{})
+	edges := startEdges(t, server.URL(), 3)
+	d, limit := digest(1), Limit{PerMinute: 600, Burst: 170}
+	refused := 0
+	for i := range 400 {
+		if v := edges[i%3].ask(d, limit); !v.Allowed {
+			refused++
+			<-time.After((v.RetryAfter + time.Second - 1).Truncate(time.Second)) // whole seconds, as the header has them
+			if v := edges[(i+1)%3].ask(d, limit); !v.Allowed {
+				t.Errorf("request %d: refused again, for %s", i, v.RetryAfter)
+			}
+			if refused == 5 {
+				return
+			}
+		}
+	}
+	t.Errorf("%d refusals, want 5", refused)
+}
+
+func TestSharedAcquireAllocatesNothingForAKeyInUse(t *testing.T) {
+	for _, fallback := range []bool{false, true} {
+		store, _ := openStore(t, "redis://127.0.0.1:1", 3)
+		store.fallback.Store(fallback)
+		l, d := NewShared(store), digest(1)
+		l.Acquire(d, tiers[2])
+		if n := testing.AllocsPerRun(1000, func() {
+			if b, v := l.Acquire(d, tiers[2]); v.Allowed {
+				b.Release()
+			}
+		}); n > 0 {
+			t.Errorf("%.0f allocations, want none", n)
+		}
+	}
+}
+
+func BenchmarkSharedAcquire(b *testing.B) {
+	server := redistest.Server(b, devenv.RedisOptions{})
+	for name, limit := range map[string]Limit{
+		"allowed": {PerMinute: int(time.Minute / time.Microsecond), Burst: 1 << 40, Concurrent: 100},
+		"refused": {PerMinute: 1},
+	} {
+		b.Run(name, func(b *testing.B) {
+			e := startEdges(b, server.URL(), 1)[0]
+			var allowed atomic.Int64
+			b.ReportAllocs()
+			b.RunParallel(func(pb *testing.PB) {
+				d, n := apikey.Hash(fmt.Sprint(b.N)), int64(0)
+				for pb.Next() {
+					if bucket, v := e.Acquire(d, limit); v.Allowed {
+						bucket.Release()
+						n++
+					}
+				}
+				allowed.Add(n)
+			})
+			b.ReportMetric(float64(allowed.Load())/float64(b.N), "allowed/op")
+			b.ReportMetric(float64(e.store.Status().Commands)/float64(b.N), "commands/op")
+		})
+	}
+}
