@@ -81,7 +81,7 @@ func (s *Store) take(b *Bucket, limit Limit, now int64) (Verdict, bool) {
 	}
 	for {
 		held := l.held.Load()
-		if held <= -l.ahead(limit, edges, now) {
+		if held <= 0 && held <= -l.ahead(limit, edges, now) {
 			l.ask(held)
 			return l.refusal(limit, edges, held, now), b.emptyAt.Load() != givenBack
 		}

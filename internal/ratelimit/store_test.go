@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -381,25 +382,23 @@ func TestSharedAcquireAllocatesNothingForAKeyInUse(t *testing.T) {
 
 func BenchmarkSharedAcquire(b *testing.B) {
 	server := redistest.Server(b, devenv.RedisOptions{})
-	for name, limit := range map[string]Limit{
-		"allowed": {PerMinute: int(time.Minute / time.Microsecond), Burst: 1 << 40, Concurrent: 100},
-		"refused": {PerMinute: 1},
-	} {
-		b.Run(name, func(b *testing.B) {
+	allowed, refused := Limit{PerMinute: int(time.Minute / time.Microsecond), Burst: 1 << 40, Concurrent: 100}, Limit{PerMinute: 1}
+	for _, c := range []struct {
+		name  string
+		limit Limit
+		keys  int
+	}{{"allowed", allowed, 1000}, {"refused", refused, 1000}, {"one key everywhere", allowed, 1}} {
+		b.Run(c.name, func(b *testing.B) {
 			e := startEdges(b, server.URL(), 1)[0]
-			var allowed atomic.Int64
 			b.ReportAllocs()
 			b.RunParallel(func(pb *testing.PB) {
-				d, n := apikey.Hash(fmt.Sprint(b.N)), int64(0)
+				d := apikey.Hash(fmt.Sprint(b.Name(), b.N, rand.IntN(c.keys)))
 				for pb.Next() {
-					if bucket, v := e.Acquire(d, limit); v.Allowed {
+					if bucket, v := e.Acquire(d, c.limit); v.Allowed {
 						bucket.Release()
-						n++
 					}
 				}
-				allowed.Add(n)
 			})
-			b.ReportMetric(float64(allowed.Load())/float64(b.N), "allowed/op")
 			b.ReportMetric(float64(e.store.Status().Commands)/float64(b.N), "commands/op")
 		})
 	}

@@ -1,0 +1,88 @@
+package ratelimit
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func TestAnAddressIsHeldToItsRateAndBurst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, address := NewAddresses(60, 5), netip.MustParseAddr("192.0.2.1")
+		for range 5 {
+			if !a.Take(address).Allowed {
+				t.Fatal("refused within the burst")
+			}
+		}
+		v := a.Take(address)
+		if v.Allowed || v.RetryAfter != time.Second {
+			t.Errorf("%+v, want a refusal for a second", v)
+		}
+		if a.Check(address).Allowed {
+			t.Error("a key of an address over its limit may be looked up")
+		}
+		<-time.After(v.RetryAfter) // of the clock that synctest fakes
+		if !a.Check(address).Allowed || !a.Check(address).Allowed {
+			t.Error("a look counts")
+		}
+		if !a.Take(address).Allowed || a.Take(address).Allowed {
+			t.Error("one request a second is not what passes")
+		}
+	})
+}
+
+func TestAddressesThatOneClientHasAreOne(t *testing.T) {
+	for _, c := range []struct {
+		first, second string
+		same          bool
+	}{
+		{"192.0.2.1", "192.0.2.1", true},
+		{"192.0.2.1", "::ffff:192.0.2.1", true},
+		{"192.0.2.1", "192.0.2.2", false},
+		{"::ffff:192.0.2.1", "::ffff:192.0.2.2", false},
+		{"2001:db8::1", "2001:db8::ffff:1", true},
+		{"2001:db8::1", "2001:db8:0:1::1", false},
+		{"fe80::1%eth0", "fe80::2%eth1", true},
+	} {
+		a := NewAddresses(1, 1)
+		a.Take(netip.MustParseAddr(c.first))
+		if same := !a.Take(netip.MustParseAddr(c.second)).Allowed; same != c.same {
+			t.Errorf("%s and %s: counted together %t, want %t", c.first, c.second, same, c.same)
+		}
+	}
+}
+
+func TestAFloodOfAddressesNeitherRefusesOthersNorForgetsWhoOwesMost(t *testing.T) {
+	a := NewAddresses(1, 100)
+	worst := netip.MustParseAddr("192.0.2.1")
+	for range 100 {
+		a.Take(worst)
+	}
+	for i := range uint32(4 * addressSets * addressWays) {
+		var bytes [4]byte
+		binary.BigEndian.PutUint32(bytes[:], 10<<24+i)
+		if address := netip.AddrFrom4(bytes); !a.Check(address).Allowed || !a.Take(address).Allowed {
+			t.Fatalf("%s was refused for the requests of others", address)
+		}
+	}
+	if a.Check(worst).Allowed {
+		t.Error("the address that owes most was forgotten")
+	}
+}
+
+func TestAddressesAllocateNothing(t *testing.T) {
+	a, address := NewAddresses(1, 1), netip.MustParseAddr("2001:db8::1")
+	if n := testing.AllocsPerRun(1000, func() { a.Take(address) }); n > 0 {
+		t.Errorf("%.0f allocations, want none", n)
+	}
+}
+
+func BenchmarkAddresses(b *testing.B) {
+	a, address := NewAddresses(60, 60), netip.MustParseAddr("192.0.2.1")
+	b.ReportAllocs()
+	for b.Loop() {
+		a.Take(address)
+	}
+}
