@@ -8,11 +8,13 @@ type Record struct {
 	ID          string
 	Account     string
 	Digest      Digest
-	ExpiresAt   Time // zero: never
-	RevokedAt   Time // zero: not revoked
+	ExpiresAt   Time    // zero: never
+	RevokedAt   Time    // zero: not revoked
+	OwnLimits   *Limits // in place of its tier's; nil: none
 	Scopes      Scopes
 	ManageKeys  bool // may manage the keys of its account
 	Environment Environment
+	Tier        Tier
 }
 
 // Outcome is the result of a decision: a closed set, which is also the label of rekall_decisions_total.

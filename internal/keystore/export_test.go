@@ -4,14 +4,15 @@ import "github.com/jackc/pgx/v5/pgxpool"
 
 // What the tests look at besides the package's API.
 const (
-	SnapshotSQL = snapshotSQL
-	LookupSQL   = lookupSQL
+	LookupSQL = lookupSQL
 
 	PingEvery   = pingEvery
 	PingTimeout = pingTimeout
 )
 
 var (
+	SnapshotSQL = snapshotSQL
+
 	MigrateTo  = migrateTo
 	Migrations = migrations
 )

@@ -2,6 +2,7 @@ package keystore
 
 import (
 	"context"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -32,15 +33,33 @@ type Snapshot struct {
 	Beat    uint64    // the last report that Options.Instance has made, as far as this server knows
 	Text    string    // the snapshot itself, as pg_snapshot: where to read on from
 	Changes []Change  // in no order
-	Overrun bool      // there were more than MaxChanges: Changes is of no use, and all that was read before may be out of date
+	Tiers   apikey.Tiers
+	Overrun bool // there were more than MaxChanges: Changes is of no use, and all that was read before may be out of date
 }
 
 // MaxChanges is the most changes that are read at a time, in some 0.3 s. All edges read all changes: one import of millions, or
 // one account's keys revoked, would take each of them longer than it may be without news.
 const MaxChanges = 50_000
 
-// recordColumns are what a row receives.
-const recordColumns = `k.id, k.account, k.key_hash, k.environment, k.scopes, k.manage_keys, k.expires_at, k.revoked_at`
+// keyColumns are what a record has of a key named k.
+const keyColumns = `k.id, k.account, k.key_hash, k.environment, k.scopes, k.manage_keys, k.expires_at, k.revoked_at`
+
+// recordColumns are what a row receives, of a key named k and its limits, which one of the joins below adds.
+const recordColumns = keyColumns + `,
+	a.tier, coalesce(o.requests_per_minute, a.requests_per_minute), coalesce(o.burst, a.burst),
+	coalesce(o.concurrent_requests, a.concurrent_requests)`
+
+const (
+	// limitsOfSome joins the limits of a few keys. The inner limits keep Postgres from reading all there are for them.
+	limitsOfSome = `
+	left join lateral (select * from rekall.account_limits a where a.account = k.account and k.environment = 'production' limit 1) a on true
+	left join lateral (select * from rekall.key_limits o where o.key_id = k.id limit 1) o on true`
+
+	// limitsOfMany joins the limits of as many keys as a scan reads.
+	limitsOfMany = `
+	left join rekall.account_limits a on a.account = k.account and k.environment = 'production'
+	left join rekall.key_limits o on o.key_id = k.id`
+)
 
 // snapshotSQL is one statement, so that snapshot and rows belong together. It reads the rows that were stamped by transactions
 // that the snapshot before could not see, however late they committed. To name the oldest of those makes the index useful:
@@ -48,17 +67,41 @@ const recordColumns = `k.id, k.account, k.key_hash, k.environment, k.scopes, k.m
 //
 // Rows at or above xmax were stamped by another cluster, from which they were restored: this one's ids are not that far.
 // Without the upper bound every reading would return them all until they are.
-const snapshotSQL = `
+//
+// A key is read anew too when the limits of its account or its own have changed. Each part has the limit: more than
+// MaxChanges in one of them are more in all. The order and the lateral joins keep Postgres, which cannot know that there is
+// next to nothing to read, from reading all there is.
+var snapshotSQL = `
 with s as materialized (
 	select pg_snapshot_xmin(pg_current_snapshot()) as xmin, pg_snapshot_xmax(pg_current_snapshot()) as xmax,
 		pg_current_snapshot()::text as snapshot, coalesce((select beat from rekall.edges where instance = $2), 0) as beat, clock_timestamp() as now, (select system_identifier from pg_control_system()) as system_id,
 		pg_postmaster_start_time() as started_at, pg_is_in_recovery() as in_recovery,
-		(select oid from pg_database where datname = current_database()) as database
+		(select oid from pg_database where datname = current_database()) as database,
+		(select json_agg(t)::text from rekall.tiers t) as tiers
+), news as (
+	(select k.change_xid as xid, ` + recordColumns + `
+	from s cross join rekall.api_keys k` + limitsOfSome + `
+	where ` + stampedSince("k") + ` order by k.change_xid limit $3)
+	union all
+	(select c.change_xid, ` + recordColumns + `
+	from s cross join rekall.account_limits c
+	cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where k.account = c.account and k.environment = 'production' limit $3) k` + limitsOfSome + `
+	where ` + stampedSince("c") + ` order by c.change_xid limit $3)
+	union all
+	(select c.change_xid, ` + recordColumns + `
+	from s cross join rekall.key_limits c
+	cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where k.id = c.key_id limit 1) k` + limitsOfSome + `
+	where ` + stampedSince("c") + ` order by c.change_xid limit $3)
 )
-select s.xmin, s.xmax, s.snapshot, s.beat, s.now, s.system_id, s.started_at, s.in_recovery, s.database, k.change_xid, ` + recordColumns + `
-from s left join rekall.api_keys k on k.change_xid >= pg_snapshot_xmin($1::text::pg_snapshot) and k.change_xid < s.xmax
-	and not pg_visible_in_snapshot(k.change_xid, $1::text::pg_snapshot)
+select s.xmin, s.xmax, s.snapshot, s.beat, s.now, s.system_id, s.started_at, s.in_recovery, s.database, s.tiers, news.*
+from s left join news on true
 limit $3`
+
+// stampedSince is the condition that a row of a table was stamped after the snapshot $1, in this cluster.
+func stampedSince(table string) string {
+	return strings.ReplaceAll(`t.change_xid >= pg_snapshot_xmin($1::text::pg_snapshot) and t.change_xid < s.xmax
+		and not pg_visible_in_snapshot(t.change_xid, $1::text::pg_snapshot)`, "t.", table+".")
+}
 
 // Snapshot reads the feed: every row that has changed since a snapshot, which is the Text of an earlier one of the same
 // server. With an empty one it reads no rows, only where the feed stands.
@@ -70,11 +113,12 @@ func (s *Store) Snapshot(ctx context.Context, since string) (Snapshot, error) {
 	var (
 		snap    Snapshot
 		started time.Time
+		tiers   column
 		xid     *uint64
 		key     row
 	)
 	targets := append([]any{&snap.Xmin, &snap.Xmax, &snap.Text, &snap.Beat, &snap.Now, &snap.Server.SystemID, &started, &snap.Server.InRecovery,
-		&snap.Server.Database, &xid}, key.targets()...)
+		&snap.Server.Database, &tiers, &xid}, key.targets()...)
 	rows, _ := s.pool.Query(ctx, snapshotSQL, from, s.instance, MaxChanges+1) // ForEachRow returns its error
 	_, err := pgx.ForEachRow(rows, targets, func() error {
 		if xid == nil {
@@ -89,6 +133,9 @@ func (s *Store) Snapshot(ctx context.Context, since string) (Snapshot, error) {
 	})
 	if err != nil {
 		return Snapshot{}, failed("read change feed", err)
+	}
+	if snap.Tiers, err = decodeTiers(tiers); err != nil {
+		return Snapshot{}, failed("read tiers", err)
 	}
 	snap.Server.StartedAt = started.UnixMicro()
 	if snap.Overrun = len(snap.Changes) > MaxChanges; snap.Overrun {
@@ -110,7 +157,7 @@ with s as materialized (
 	select pg_postmaster_start_time() as started_at, pg_is_in_recovery() as in_recovery, clock_timestamp() as now
 )
 select s.started_at, s.in_recovery, s.now, ` + recordColumns + `
-from s left join rekall.api_keys k on k.key_hash = any($1::bytea[])`
+from s left join rekall.api_keys k on k.key_hash = any($1::bytea[])` + limitsOfSome
 
 // Lookup reads the rows of the keys with these digests, in one statement.
 func (s *Store) Lookup(ctx context.Context, digests []apikey.Digest) (Found, error) {

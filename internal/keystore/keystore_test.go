@@ -65,9 +65,12 @@ func newKey() keystore.NewKey {
 	return key
 }
 
-func insert(t testing.TB, store *keystore.Store) keystore.NewKey {
+func insert(t testing.TB, store *keystore.Store, with ...func(*keystore.NewKey)) keystore.NewKey {
 	t.Helper()
 	key := newKey()
+	for _, change := range with {
+		change(&key)
+	}
 	if _, err := store.Insert(t.Context(), key); err != nil {
 		t.Fatal(err)
 	}

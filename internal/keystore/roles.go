@@ -40,6 +40,15 @@ var grants = []grant{
 		admin: "select, insert (account, actor, idempotency_key, request_hash, key_id), " +
 			"update (request_hash, key_id, created_at), delete",
 	},
+	{on: "table rekall.tiers", edge: "select", admin: "select, update (requests_per_minute, burst, concurrent_requests)"},
+	{
+		on: "table rekall.account_limits", edge: "select",
+		admin: "select, insert (account), update (tier, requests_per_minute, burst, concurrent_requests)",
+	},
+	{
+		on: "table rekall.key_limits", edge: "select",
+		admin: "select, insert (key_id), update (requests_per_minute, burst, concurrent_requests)",
+	},
 	{on: "table rekall.usage", edge: "select, insert, update, delete", admin: "select"},
 	{on: "table rekall.last_used", edge: "select, insert, update", admin: "select"},
 	{on: "table rekall.usage_flushes", edge: "select, insert, update, delete"},
@@ -60,6 +69,8 @@ var grants = []grant{
 	{on: "function rekall.refuse_removal()"},
 	{on: "function rekall.notify_key_change()"},
 	{on: "function rekall.refuse_audit_change()"},
+	{on: "function rekall.stamp_limits()"},
+	{on: "function rekall.refuse_limits_removal()"},
 	{on: "function rekall.key_first_used()"},
 }
 

@@ -67,11 +67,18 @@ var nobodyMay = []string{
 	`update rekall.edges set instance = 'mine'`,
 	`update rekall.edges set writer = session_user`,
 	`insert into rekall.edges (instance, writer) values ('mine', 'other')`,
+	`insert into rekall.tiers (name) values ('free')`,
+	`delete from rekall.account_limits`,
+	`truncate rekall.key_limits`,
 	`create role mine`,
 	`copy rekall.api_keys to program 'cat'`,
 }
 
 var edgeMayNot = []string{
+	`update rekall.tiers set requests_per_minute = 1000000`,
+	`insert into rekall.account_limits (account, tier) values ('mine', 'team')`,
+	`update rekall.account_limits set tier = 'team'`,
+	`insert into rekall.key_limits (key_id) values ('key_0123456789abcdefABCDEF')`,
 	`insert into rekall.api_keys (id, account, name, environment, key_hash, scopes)
 		values ('key_0123456789abcdefABCDEF', 'a', 'n', 'production', sha256('mine'), '{}')`,
 	`insert into rekall.api_keys (id, account, name, environment, key_hash, scopes)

@@ -15,6 +15,8 @@ type row struct {
 	id, account, hash, environment column
 	scopes                         pgtype.UndecodedBytes
 	manageKeys                     pgtype.Bool
+	tier                           column // null: nobody gave the account one
+	perMinute, burst, concurrent   pgtype.Int4
 	expiresAt, revokedAt           pgtype.Timestamptz
 
 	text    []byte
@@ -38,7 +40,8 @@ func (c *column) ScanBytes(v []byte) error {
 }
 
 func (r *row) targets() []any {
-	return []any{&r.id, &r.account, &r.hash, &r.environment, &r.scopes, &r.manageKeys, &r.expiresAt, &r.revokedAt}
+	return []any{&r.id, &r.account, &r.hash, &r.environment, &r.scopes, &r.manageKeys, &r.expiresAt, &r.revokedAt,
+		&r.tier, &r.perMinute, &r.burst, &r.concurrent}
 }
 
 func (r *row) record() (apikey.Record, error) {
@@ -55,6 +58,9 @@ func (r *row) record() (apikey.Record, error) {
 	record := apikey.Record{
 		ID: text[:len(r.id)], Account: text[len(r.id):], Environment: environment, Scopes: scopes, ManageKeys: r.manageKeys.Bool,
 	}
+	if err := r.limit(&record); err != nil {
+		return apikey.Record{}, err
+	}
 	if copy(record.Digest[:], r.hash) != len(record.Digest) {
 		return apikey.Record{}, errors.New("stored hash is not a SHA-256")
 	}
@@ -65,6 +71,22 @@ func (r *row) record() (apikey.Record, error) {
 		record.RevokedAt = apikey.TimeOf(r.revokedAt.Time)
 	}
 	return record, nil
+}
+
+// limit sets the record's tier and its own limits, which nearly no key has.
+func (r *row) limit(record *apikey.Record) (err error) {
+	switch {
+	case record.Environment == apikey.Sandbox:
+		record.Tier = apikey.SandboxTier
+	case r.tier != nil:
+		if record.Tier, err = apikey.ParseTier(string(r.tier)); err != nil {
+			return err
+		}
+	}
+	if r.perMinute.Valid || r.concurrent.Valid {
+		record.OwnLimits = &apikey.Limits{PerMinute: int(r.perMinute.Int32), Burst: int(r.burst.Int32), Concurrent: int(r.concurrent.Int32)}
+	}
+	return nil
 }
 
 func (r *row) knownScopes() (apikey.Scopes, error) {

@@ -22,7 +22,7 @@ select (select system_identifier from pg_control_system()), pg_postmaster_start_
 
 // recentSQL decides which keys are worth having in memory first. It need not be exact to the minute.
 const recentSQL = `select ` + recordColumns + `
-from rekall.api_keys k left join rekall.last_used u on u.key_id = k.id
+from rekall.api_keys k left join rekall.last_used u on u.key_id = k.id` + limitsOfMany + `
 order by u.last_used_at desc nulls last limit $1`
 
 // ScanHashes reads the hash of every key that was committed before the call. First it calls begin with the server and the

@@ -20,12 +20,8 @@ import (
 // BurstWindow is the time in which a key may make its burst (REKALL.md, "Rate limits").
 const BurstWindow = 15 * time.Second
 
-// Limit is what a key may do. The zero value limits nothing.
-type Limit struct {
-	PerMinute  int // requests per minute, sustained; 0: no limit
-	Burst      int // requests in any BurstWindow; less than a quarter of PerMinute counts as that
-	Concurrent int // requests and streams at a time; 0: no limit
-}
+// Limit is what a key may do. The zero value limits nothing. A Burst of less than a quarter of PerMinute counts as that.
+type Limit apikey.Limits
 
 // interval is the time between two requests at the sustained rate.
 func (l Limit) interval() int64 { return int64(time.Minute) / int64(l.PerMinute) }
