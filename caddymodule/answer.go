@@ -28,9 +28,9 @@ func newAnswer(status int, code, message, authenticate string) answer {
 // afterRequestID ends every body: the request id is the last field of both objects.
 const afterRequestID = `"}}` + "\n"
 
-func (a answer) encode(requestID string, details map[string]string) []byte {
+func (a answer) encode(requestID string, details map[string]any) []byte {
 	if details == nil {
-		details = map[string]string{}
+		details = map[string]any{}
 	}
 	body, err := json.Marshal(envelope{envelopeError{a.code, a.message, a.status, details, requestID}})
 	if err != nil {
@@ -69,6 +69,8 @@ var answers = [apikey.OutcomeCount]answer{
 	apikey.NotCovered: newAnswer(http.StatusForbidden, "ROUTE_NOT_COVERED", "No scope covers this request, so no API key may send it.", ""),
 	apikey.Insufficient: newAnswer(http.StatusForbidden, "SCOPE_INSUFFICIENT",
 		"This API key lacks the scope that the request needs.", realm+`, error="insufficient_scope"`),
+	apikey.RateLimited: newAnswer(http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDED",
+		"This API key has sent too many requests. Try again after the time in Retry-After.", ""),
 }
 
 var invalidKey = newAnswer(http.StatusUnauthorized, "API_KEY_INVALID",
@@ -80,15 +82,15 @@ type envelope struct {
 }
 
 type envelopeError struct {
-	Code      string            `json:"code"`
-	Message   string            `json:"message"`
-	Status    int               `json:"status"`
-	Details   map[string]string `json:"details"`
-	RequestID string            `json:"request_id"`
+	Code      string         `json:"code"`
+	Message   string         `json:"message"`
+	Status    int            `json:"status"`
+	Details   map[string]any `json:"details"`
+	RequestID string         `json:"request_id"`
 }
 
 // write sends the answer. Nothing of the request is repeated in it but the request id.
-func (a answer) write(w http.ResponseWriter, requestID string, details map[string]string) {
+func (a answer) write(w http.ResponseWriter, requestID string, details map[string]any) {
 	var body []byte
 	if len(details) > 0 {
 		body = a.encode(requestID, details)

@@ -71,10 +71,16 @@ type App struct {
 	// of all edges applies. Default: 90d.
 	UsageRetention caddy.Duration `json:"usage_retention,omitempty"`
 
+	// Redis in which the edges share the limits of keys, as redis://user:password@host:6379/0, or rediss:// for TLS. No request
+	// waits for it; while it does not answer, each edge holds keys to its part of their limits. May contain placeholders.
+	// Default: none, each edge holds keys to their limits by itself: N edges together let through up to N times as much.
+	RateLimitStore string `json:"rate_limit_store,omitempty"`
+
 	ctx     caddy.Context
 	runtime *runtime
 	poolKey string
 	signs   bool // a gateway of this configuration sends identity tokens
+	limits  bool // a gateway of this configuration holds keys to their limits
 }
 
 // CaddyModule returns the Caddy module information.
@@ -162,6 +168,9 @@ func (a *App) settings() (settings, error) {
 	if s.readDatabase, err = caddy.NewReplacer().ReplaceOrErr(a.ReadDatabase, true, false); err != nil {
 		return s, fmt.Errorf("read_database: %w", err)
 	}
+	if s.rateLimitStore, err = caddy.NewReplacer().ReplaceOrErr(a.RateLimitStore, true, false); err != nil {
+		return s, fmt.Errorf("rate_limit_store: %w", err)
+	}
 	if s.database == "" {
 		return s, errors.New("no database: set database in the rekall global option, or " + databaseVariable)
 	}
@@ -179,6 +188,9 @@ func (a *App) Start() error {
 	a.runtime.start(a.ctx.Logger())
 	if a.signs {
 		a.runtime.startSigner()
+	}
+	if a.limits {
+		a.runtime.startLimiter()
 	}
 	return nil
 }

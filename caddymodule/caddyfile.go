@@ -105,13 +105,15 @@ func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 			app.UsageFlush, err = parseDuration(value)
 		case "usage_retention":
 			app.UsageRetention, err = parseDuration(value)
+		case "rate_limit_store":
+			app.RateLimitStore = value
 		case "listen":
 			if value != "on" && value != "off" {
 				return nil, d.Err("listen must be on or off")
 			}
 			app.ListenOff = value == "off"
 		default:
-			return nil, d.Errf("unknown rekall option %q: use database, read_database, refresh, max_staleness, cache_size, warm, listen, edge, canary, usage_flush or usage_retention", option)
+			return nil, d.Errf("unknown rekall option %q: use database, read_database, refresh, max_staleness, cache_size, warm, listen, edge, canary, usage_flush, usage_retention or rate_limit_store", option)
 		}
 		if err != nil {
 			return nil, d.Errf("%s: %q is not usable: %v", option, value, err)
@@ -134,6 +136,7 @@ func parseDuration(s string) (caddy.Duration, error) {
 //		scope <scope> <method> <path>
 //		scopes report_only
 //		forward_credential
+//		rate_limits
 //		identity_token {
 //			issuer   <name>
 //			audience <names...>
@@ -187,6 +190,11 @@ func parseGateway(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 				return nil, h.ArgErr()
 			}
 			g.ForwardCredential = true
+		case "rate_limits":
+			if h.NextArg() {
+				return nil, h.ArgErr()
+			}
+			g.RateLimits = true
 		case "identity_token":
 			if g.IdentityToken != nil {
 				return nil, h.Err("identity_token is given twice: merge the two")
@@ -196,7 +204,7 @@ func parseGateway(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 				return nil, err
 			}
 		default:
-			return nil, h.Errf("unknown option %q: use production, sandbox, scope, scopes, forward_credential or identity_token", option)
+			return nil, h.Errf("unknown option %q: use production, sandbox, scope, scopes, forward_credential, rate_limits or identity_token", option)
 		}
 	}
 	if g.ProductionRaw == nil && g.SandboxRaw == nil {

@@ -39,12 +39,16 @@ type exchange struct {
 	body        clientBody              // of the forwarded request
 	cancel      context.CancelCauseFunc // of the decision's context
 	wroteHeader bool
-	cutBy       atomic.Pointer[keycache.Cut] // once cut, nothing more is to be written
-	values      [7]string                    // of the headers that are set: one allocation with the exchange, not seven
+	cutBy       atomic.Pointer[keycache.Cut]                        // once cut, nothing more is to be written
+	values      [firstRateLimitValue + len(rateLimitHeaders)]string // of the headers that are set: one allocation with the exchange
+	allowance   allowance
 
 	mu   sync.Mutex // guards done
 	done bool
 }
+
+// firstRateLimitValue is where the values of rateLimitHeaders stand in exchange.values.
+const firstRateLimitValue = 7
 
 func (x *exchange) count() {
 	x.gateway.metrics.decisions[x.outcome][x.environment].Inc()
@@ -55,11 +59,14 @@ func (x *exchange) count() {
 }
 
 func (x *exchange) refuse(w http.ResponseWriter) error {
+	if x.outcome == apikey.RateLimited {
+		return x.refuseLimited(w)
+	}
 	x.count()
 	a := answers[x.outcome]
-	var details map[string]string
+	var details map[string]any
 	if x.outcome == apikey.Insufficient {
-		details = map[string]string{"required_scope": x.required.String()}
+		details = map[string]any{"required_scope": x.required.String()}
 		a.authenticate += `, scope="` + x.required.String() + `"`
 	}
 	x.answer(w, a, details)
@@ -67,8 +74,9 @@ func (x *exchange) refuse(w http.ResponseWriter) error {
 }
 
 // answer answers in place of a backend.
-func (x *exchange) answer(w http.ResponseWriter, a answer, details map[string]string) {
+func (x *exchange) answer(w http.ResponseWriter, a answer, details map[string]any) {
 	x.reason = a.code
+	x.tellLimits(w.Header())
 	a.write(w, x.requestID, details)
 }
 
@@ -217,6 +225,7 @@ func (x *exchange) end() {
 	x.mu.Lock()
 	x.done = true
 	x.mu.Unlock()
+	x.allowance.release()
 	if cut := x.cutBy.Load(); cut != nil {
 		x.outcome, x.reason = cut.Outcome, answers[cut.Outcome].code
 	}
@@ -241,6 +250,7 @@ func (x *exchange) WriteHeader(status int) {
 	if status >= 200 || status == http.StatusSwitchingProtocols {
 		x.wroteHeader = true
 		x.set(x.Header(), "X-Request-Id", 5, x.requestID)
+		x.tellLimits(x.Header())
 	}
 	x.ResponseWriter.WriteHeader(status)
 }

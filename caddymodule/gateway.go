@@ -16,6 +16,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/credential"
 	"github.com/rekall-ai/gateway/internal/identitytoken"
 	"github.com/rekall-ai/gateway/internal/keycache"
+	"github.com/rekall-ai/gateway/internal/ratelimit"
 	"github.com/rekall-ai/gateway/internal/scoperule"
 	"github.com/rekall-ai/gateway/internal/usage"
 )
@@ -51,10 +52,17 @@ type Gateway struct {
 	// request for which no token can be signed is answered 503. Default: none.
 	IdentityToken *IdentityToken `json:"identity_token,omitempty"`
 
+	// Whether each key is held to the limits of its tier, its account or its own: requests per minute, a burst in 15 seconds, and
+	// requests at a time. What is beyond them is answered 429 RATE_LIMIT_EXCEEDED. The limits stand in Postgres
+	// ("rekall-gateway limits"); each edge holds to them by itself, unless the rekall option rate_limit_store names a Redis in
+	// which they share them. Default: false.
+	RateLimits bool `json:"rate_limits,omitempty"`
+
 	production, sandbox block
 	rules               *scoperule.Table
 	cache               keys
 	issuer              *identitytoken.Issuer // nil: no identity tokens
+	limiter             *ratelimit.Limiter    // nil: keys are not limited
 	accessLog           bool                  // whether what is decided goes into one
 	metrics             *metrics
 	usage               *usage.Counter
@@ -104,6 +112,9 @@ func (g *Gateway) Provision(ctx caddy.Context) error {
 	}
 	if g.rules, err = g.scopeTable(); err != nil {
 		return fmt.Errorf("rekall_gateway: %w", err)
+	}
+	if g.RateLimits {
+		g.limiter, app.limits = app.runtime.limiter, true
 	}
 	if err := g.provisionIdentityToken(app); err != nil {
 		return fmt.Errorf("rekall_gateway: identity_token: %w", err)
@@ -160,7 +171,7 @@ func (g *Gateway) scopeTable() (*scoperule.Table, error) {
 // maxFinds is how often a key is found again when it changes between being found and being tracked.
 const maxFinds = 3
 
-// ServeHTTP is the whole way of a request: credential, parse, find, decide, route.
+// ServeHTTP is the whole way of a request: credential, parse, find, decide, hold to the limits, route.
 func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
 	startedAt := sampleStart()
 	cred := credential.Take(r)
@@ -187,7 +198,11 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 			return x.unavailable(w, err)
 		}
 		x.record, x.now = found.Record, found.Now
-		if x.outcome = g.decide(x, r.Method, path, found); x.outcome != apikey.Allowed {
+		x.outcome = g.decide(x, r.Method, path, found)
+		if g.limiter != nil {
+			x.hold(&found)
+		}
+		if x.outcome != apikey.Allowed {
 			return x.refuse(w)
 		}
 		if done, err := x.route(r, found, &cred); done {

@@ -16,6 +16,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keycache"
+	"github.com/rekall-ai/gateway/internal/ratelimit"
 	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/internal/scoperule"
 	"github.com/rekall-ai/gateway/internal/usage"
@@ -31,6 +32,9 @@ func newGateway(t testing.TB) (*Gateway, string) {
 	if _, _, err := keystore.Migrate(t.Context(), url); err != nil {
 		t.Fatal(err)
 	}
+	// Limits that no benchmark reaches, for those with limits.
+	pgtest.Exec(t, url, `
+		insert into rekall.account_limits (account, requests_per_minute, burst, concurrent_requests) values ('a', 1000000, 10000000, 1000000)`)
 	store, err := keystore.Open(url, keystore.Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -157,6 +161,17 @@ func TestHandlerAllocatesNoMoreThanItsBudget(t *testing.T) {
 	}
 }
 
+// TestLimitsCostTheirHeadersAndNothingElse: one piece of memory for all four.
+func TestLimitsCostTheirHeadersAndNothingElse(t *testing.T) {
+	g, secret := newGateway(t)
+	traffic := kindsOfTraffic(secret)["bearer"]
+	without := g.allocations(t, traffic)
+	g.limiter = ratelimit.New()
+	if with := g.allocations(t, traffic); with > without+1 {
+		t.Errorf("%.0f allocations with limits and %.0f without", with, without)
+	}
+}
+
 // TestAccessLogCostsOnlyThoseWhoKeepOne: what stands in a line is put together when the line is written.
 func TestAccessLogCostsOnlyThoseWhoKeepOne(t *testing.T) {
 	g, secret := newGateway(t)
@@ -270,8 +285,15 @@ func kindsOfTraffic(secret string) map[string]*traffic {
 // handler, with tracking for the cut.
 func BenchmarkHandler(b *testing.B) {
 	g, secret := newGateway(b)
-	for name, t := range kindsOfTraffic(secret) {
+	limiter := ratelimit.New()
+	kinds := kindsOfTraffic(secret)
+	kinds["limited"] = kindsOfTraffic(secret)["bearer"]
+	for name, t := range kinds {
 		b.Run(name, func(b *testing.B) {
+			g.limiter = nil
+			if name == "limited" {
+				g.limiter = limiter
+			}
 			b.ReportAllocs()
 			for b.Loop() {
 				if t.spent() {

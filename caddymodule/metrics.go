@@ -11,6 +11,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/edge"
 	"github.com/rekall-ai/gateway/internal/keycache"
+	"github.com/rekall-ai/gateway/internal/ratelimit"
 	"github.com/rekall-ai/gateway/internal/usage"
 )
 
@@ -72,7 +73,7 @@ func newMetrics() *metrics {
 
 // watch adds what is read from the runtime's parts at each scrape.
 func (m *metrics) watch(rt *runtime) {
-	m.collectors = append(m.collectors, &observer{rt.cache, rt.usage, rt.reporter})
+	m.collectors = append(m.collectors, &observer{rt.cache, rt.usage, rt.reporter, rt.limiter})
 }
 
 func (m *metrics) register(registry *prometheus.Registry) error {
@@ -107,12 +108,14 @@ type observer struct {
 	cache    *keycache.Cache
 	usage    *usage.Counter
 	reporter *edge.Reporter
+	limiter  *ratelimit.Limiter
 }
 
 // observation is that moment.
 type observation struct {
 	keycache.Status
-	usage usage.Status
+	usage  usage.Status
+	limits ratelimit.Status
 }
 
 // series is a metric that is one number of an observation.
@@ -185,6 +188,18 @@ var observed = []series{
 		func(o *observation) uint64 { return o.usage.Dropped }),
 	counter("rekall_usage_spikes_total", "Hours in which a key was used far more than before, as far as this edge told of them.",
 		func(o *observation) uint64 { return o.usage.Spikes }),
+
+	gauge("rekall_rate_limit_keys", "Keys whose requests are remembered for their limits.", func(o *observation) float64 { return float64(o.limits.Keys) }),
+	gauge("rekall_rate_limit_fallback", "1 while this edge holds keys to its part of their limits, because rate_limit_store does not answer.",
+		func(o *observation) float64 {
+			if o.limits.Fallback {
+				return 1
+			}
+			return 0
+		}),
+	counter("rekall_rate_limit_store_outages_total", "Times that rate_limit_store did not answer.", func(o *observation) uint64 { return o.limits.Outages }),
+	counter("rekall_rate_limit_store_exchanges_total", "Round trips to rate_limit_store, for which no request waits.",
+		func(o *observation) uint64 { return o.limits.Exchanges }),
 }
 
 // edgesDesc is of all edges, not only of this one: it tells of an edge that nobody scrapes any longer.
@@ -202,7 +217,7 @@ func (*observer) Describe(descs chan<- *prometheus.Desc) {
 
 // Collect implements prometheus.Collector.
 func (w *observer) Collect(collected chan<- prometheus.Metric) {
-	o := &observation{Status: w.cache.Status(), usage: w.usage.Status()}
+	o := &observation{Status: w.cache.Status(), usage: w.usage.Status(), limits: w.limiter.Status()}
 	for _, s := range observed {
 		collected <- prometheus.MustNewConstMetric(s.desc, s.kind, s.value(o))
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/identitytoken"
 	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/internal/ratelimit"
 	"github.com/rekall-ai/gateway/internal/usage"
 )
 
@@ -32,6 +33,7 @@ type settings struct {
 	canary                bool
 
 	usageFlush, usageRetention time.Duration
+	rateLimitStore             string // empty: none
 }
 
 // runtime outlives configurations: the store, the cache and the loops that keep it true.
@@ -58,6 +60,10 @@ type runtime struct {
 	signer   *identitytoken.Signer // runs once a configuration asks for identity tokens
 	signOnce sync.Once
 	tokens   int // kept at most: one for each key in the cache
+
+	limiter    *ratelimit.Limiter // runs once a configuration limits keys
+	limitStore *ratelimit.Store   // that the limiter shares; nil: none
+	limitOnce  sync.Once
 }
 
 func newRuntime(s settings) (*runtime, error) {
@@ -102,6 +108,11 @@ func newRuntime(s settings) (*runtime, error) {
 	rt.usage = usage.New(rt.counts, usage.Config{
 		Instance: instance, Flush: s.usageFlush, Retention: s.usageRetention, Logger: rt.logger.Load,
 	})
+	if err := rt.openLimiter(s.rateLimitStore); err != nil {
+		rt.cache.Close()
+		rt.closeStores()
+		return nil, fmt.Errorf("rate_limit_store: %w", err)
+	}
 	rt.metrics.watch(rt)
 	rt.ctx, rt.cancel = context.WithCancel(context.Background())
 	return rt, nil
@@ -153,6 +164,31 @@ func init() {
 func (rt *runtime) startSigner() {
 	rt.signOnce.Do(func() {
 		rt.running.Go(func() { rt.signer.Run(rt.ctx) })
+	})
+}
+
+func (rt *runtime) openLimiter(store string) (err error) {
+	if store == "" {
+		rt.limiter = ratelimit.New()
+		return nil
+	}
+	if rt.limitStore, err = ratelimit.OpenStore(store, rt.liveEdges, rt.logger.Load); err != nil {
+		return err
+	}
+	rt.limiter = ratelimit.NewShared(rt.limitStore)
+	return nil
+}
+
+// liveEdges is how many edges share the limits, as far as this one knows.
+func (rt *runtime) liveEdges() int {
+	n, _ := rt.reporter.Edges()
+	return max(1, n.Live)
+}
+
+// startLimiter begins to keep the limits' books. start comes first.
+func (rt *runtime) startLimiter() {
+	rt.limitOnce.Do(func() {
+		rt.running.Go(func() { rt.limiter.Run(rt.ctx) })
 	})
 }
 

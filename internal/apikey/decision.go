@@ -36,6 +36,7 @@ const (
 	Insufficient                 // the key lacks the scope
 	PathInvalid                  // the path has more than one reading
 	MethodInvalid                // a method that no rule can cover: TRACE, CONNECT, unknown ones
+	RateLimited                  // more requests than the key, or an address without a good key, may send
 
 	OutcomeCount // the number of outcomes, for tables indexed by one
 )
@@ -44,6 +45,7 @@ var outcomeNames = [OutcomeCount]string{
 	Unavailable: "unavailable", Allowed: "allowed", Missing: "missing", Malformed: "malformed", TokenType: "token_type",
 	Ambiguous: "ambiguous", Unknown: "unknown", Revoked: "revoked", Expired: "expired", Mismatch: "environment_mismatch",
 	NotCovered: "not_covered", Insufficient: "scope_insufficient", PathInvalid: "path_invalid", MethodInvalid: "method_invalid",
+	RateLimited: "rate_limited",
 }
 
 // String returns the outcome as metrics and logs write it.

@@ -146,6 +146,9 @@ type Found struct {
 	vouchedAt time.Time // start of the read or sync that vouches for Record
 }
 
+// Limits returns how much the key that was found may be used. Before the first sync nothing is known of its tier, and not limited.
+func (f *Found) Limits() apikey.Limits { return f.state.tiers.LimitsOf(f.Record) }
+
 // New returns a cache that is empty and vouches for nothing until Run has synced once.
 func New(store Store, cfg Config) (*Cache, error) {
 	c := &Cache{cfg: cfg, store: store, unknown: newUnknowns(), wake: make(chan struct{}, 1), refill: make(chan struct{}, 1)}

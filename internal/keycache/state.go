@@ -24,6 +24,8 @@ type state struct {
 	watermark uint64 // every transaction below it had ended then
 	xmax      uint64 // of the snapshot; it never falls on one server
 
+	tiers *apikey.Tiers // as of the same snapshot
+
 	syncedAt   time.Time // what the sync vouches from, both clocks: its start, unless a standby lags; zero: never
 	readAt     time.Time // start of the sync, both clocks
 	pgNow      time.Time // Postgres's clock at readAt
@@ -41,7 +43,7 @@ type epochChanges struct {
 	digests []apikey.Digest
 }
 
-func newState() *state { return &state{superseded: make(chan struct{})} }
+func newState() *state { return &state{tiers: new(apikey.Tiers), superseded: make(chan struct{})} }
 
 // fresh reports whether the sync that made s may still be trusted.
 func (s *state) fresh(now time.Time, maxStaleness time.Duration) bool {
@@ -88,6 +90,14 @@ func (s *state) disputed(e *entry, now time.Time) bool {
 	return at.Reached(s.pgTime(now)) && !at.Reached(s.steadyPgTime(now))
 }
 
+// same returns the tiers of s if they are these, so that states share them.
+func (s *state) same(tiers apikey.Tiers) *apikey.Tiers {
+	if *s.tiers == tiers {
+		return s.tiers
+	}
+	return &tiers
+}
+
 // sameServer reports whether snap continues s: the same server process and database, whose transaction ids have not gone
 // back. A failover, a promotion and a restored dump all show in one of these.
 func (s *state) sameServer(snap keystore.Snapshot) bool {
@@ -98,7 +108,7 @@ func (s *state) sameServer(snap keystore.Snapshot) bool {
 func (s *state) restart(snap keystore.Snapshot, readAt, vouchedAt time.Time) *state {
 	return &state{
 		epoch: s.epoch + 1, origin: s.epoch + 1, horizon: s.epoch + 1,
-		server: snap.Server, seen: snap.Text, watermark: snap.Xmin, xmax: snap.Xmax,
+		server: snap.Server, seen: snap.Text, watermark: snap.Xmin, xmax: snap.Xmax, tiers: s.same(snap.Tiers),
 		syncedAt: vouchedAt, readAt: readAt, pgNow: snap.Now, superseded: make(chan struct{}),
 	}
 }
@@ -107,7 +117,7 @@ func (s *state) restart(snap keystore.Snapshot, readAt, vouchedAt time.Time) *st
 func (s *state) next(snap keystore.Snapshot, readAt, vouchedAt time.Time) (n *state, changed []*entry) {
 	n = &state{
 		epoch: s.epoch + 1, origin: s.origin, horizon: s.horizon, changes: s.changes, log: s.log,
-		server: snap.Server, seen: snap.Text, watermark: snap.Xmin, xmax: snap.Xmax,
+		server: snap.Server, seen: snap.Text, watermark: snap.Xmin, xmax: snap.Xmax, tiers: s.same(snap.Tiers),
 		syncedAt: vouchedAt, readAt: readAt, pgNow: snap.Now, superseded: make(chan struct{}),
 	}
 	var digests []apikey.Digest

@@ -8,7 +8,9 @@
 package ratelimit
 
 import (
+	"context"
 	"encoding/binary"
+	"maps"
 	"math"
 	"sync"
 	"sync/atomic"
@@ -38,6 +40,7 @@ type Verdict struct {
 	Remaining  int           // requests that would pass now
 	ResetAfter time.Duration // until the whole burst is available again
 	RetryAfter time.Duration // of a refusal: when a request will pass, if no other comes before it
+	Concurrent bool          // of a refusal: for too many requests at a time, and not for their rate
 }
 
 // concurrencyRetry is what a key with too many requests at a time is told: nobody knows when one will end.
@@ -79,6 +82,21 @@ func (b *Bucket) takeAt(interval, depth, now int64) (Verdict, bool) {
 	}
 }
 
+// tooMany refuses a request for the number of those at a time. When it will pass nobody knows, but not before its rate allows
+// it.
+func (b *Bucket) tooMany(l Limit, now int64) Verdict {
+	v := Verdict{RetryAfter: concurrencyRetry, Concurrent: true}
+	emptyAt := b.emptyAt.Load()
+	if l.PerMinute <= 0 || emptyAt == givenBack { // only an idle bucket is, or was about to be
+		return v
+	}
+	interval, depth, owed := l.interval(), l.depth(), max(emptyAt-now, 0)
+	v.Remaining = int(max(0, depth-(owed+interval-1)/interval))
+	v.ResetAfter = time.Duration(owed)
+	v.RetryAfter = max(v.RetryAfter, time.Duration(owed-(depth-1)*interval))
+	return v
+}
+
 // giveBack gives the bucket back if it knows nothing that a new one would not. The mark comes before the look at the requests:
 // one that counts itself in afterwards sees the mark.
 func (b *Bucket) giveBack(now int64) bool {
@@ -105,6 +123,7 @@ type Limiter struct {
 type shard struct {
 	mu      sync.RWMutex
 	buckets map[apikey.Digest]*Bucket
+	most    int // buckets that there were since the map was made: it does not shrink by itself
 }
 
 // New returns a limiter of this edge alone.
@@ -122,7 +141,7 @@ func (l *Limiter) Acquire(d apikey.Digest, limit Limit) (*Bucket, Verdict) {
 		b := l.bucket(d)
 		if running := b.concurrent.Add(1); limit.Concurrent > 0 && running > int64(limit.Concurrent) {
 			b.Release()
-			return b, Verdict{RetryAfter: concurrencyRetry}
+			return b, b.tooMany(limit, int64(time.Since(l.start)))
 		}
 		verdict, ok := l.take(b, limit, int64(time.Since(l.start)))
 		if !verdict.Allowed {
@@ -163,10 +182,29 @@ func (l *Limiter) bucket(d apikey.Digest) *Bucket {
 		b.lease = newLease(l.store, d, b)
 	}
 	s.buckets[d] = b
+	s.most = max(s.most, len(s.buckets))
 	return b
 }
 
-// GiveBack forgets the buckets that are full and not in use. It is to be called now and then.
+// Run gives back the state of idle keys now and then, and keeps up with the store if there is one, until ctx is done.
+func (l *Limiter) Run(ctx context.Context) {
+	var running sync.WaitGroup
+	if l.store != nil {
+		running.Go(func() { l.store.Run(ctx) })
+	}
+	ticker := time.NewTicker(BurstWindow)
+	defer ticker.Stop()
+	for ctx.Err() == nil {
+		select {
+		case <-ticker.C:
+			l.GiveBack()
+		case <-ctx.Done():
+		}
+	}
+	running.Wait()
+}
+
+// GiveBack forgets the buckets that are full and not in use.
 func (l *Limiter) GiveBack() {
 	now := int64(time.Since(l.start))
 	for i := range l.shards {
@@ -177,8 +215,28 @@ func (l *Limiter) GiveBack() {
 				delete(s.buckets, d)
 			}
 		}
+		if left := len(s.buckets); left < s.most/4 {
+			smaller := make(map[apikey.Digest]*Bucket, left)
+			maps.Copy(smaller, s.buckets)
+			s.buckets, s.most = smaller, left
+		}
 		s.mu.Unlock()
 	}
+}
+
+// Status is the state of a limiter.
+type Status struct {
+	Keys int // that were in use lately
+	StoreStatus
+}
+
+// Status returns the state of the limiter. Without a store, all is zero that is the store's.
+func (l *Limiter) Status() Status {
+	s := Status{Keys: l.Len()}
+	if l.store != nil {
+		s.StoreStatus = l.store.Status()
+	}
+	return s
 }
 
 // Len returns the number of buckets.

@@ -1,0 +1,112 @@
+package caddymodule
+
+import (
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keycache"
+	"github.com/rekall-ai/gateway/internal/ratelimit"
+)
+
+// allowance is what a request knows of the limits of its key.
+type allowance struct {
+	bucket  *ratelimit.Bucket // to be released; nil: nothing is held
+	verdict ratelimit.Verdict
+	limits  apikey.Limits
+}
+
+// hold counts the request against the limits of its key: once, and whether or not the key has the scope, so that a client
+// that is refused for its scopes can hammer no more than others. Beyond the limits, the outcome is that.
+func (x *exchange) hold(found *keycache.Found) {
+	switch x.outcome {
+	case apikey.Allowed, apikey.NotCovered, apikey.Insufficient:
+	default: // no good key
+		return
+	}
+	if x.allowance.bucket != nil { // the key has changed, and was found again
+		return
+	}
+	limits := found.Limits()
+	bucket, verdict := x.gateway.limiter.Acquire(found.Record.Digest, ratelimit.Limit(limits))
+	x.allowance = allowance{verdict: verdict, limits: limits}
+	if verdict.Allowed {
+		x.allowance.bucket = bucket
+	} else {
+		x.outcome = apikey.RateLimited
+	}
+}
+
+// release says that the request has ended.
+func (a *allowance) release() {
+	if a.bucket != nil {
+		a.bucket.Release()
+	}
+}
+
+// remaining is what the headers say is left. A burst may be more than a minute's requests: the first would contradict the
+// limit beside it.
+func (a *allowance) remaining() int { return min(a.verdict.Remaining, a.limits.PerMinute) }
+
+// resetAt is when everything is available again, in Unix seconds by Postgres's clock, rounded up.
+func (x *exchange) resetAt() int64 {
+	return x.now.Add(x.allowance.verdict.ResetAfter + time.Second - 1).Unix()
+}
+
+// rateLimitHeaders are the names of REKALL.md, "Rate limits", as Go writes them.
+var rateLimitHeaders = [...]string{"X-Ratelimit-Limit", "X-Ratelimit-Remaining", "X-Ratelimit-Reset", "X-Ratelimit-Policy"}
+
+// tellLimits sets the headers that tell the limits of the key, in place of what a backend says of its own.
+func (x *exchange) tellLimits(h http.Header) {
+	if x.gateway.limiter == nil || x.record == nil {
+		return
+	}
+	a := &x.allowance
+	if a.limits.PerMinute == 0 {
+		for _, name := range rateLimitHeaders {
+			delete(h, name)
+		}
+		return
+	}
+	var buffer [80]byte
+	text := strconv.AppendInt(buffer[:0], int64(a.limits.PerMinute), 10)
+	limit := len(text)
+	text = append(text, ";w=60"...)
+	policy := len(text)
+	text = strconv.AppendInt(text, int64(a.remaining()), 10)
+	remaining := len(text)
+	text = strconv.AppendInt(text, x.resetAt(), 10)
+	all := string(text) // one piece of memory for the four
+	for i, value := range [...]string{all[:limit], all[policy:remaining], all[remaining:], all[:policy]} {
+		x.set(h, rateLimitHeaders[i], firstRateLimitValue+i, value)
+	}
+}
+
+// refuseLimited answers a request beyond the limits of its key.
+func (x *exchange) refuseLimited(w http.ResponseWriter) error {
+	a, details := answers[apikey.RateLimited], map[string]any(nil)
+	verdict := x.allowance.verdict
+	switch {
+	case verdict.Concurrent:
+		a = tooManyAtOnce
+		details = map[string]any{"limit": x.allowance.limits.Concurrent, "remaining": 0, "reset_at": x.now.Add(verdict.RetryAfter + time.Second - 1).Unix()}
+	default:
+		details = map[string]any{"limit": x.allowance.limits.PerMinute, "remaining": x.allowance.remaining(), "reset_at": x.resetAt()}
+	}
+	return x.limit(w, a, verdict.RetryAfter, details)
+}
+
+// tooManyAtOnce is RateLimited where it is not the rate.
+var tooManyAtOnce = newAnswer(http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDED",
+	"This API key has too many requests in flight at the same time. Try again when one of them has ended.", "")
+
+// limit refuses a request that is over a limit.
+func (x *exchange) limit(w http.ResponseWriter, a answer, retryAfter time.Duration, details map[string]any) error {
+	x.outcome = apikey.RateLimited
+	x.count()
+	seconds := (retryAfter + time.Second - 1) / time.Second // rounded up: who obeys it is not refused again
+	w.Header()["Retry-After"] = []string{strconv.FormatInt(int64(seconds), 10)}
+	x.answer(w, a, details)
+	return nil
+}
