@@ -73,6 +73,10 @@ var answers = [apikey.OutcomeCount]answer{
 		"This API key has sent too many requests. Try again after the time in Retry-After.", ""),
 }
 
+// addressLimited is RateLimited where no key is to blame.
+var addressLimited = newAnswer(http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDED",
+	"Too many requests without a valid API key came from your address. Check the key, and try again after the time in Retry-After.", "")
+
 var invalidKey = newAnswer(http.StatusUnauthorized, "API_KEY_INVALID",
 	"This API key is not valid. Check that it was copied completely.", invalidToken("the API key is not valid"))
 

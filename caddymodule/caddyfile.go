@@ -137,6 +137,7 @@ func parseDuration(s string) (caddy.Duration, error) {
 //		scopes report_only
 //		forward_credential
 //		rate_limits
+//		address_limit <requests per minute> [<burst>]
 //		identity_token {
 //			issuer   <name>
 //			audience <names...>
@@ -195,6 +196,14 @@ func parseGateway(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 				return nil, h.ArgErr()
 			}
 			g.RateLimits = true
+		case "address_limit":
+			if g.AddressLimit != nil {
+				return nil, h.Err("address_limit is given twice")
+			}
+			var err error
+			if g.AddressLimit, err = parseAddressLimit(h); err != nil {
+				return nil, err
+			}
 		case "identity_token":
 			if g.IdentityToken != nil {
 				return nil, h.Err("identity_token is given twice: merge the two")
@@ -204,13 +213,29 @@ func parseGateway(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 				return nil, err
 			}
 		default:
-			return nil, h.Errf("unknown option %q: use production, sandbox, scope, scopes, forward_credential, rate_limits or identity_token", option)
+			return nil, h.Errf("unknown option %q: use production, sandbox, scope, scopes, forward_credential, rate_limits, address_limit or identity_token", option)
 		}
 	}
 	if g.ProductionRaw == nil && g.SandboxRaw == nil {
 		return nil, h.Err("rekall_gateway needs a production block, a sandbox block, or both")
 	}
 	return g, nil
+}
+
+func parseAddressLimit(h httpcaddyfile.Helper) (*AddressLimit, error) {
+	const usage = "address_limit takes requests per minute and, if you like, a burst, as in 'address_limit 60 20'"
+	args, limit := h.RemainingArgs(), new(AddressLimit)
+	if len(args) < 1 || len(args) > 2 || h.NextBlock(h.Nesting()) {
+		return nil, h.Err(usage)
+	}
+	for i, field := range []*int{&limit.PerMinute, &limit.Burst}[:len(args)] {
+		n, err := strconv.Atoi(args[i])
+		if err != nil || n < 1 || n > maxAddressRate {
+			return nil, h.Errf("%s; %q is not a number from 1 to %d", usage, args[i], maxAddressRate)
+		}
+		*field = n
+	}
+	return limit, nil
 }
 
 func parseIdentityToken(h httpcaddyfile.Helper) (*IdentityToken, error) {

@@ -34,6 +34,8 @@ func (k *cutWhileTracking) Track(_ *keycache.Flight, _ keycache.Found, request k
 	return k.tracked
 }
 
+func (k *cutWhileTracking) Cached(apikey.Digest) bool { return true }
+
 func (k *cutWhileTracking) Untrack(*keycache.Flight) {}
 
 // deadlineWriter counts the write deadlines that are set on it.

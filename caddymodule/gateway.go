@@ -58,11 +58,16 @@ type Gateway struct {
 	// which they share them. Default: false.
 	RateLimits bool `json:"rate_limits,omitempty"`
 
+	// Limits requests without a good key by the client's address, before a key is looked up. What is over the limit is
+	// answered 429 RATE_LIMIT_EXCEEDED. A reload begins anew. Default: none.
+	AddressLimit *AddressLimit `json:"address_limit,omitempty"`
+
 	production, sandbox block
 	rules               *scoperule.Table
 	cache               keys
 	issuer              *identitytoken.Issuer // nil: no identity tokens
 	limiter             *ratelimit.Limiter    // nil: keys are not limited
+	addresses           *ratelimit.Addresses  // nil: addresses are not limited
 	accessLog           bool                  // whether what is decided goes into one
 	metrics             *metrics
 	usage               *usage.Counter
@@ -72,6 +77,7 @@ type Gateway struct {
 // keys is what the handler asks of the cache.
 type keys interface {
 	Find(ctx context.Context, d apikey.Digest) (keycache.Found, error)
+	Cached(d apikey.Digest) bool
 	Track(f *keycache.Flight, found keycache.Found, request keycache.Request) bool
 	Untrack(f *keycache.Flight)
 }
@@ -118,6 +124,9 @@ func (g *Gateway) Provision(ctx caddy.Context) error {
 	}
 	if err := g.provisionIdentityToken(app); err != nil {
 		return fmt.Errorf("rekall_gateway: identity_token: %w", err)
+	}
+	if g.addresses, err = g.AddressLimit.limiter(); err != nil {
+		return fmt.Errorf("rekall_gateway: address_limit: %w", err)
 	}
 	if err := guardDoor(ctx); err != nil {
 		return fmt.Errorf("rekall_gateway: %w", err)
@@ -190,7 +199,12 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	}
 	path := r.URL.EscapedPath()
 	if x.outcome = parse(r.Method, path, &cred); x.outcome != apikey.Allowed {
-		return x.refuse(w)
+		return x.refuseAddress(w, r)
+	}
+	if g.addresses != nil {
+		if verdict := g.checkAddress(r, cred.Digest); !verdict.Allowed {
+			return x.limit(w, addressLimited, verdict.RetryAfter, nil)
+		}
 	}
 	for range maxFinds {
 		found, err := find(r.Context(), span, g.cache, cred.Digest)
@@ -203,7 +217,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 			x.hold(&found)
 		}
 		if x.outcome != apikey.Allowed {
-			return x.refuse(w)
+			return x.refuseAddress(w, r)
 		}
 		if done, err := x.route(r, found, &cred); done {
 			return err

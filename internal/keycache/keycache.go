@@ -194,6 +194,16 @@ func (c *Cache) Find(ctx context.Context, d apikey.Digest) (Found, error) {
 	return c.ask(ctx, d)
 }
 
+// Cached reports whether Find would answer with a record from memory.
+func (c *Cache) Cached(d apikey.Digest) bool {
+	now, s := time.Now(), c.state.Load()
+	if !s.fresh(now, c.cfg.MaxStaleness) {
+		return false
+	}
+	e := c.cached(s, &d, now)
+	return e != nil && !s.disputed(e, now)
+}
+
 // found makes an answer of an entry, or of the absence of one.
 func found(e *entry, s *state, pgNow, vouchedAt time.Time) Found {
 	f := Found{Now: pgNow, entry: e, state: s, vouchedAt: vouchedAt}

@@ -3,6 +3,8 @@ package ratelimit
 import (
 	"encoding/binary"
 	"net/netip"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -24,8 +26,10 @@ func TestAnAddressIsHeldToItsRateAndBurst(t *testing.T) {
 			t.Error("a key of an address over its limit may be looked up")
 		}
 		<-time.After(v.RetryAfter) // of the clock that synctest fakes
-		if !a.Check(address).Allowed || !a.Check(address).Allowed {
-			t.Error("a look counts")
+		for range 2 {
+			if !a.Check(address).Allowed {
+				t.Error("a look counts")
+			}
 		}
 		if !a.Take(address).Allowed || a.Take(address).Allowed {
 			t.Error("one request a second is not what passes")
@@ -69,6 +73,27 @@ func TestAFloodOfAddressesNeitherRefusesOthersNorForgetsWhoOwesMost(t *testing.T
 	}
 	if a.Check(worst).Allowed {
 		t.Error("the address that owes most was forgotten")
+	}
+}
+
+func TestConcurrentRequestsOfAnAddressShareItsBurst(t *testing.T) {
+	const burst = 50
+	a, address := NewAddresses(1, burst), netip.MustParseAddr("192.0.2.1")
+	var allowed atomic.Int64
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() {
+			for range burst {
+				a.Check(address)
+				if a.Take(address).Allowed {
+					allowed.Add(1)
+				}
+			}
+		})
+	}
+	all.Wait()
+	if n := allowed.Load(); n != burst {
+		t.Errorf("%d passed, want %d", n, burst)
 	}
 }
 

@@ -1,0 +1,77 @@
+package caddymodule
+
+import (
+	"fmt"
+	"net/http"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/ratelimit"
+)
+
+// AddressLimit holds clients that have no good key to a rate, by their address as Caddy's trusted_proxies determine it: IPv4
+// whole, IPv6 by /64. A key that is in this edge's memory passes whatever its address. Behind a load balancer that
+// hides the clients' addresses all of them are one: leave it off there, or name the balancer in trusted_proxies. Requests
+// that come by a Unix socket have no address, unless a trusted proxy tells one, and are not limited.
+type AddressLimit struct {
+	// Requests per minute that are let through with no key, one that is malformed or unknown, a token in place of a key, or
+	// several keys at once. From 1 to 1000000.
+	PerMinute int `json:"per_minute"`
+
+	// How many of them may come at once. From 1 to 1000000. Default: per_minute.
+	Burst int `json:"burst,omitempty"`
+}
+
+// maxAddressRate keeps the moments that a limit counts in far from an overflow.
+const maxAddressRate = 1_000_000
+
+// limiter returns nil for no limit.
+func (l *AddressLimit) limiter() (*ratelimit.Addresses, error) {
+	if l == nil {
+		return nil, nil
+	}
+	burst := l.Burst
+	if burst == 0 {
+		burst = l.PerMinute
+	}
+	if l.PerMinute < 1 || l.PerMinute > maxAddressRate || burst < 1 || burst > maxAddressRate {
+		return nil, fmt.Errorf("per_minute and burst must be from 1 to %d", maxAddressRate)
+	}
+	return ratelimit.NewAddresses(l.PerMinute, burst), nil
+}
+
+// checkAddress tells whether a key may be looked up for the address. A key in memory needs no lookup and always passes, or
+// whoever shares an address with a guesser could be shut out. Nothing is counted before a key is proven bad: after a
+// restart the good keys of a whole office may be unknown to memory, and must not use up the limit of their address.
+func (g *Gateway) checkAddress(r *http.Request, d apikey.Digest) ratelimit.Verdict {
+	if address := clientAddress(r); address.IsValid() {
+		if verdict := g.addresses.Check(address); !verdict.Allowed && !g.cache.Cached(d) {
+			return verdict
+		}
+	}
+	return ratelimit.Verdict{Allowed: true}
+}
+
+// refuseAddress refuses a request and counts it against its address, if anybody could have sent it. Over the limit, the
+// answer is that.
+func (x *exchange) refuseAddress(w http.ResponseWriter, r *http.Request) error {
+	if x.gateway.addresses == nil || !lacksKey(x.outcome) {
+		return x.refuse(w)
+	}
+	if address := clientAddress(r); address.IsValid() {
+		if verdict := x.gateway.addresses.Take(address); !verdict.Allowed {
+			return x.limit(w, addressLimited, verdict.RetryAfter, nil)
+		}
+	}
+	return x.refuse(w)
+}
+
+// lacksKey reports whether a refusal took no key that is or was good.
+func lacksKey(o apikey.Outcome) bool {
+	switch o {
+	case apikey.Missing, apikey.Malformed, apikey.TokenType, apikey.Ambiguous, apikey.Unknown:
+		return true
+	case apikey.Unavailable, apikey.Allowed, apikey.Revoked, apikey.Expired, apikey.Mismatch, apikey.NotCovered, apikey.Insufficient,
+		apikey.PathInvalid, apikey.MethodInvalid, apikey.RateLimited:
+	}
+	return false
+}

@@ -1,0 +1,115 @@
+package caddymodule
+
+import (
+	"context"
+	"net/http"
+	"strings"
+	"testing"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keycache"
+	"github.com/rekall-ai/gateway/internal/ratelimit"
+)
+
+// comesFrom is a request that Caddy believes to come from an address.
+func comesFrom(address string, r *http.Request) *http.Request {
+	vars := map[string]any{caddyhttp.ClientIPVarKey: address}
+	return r.WithContext(context.WithValue(r.Context(), caddyhttp.VarsCtxKey, vars))
+}
+
+func TestEachRequestWithoutAGoodKeyCountsAgainstItsAddressAndNoOther(t *testing.T) {
+	g, secret := newGateway(t)
+	unknown := apikey.Generate(apikey.Production)
+	bearing := func(value string) func(*http.Request) {
+		return func(r *http.Request) { r.Header.Set("Authorization", "Bearer "+value) }
+	}
+	for name, c := range map[string]struct {
+		place  func(*http.Request)
+		status int
+		counts bool
+	}{
+		"missing":     {func(*http.Request) {}, 401, true},
+		"malformed":   {bearing("rk_guess"), 401, true},
+		"token":       {bearing("rat_guess"), 401, true},
+		"unknown":     {bearing(unknown), 401, true},
+		"several":     {func(r *http.Request) { bearing(unknown)(r); r.Header.Set("X-Api-Key", secret) }, 400, true},
+		"good":        {bearing(secret), 204, false},
+		"bad path":    {func(r *http.Request) { bearing(secret)(r); r.URL.Path = "//" }, 400, false},
+		"bad method":  {func(r *http.Request) { bearing(secret)(r); r.Method = "TRACE" }, 405, false},
+		"lacks scope": {func(r *http.Request) { bearing(secret)(r); r.Method = "POST" }, 403, false},
+		"not covered": {func(r *http.Request) { bearing(secret)(r); r.URL.Path = "/v1/other" }, 403, false},
+	} {
+		g.addresses = ratelimit.NewAddresses(1, 1)
+		send := func() int { return g.serve(t, comesFrom("192.0.2.1", request(secret, c.place))).Code }
+		if first := send(); first != c.status {
+			t.Errorf("%s: the first answer is %d, want %d", name, first, c.status)
+		}
+		want := c.status
+		if c.counts {
+			want = http.StatusTooManyRequests
+		}
+		if second := send(); second != want {
+			t.Errorf("%s: the second answer is %d, want %d", name, second, want)
+		}
+	}
+}
+
+func TestAddressOverItsLimitAsksTheCacheForNothingAndKnownKeysPass(t *testing.T) {
+	g, secret := newGateway(t)
+	g.addresses = ratelimit.NewAddresses(1, 1)
+	const address = "192.0.2.1"
+	g.serve(t, comesFrom(address, bearerRequest("rk_guess")))
+	cache := g.cache.(*keycache.Cache)
+	before := cache.Status()
+	w := g.serve(t, comesFrom(address, bearerRequest(apikey.Generate(apikey.Production))))
+	after := cache.Status()
+	if w.Code != http.StatusTooManyRequests || !strings.Contains(w.Body.String(), `"RATE_LIMIT_EXCEEDED"`) || w.Header().Get("Retry-After") != "60" {
+		t.Errorf("answered %d, Retry-After %q: %s", w.Code, w.Header().Get("Retry-After"), w.Body)
+	}
+	if after.Hits != before.Hits || after.Misses != before.Misses || after.Lookups != before.Lookups {
+		t.Errorf("a key was looked up: %+v, before %+v", after, before)
+	}
+	if w := g.serve(t, comesFrom(address, bearerRequest(secret))); w.Code != http.StatusNoContent {
+		t.Errorf("a good key in memory is answered %d", w.Code)
+	}
+}
+
+func TestRequestWithoutAnAddressIsNotLimited(t *testing.T) {
+	g, _ := newGateway(t)
+	g.addresses = ratelimit.NewAddresses(1, 1)
+	for range 3 { // by a Unix socket, Caddy has none
+		if w := g.serve(t, comesFrom("", bearerRequest("rk_guess"))); w.Code != http.StatusUnauthorized {
+			t.Error(w.Code)
+		}
+	}
+}
+
+func TestAddressLimitAllocatesNothingForAKnownKey(t *testing.T) {
+	g, secret := newGateway(t)
+	r := comesFrom("2001:db8::1", bearerRequest(secret))
+	g.addresses = ratelimit.NewAddresses(1, 1)
+	g.addresses.Take(clientAddress(r)) // the longer way, for an address over its limit
+	digest := apikey.Hash(secret)
+	if n := testing.AllocsPerRun(200, func() {
+		if !g.checkAddress(r, digest).Allowed {
+			t.Fatal("refused")
+		}
+	}); n > 0 {
+		t.Errorf("%.0f allocations, want none", n)
+	}
+}
+
+func TestAddressLimitOutOfRangeIsRefused(t *testing.T) {
+	for _, l := range []AddressLimit{{}, {PerMinute: -1}, {PerMinute: maxAddressRate + 1}, {PerMinute: 1, Burst: -1}, {PerMinute: 1, Burst: maxAddressRate + 1}} {
+		if limiter, err := l.limiter(); err == nil || limiter != nil {
+			t.Errorf("%+v is taken", l)
+		}
+	}
+	for _, l := range []AddressLimit{{PerMinute: 1}, {PerMinute: maxAddressRate, Burst: maxAddressRate}, {PerMinute: 1, Burst: maxAddressRate}} {
+		if limiter, err := l.limiter(); err != nil || limiter == nil {
+			t.Errorf("%+v is refused: %v", l, err)
+		}
+	}
+}

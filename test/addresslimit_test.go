@@ -1,0 +1,81 @@
+package test
+
+import (
+	"net/http"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+)
+
+// limitedSite has an address_limit.
+func limitedSite(limit string) string {
+	return strings.Replace(standardSite, "rekall_gateway {", "rekall_gateway {\n\t\taddress_limit "+limit, 1)
+}
+
+// from is a request's header as a trusted proxy sends it on for an address.
+func from(address string, header http.Header) http.Header {
+	header = header.Clone()
+	header.Set("X-Forwarded-For", address)
+	return header
+}
+
+func TestAddressThatGuessesIsRefusedBeforeAnyLookupAndNobodyElseIs(t *testing.T) {
+	r := newRig(t)
+	good, other := r.key("production", "memories:read"), r.key("production", "memories:read")
+	g := r.write(limitedSite("1 5"), // the test is over before the next request of the guesser would pass
+		"rekall {\n\t\tdatabase {env.REKALL_DATABASE_URL}\n\t}\n\tservers {\n\t\ttrusted_proxies static 127.0.0.1/32\n\t}")
+	g.run(r.database)
+	g.waitReady()
+	const guesser = "2001:db8:1:2::1"
+	eventually(t, "the good key is in memory", func() bool {
+		before := g.status().Lookups
+		g.do("GET", "/v1/memories", from(guesser, bearer(good))).wantCode(t, 200, "")
+		return g.status().Lookups == before
+	})
+	guess := func(address string) reply {
+		return g.do("GET", "/v1/memories", from(address, http.Header{"X-Api-Key": {"rk_guess"}}))
+	}
+	for range 5 {
+		guess(guesser).wantCode(t, 401, "API_KEY_INVALID")
+	}
+	refused := guess("2001:db8:1:2:ffff::2") // of the same /64
+	refused.wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
+	if seconds, err := strconv.Atoi(refused.Header.Get("Retry-After")); err != nil || seconds < 1 || seconds > 60 {
+		t.Errorf("Retry-After %q", refused.Header.Get("Retry-After"))
+	}
+	before := g.status().Lookups
+	g.do("GET", "/v1/memories", from(guesser, http.Header{"X-Api-Key": {apikey.Generate(apikey.Production)}})).wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
+	if g.status().Lookups != before {
+		t.Error("a key was looked up for an address over its limit")
+	}
+	for range 20 {
+		g.do("GET", "/v1/memories", from(guesser, bearer(good))).wantCode(t, 200, "")
+	}
+	guess("2001:db8:1:3::1").wantCode(t, 401, "API_KEY_INVALID")
+	g.do("GET", "/v1/memories", from("192.0.2.1", bearer(other))).wantCode(t, 200, "")
+	for environment, want := range map[string]float64{"none": 1, "production": 1} {
+		if n := g.series(t, `rekall_decisions_total{environment="`+environment+`",outcome="rate_limited"}`); n != want {
+			t.Errorf("%v requests of environment %s are counted as limited, want %v", n, environment, want)
+		}
+	}
+}
+
+func TestClientThatObeysTheRetryAfterOfAnAddressLimitIsAnswered(t *testing.T) {
+	r := newRig(t)
+	g := r.start(limitedSite("60 5"))
+	guess := func() reply { return g.do("GET", "/v1/memories", nil) }
+	var refused reply
+	eventually(t, "it is over the limit", func() bool {
+		refused = guess()
+		return refused.StatusCode == 429
+	})
+	seconds, err := strconv.Atoi(refused.Header.Get("Retry-After"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-time.After(time.Duration(seconds) * time.Second)
+	guess().wantCode(t, 401, "API_KEY_MISSING")
+}
