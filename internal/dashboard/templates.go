@@ -49,6 +49,10 @@ var actions = map[keyadmin.Action]string{
 	keyadmin.LeakReported:      "Reported as leaked",
 	keyadmin.KeysRevoked:       "Revoked with others",
 	keyadmin.KeysImported:      "Imported with others",
+
+	keyadmin.TierLimitsChanged:    "Limits of the tier changed",
+	keyadmin.AccountLimitsChanged: "Limits of the account changed",
+	keyadmin.KeyLimitsChanged:     "Limits changed",
 }
 
 // moment is a time as people say it, and exactly.

@@ -22,6 +22,10 @@ const (
 	KeysRevoked       Action = "keys.revoked"        // many at once; each has its key.revoked too
 	KeysImported      Action = "keys.imported"       // a line for each account
 	LeakReported      Action = "leak.reported"       // a line for each report; keys that exist have their key.revoked too
+
+	TierLimitsChanged    Action = "limits.tier_changed"
+	AccountLimitsChanged Action = "limits.account_changed"
+	KeyLimitsChanged     Action = "limits.key_changed"
 )
 
 // AuditEntry says who did what to which key and when. Times are Postgres's, in UTC.
