@@ -59,7 +59,7 @@ func (x *exchange) refuseAddress(w http.ResponseWriter, r *http.Request) error {
 	}
 	if address := clientAddress(r); address.IsValid() {
 		if verdict := x.gateway.addresses.Take(address); !verdict.Allowed {
-			return x.limit(w, addressLimited, verdict.RetryAfter, nil)
+			return x.limit(w, addressLimit, addressLimited, verdict.RetryAfter, nil)
 		}
 	}
 	return x.refuse(w)

@@ -203,7 +203,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	}
 	if g.addresses != nil {
 		if verdict := g.checkAddress(r, cred.Digest); !verdict.Allowed {
-			return x.limit(w, addressLimited, verdict.RetryAfter, nil)
+			return x.limit(w, addressLimit, addressLimited, verdict.RetryAfter, nil)
 		}
 	}
 	for range maxFinds {

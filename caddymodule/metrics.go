@@ -22,6 +22,7 @@ type metrics struct {
 	latencies       prometheus.Histogram
 	revocationDelay prometheus.Histogram
 	reportOnly      *prometheus.CounterVec
+	limited         [len(limitNames)]prometheus.Counter // by limitKind
 	collectors      []prometheus.Collector
 }
 
@@ -67,7 +68,14 @@ func newMetrics() *metrics {
 	for _, outcome := range []apikey.Outcome{apikey.NotCovered, apikey.Insufficient} { // from 0, or the first ones are no increase
 		m.reportOnly.WithLabelValues(outcome.String())
 	}
-	m.collectors = []prometheus.Collector{decisions, m.latencies, m.revocationDelay, m.reportOnly}
+	limited := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "rekall_rate_limited_total",
+		Help: "Requests beyond a limit: the rate of their key, its number of requests at a time, or what an address may send without a good key.",
+	}, []string{"limit"})
+	for kind, name := range limitNames {
+		m.limited[kind] = limited.WithLabelValues(name)
+	}
+	m.collectors = []prometheus.Collector{decisions, m.latencies, m.revocationDelay, m.reportOnly, limited}
 	return m
 }
 

@@ -83,18 +83,28 @@ func (x *exchange) tellLimits(h http.Header) {
 	}
 }
 
+// limitKind is which limit a request was beyond.
+type limitKind uint8
+
+const (
+	rateLimit limitKind = iota
+	concurrencyLimit
+	addressLimit
+)
+
+var limitNames = [...]string{rateLimit: "rate", concurrencyLimit: "concurrency", addressLimit: "address"}
+
 // refuseLimited answers a request beyond the limits of its key.
 func (x *exchange) refuseLimited(w http.ResponseWriter) error {
-	a, details := answers[apikey.RateLimited], map[string]any(nil)
 	verdict := x.allowance.verdict
-	switch {
-	case verdict.Concurrent:
-		a = tooManyAtOnce
-		details = map[string]any{"limit": x.allowance.limits.Concurrent, "remaining": 0, "reset_at": x.now.Add(verdict.RetryAfter + time.Second - 1).Unix()}
-	default:
-		details = map[string]any{"limit": x.allowance.limits.PerMinute, "remaining": x.allowance.remaining(), "reset_at": x.resetAt()}
+	if verdict.Concurrent {
+		return x.limit(w, concurrencyLimit, tooManyAtOnce, verdict.RetryAfter, map[string]any{
+			"limit": x.allowance.limits.Concurrent, "remaining": 0, "reset_at": x.now.Add(verdict.RetryAfter + time.Second - 1).Unix(),
+		})
 	}
-	return x.limit(w, a, verdict.RetryAfter, details)
+	return x.limit(w, rateLimit, answers[apikey.RateLimited], verdict.RetryAfter, map[string]any{
+		"limit": x.allowance.limits.PerMinute, "remaining": x.allowance.remaining(), "reset_at": x.resetAt(),
+	})
 }
 
 // tooManyAtOnce is RateLimited where it is not the rate.
@@ -102,9 +112,10 @@ var tooManyAtOnce = newAnswer(http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDED",
 	"This API key has too many requests in flight at the same time. Try again when one of them has ended.", "")
 
 // limit refuses a request that is over a limit.
-func (x *exchange) limit(w http.ResponseWriter, a answer, retryAfter time.Duration, details map[string]any) error {
+func (x *exchange) limit(w http.ResponseWriter, kind limitKind, a answer, retryAfter time.Duration, details map[string]any) error {
 	x.outcome = apikey.RateLimited
 	x.count()
+	x.gateway.metrics.limited[kind].Inc()
 	seconds := (retryAfter + time.Second - 1) / time.Second // rounded up: who obeys it is not refused again
 	w.Header()["Retry-After"] = []string{strconv.FormatInt(int64(seconds), 10)}
 	x.answer(w, a, details)
