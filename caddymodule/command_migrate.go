@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"strings"
 
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 	"github.com/spf13/cobra"
@@ -14,9 +15,12 @@ import (
 func init() {
 	caddycmd.RegisterCommand(caddycmd.Command{
 		Name:  "migrate",
-		Usage: "[--database <url>] [--edge-role <name>] [--admin-role <name>] [--json]",
+		Usage: "[--database <url>] [--edge-role <name>] [--admin-role <name>] [--plan] [--json]",
 		Short: "Creates or updates Rekall's schema in Postgres",
 		Long: `Creates the schema 'rekall' or brings it up to this version. Safe to repeat, and to run from several machines at once.
+
+With --plan it changes nothing, and shows the versions and the SQL that it would run. Gateways that run go on working while the
+schema goes forward, and with the new one: migrate first, then upgrade them one after another.
 
 With --edge-role and --admin-role it also gives two Postgres roles the least rights that work: the edge's reads keys and
 writes its own row in 'edges'; the admin's creates and revokes keys. A role that does not exist is created as a group
@@ -33,6 +37,7 @@ CREATEROLE.`,
 			databaseFlags(cmd)
 			cmd.Flags().String("edge-role", "", "Postgres role of the gateways")
 			cmd.Flags().String("admin-role", "", "Postgres role of those who manage keys")
+			cmd.Flags().Bool("plan", false, "Show what would be run, and change nothing")
 			cmd.RunE = run(migrate)
 		},
 	})
@@ -50,6 +55,9 @@ func migrate(ctx context.Context, cmd *cobra.Command, _ []string) error {
 	if roles.Admin, err = roleFlag(cmd, "admin-role"); err != nil {
 		return err
 	}
+	if planned, _ := cmd.Flags().GetBool("plan"); planned {
+		return plan(ctx, cmd, url, roles)
+	}
 	from, to, err := keystore.MigrateAndGrant(ctx, url, roles)
 	if err != nil {
 		return err
@@ -65,6 +73,40 @@ func migrate(ctx context.Context, cmd *cobra.Command, _ []string) error {
 		}
 		if roles.Admin != "" {
 			fmt.Fprintf(w, "Role %s has the rights to manage keys, and no more.\n", roles.Admin)
+		}
+	})
+}
+
+// migration is a step of the schema as JSON.
+type migration struct {
+	Version int32  `json:"version"`
+	Name    string `json:"name"`
+	SQL     string `json:"sql"`
+}
+
+func plan(ctx context.Context, cmd *cobra.Command, url string, roles keystore.Roles) error {
+	from, pending, err := keystore.Plan(ctx, url)
+	if err != nil {
+		return err
+	}
+	to, migrations := from, make([]migration, 0, len(pending))
+	for _, m := range pending {
+		to, migrations = m.Version, append(migrations, migration(m))
+	}
+	return show(cmd, map[string]any{"from": from, "to": to, "migrations": migrations}, func(w io.Writer) {
+		if from == to {
+			fmt.Fprintf(w, "Schema rekall is up to date (version %d): nothing to run.\n", to)
+		} else {
+			fmt.Fprintf(w, "Schema rekall would be migrated from version %d to %d. Nothing was changed.\n", from, to)
+		}
+		for _, m := range migrations {
+			fmt.Fprintf(w, "\n-- %s: to version %d\n%s\n", m.Name, m.Version, strings.TrimSpace(m.SQL))
+		}
+		if roles.Edge != "" {
+			fmt.Fprintf(w, "\nRole %s would have the rights of an edge, and no more.\n", roles.Edge)
+		}
+		if roles.Admin != "" {
+			fmt.Fprintf(w, "\nRole %s would have the rights to manage keys, and no more.\n", roles.Admin)
 		}
 	})
 }

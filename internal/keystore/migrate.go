@@ -73,6 +73,78 @@ func MigrateAndGrant(ctx context.Context, url string, roles Roles) (from, to int
 	return from, to, nil
 }
 
+// Migration is a step of the schema from one version to the next.
+type Migration struct {
+	Version int32  // of the schema after it
+	Name    string // of its file, such as 003_key_life.sql
+	SQL     string // all of it; it runs in one transaction
+}
+
+// Plan returns the schema's version and the migrations that Migrate would run, first to last, without changing anything: its
+// connection is read-only. Version 0: there is no schema yet.
+func Plan(ctx context.Context, url string) (from int32, pending []Migration, err error) {
+	config, err := parse(url, migrateConnectTimeout)
+	if err != nil {
+		return 0, nil, err
+	}
+	conn, err := pgx.ConnectConfig(ctx, config.ConnConfig)
+	if err != nil {
+		return 0, nil, failed("plan migrations", err)
+	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
+		defer cancel()
+		_ = conn.Close(ctx)
+	}()
+	tx, err := conn.BeginTx(ctx, pgx.TxOptions{AccessMode: pgx.ReadOnly})
+	if err != nil {
+		return 0, nil, failed("plan migrations", err)
+	}
+	if from, err = schemaVersion(ctx, tx); err != nil {
+		return 0, nil, failed("plan migrations", err)
+	}
+	if err = tx.Rollback(ctx); err != nil {
+		return 0, nil, failed("plan migrations", err)
+	}
+	all, err := known(ctx)
+	if err != nil {
+		return 0, nil, fmt.Errorf("plan migrations: %w", err)
+	}
+	if newest := int32(len(all)); from > newest {
+		return from, nil, fmt.Errorf("plan migrations: %w", &NewerSchemaError{Schema: from, Binary: newest})
+	}
+	return from, all[from:], nil
+}
+
+func schemaVersion(ctx context.Context, tx pgx.Tx) (version int32, err error) {
+	var exists bool
+	if err = tx.QueryRow(ctx, "select to_regclass($1) is not null", versionTable).Scan(&exists); err != nil || !exists {
+		return 0, err
+	}
+	err = tx.QueryRow(ctx, "select version from "+versionTable).Scan(&version)
+	return version, err
+}
+
+// known returns this binary's migrations, read by the migrator that would run them. It needs no connection for that.
+func known(ctx context.Context) ([]Migration, error) {
+	files, err := fs.Sub(migrations, "migrations")
+	if err != nil {
+		return nil, err
+	}
+	migrator, err := migrate.NewMigrator(ctx, nil, versionTable)
+	if err != nil {
+		return nil, err
+	}
+	if err := migrator.LoadMigrations(files); err != nil {
+		return nil, err
+	}
+	all := make([]Migration, 0, len(migrator.Migrations))
+	for _, m := range migrator.Migrations {
+		all = append(all, Migration{Version: m.Sequence, Name: m.Name, SQL: m.UpSQL})
+	}
+	return all, nil
+}
+
 func migrateTo(ctx context.Context, conn *pgx.Conn, files fs.FS) (from, to int32, err error) {
 	if _, err = conn.Exec(ctx, "select pg_advisory_lock($1)", migrateLock); err != nil {
 		return 0, 0, err

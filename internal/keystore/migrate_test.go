@@ -34,6 +34,63 @@ func TestMigrateTwiceDoesNothingTheSecondTime(t *testing.T) {
 	}
 }
 
+// relations is the number of tables, indexes and sequences in the schema rekall.
+func relations(t *testing.T, databaseURL string) (n int) {
+	t.Helper()
+	query := `select count(*) from pg_class where relnamespace = to_regnamespace('rekall')`
+	if err := connect(t, databaseURL).QueryRow(t.Context(), query).Scan(&n); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func TestPlanShowsWhatMigrateRunsAndChangesNothing(t *testing.T) {
+	databaseURL := pgtest.URL(t)
+	from, pending, err := keystore.Plan(t.Context(), databaseURL)
+	if err != nil || from != 0 || len(pending) < 2 {
+		t.Fatalf("from %d, %d migrations, %v", from, len(pending), err)
+	}
+	for i, m := range pending {
+		file, err := fs.ReadFile(keystore.Migrations, "migrations/"+m.Name)
+		if err != nil || m.Version != int32(i+1) || strings.TrimSpace(m.SQL) != strings.TrimSpace(string(file)) {
+			t.Errorf("migration %d: version %d, %s is not its file: %v", i+1, m.Version, m.Name, err)
+		}
+	}
+	if n := relations(t, databaseURL); n != 0 {
+		t.Errorf("the plan made %d objects", n)
+	}
+
+	// From every version on, the plan is what is left.
+	files, err := fs.Sub(keystore.Migrations, "migrations")
+	if err != nil {
+		t.Fatal(err)
+	}
+	some, conn := fstest.MapFS{}, connect(t, databaseURL) // one, which holds the lock of migrations until it is closed
+	for i, m := range pending {
+		text, err := fs.ReadFile(files, m.Name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		some[m.Name] = &fstest.MapFile{Data: text}
+		if _, _, err := keystore.MigrateTo(t.Context(), conn, some); err != nil {
+			t.Fatal(err)
+		}
+		before := relations(t, databaseURL)
+		version, left, err := keystore.Plan(t.Context(), databaseURL)
+		if err != nil || version != int32(i+1) || len(left) != len(pending)-i-1 || len(left) > 0 && left[0].Version != version+1 {
+			t.Errorf("at version %d: from %d, %d migrations, %v", i+1, version, len(left), err)
+		}
+		if n := relations(t, databaseURL); n != before {
+			t.Errorf("the plan made %d objects of %d", n, before)
+		}
+	}
+	pgtest.Exec(t, databaseURL, `update rekall.schema_version set version = 77`)
+	var newer *keystore.NewerSchemaError
+	if _, _, err := keystore.Plan(t.Context(), databaseURL); !errors.As(err, &newer) || newer.Schema != 77 {
+		t.Errorf("a newer schema: %v", err)
+	}
+}
+
 func TestMigrationsAtOnceRunOnce(t *testing.T) {
 	databaseURL := pgtest.URL(t)
 	files, err := fs.Sub(keystore.Migrations, "migrations")
