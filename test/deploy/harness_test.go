@@ -25,6 +25,8 @@ import (
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
+const shipped = "../../cmd/rekall-gateway/deploy/"
+
 // program is the gateway of this tree, as it is deployed.
 var program string
 
@@ -48,11 +50,15 @@ func (b built) Run() int {
 	return b.m.Run()
 }
 
-// build makes the gateway of a checkout of the repository, as the Containerfile does.
+// build makes the gateway of a checkout of the repository, as the Containerfile of this one does.
 func build(checkout, program string) error {
-	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-o", program, "./cmd/rekall-gateway")
+	step, err := buildStep()
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command("bash", "-c", step)
 	cmd.Dir = checkout
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	cmd.Env = append(os.Environ(), "PROGRAM="+program)
 	if output, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("build the gateway: %w\n%s", err, output)
 	}
@@ -78,6 +84,13 @@ func newRig(t *testing.T) *rig {
 	t.Cleanup(store.Close)
 	r.admin = keyadmin.New(store)
 	return r
+}
+
+func (r *rig) migrate() {
+	r.t.Helper()
+	if _, _, err := keystore.Migrate(r.t.Context(), r.database); err != nil {
+		r.t.Fatal(err)
+	}
 }
 
 func backend(t *testing.T, name string) *devenv.Backend {
@@ -327,7 +340,8 @@ func run(t *testing.T, env []string, name string, args ...string) *process {
 		_ = p.cmd.Wait()
 	}()
 	t.Cleanup(func() {
-		p.stop(t)
+		_ = p.cmd.Process.Kill() // stopping in order takes as long as shutdown_delay
+		<-p.done
 		if log := p.log.String(); t.Failed() {
 			t.Logf("log of %s:\n%s", p.name, log[max(0, len(log)-4000):])
 		}
@@ -405,4 +419,30 @@ func eventually(t *testing.T, what string, condition func() bool) {
 		}
 		<-time.After(20 * time.Millisecond)
 	}
+}
+
+func read(t *testing.T, path string) string {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+func port(address string) string {
+	_, port, _ := net.SplitHostPort(address)
+	return port
+}
+
+// substitute replaces each old text with the new one after it. A text that is not there is an error: the shipped file has changed.
+func substitute(t *testing.T, text string, oldNew ...string) string {
+	t.Helper()
+	for i := 0; i < len(oldNew); i += 2 {
+		if !strings.Contains(text, oldNew[i]) {
+			t.Fatalf("no %q in:\n%s", oldNew[i], text)
+		}
+		text = strings.ReplaceAll(text, oldNew[i], oldNew[i+1])
+	}
+	return text
 }

@@ -1,0 +1,310 @@
+package deploy
+
+import (
+	"errors"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"testing"
+
+	"go.yaml.in/yaml/v3"
+
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+)
+
+// What the manifest may say, by the names of Kubernetes' API. A name that is not here is an error, as it is for a server with strict
+// field validation: a misspelt field would be one that does not hold.
+type (
+	object struct {
+		APIVersion string `yaml:"apiVersion"`
+		Kind       string
+		Metadata   metadata
+	}
+	metadata struct {
+		Name   string
+		Labels map[string]string
+	}
+	selector struct {
+		MatchLabels map[string]string `yaml:"matchLabels"`
+	}
+	job struct {
+		object `yaml:",inline"`
+		Spec   struct {
+			BackoffLimit            int `yaml:"backoffLimit"`
+			TTLSecondsAfterFinished int `yaml:"ttlSecondsAfterFinished"`
+			Template                podTemplate
+		}
+	}
+	configMap struct {
+		object `yaml:",inline"`
+		Data   map[string]string
+	}
+	deployment struct {
+		object `yaml:",inline"`
+		Spec   struct {
+			Replicas int
+			Selector selector
+			Strategy struct {
+				RollingUpdate struct {
+					MaxUnavailable *int `yaml:"maxUnavailable"`
+					MaxSurge       int  `yaml:"maxSurge"`
+				} `yaml:"rollingUpdate"`
+			}
+			Template podTemplate
+		}
+	}
+	podTemplate struct {
+		Metadata metadata
+		Spec     struct {
+			RestartPolicy                 string `yaml:"restartPolicy"`
+			TerminationGracePeriodSeconds int    `yaml:"terminationGracePeriodSeconds"`
+			AutomountServiceAccountToken  *bool  `yaml:"automountServiceAccountToken"`
+			SecurityContext               struct {
+				RunAsNonRoot   bool                  `yaml:"runAsNonRoot"`
+				RunAsUser      int                   `yaml:"runAsUser"`
+				RunAsGroup     int                   `yaml:"runAsGroup"`
+				FSGroup        int                   `yaml:"fsGroup"`
+				SeccompProfile struct{ Type string } `yaml:"seccompProfile"`
+			} `yaml:"securityContext"`
+			TopologySpreadConstraints []struct {
+				MaxSkew           int      `yaml:"maxSkew"`
+				TopologyKey       string   `yaml:"topologyKey"`
+				WhenUnsatisfiable string   `yaml:"whenUnsatisfiable"`
+				LabelSelector     selector `yaml:"labelSelector"`
+			} `yaml:"topologySpreadConstraints"`
+			Containers []container
+			Volumes    []struct {
+				Name      string
+				ConfigMap *struct{ Name string } `yaml:"configMap"`
+				Secret    *struct {
+					SecretName string `yaml:"secretName"`
+					Items      []struct{ Key, Path string }
+				}
+				EmptyDir *struct {
+					SizeLimit string `yaml:"sizeLimit"`
+				} `yaml:"emptyDir"`
+			}
+		}
+	}
+	container struct {
+		Name, Image string
+		Args        []string
+		Env         []struct {
+			Name      string
+			ValueFrom struct {
+				SecretKeyRef struct{ Name, Key string } `yaml:"secretKeyRef"`
+			} `yaml:"valueFrom"`
+		}
+		Ports []struct {
+			Name          string
+			ContainerPort int `yaml:"containerPort"`
+		}
+		LivenessProbe   probe `yaml:"livenessProbe"`
+		ReadinessProbe  probe `yaml:"readinessProbe"`
+		Resources       struct{ Requests, Limits struct{ CPU, Memory string } }
+		SecurityContext struct {
+			AllowPrivilegeEscalation *bool `yaml:"allowPrivilegeEscalation"`
+			ReadOnlyRootFilesystem   bool  `yaml:"readOnlyRootFilesystem"`
+			Capabilities             struct{ Drop []string }
+		} `yaml:"securityContext"`
+		VolumeMounts []struct {
+			Name      string
+			MountPath string `yaml:"mountPath"`
+			ReadOnly  bool   `yaml:"readOnly"`
+		} `yaml:"volumeMounts"`
+	}
+	probe struct {
+		HTTPGet struct{ Path, Port string } `yaml:"httpGet"`
+
+		PeriodSeconds    int `yaml:"periodSeconds"`
+		FailureThreshold int `yaml:"failureThreshold"`
+	}
+	service struct {
+		object `yaml:",inline"`
+		Spec   struct {
+			Type                  string
+			ExternalTrafficPolicy string `yaml:"externalTrafficPolicy"`
+			Selector              map[string]string
+			Ports                 []struct {
+				Name       string
+				Port       int
+				TargetPort string `yaml:"targetPort"`
+			}
+		}
+	}
+	disruptionBudget struct {
+		object `yaml:",inline"`
+		Spec   struct {
+			MaxUnavailable int `yaml:"maxUnavailable"`
+			Selector       selector
+		}
+	}
+)
+
+type manifest struct {
+	job        job
+	config     configMap
+	deployment deployment
+	service    service
+	budget     disruptionBudget
+	caddyfile  string
+}
+
+func readManifest(t *testing.T) manifest {
+	t.Helper()
+	var m manifest
+	kinds := map[string]any{
+		"batch/v1 Job": &m.job, "v1 ConfigMap": &m.config, "apps/v1 Deployment": &m.deployment, "v1 Service": &m.service,
+		"policy/v1 PodDisruptionBudget": &m.budget,
+	}
+	for document := range strings.SplitSeq(read(t, shipped+"kubernetes.yaml"), "\n---\n") { // as kubectl does: no anchor reaches beyond
+		var o object
+		if err := yaml.Unmarshal([]byte(document), &o); err != nil {
+			t.Fatal(err)
+		}
+		kind := o.APIVersion + " " + o.Kind
+		into, ok := kinds[kind]
+		if !ok {
+			t.Fatalf("%s is there twice, or unknown", kind)
+		}
+		delete(kinds, kind)
+		decoder := yaml.NewDecoder(strings.NewReader(document))
+		decoder.KnownFields(true)
+		if err := decoder.Decode(into); err != nil {
+			t.Fatalf("%s: %v", kind, err)
+		}
+		if err := decoder.Decode(new(any)); !errors.Is(err, io.EOF) {
+			t.Fatalf("%s: more than one document, %v", kind, err)
+		}
+	}
+	if len(kinds) > 0 {
+		t.Fatalf("missing: %v", slices.Collect(maps.Keys(kinds)))
+	}
+	m.caddyfile = m.config.Data["Caddyfile"]
+	return m
+}
+
+func TestManifestFitsTogether(t *testing.T) {
+	m := readManifest(t)
+	pod := m.deployment.Spec.Template
+	labels, c := pod.Metadata.Labels, pod.Spec.Containers[0]
+	for what, s := range map[string]map[string]string{
+		"Deployment": m.deployment.Spec.Selector.MatchLabels, "Service": m.service.Spec.Selector, "budget": m.budget.Spec.Selector.MatchLabels,
+		"spread": pod.Spec.TopologySpreadConstraints[0].LabelSelector.MatchLabels,
+	} {
+		if len(s) == 0 || !maps.Equal(s, labels) {
+			t.Errorf("the %s selects %v, and the pods are %v", what, s, labels)
+		}
+	}
+
+	// Ports: of the Service, of the container, of the Caddyfile.
+	ports := make(map[string]int)
+	for _, p := range c.Ports {
+		ports[p.Name] = p.ContainerPort
+	}
+	if want := map[string]int{"http": 8080, "https": 8443, "health": 8081}; !maps.Equal(ports, want) {
+		t.Errorf("ports %v, want %v", ports, want)
+	}
+	for _, line := range []string{"http_port 8080", "https_port 8443", "http://:8081 {\n\trekall_health"} {
+		if !strings.Contains(m.caddyfile, line) {
+			t.Errorf("the Caddyfile lacks %s", line)
+		}
+	}
+	for _, p := range m.service.Spec.Ports {
+		if ports[p.TargetPort] == 0 || p.TargetPort == "health" {
+			t.Errorf("the Service leads to %q", p.TargetPort)
+		}
+	}
+	if got := c.LivenessProbe.HTTPGet; got.Path != "/rekall/live" || got.Port != "health" {
+		t.Errorf("liveness: %+v", got)
+	}
+	if got := c.ReadinessProbe.HTTPGet; got.Path != "/rekall/ready" || got.Port != "health" {
+		t.Errorf("readiness: %+v", got)
+	}
+
+	// Volumes: each that is mounted is there, and the files that the Caddyfile names are in them.
+	volumes := make(map[string]bool)
+	for _, v := range pod.Spec.Volumes {
+		volumes[v.Name] = true
+	}
+	mounted := make(map[string]bool)
+	for _, v := range c.VolumeMounts {
+		mounted[v.MountPath] = true
+		if !volumes[v.Name] || v.ReadOnly != (v.MountPath != "/data") {
+			t.Errorf("%+v", v)
+		}
+	}
+	for _, dir := range []string{"/etc/rekall", "/run/secrets/rekall", "/run/secrets/tls", "/data"} {
+		if !mounted[dir] {
+			t.Errorf("%s is not mounted", dir)
+		}
+	}
+
+	// Time enough to end in order.
+	if !strings.Contains(m.caddyfile, "shutdown_delay 10s") || !strings.Contains(m.caddyfile, "grace_period 20s") ||
+		pod.Spec.TerminationGracePeriodSeconds <= 10+20 {
+		t.Errorf("the kubelet kills after %d s", pod.Spec.TerminationGracePeriodSeconds)
+	}
+	if c.ReadinessProbe.PeriodSeconds*c.ReadinessProbe.FailureThreshold >= 10 {
+		t.Error("the pod is found not ready after shutdown_delay only")
+	}
+	if u := m.deployment.Spec.Strategy.RollingUpdate.MaxUnavailable; u == nil || *u != 0 || m.deployment.Spec.Replicas <= m.budget.Spec.MaxUnavailable {
+		t.Error("an update takes edges away before others are ready")
+	}
+	migrate := m.job.Spec.Template.Spec.Containers[0]
+	if migrate.Image != c.Image || migrate.Env[0].Name != "REKALL_DATABASE_URL" || migrate.Args[0] != "migrate" {
+		t.Errorf("the Job runs %s %v", migrate.Image, migrate.Args)
+	}
+}
+
+func TestPodsHaveNoPrivilege(t *testing.T) {
+	m, im := readManifest(t), readImage(t)
+	for name, pod := range map[string]podTemplate{"Job": m.job.Spec.Template, "Deployment": m.deployment.Spec.Template} {
+		s := pod.Spec.SecurityContext
+		if !s.RunAsNonRoot || im.user != "65532:65532" || s.RunAsUser != 65532 || s.RunAsGroup != 65532 || s.SeccompProfile.Type != "RuntimeDefault" {
+			t.Errorf("%s: %+v", name, s)
+		}
+		if pod.Spec.AutomountServiceAccountToken == nil || *pod.Spec.AutomountServiceAccountToken {
+			t.Errorf("%s: it has a token for Kubernetes' API", name)
+		}
+		c := pod.Spec.Containers[0]
+		if p := c.SecurityContext; p.AllowPrivilegeEscalation == nil || *p.AllowPrivilegeEscalation || !p.ReadOnlyRootFilesystem ||
+			!slices.Equal(p.Capabilities.Drop, []string{"ALL"}) {
+			t.Errorf("%s: %+v", name, p)
+		}
+		if c.Resources.Limits.Memory == "" || c.Resources.Requests.Memory == "" || c.Resources.Requests.CPU == "" {
+			t.Errorf("%s: %+v", name, c.Resources)
+		}
+	}
+}
+
+// The Caddyfile as it stands there is tried in TestContainerServesFromAReadOnlyRootAsNobody.
+func TestManifestIsRefusedWithAMisspeltField(t *testing.T) {
+	decoder := yaml.NewDecoder(strings.NewReader("kind: Deployment\nspec: {template: {spec: {securityContext: {runAsNonroot: true}}}}"))
+	decoder.KnownFields(true)
+	if err := decoder.Decode(new(deployment)); err == nil || !strings.Contains(err.Error(), "runAsNonroot") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestMigrationJobRunsTheCommandOfTheGuide(t *testing.T) {
+	t.Parallel()
+	m, r := readManifest(t), newRig(t)
+	edge, admin := "", ""
+	args := slices.Clone(m.job.Spec.Template.Spec.Containers[0].Args)
+	for i, arg := range args { // roles belong to the whole server, which other tests use
+		switch arg {
+		case "rekall_edge":
+			edge = pgtest.Role(t, r.database)
+			args[i] = edge
+		case "rekall_admin":
+			admin = pgtest.Role(t, r.database)
+			args[i] = admin
+		}
+	}
+	output := command(t, program, r.database, args...)
+	if edge == "" || !strings.Contains(output, "Role "+edge+" has") || !strings.Contains(output, "Role "+admin+" has") {
+		t.Errorf("got %s", output)
+	}
+}
