@@ -11,7 +11,7 @@ import (
 func init() { caddy.RegisterModule(Health{}) }
 
 // Health answers /rekall/live and /rekall/ready on a site, for load balancers that cannot reach the admin endpoint. It tells
-// no more than yes or no, so that anybody may ask. Every other request passes.
+// no more than yes or no, so that anybody may ask. Every other request passes. During Caddy's shutdown_delay it is not ready.
 type Health struct{ runtime *runtime }
 
 // CaddyModule returns the Caddy module information.
@@ -38,9 +38,20 @@ func (h *Health) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhtt
 	case livePath:
 		return serveLive(w, r)
 	case readyPath:
-		return replyReady(w, r, h.runtime.cache.Status().Fresh)
+		return replyReady(w, r, h.runtime.cache.Status().Fresh && !shuttingDown(r))
 	}
 	return next.ServeHTTP(w, r)
+}
+
+// shuttingDown reports whether the server is within Caddy's shutdown_delay: it still serves, and load balancers that ask now
+// send their next requests elsewhere.
+func shuttingDown(r *http.Request) bool {
+	replacer, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	if !ok {
+		return false
+	}
+	down, _ := replacer.Get("http.shutting_down")
+	return down == true
 }
 
 var (

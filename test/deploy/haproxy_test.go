@@ -1,0 +1,207 @@
+package deploy
+
+import (
+	"context"
+	"encoding/csv"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+)
+
+// balanced is two edges behind HAProxy, configured as the guide says but for addresses. The shipped addresses in 10.0.0.0/8 are
+// those in 127.0.0.0/8 here, so that both edges have the same ports.
+type balanced struct {
+	*rig
+	haproxy      *process
+	socket       string
+	front, plain string // addresses of HAProxy
+	edges        []*gateway
+}
+
+// startBalanced starts edges that log in to Postgres with the URLs.
+func startBalanced(t *testing.T, r *rig, databases ...string) *balanced {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "rekall-haproxy-") // short: the path of a Unix socket has 107 bytes at most
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	b := &balanced{rig: r, socket: filepath.Join(dir, "admin.sock"), front: freeAddress(t), plain: freeAddress(t)}
+	tls, plain, health := port(freeAddress(t)), port(freeAddress(t)), port(freeAddress(t))
+	for i, database := range databases {
+		b.edges = append(b.edges, b.edge(i+1, database, tls, plain, health))
+	}
+	config := filepath.Join(dir, "haproxy.cfg")
+	write(t, config, substitute(t, read(t, shipped+"haproxy.cfg"),
+		"/run/haproxy/admin.sock", b.socket, "bind :443", "bind "+b.front, "bind :80", "bind "+b.plain, "check port 8081", "check port "+health,
+		"10.0.0.11:443", "127.0.0.11:"+tls, "10.0.0.12:443", "127.0.0.12:"+tls, "10.0.0.11:80", "127.0.0.11:"+plain, "10.0.0.12:80", "127.0.0.12:"+plain))
+	if output, err := exec.Command("haproxy", "-c", "-f", config).CombinedOutput(); err != nil || strings.Contains(string(output), "WARNING") {
+		t.Fatalf("check: %v\n%s", err, output)
+	}
+	for _, g := range b.edges {
+		g.startReady()
+	}
+	b.haproxy = run(t, nil, "haproxy", "-db", "-f", config)
+	for i := range b.edges {
+		b.waitFor(i, "UP")
+	}
+	return b
+}
+
+// edge is a gateway with the guide's Caddyfile for edges behind HAProxy.
+func (b *balanced) edge(number int, database, tls, plain, health string) *gateway {
+	b.t.Helper()
+	dir, host, admin := b.t.TempDir(), fmt.Sprintf("127.0.0.1%d", number), freeAddress(b.t)
+	options := strings.NewReplacer("ADMIN", admin, "STORAGE", dir, "HOST", host).
+		Replace("{\n\tadmin ADMIN\n\tpersist_config off\n\tstorage file_system STORAGE\n\tdefault_bind HOST\n")
+	text := substitute(b.t, caddyfileOfGuide(b.t, "proxy_protocol"),
+		"{\n\tshutdown_delay", options+"\tshutdown_delay", "edge edge-1", fmt.Sprintf("edge edge-%d\n\t\trefresh 200ms\n\t\tmax_staleness 3s", number),
+		"10.0.0.10/32", "127.0.0.1/32", "servers :443", "servers "+host+":"+tls, "servers :80", "servers "+host+":"+plain,
+		"http://:8081", "http://:"+health, "\nhttp://api.rekall.ai", "\nhttp://:"+plain, "\napi.rekall.ai", "\nhttp://:"+tls,
+		"prod-1:8080", b.production.Address(), "sandbox:8080", b.sandbox.Address())
+	g := &gateway{
+		t: b.t, program: program, file: filepath.Join(dir, "Caddyfile"), admin: "http://" + admin,
+		env: []string{"REKALL_DATABASE_URL=" + database, "HOME=" + dir},
+	}
+	write(b.t, g.file, text)
+	return g
+}
+
+// server is HAProxy's view of an edge, by the names of its statistics.
+func (b *balanced) server(i int) map[string]string {
+	b.t.Helper()
+	conn, err := net.Dial("unix", b.socket)
+	if err != nil {
+		return nil
+	}
+	defer func() { _ = conn.Close() }()
+	if _, err := io.WriteString(conn, "show stat\n"); err != nil {
+		return nil
+	}
+	rows, err := csv.NewReader(conn).ReadAll()
+	if err != nil || len(rows) == 0 {
+		return nil
+	}
+	for _, row := range rows {
+		if row[0] == "edges" && row[1] == fmt.Sprintf("edge-%d", i+1) {
+			server := make(map[string]string)
+			for column, name := range rows[0] {
+				server[name] = row[column]
+			}
+			return server
+		}
+	}
+	return nil
+}
+
+func (b *balanced) waitFor(i int, status string) {
+	b.t.Helper()
+	eventually(b.t, fmt.Sprintf("HAProxy sees edge %d %s", i+1, status), func() bool {
+		b.haproxy.mustRun(b.t)
+		return b.server(i)["status"] == status
+	})
+}
+
+func TestUpgradeOfEdgesOneByOneBehindHAProxyLosesNoRequest(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.migrate()
+	b := startBalanced(t, r, r.database, r.database)
+	requests := startLoad(t, 2, "http://"+b.front+"/v1/memories", r.key("production", "memories:read").Key.Reveal())
+	requests.waitMore(50)
+	for i, g := range b.edges {
+		g.process.stop(t) // returns when the process has ended
+		if down := b.server(i)["chkdown"]; down != "1" {
+			t.Errorf("edge %d ended, and HAProxy had taken it out %s times", i+1, down)
+		}
+		requests.waitMore(50)
+		g.startReady() // as the new version
+		b.waitFor(i, "UP")
+		requests.waitMore(50)
+	}
+	requests.mustHaveLostNone()
+}
+
+func TestEdgeThatIsNotReadyGetsNoRequestsBehindHAProxyUntilItIs(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.migrate()
+	role := pgtest.Role(t, r.database)
+	command(t, program, r.database, "migrate", "--edge-role", role)
+	cutOff := pgtest.Login(t, r.database, role)
+	b := startBalanced(t, r, cutOff, r.database)
+	key := r.key("production", "memories:read").Key.Reveal()
+
+	user, err := url.Parse(cutOff)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pgtest.Exec(t, r.database, "alter role "+user.User.Username()+" nologin; "+
+		"select pg_terminate_backend(pid) from pg_stat_activity where usename = '"+user.User.Username()+"'")
+	b.waitFor(0, "DOWN")
+	for range 20 {
+		if got, err := ask("GET", "http://"+b.front+"/v1/memories", key); err != nil || got.status != http.StatusOK {
+			t.Fatalf("%+v, %v", got, err)
+		}
+	}
+	pgtest.Exec(t, r.database, "alter role "+user.User.Username()+" login")
+	b.waitFor(0, "UP")
+}
+
+func TestEdgesBehindHAProxySeeTheClientsAddressAndRefusePlainHTTP(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.migrate()
+	b := startBalanced(t, r, r.database, r.database)
+	from := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 77)}}
+	client := &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
+			return from.DialContext(ctx, "tcp", address)
+		},
+	}}
+	key := r.key("production", "memories:read").Key.Reveal()
+	got, err := askBy(client, "GET", "http://"+b.front+"/v1/memories", key)
+	var echo devenv.Echo
+	if err != nil || json.Unmarshal([]byte(got.body), &echo) != nil || echo.Data.Headers.Get("X-Forwarded-For") != "127.0.0.77" {
+		t.Errorf("%+v, %v", got, err)
+	}
+	got, err = askBy(client, "GET", "http://"+b.plain+"/v1/memories", key)
+	if err != nil || got.code != "TLS_REQUIRED" {
+		t.Errorf("%+v, %v", got, err)
+	}
+}
+
+// caddyfileOfGuide is the guide's configuration that has a word.
+func caddyfileOfGuide(t *testing.T, word string) string {
+	t.Helper()
+	blocks := blocksOf(t, shipped+"README.md", "caddyfile")
+	i := slices.IndexFunc(blocks, func(block string) bool { return strings.Contains(block, word) })
+	if i < 0 {
+		t.Fatalf("the guide has no configuration with %s", word)
+	}
+	return blocks[i]
+}
+
+// blocksOf returns the fenced blocks of a language in a page.
+func blocksOf(t *testing.T, page, language string) []string {
+	t.Helper()
+	var blocks []string
+	for _, match := range regexp.MustCompile("(?s)\n```"+language+"\n(.*?)```\n").FindAllStringSubmatch(read(t, page), -1) {
+		blocks = append(blocks, match[1])
+	}
+	return blocks
+}
