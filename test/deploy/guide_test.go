@@ -1,0 +1,101 @@
+package deploy
+
+import (
+	"crypto/rand"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+)
+
+const guide = shipped + "README.md"
+
+func TestConfigurationsOfTheGuideAreValid(t *testing.T) {
+	t.Parallel()
+	for _, block := range blocksOf(t, guide, "caddyfile") {
+		file := filepath.Join(t.TempDir(), "Caddyfile")
+		write(t, file, block)
+		command(t, program, "postgres://nobody@127.0.0.1:1/none", "validate", "--config", file, "--adapter", "caddyfile")
+	}
+}
+
+// TestCommandsOfTheGuideWork runs them from the first to the last, as they stand there but for addresses, and for the names of
+// roles and databases, which belong to the whole server.
+func TestCommandsOfTheGuideWork(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	edge, next, password := pgtest.Role(t, r.database), pgtest.Role(t, r.database), rand.Text()
+	g := r.gateway(program, freeAddress(t), withUser(t, r.database, edge, password))
+	restored := "test_restored_" + strings.ToLower(rand.Text())
+	names := strings.NewReplacer(
+		"http://localhost:2019", g.admin, "validate --config /etc/rekall/Caddyfile", "validate --config "+g.file,
+		"reload --config /etc/rekall/Caddyfile", "reload --config "+g.file+" --address "+strings.TrimPrefix(g.admin, "http://"),
+		"edge_1_next", next, "edge_1", edge, "alice", pgtest.Role(t, r.database),
+		"rekall_edge", pgtest.Role(t, r.database), "rekall_admin", pgtest.Role(t, r.database), "rekall_restored", restored)
+	t.Cleanup(func() { pgtest.Exec(t, r.database, "drop database if exists "+restored+" with (force)") }) // before its roles
+	dir := t.TempDir()
+	env := append(os.Environ(), "REKALL_DATABASE_URL="+r.database, "RESTORED_DATABASE_URL="+withDatabase(t, r.database, restored),
+		"EDGE_PASSWORD="+password, "ADMIN_PASSWORD="+rand.Text(), "HOME="+dir, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
+
+	var outputs strings.Builder
+	commands := 0
+	for _, block := range blocksOf(t, guide, "sh") {
+		if strings.Contains(block, "/rekall/ready") && g.process == nil {
+			g.startReady()
+		}
+		for line := range strings.Lines(block) {
+			commands++
+			cmd := exec.Command("bash", "-euo", "pipefail", "-c", names.Replace(line))
+			cmd.Dir, cmd.Env = dir, env
+			output, err := cmd.CombinedOutput()
+			if err != nil {
+				t.Fatalf("%s: %v\n%s", line, err, output)
+			}
+			outputs.Write(output)
+		}
+	}
+	if commands < 18 {
+		t.Errorf("only %d commands found", commands)
+	}
+	for _, part := range []string{"Nothing was changed.", "has the rights of an edge", `{"ready":true}`, "First key", "nothing to run"} {
+		if !strings.Contains(outputs.String(), part) {
+			t.Errorf("no command printed %s", part)
+		}
+	}
+
+	// The dump has the key, and after the rotation only the second user logs in.
+	if list := command(t, program, withDatabase(t, r.database, restored), "keys", "list"); !strings.Contains(list, "First key") {
+		t.Errorf("the restored database has %s", list)
+	}
+	if err := pgtest.TryExec(withUser(t, r.database, edge, password), "select 1"); err == nil {
+		t.Error("the first user still logs in")
+	}
+	rotated := r.gateway(program, freeAddress(t), withUser(t, r.database, next, password))
+	rotated.startReady()
+	rotated.want(http.StatusOK, "", "GET", r.key("production", "memories:read").Key.Reveal())
+}
+
+func withUser(t *testing.T, databaseURL, user, password string) string {
+	t.Helper()
+	u, err := url.Parse(databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.User = url.UserPassword(user, password)
+	return u.String()
+}
+
+func withDatabase(t *testing.T, databaseURL, name string) string {
+	t.Helper()
+	u, err := url.Parse(databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.Path = "/" + name
+	return u.String()
+}
