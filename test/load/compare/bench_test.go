@@ -145,6 +145,11 @@ func (b *bench) makeKeys() {
 	if err != nil {
 		b.t.Fatal(err)
 	}
+	// Limits as in production, which no load reaches.
+	if _, err := conn.Exec(b.t.Context(), `
+		insert into rekall.account_limits (account, requests_per_minute, burst, concurrent_requests) values ('acme', 1000000, 10000000, 1000000)`); err != nil {
+		b.t.Fatal(err)
+	}
 	b.writeFile("keys", list.String())
 	b.writeFile("named-keys", named.String())
 	b.writeFile("digests", digests.String())
