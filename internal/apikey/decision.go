@@ -8,13 +8,12 @@ type Record struct {
 	ID          string
 	Account     string
 	Digest      Digest
-	ExpiresAt   Time    // zero: never
-	RevokedAt   Time    // zero: not revoked
-	OwnLimits   *Limits // in place of its tier's; nil: none
+	ExpiresAt   Time // zero: never
+	RevokedAt   Time // zero: not revoked
 	Scopes      Scopes
 	ManageKeys  bool // may manage the keys of its account
 	Environment Environment
-	Tier        Tier
+	Limits      LimitsRef
 }
 
 // Outcome is the result of a decision: a closed set, which is also the label of rekall_decisions_total.

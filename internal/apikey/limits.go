@@ -1,8 +1,12 @@
 package apikey
 
-import "fmt"
+import (
+	"fmt"
+	"sync"
+	"sync/atomic"
+)
 
-// Limits is how much a key may be used. What is 0 is not limited; in a record's own limits it is left to its tier.
+// Limits is how much a key may be used. What is 0 is not limited; in limits that come before a tier's it is left to that.
 type Limits struct {
 	PerMinute  int // requests per minute, sustained
 	Burst      int // requests in any 15 seconds; with PerMinute only
@@ -57,10 +61,50 @@ func ParseTier(name string) (Tier, error) {
 // Tiers are the limits of each tier.
 type Tiers [TierCount]Limits
 
-// LimitsOf returns what a key may do.
-func (t *Tiers) LimitsOf(r *Record) Limits {
-	if r.OwnLimits == nil {
-		return t[r.Tier]
+// Of returns what a key may do.
+func (t *Tiers) Of(ref LimitsRef) Limits {
+	if ref < LimitsRef(TierCount) {
+		return t[ref]
 	}
-	return r.OwnLimits.Over(t[r.Tier])
+	set := (*ownSets.Load())[ref-LimitsRef(TierCount)]
+	return set.own.Over(t[set.tier])
+}
+
+// LimitsRef stands for a tier and the limits that come before it. Few of them serve all keys, and a record has room for a number
+// where the limits themselves would make it a sixth larger. The zero value is the tier free.
+type LimitsRef uint32
+
+// limitSet is what a LimitsRef above those of the tiers stands for.
+type limitSet struct {
+	own  Limits
+	tier Tier
+}
+
+// ownSets only grow: by what operators have set since the process began.
+var (
+	ownSets  atomic.Pointer[[]limitSet]
+	ownRefs  = map[limitSet]LimitsRef{}
+	ownMutex sync.Mutex // of ownRefs, and of whoever replaces ownSets
+)
+
+// RefLimits returns what stands for a tier and the limits in place of its own, which may be none.
+func RefLimits(tier Tier, own Limits) LimitsRef {
+	if own == (Limits{}) {
+		return LimitsRef(tier)
+	}
+	set := limitSet{own, tier}
+	ownMutex.Lock()
+	defer ownMutex.Unlock()
+	ref, ok := ownRefs[set]
+	if !ok {
+		var sets []limitSet
+		if old := ownSets.Load(); old != nil {
+			sets = *old
+		}
+		ref = LimitsRef(TierCount) + LimitsRef(len(sets))
+		sets = append(sets, set) // readers see the length that they loaded
+		ownRefs[set] = ref
+		ownSets.Store(&sets)
+	}
+	return ref
 }

@@ -147,7 +147,7 @@ type Found struct {
 }
 
 // Limits returns how much the key that was found may be used. Before the first sync nothing is known of its tier, and not limited.
-func (f *Found) Limits() apikey.Limits { return f.state.tiers.LimitsOf(f.Record) }
+func (f *Found) Limits() apikey.Limits { return f.state.tiers.Of(f.Record.Limits) }
 
 // New returns a cache that is empty and vouches for nothing until Run has synced once.
 func New(store Store, cfg Config) (*Cache, error) {

@@ -291,7 +291,7 @@ func TestLookupFindsABatchAndOnlyThat(t *testing.T) {
 	}
 	for _, record := range found.Records {
 		key, ok := want[record.Digest]
-		if !ok || *record != (apikey.Record{ID: key.ID, Account: key.Account, Digest: key.Digest, Environment: key.Environment, Scopes: key.Scopes, Tier: apikey.SandboxTier}) {
+		if !ok || *record != (apikey.Record{ID: key.ID, Account: key.Account, Digest: key.Digest, Environment: key.Environment, Scopes: key.Scopes, Limits: apikey.LimitsRef(apikey.SandboxTier)}) {
 			t.Errorf("record %+v of %+v", record, key)
 		}
 	}

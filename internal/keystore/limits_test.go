@@ -47,7 +47,7 @@ func looked(t *testing.T, store *keystore.Store, key keystore.NewKey) apikey.Lim
 	if err != nil || len(found.Records) != 1 {
 		t.Fatalf("%d records, %v", len(found.Records), err)
 	}
-	return documented.LimitsOf(found.Records[0])
+	return documented.Of(found.Records[0].Limits)
 }
 
 // documented are the limits in REKALL.md.
@@ -108,12 +108,12 @@ func TestFeedBringsEachKeyWhoseLimitsChanged(t *testing.T) {
 	if change(first, key) == nil || change(first, sibling) == nil || change(first, sandbox) != nil {
 		t.Errorf("%d changes", len(first.Changes))
 	}
-	if limits := documented.LimitsOf(change(first, key)); limits != documented[apikey.Team] {
+	if limits := documented.Of(change(first, key).Limits); limits != documented[apikey.Team] {
 		t.Errorf("the feed brings %+v", limits)
 	}
 	setKeyLimits(t, store, keystore.KeyLimits{KeyID: sandbox.ID, Own: apikey.Limits{Concurrent: 1}})
 	second := snapshot(t, store, first.Text)
-	if len(second.Changes) != 1 || change(second, sandbox) == nil || second.Changes[0].Record.OwnLimits.Concurrent != 1 {
+	if len(second.Changes) != 1 || change(second, sandbox) == nil || documented.Of(second.Changes[0].Record.Limits).Concurrent != 1 {
 		t.Errorf("%d changes", len(second.Changes))
 	}
 	if again := snapshot(t, store, second.Text); len(again.Changes) != 0 {
@@ -141,11 +141,11 @@ func TestKeyThatIsMadeWhileItsAccountGetsAnotherTierIsNotMissed(t *testing.T) {
 	exec(t, slow, `insert into rekall.account_limits (account, tier) values ('acme', 'pro')`)
 	key := insert(t, store, inProduction)
 	between := snapshot(t, store, start.Text)
-	if r := change(between, key); r == nil || r.Tier != apikey.Free {
+	if r := change(between, key); r == nil || r.Limits != apikey.LimitsRef(apikey.Free) {
 		t.Fatalf("before the commit %+v", r)
 	}
 	exec(t, slow, "commit")
-	if r := change(snapshot(t, store, between.Text), key); r == nil || r.Tier != apikey.Pro {
+	if r := change(snapshot(t, store, between.Text), key); r == nil || r.Limits != apikey.LimitsRef(apikey.Pro) {
 		t.Errorf("after the commit %+v", r)
 	}
 }
@@ -237,7 +237,7 @@ func TestRolesSufficeForLimits(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
-	if r := change(snapshot(t, edge, start.Text), key); r == nil || r.Tier != apikey.Pro || r.OwnLimits == nil {
+	if r := change(snapshot(t, edge, start.Text), key); r == nil || documented.Of(r.Limits) != (apikey.Limits{PerMinute: 1000, Burst: 1500, Concurrent: 1}) {
 		t.Errorf("an edge reads %+v", r)
 	}
 }

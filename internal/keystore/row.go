@@ -73,19 +73,19 @@ func (r *row) record() (apikey.Record, error) {
 	return record, nil
 }
 
-// limit sets the record's tier and its own limits, which nearly no key has.
+// limit sets the limits of a record whose environment is set.
 func (r *row) limit(record *apikey.Record) (err error) {
+	tier := apikey.Free
 	switch {
 	case record.Environment == apikey.Sandbox:
-		record.Tier = apikey.SandboxTier
+		tier = apikey.SandboxTier
 	case r.tier != nil:
-		if record.Tier, err = apikey.ParseTier(string(r.tier)); err != nil {
+		if tier, err = apikey.ParseTier(string(r.tier)); err != nil {
 			return err
 		}
 	}
-	if r.perMinute.Valid || r.concurrent.Valid {
-		record.OwnLimits = &apikey.Limits{PerMinute: int(r.perMinute.Int32), Burst: int(r.burst.Int32), Concurrent: int(r.concurrent.Int32)}
-	}
+	own := apikey.Limits{PerMinute: int(r.perMinute.Int32), Burst: int(r.burst.Int32), Concurrent: int(r.concurrent.Int32)}
+	record.Limits = apikey.RefLimits(tier, own)
 	return nil
 }
 

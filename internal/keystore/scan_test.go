@@ -51,7 +51,7 @@ func TestScansReadEveryKeyInEveryModeOfThePooler(t *testing.T) {
 				t.Fatalf("%d records, %v", len(records), err)
 			}
 			for n, key := range lastUsedFirst[:3] {
-				want := apikey.Record{ID: key.ID, Account: key.Account, Digest: key.Digest, Environment: key.Environment, Scopes: key.Scopes}
+				want := apikey.Record{ID: key.ID, Account: key.Account, Digest: key.Digest, Environment: key.Environment, Scopes: key.Scopes, Limits: apikey.LimitsRef(apikey.SandboxTier)}
 				if records[n] != want {
 					t.Errorf("record %+v of %+v", records[n], key)
 				}
