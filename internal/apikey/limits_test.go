@@ -25,7 +25,8 @@ func TestLimitsThatComeBeforeATierLeaveTheRestToIt(t *testing.T) {
 			}
 		}
 	}
-	if RefLimits(Pro, Limits{Concurrent: 1}) != RefLimits(Pro, Limits{Concurrent: 1}) {
+	first := RefLimits(Pro, Limits{Concurrent: 1})
+	if again := RefLimits(Pro, Limits{Concurrent: 1}); again != first {
 		t.Error("the same limits have two references")
 	}
 	if (&Record{}).Limits != RefLimits(Free, Limits{}) {
