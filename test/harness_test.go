@@ -361,11 +361,11 @@ func (r reply) code(t testing.TB) string {
 	t.Helper()
 	var e struct {
 		Error struct {
-			Code      string            `json:"code"`
-			Message   string            `json:"message"`
-			Status    int               `json:"status"`
-			Details   map[string]string `json:"details"`
-			RequestID string            `json:"request_id"`
+			Code      string         `json:"code"`
+			Message   string         `json:"message"`
+			Status    int            `json:"status"`
+			Details   map[string]any `json:"details"`
+			RequestID string         `json:"request_id"`
 		} `json:"error"`
 	}
 	if err := json.Unmarshal([]byte(r.body), &e); err != nil {

@@ -1,0 +1,388 @@
+package test
+
+import (
+	"context"
+	"encoding/json"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+)
+
+// heldSite holds keys to their limits.
+var heldSite = strings.Replace(standardSite, "rekall_gateway {", "rekall_gateway {\n\t\trate_limits", 1)
+
+// rateLimits are the headers of REKALL.md, "Rate limits".
+var rateLimits = []string{"X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset", "X-RateLimit-Policy"}
+
+// limitAccount gives the rig's account a tier and limits of its own; 0 is what the tier says.
+func (r *rig) limitAccount(tier string, perMinute, burst, concurrent int) {
+	r.t.Helper()
+	change := keyadmin.LimitsChange{PerMinute: &perMinute, Burst: &burst, Concurrent: &concurrent}
+	if _, err := r.admin.SetAccountLimits(r.t.Context(), keyadmin.Operator("test"), "acme", tier, change); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+func (r *rig) limitKey(key keyadmin.Key, change keyadmin.LimitsChange) {
+	r.t.Helper()
+	if _, err := r.admin.SetKeyLimits(r.t.Context(), keyadmin.Operator("test"), key.ID, change); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+func (g *gateway) get(key keyadmin.Key) reply {
+	g.t.Helper()
+	return g.do("GET", "/v1/memories", bearer(key))
+}
+
+// wantLimits demands that an answer tells the limit, each header once.
+func wantLimits(t *testing.T, what string, h http.Header, perMinute int) {
+	t.Helper()
+	want := strconv.Itoa(perMinute)
+	for _, name := range rateLimits {
+		values := h.Values(name)
+		if len(values) != 1 {
+			t.Errorf("%s: %d times %s", what, len(values), name)
+			return
+		}
+		switch value := values[0]; name {
+		case "X-RateLimit-Limit":
+			if value != want {
+				t.Errorf("%s: limit %s, want %s", what, value, want)
+			}
+		case "X-RateLimit-Policy":
+			if value != want+";w=60" {
+				t.Errorf("%s: policy %s", what, value)
+			}
+		case "X-RateLimit-Remaining":
+			if n, err := strconv.Atoi(value); err != nil || n < 0 || n > perMinute {
+				t.Errorf("%s: remaining %s of %d", what, value, perMinute)
+			}
+		case "X-RateLimit-Reset":
+			at, err := strconv.ParseInt(value, 10, 64)
+			if in := time.Until(time.Unix(at, 0)); err != nil || in < -2*time.Minute || in > 5*time.Minute {
+				t.Errorf("%s: reset %s, in %s", what, value, in)
+			}
+		}
+	}
+}
+
+func TestLimitsFollowTierAccountAndKeyWhileTheGatewayRuns(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	g, off := r.start(heldSite), r.start(standardSite)
+	production, sandbox := r.key("production", "memories:read"), r.key("sandbox", "memories:read")
+	shows := func(key keyadmin.Key, perMinute int) {
+		t.Helper()
+		eventually(t, "the key has its limit", func() bool { return g.get(key).Header.Get("X-RateLimit-Limit") == strconv.Itoa(perMinute) })
+		wantLimits(t, key.Environment, g.get(key).Header, perMinute)
+	}
+	shows(production, 100)
+	shows(sandbox, 50)
+	lookups := g.status().Lookups
+
+	r.limitAccount("team", 0, 0, 0)
+	shows(production, 5000)
+	r.limitAccount("team", 7000, 9000, 0)
+	shows(production, 7000)
+	seven := 777
+	r.limitKey(production, keyadmin.LimitsChange{PerMinute: &seven})
+	r.limitKey(sandbox, keyadmin.LimitsChange{PerMinute: &seven})
+	shows(production, 777)
+	shows(sandbox, 777)
+	none, sixty := 0, 60
+	r.limitKey(sandbox, keyadmin.LimitsChange{PerMinute: &none})
+	if _, err := r.admin.SetTier(t.Context(), keyadmin.Operator("test"), "sandbox", keyadmin.LimitsChange{PerMinute: &sixty}); err != nil {
+		t.Fatal(err)
+	}
+	shows(sandbox, 60)
+	if n := g.status().Lookups; n != lookups {
+		t.Errorf("%d lookups, want none: changes come with the feed", n-lookups)
+	}
+	r.limitAccount("enterprise", 0, 0, 0)
+	r.limitKey(production, keyadmin.LimitsChange{PerMinute: &none})
+	eventually(t, "an enterprise has no limit", func() bool { return g.get(production).Header.Get("X-RateLimit-Limit") == "" })
+
+	for range 200 { // more than the tier sandbox lets through
+		answer := off.get(sandbox)
+		answer.wantCode(t, 200, "")
+		for _, name := range rateLimits {
+			if answer.Header.Get(name) != "" {
+				t.Fatalf("%s without rate_limits", name)
+			}
+		}
+	}
+	if n := off.series(t, "rekall_rate_limit_keys"); n != 0 {
+		t.Errorf("%v keys are counted without rate_limits", n)
+	}
+}
+
+func TestEveryAnswerThatAKeyGotTellsItsLimits(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.limitAccount("pro", 1200, 1800, 100)
+	// A backend that speaks of limits too, in each spelling.
+	chatty := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header()["X-RateLimit-Limit"] = []string{"1", "2"}
+		w.Header()["x-ratelimit-remaining"] = []string{"-5"}
+		w.Header().Set("X-Ratelimit-Reset", "never")
+		w.Header()["X-RATELIMIT-POLICY"] = []string{"mine"}
+		w.WriteHeader(http.StatusNotFound)
+	}))
+	t.Cleanup(chatty.Close)
+	socket := webSocketBackend(t, func(conn net.Conn) { _, _ = io.Copy(io.Discard, conn) })
+	site := strings.Replace(heldSite, "reverse_proxy PRODUCTION",
+		"@chatty path /v1/memories/chatty\n@down path /v1/memories/down\n@socket header Upgrade *\nreverse_proxy @chatty "+
+			strings.TrimPrefix(chatty.URL, "http://")+"\nreverse_proxy @down 127.0.0.1:1\nreverse_proxy @socket "+socket+"\nreverse_proxy PRODUCTION", 1)
+	g := r.start(site)
+	key, doomed := r.key("production", "memories:read"), r.key("production", "memories:read")
+	for what, tc := range map[string]struct {
+		method, path string
+		status       int
+	}{
+		"allowed":                     {"GET", "/v1/memories", 200},
+		"without the scope":           {"DELETE", "/v1/memories/1", 403},
+		"that no scope covers":        {"GET", "/v1/nothing", 403},
+		"of a backend that is down":   {"GET", "/v1/memories/down", 502},
+		"of a backend with its own":   {"GET", "/v1/memories/chatty", 404},
+		"allowed, without its body":   {"HEAD", "/v1/memories", 200},
+		"without the scope, and HEAD": {"HEAD", "/v1/hives", 403},
+	} {
+		answer := g.do(tc.method, tc.path, bearer(key))
+		if answer.StatusCode != tc.status {
+			t.Errorf("%s: %d, want %d", what, answer.StatusCode, tc.status)
+		}
+		wantLimits(t, what, answer.Header, 1200)
+	}
+	events := g.open("GET", "/v1/memories", demo(key, "sse"), nil)
+	wantLimits(t, "stream", events.Header, 1200)
+	_, _, upgraded := g.openWebSocket(bearer(key))
+	if upgraded.StatusCode != http.StatusSwitchingProtocols {
+		t.Errorf("WebSocket: %d", upgraded.StatusCode)
+	}
+	wantLimits(t, "WebSocket", upgraded.Header, 1200)
+
+	waiting := async(t, "GET", g.http+"/v1/memories", demo(doomed, "hang"), nil)
+	eventually(t, "it waits for its answer", func() bool { return r.production.Open() == 2 })
+	r.revoke(doomed.ID)
+	cut := waiting()
+	cut.wantCode(t, 401, "API_KEY_REVOKED")
+	wantLimits(t, "cut", cut.Header, 1200)
+
+	unknown := g.do("GET", "/v1/memories", http.Header{"X-Api-Key": {apikey.Generate(apikey.Production)}})
+	unknown.wantCode(t, 401, "API_KEY_INVALID")
+	for _, name := range rateLimits {
+		if unknown.Header.Get(name) != "" {
+			t.Errorf("an unknown key gets %s", name)
+		}
+	}
+}
+
+func TestClientThatObeysRetryAfterNeverGetsTwo429InARow(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.limitAccount("free", 240, 62, 5) // 2 at once, and one more each 250 ms
+	g := r.start(heldSite)
+	key := r.key("production", "memories:read")
+	limited, last := 0, 0
+	for range 30 {
+		answer := g.get(key)
+		wantLimits(t, "answer", answer.Header, 240)
+		if answer.StatusCode != http.StatusTooManyRequests {
+			last = answer.StatusCode
+			continue
+		}
+		answer.wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
+		if last == http.StatusTooManyRequests {
+			t.Fatal("refused again after Retry-After")
+		}
+		last = http.StatusTooManyRequests
+		var body struct {
+			Error struct {
+				Details struct {
+					Limit     int   `json:"limit"`
+					Remaining *int  `json:"remaining"`
+					ResetAt   int64 `json:"reset_at"`
+				} `json:"details"`
+			} `json:"error"`
+		}
+		if err := json.Unmarshal([]byte(answer.body), &body); err != nil {
+			t.Fatal(err)
+		}
+		d := body.Error.Details
+		if d.Limit != 240 || d.Remaining == nil || *d.Remaining != 0 || strconv.FormatInt(d.ResetAt, 10) != answer.Header.Get("X-RateLimit-Reset") {
+			t.Errorf("details %+v beside %v", d, answer.Header)
+		}
+		seconds, err := strconv.Atoi(answer.Header.Get("Retry-After"))
+		if err != nil || seconds < 1 || seconds > 3 {
+			t.Fatalf("Retry-After %q", answer.Header.Get("Retry-After"))
+		}
+		if limited++; limited == 3 {
+			return
+		}
+		<-time.After(time.Duration(seconds) * time.Second)
+	}
+	t.Errorf("only %d of 30 requests were limited", limited)
+}
+
+func TestRemainingFallsByOneWithEachRequest(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.limitAccount("free", 4, 301, 5) // 300 at once, and hardly more while the test runs
+	g := r.start(heldSite)
+	key := r.key("production", "memories:read")
+	eventually(t, "the limit is known", func() bool { return g.get(key).Header.Get("X-RateLimit-Limit") == "4" })
+	for range 400 {
+		if answer := g.get(key); answer.StatusCode == http.StatusTooManyRequests {
+			return // Remaining is at most the limit: the last four tell it
+		} else if left, _ := strconv.Atoi(answer.Header.Get("X-RateLimit-Remaining")); left < 4 {
+			for want := left - 1; want >= 0; want-- {
+				if got := g.get(key).Header.Get("X-RateLimit-Remaining"); got != strconv.Itoa(want) {
+					t.Errorf("remaining %s, want %d", got, want)
+				}
+			}
+			g.get(key).wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
+			return
+		}
+	}
+	t.Error("400 requests were not limited")
+}
+
+func TestRequestsAtATimeAreCountedAndGivenBackOnEveryWayOut(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	const most = 3
+	r.limitAccount("pro", 100_000, 100_000, most)
+	closing := make(chan struct{})
+	t.Cleanup(func() { close(closing) })
+	socket := webSocketBackend(t, func(conn net.Conn) {
+		go func() { <-closing; _ = conn.Close() }()
+		_, _ = io.Copy(io.Discard, conn)
+	})
+	breaking := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = w.Write(make([]byte, 1000))
+		panic(http.ErrAbortHandler)
+	}))
+	t.Cleanup(breaking.Close)
+	g := r.start(strings.Replace(heldSite, "reverse_proxy PRODUCTION", "@socket header Upgrade *\n@breaking path /v1/memories/breaking\nreverse_proxy @socket "+
+		socket+"\nreverse_proxy @breaking "+strings.TrimPrefix(breaking.URL, "http://")+"\nreverse_proxy PRODUCTION", 1))
+	for what, use := range map[string]func(t *testing.T, key keyadmin.Key) (end func()){
+		"the client goes": func(t *testing.T, key keyadmin.Key) func() {
+			ctx, cancel := context.WithCancel(t.Context())
+			req, _ := http.NewRequestWithContext(ctx, "GET", g.http+"/v1/memories", nil)
+			req.Header = demo(key, "sse")
+			resp, err := client.Transport.RoundTrip(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return func() { cancel(); _ = resp.Body.Close() }
+		},
+		"the client goes before the answer": func(t *testing.T, key keyadmin.Key) func() {
+			ctx, cancel := context.WithCancel(t.Context())
+			req, _ := http.NewRequestWithContext(ctx, "GET", g.http+"/v1/memories", nil)
+			req.Header = demo(key, "hang")
+			open := r.production.Open()
+			go func() {
+				if resp, err := client.Transport.RoundTrip(req); err == nil {
+					_ = resp.Body.Close()
+				}
+			}()
+			eventually(t, "it waits", func() bool { return r.production.Open() > open })
+			return cancel
+		},
+		"the WebSocket is closed": func(t *testing.T, key keyadmin.Key) func() {
+			conn, _, resp := g.openWebSocket(bearer(key))
+			if resp.StatusCode != http.StatusSwitchingProtocols {
+				t.Fatal(resp.StatusCode)
+			}
+			return func() { _ = conn.Close() }
+		},
+	} {
+		t.Run(what, func(t *testing.T) {
+			key := r.key("production", "memories:read")
+			for range 3 {
+				var ends []func()
+				for range most {
+					ends = append(ends, use(t, key))
+				}
+				refused := g.get(key)
+				refused.wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
+				if !strings.Contains(refused.body, "at the same time") || refused.Header.Get("Retry-After") == "" {
+					t.Errorf("%s", refused.body)
+				}
+				for _, end := range ends {
+					end()
+				}
+				eventually(t, "all are given back", func() bool { return g.get(key).StatusCode == http.StatusOK })
+			}
+		})
+	}
+	t.Run("the backend breaks off", func(t *testing.T) {
+		key := r.key("production", "memories:read")
+		for range 3 * most {
+			_, _ = send("GET", g.http+"/v1/memories/breaking", bearer(key), nil)
+		}
+		g.get(key).wantCode(t, 200, "")
+	})
+	t.Run("refused for its scope", func(t *testing.T) {
+		key := r.key("production", "memories:read")
+		for range 3 * most {
+			g.do("DELETE", "/v1/memories/1", bearer(key)).wantCode(t, 403, "SCOPE_INSUFFICIENT")
+		}
+		g.get(key).wantCode(t, 200, "")
+	})
+}
+
+func TestRequestsBeyondALimitAreToldByReason(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.limitAccount("free", 4, 3, 1) // 2 at once
+	file := filepath.Join(t.TempDir(), "access.log")
+	site := strings.Replace(heldSite, "\tlog\n", "\tlog {\n\t\toutput file "+file+"\n\t}\n", 1)
+	g := r.start(site, "usage_flush 200ms")
+	key, busy := r.key("production", "memories:read"), r.key("production", "memories:read")
+	g.get(key).wantCode(t, 200, "")
+	g.get(key).wantCode(t, 200, "")
+	limited := g.get(key)
+	limited.wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
+	g.do("DELETE", "/v1/memories/1", bearer(key)).wantCode(t, 429, "RATE_LIMIT_EXCEEDED") // whatever else it lacks
+	g.open("GET", "/v1/memories", demo(busy, "sse"), nil)
+	g.get(busy).wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
+
+	for series, want := range map[string]float64{
+		`rekall_decisions_total{environment="production",outcome="rate_limited"}`: 3,
+		`rekall_decisions_total{environment="production",outcome="allowed"}`:      3,
+		`rekall_rate_limited_total{limit="rate"}`:                                 2,
+		`rekall_rate_limited_total{limit="concurrency"}`:                          1,
+		`rekall_rate_limited_total{limit="address"}`:                              0,
+		`rekall_rate_limit_keys`:                                                  2,
+	} {
+		if n := g.series(t, series); n != want {
+			t.Errorf("%s is %v, want %v", series, n, want)
+		}
+	}
+	eventually(t, "usage tells it", func() bool {
+		used := r.usage(key)
+		return used["allowed"] == 2 && used["rate_limited"] == 2 && len(used) == 2
+	})
+	eventually(t, "the access log tells it", func() bool {
+		lines, _ := os.ReadFile(file)
+		for line := range strings.Lines(string(lines)) {
+			if strings.Contains(line, limited.Header.Get("X-Request-Id")) {
+				return strings.Contains(line, `"decision":"rate_limited"`) && strings.Contains(line, `"reason":"RATE_LIMIT_EXCEEDED"`) &&
+					strings.Contains(line, `"key_id":"`+key.ID+`"`)
+			}
+		}
+		return false
+	})
+}
