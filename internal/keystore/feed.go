@@ -65,6 +65,9 @@ const (
 // that the snapshot before could not see, however late they committed. To name the oldest of those makes the index useful:
 // a long transaction anywhere in the cluster holds it back, but brings no row twice.
 //
+// A standby's snapshot does not name the transactions in progress, and they would pass for seen: the one to read on from has none
+// at or above the oldest of them. There a long transaction does bring rows twice.
+//
 // Rows at or above xmax were stamped by another cluster, from which they were restored: this one's ids are not that far.
 // Without the upper bound every reading would return them all until they are.
 //
@@ -74,7 +77,9 @@ const (
 var snapshotSQL = `
 with s as materialized (
 	select pg_snapshot_xmin(pg_current_snapshot()) as xmin, pg_snapshot_xmax(pg_current_snapshot()) as xmax,
-		pg_current_snapshot()::text as snapshot, coalesce((select beat from rekall.edges where instance = $2), 0) as beat, clock_timestamp() as now, (select system_identifier from pg_control_system()) as system_id,
+		case when pg_is_in_recovery() then format('%s:%s:', pg_snapshot_xmin(pg_current_snapshot()), pg_snapshot_xmin(pg_current_snapshot()))
+			else pg_current_snapshot()::text end as snapshot,
+		coalesce((select beat from rekall.edges where instance = $2), 0) as beat, clock_timestamp() as now, (select system_identifier from pg_control_system()) as system_id,
 		pg_postmaster_start_time() as started_at, pg_is_in_recovery() as in_recovery,
 		(select oid from pg_database where datname = current_database()) as database,
 		(select json_agg(t)::text from rekall.tiers t) as tiers

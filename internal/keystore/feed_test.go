@@ -1,6 +1,7 @@
 package keystore_test
 
 import (
+	"context"
 	"strings"
 	"testing"
 	"time"
@@ -310,6 +311,44 @@ func TestLookupOfUnknownKeysNamesTheServer(t *testing.T) {
 		}
 		if len(found.Records) != 0 || found.StartedAt != server.Server.StartedAt || found.Now.Before(server.Now) {
 			t.Errorf("found %+v", found)
+		}
+	}
+}
+
+// TestChangeInProgressWhenAStandbyIsReadIsNotLost: a standby's snapshot does not name the transactions in progress.
+func TestChangeInProgressWhenAStandbyIsReadIsNotLost(t *testing.T) {
+	primary := pgtest.Server(t)
+	if _, _, err := keystore.Migrate(t.Context(), primary.URL()); err != nil {
+		t.Fatal(err)
+	}
+	standby, err := primary.StartStandby(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = standby.Stop(context.Background()) })
+	writer, reader := open(t, primary.URL(), keystore.Options{}), open(t, standby.URL(), keystore.Options{})
+	slow, quick := insert(t, writer), insert(t, writer)
+	conn := connect(t, primary.URL())
+	exec(t, conn, "begin")
+	exec(t, conn, "update rekall.api_keys set revoked_at = now() where id = '"+slow.ID+"'")
+	start := snapshot(t, writer, "").Text
+	if _, _, err := writer.Revoke(t.Context(), keystore.Everything(), quick.ID); err != nil {
+		t.Fatal(err)
+	}
+	var between keystore.Snapshot
+	replayed(t, "what was committed after it", func() bool {
+		between = snapshot(t, reader, start)
+		return revokedIn(between, quick)
+	})
+	exec(t, conn, "commit")
+	replayed(t, "the change that was in progress", func() bool { return revokedIn(snapshot(t, reader, between.Text), slow) })
+}
+
+func replayed(t *testing.T, what string, condition func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !condition(); <-time.After(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the standby does not show ", what)
 		}
 	}
 }
