@@ -100,7 +100,7 @@ func newRuntime(s settings) (*runtime, error) {
 		rt.closeStores()
 		return nil, err
 	}
-	if rt.counts, err = keystore.Open(s.database, keystore.Options{MaxConns: 2}); err != nil {
+	if rt.counts, err = keystore.Open(s.database, keystore.Options{MaxConns: 2, ApplicationName: "rekall-gateway usage"}); err != nil {
 		rt.cache.Close()
 		rt.closeStores()
 		return nil, err

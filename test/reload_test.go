@@ -284,8 +284,8 @@ func (r *rig) postgresBackends() map[int32]bool {
 	return set
 }
 
-// maxBackends are those of the two pools and the listener.
-const maxBackends = 4 + 2 + 1
+// maxBackends are those of the pool and the listener; those that usage is flushed over have another name.
+const maxBackends = 4 + 1
 
 func wantSamePostgresBackends(t *testing.T, g *gateway, before, after map[int32]bool) {
 	t.Helper()

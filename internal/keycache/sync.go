@@ -53,6 +53,8 @@ func (c *Cache) syncLoop(ctx context.Context) {
 		switch {
 		case ctx.Err() != nil:
 			return
+		case err != nil && age(startedAt, time.Now()) > syncTimeout+leapNoticed:
+			continue // it is not Postgres that took so long: the process stood still
 		case err != nil && !failing:
 			c.cfg.Logger().Error("key sync failed; cached keys are trusted until the data is too old",
 				zap.Duration("max_staleness", c.cfg.MaxStaleness), zap.Error(err))
