@@ -51,7 +51,8 @@ func TestCommandsInTheGuidesWork(t *testing.T) {
 				commands++
 				cmd := exec.Command("bash", "-e", "-o", "pipefail", "-c", real.Replace(line))
 				cmd.Dir = dir
-				cmd.Env = append(os.Environ(), "REKALL_API_KEY="+key.Key.Reveal(), "REKALL_MANAGING_KEY="+manager.Key.Reveal())
+				cmd.Env = append(os.Environ(), "REKALL_API_KEY="+key.Key.Reveal(), "REKALL_MANAGING_KEY="+manager.Key.Reveal(),
+					"REKALL_DATABASE_URL="+r.database, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
 				output, err := cmd.CombinedOutput()
 				if err != nil {
 					t.Errorf("%s: %s: %v\n%s", page, line, err, output)

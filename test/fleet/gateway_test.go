@@ -79,6 +79,12 @@ func (o *output) String() string {
 // startGateway runs a gateway in front of a backend. options are lines of its rekall block.
 func startGateway(t *testing.T, database, backend string, options ...string) *gateway {
 	t.Helper()
+	return startGatewayWith(t, database, backend, "", options...)
+}
+
+// startGatewayWith is startGateway with a line more in the rekall_gateway block.
+func startGatewayWith(t *testing.T, database, backend, line string, options ...string) *gateway {
+	t.Helper()
 	dir := t.TempDir()
 	address, admin := freeAddress(t), freeAddress(t)
 	g := &gateway{
@@ -97,12 +103,13 @@ func startGateway(t *testing.T, database, backend string, options ...string) *ga
 }
 http://%s {
 	rekall_gateway {
+		%s
 		production {
 			reverse_proxy %s
 		}
 	}
 }
-`, admin, dir, strings.Join(options, "\n\t\t"), address, backend)
+`, admin, dir, strings.Join(options, "\n\t\t"), address, line, backend)
 	if err := os.WriteFile(g.file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
