@@ -2,6 +2,7 @@ package monitoring
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -55,6 +56,7 @@ type rig struct {
 	database string
 	admin    *keyadmin.Admin
 	backend  *devenv.Backend
+	gateway  string // a line of the rekall_gateway blocks
 }
 
 func newRig(t *testing.T, database string) *rig {
@@ -71,8 +73,8 @@ func newRig(t *testing.T, database string) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = backend.Stop(t.Context()) })
-	return &rig{t, database, keyadmin.New(store), backend}
+	t.Cleanup(func() { _ = backend.Stop(context.Background()) })
+	return &rig{t: t, database: database, admin: keyadmin.New(store), backend: backend}
 }
 
 func (r *rig) key() keyadmin.Key {
@@ -89,7 +91,7 @@ func (r *rig) key() keyadmin.Key {
 // gateway is a running edge. Its metrics are served as the runbook says, on an address of their own.
 type gateway struct {
 	t                    *testing.T
-	file                 string
+	database, file       string
 	http, admin, metrics string // addresses
 	process              *process
 }
@@ -109,6 +111,7 @@ const caddyfile = `{
 
 http://HTTP {
 	rekall_gateway {
+		GATEWAY
 		production {
 			reverse_proxy BACKEND
 		}
@@ -116,6 +119,7 @@ http://HTTP {
 }
 
 http://METRICS {
+	rekall_health
 	metrics
 }
 `
@@ -126,12 +130,19 @@ func (r *rig) start(option string) *gateway {
 	g := &gateway{
 		t: r.t, file: filepath.Join(dir, "Caddyfile"), http: freeAddress(r.t), admin: freeAddress(r.t), metrics: freeAddress(r.t),
 	}
-	text := strings.NewReplacer("ADMIN", g.admin, "OPTION", option, "HTTP", g.http, "BACKEND", r.backend.Address(), "METRICS", g.metrics).
+	text := strings.NewReplacer("ADMIN", g.admin, "OPTION", option, "GATEWAY", r.gateway, "HTTP", g.http, "BACKEND", r.backend.Address(), "METRICS", g.metrics).
 		Replace(caddyfile)
 	write(r.t, g.file, text)
-	g.process = run(r.t, []string{"REKALL_DATABASE_URL=" + r.database, "HOME=" + dir}, program, "run", "--config", g.file, "--adapter", "caddyfile")
-	eventually(r.t, "the gateway is ready", func() bool { return status("http://"+g.admin+"/rekall/ready") == http.StatusOK })
+	g.database = r.database
+	g.run()
 	return g
+}
+
+// run starts the process, for the first time or again.
+func (g *gateway) run() {
+	g.t.Helper()
+	g.process = run(g.t, []string{"REKALL_DATABASE_URL=" + g.database, "HOME=" + filepath.Dir(g.file)}, program, "run", "--config", g.file, "--adapter", "caddyfile")
+	eventually(g.t, "the gateway is ready", func() bool { return status("http://"+g.admin+"/rekall/ready") == http.StatusOK })
 }
 
 // ask sends a request with a key and returns the status.
@@ -206,6 +217,8 @@ scrape_configs:
 	run(t, nil, "prometheus", "--config.file="+filepath.Join(dir, "prometheus.yml"), "--storage.tsdb.path="+filepath.Join(dir, "data"),
 		"--web.listen-address="+p.address, "--log.level=warn")
 	eventually(t, "Prometheus is ready", func() bool { return status("http://"+p.address+"/-/ready") == http.StatusOK })
+	// Seconds later. What a counter shows at first is no increase of it.
+	eventually(t, "Prometheus has scraped", func() bool { return len(p.query("rekall_ready")) == len(gateways) })
 	return p
 }
 
@@ -247,7 +260,7 @@ func (p *prometheus) firing() map[string]bool {
 func (p *prometheus) waitFiring(alerts ...string) {
 	p.t.Helper()
 	seen := make(map[string]bool)
-	eventually(p.t, fmt.Sprintf("%v have fired; seen: %v", alerts, seen), func() bool {
+	eventually(p.t, fmt.Sprintf("%v have fired", alerts), func() bool {
 		for alert := range p.firing() {
 			seen[alert] = true
 		}
