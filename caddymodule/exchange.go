@@ -249,10 +249,15 @@ func (x *exchange) WriteHeader(status int) {
 	}
 	if status >= 200 || status == http.StatusSwitchingProtocols {
 		x.wroteHeader = true
-		x.set(x.Header(), "X-Request-Id", 5, x.requestID)
-		x.tellLimits(x.Header())
+		x.tell()
 	}
 	x.ResponseWriter.WriteHeader(status)
+}
+
+// tell sets the headers that every answer to a good key has.
+func (x *exchange) tell() {
+	x.set(x.Header(), "X-Request-Id", 5, x.requestID)
+	x.tellLimits(x.Header())
 }
 
 func (x *exchange) Write(p []byte) (int, error) {
@@ -294,8 +299,12 @@ func (x *exchange) finish(err error) error {
 		}
 		return nil
 	}
-	if err == nil || x.wroteHeader {
+	if x.wroteHeader {
 		return err
+	}
+	x.tell() // also if it is Caddy that writes the answer, to an error
+	if err == nil {
+		return nil
 	}
 	if unread := x.body.failed.Load(); unread != nil {
 		x.refuseBody(unread)

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
@@ -142,7 +143,7 @@ func TestEveryAnswerThatAKeyGotTellsItsLimits(t *testing.T) {
 	t.Cleanup(chatty.Close)
 	socket := webSocketBackend(t, func(conn net.Conn) { _, _ = io.Copy(io.Discard, conn) })
 	site := strings.Replace(heldSite, "reverse_proxy PRODUCTION",
-		"@chatty path /v1/memories/chatty\n@down path /v1/memories/down\n@socket header Upgrade *\nreverse_proxy @chatty "+
+		"@failing path /v1/memories/failing\nerror @failing 410\n@chatty path /v1/memories/chatty\n@down path /v1/memories/down\n@socket header Upgrade *\nreverse_proxy @chatty "+
 			strings.TrimPrefix(chatty.URL, "http://")+"\nreverse_proxy @down 127.0.0.1:1\nreverse_proxy @socket "+socket+"\nreverse_proxy PRODUCTION", 1)
 	g := r.start(site)
 	key, doomed := r.key("production", "memories:read"), r.key("production", "memories:read")
@@ -155,6 +156,7 @@ func TestEveryAnswerThatAKeyGotTellsItsLimits(t *testing.T) {
 		"that no scope covers":        {"GET", "/v1/nothing", 403},
 		"of a backend that is down":   {"GET", "/v1/memories/down", 502},
 		"of a backend with its own":   {"GET", "/v1/memories/chatty", 404},
+		"of a handler that fails":     {"GET", "/v1/memories/failing", 410},
 		"allowed, without its body":   {"HEAD", "/v1/memories", 200},
 		"without the scope, and HEAD": {"HEAD", "/v1/hives", 403},
 	} {
@@ -163,6 +165,9 @@ func TestEveryAnswerThatAKeyGotTellsItsLimits(t *testing.T) {
 			t.Errorf("%s: %d, want %d", what, answer.StatusCode, tc.status)
 		}
 		wantLimits(t, what, answer.Header, 1200)
+		if ids := answer.Header.Values("X-Request-Id"); len(ids) != 1 {
+			t.Errorf("%s: request ids %q", what, ids)
+		}
 	}
 	events := g.open("GET", "/v1/memories", demo(key, "sse"), nil)
 	wantLimits(t, "stream", events.Header, 1200)
@@ -263,12 +268,7 @@ func TestRequestsAtATimeAreCountedAndGivenBackOnEveryWayOut(t *testing.T) {
 	r := newRig(t)
 	const most = 3
 	r.limitAccount("pro", 100_000, 100_000, most)
-	closing := make(chan struct{})
-	t.Cleanup(func() { close(closing) })
-	socket := webSocketBackend(t, func(conn net.Conn) {
-		go func() { <-closing; _ = conn.Close() }()
-		_, _ = io.Copy(io.Discard, conn)
-	})
+	socket := webSocketBackend(t, func(conn net.Conn) { _, _ = conn.Read(make([]byte, 1)) }) // whichever side is tired of it
 	breaking := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		_, _ = w.Write(make([]byte, 1000))
 		panic(http.ErrAbortHandler)
@@ -276,36 +276,57 @@ func TestRequestsAtATimeAreCountedAndGivenBackOnEveryWayOut(t *testing.T) {
 	t.Cleanup(breaking.Close)
 	g := r.start(strings.Replace(heldSite, "reverse_proxy PRODUCTION", "@socket header Upgrade *\n@breaking path /v1/memories/breaking\nreverse_proxy @socket "+
 		socket+"\nreverse_proxy @breaking "+strings.TrimPrefix(breaking.URL, "http://")+"\nreverse_proxy PRODUCTION", 1))
+	// What is refused is tried again: the last place may not have been given back yet.
+	stream := func(t *testing.T, key keyadmin.Key) (resp *http.Response) {
+		eventually(t, "a place for a stream is free", func() bool {
+			resp = g.open("GET", "/v1/memories", demo(key, "sse"), nil)
+			return resp.StatusCode == http.StatusOK
+		})
+		return resp
+	}
+	webSocket := func(t *testing.T, key keyadmin.Key) (conn net.Conn) {
+		eventually(t, "a place for a WebSocket is free", func() bool {
+			var resp *http.Response
+			conn, _, resp = g.openWebSocket(bearer(key))
+			return resp.StatusCode == http.StatusSwitchingProtocols
+		})
+		return conn
+	}
 	for what, use := range map[string]func(t *testing.T, key keyadmin.Key) (end func()){
 		"the client goes": func(t *testing.T, key keyadmin.Key) func() {
-			ctx, cancel := context.WithCancel(t.Context())
-			req, _ := http.NewRequestWithContext(ctx, "GET", g.http+"/v1/memories", nil)
-			req.Header = demo(key, "sse")
-			resp, err := client.Transport.RoundTrip(req)
-			if err != nil {
-				t.Fatal(err)
-			}
-			return func() { cancel(); _ = resp.Body.Close() }
+			resp := stream(t, key)
+			return func() { _ = resp.Body.Close() }
 		},
 		"the client goes before the answer": func(t *testing.T, key keyadmin.Key) func() {
 			ctx, cancel := context.WithCancel(t.Context())
 			req, _ := http.NewRequestWithContext(ctx, "GET", g.http+"/v1/memories", nil)
 			req.Header = demo(key, "hang")
-			open := r.production.Open()
+			before := r.production.Requests()
 			go func() {
-				if resp, err := client.Transport.RoundTrip(req); err == nil {
-					_ = resp.Body.Close()
+				for ctx.Err() == nil {
+					if resp, err := client.Transport.RoundTrip(req); err == nil {
+						_ = resp.Body.Close()
+					}
 				}
 			}()
-			eventually(t, "it waits", func() bool { return r.production.Open() > open })
+			eventually(t, "it waits", func() bool { return r.production.Requests() > before })
 			return cancel
 		},
-		"the WebSocket is closed": func(t *testing.T, key keyadmin.Key) func() {
-			conn, _, resp := g.openWebSocket(bearer(key))
-			if resp.StatusCode != http.StatusSwitchingProtocols {
-				t.Fatal(resp.StatusCode)
+		"the key ends": func(t *testing.T, key keyadmin.Key) func() {
+			resp := stream(t, key)
+			return func() { // and lives again, which a revoked key does not
+				pgtest.Exec(t, r.database, "update rekall.api_keys set expires_at = now() where id = $1", key.ID)
+				ends(t, resp)
+				pgtest.Exec(t, r.database, "update rekall.api_keys set expires_at = null where id = $1", key.ID)
 			}
+		},
+		"the client closes the WebSocket": func(t *testing.T, key keyadmin.Key) func() {
+			conn := webSocket(t, key)
 			return func() { _ = conn.Close() }
+		},
+		"the backend closes the WebSocket": func(t *testing.T, key keyadmin.Key) func() {
+			conn := webSocket(t, key)
+			return func() { _, _ = conn.Write([]byte{0}) }
 		},
 	} {
 		t.Run(what, func(t *testing.T) {
@@ -334,8 +355,11 @@ func TestRequestsAtATimeAreCountedAndGivenBackOnEveryWayOut(t *testing.T) {
 		}
 		g.get(key).wantCode(t, 200, "")
 	})
-	t.Run("refused for its scope", func(t *testing.T) {
+	t.Run("answered, or refused for its scope", func(t *testing.T) {
 		key := r.key("production", "memories:read")
+		for range 3 * most {
+			g.get(key).wantCode(t, 200, "")
+		}
 		for range 3 * most {
 			g.do("DELETE", "/v1/memories/1", bearer(key)).wantCode(t, 403, "SCOPE_INSUFFICIENT")
 		}
@@ -348,7 +372,7 @@ func TestRequestsBeyondALimitAreToldByReason(t *testing.T) {
 	r := newRig(t)
 	r.limitAccount("free", 4, 3, 1) // 2 at once
 	file := filepath.Join(t.TempDir(), "access.log")
-	site := strings.Replace(heldSite, "\tlog\n", "\tlog {\n\t\toutput file "+file+"\n\t}\n", 1)
+	site := strings.Replace(heldSite, "\tlog\n", "\tlog {\n\t\toutput file "+file+"\n\t}\n\tlog_append told {rekall.decision}\n", 1)
 	g := r.start(site, "usage_flush 200ms")
 	key, busy := r.key("production", "memories:read"), r.key("production", "memories:read")
 	g.get(key).wantCode(t, 200, "")
@@ -379,7 +403,7 @@ func TestRequestsBeyondALimitAreToldByReason(t *testing.T) {
 		lines, _ := os.ReadFile(file)
 		for line := range strings.Lines(string(lines)) {
 			if strings.Contains(line, limited.Header.Get("X-Request-Id")) {
-				return strings.Contains(line, `"decision":"rate_limited"`) && strings.Contains(line, `"reason":"RATE_LIMIT_EXCEEDED"`) &&
+				return strings.Contains(line, `"decision":"rate_limited"`) && strings.Contains(line, `"told":"rate_limited"`) && strings.Contains(line, `"reason":"RATE_LIMIT_EXCEEDED"`) &&
 					strings.Contains(line, `"key_id":"`+key.ID+`"`)
 			}
 		}
