@@ -20,7 +20,7 @@ type allowance struct {
 // hold counts the request against the limits of its key: once, and whether or not the key has the scope, so that a client
 // that is refused for its scopes can hammer no more than others. Beyond the limits, the outcome is that.
 func (x *exchange) hold(found *keycache.Found) {
-	goodKey := x.outcome == apikey.Allowed || x.outcome == apikey.NotCovered || x.outcome == apikey.Insufficient
+	goodKey := x.outcome == apikey.Allowed || x.outcome == apikey.NotCovered || x.outcome == apikey.Insufficient || x.outcome == apikey.Mismatch
 	if !goodKey || x.allowance.bucket != nil { // held already: the key has changed, and was found again
 		return
 	}
