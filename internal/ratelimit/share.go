@@ -36,6 +36,7 @@ type lease struct {
 	// Of the goroutine that exchanges:
 	followed bool   // in Store.followed
 	at       int64  // of the last exchange
+	looked   bool   // again, after the last one for a request
 	due      int64  // of the next one, unless the lease asks for it earlier
 	outages  uint64 // after which Redis was told what this edge had let through
 }
@@ -81,9 +82,9 @@ func (s *Store) take(b *Bucket, limit Limit, now int64) (Verdict, bool) {
 	}
 	for {
 		held := l.held.Load()
-		if held <= 0 && held <= -l.ahead(limit, edges, now) {
+		if ahead := l.ahead(limit, edges, now); held <= 0 && held <= -ahead {
 			l.ask(held)
-			return l.refusal(limit, edges, held, now), b.emptyAt.Load() != givenBack
+			return l.refusal(limit, edges, ahead, held, now), b.emptyAt.Load() != givenBack
 		}
 		if l.held.CompareAndSwap(held, held-1) {
 			l.ask(held - 1)
@@ -115,13 +116,13 @@ func (l *lease) allowance(limit Limit, held int64) Verdict {
 	}
 }
 
-// refusal tells when a request will pass: what is owed is paid back first, and each other edge may have run ahead by one that
-// Redis did not know of yet.
-func (l *lease) refusal(limit Limit, edges, held, now int64) Verdict {
+// refusal tells when a request will pass: what is owed is paid back first, and each other edge may have run ahead as far as
+// this one may, and by one at least, of which Redis did not know yet.
+func (l *lease) refusal(limit Limit, edges, ahead, held, now int64) Verdict {
 	interval := limit.interval()
 	wait := max(l.next.Load()-now, 0)
 	return Verdict{
-		RetryAfter: time.Duration(wait + (edges-min(held, 0))*interval),
+		RetryAfter: time.Duration(wait + (1+(edges-1)*max(1, ahead)-min(held, 0))*interval),
 		ResetAfter: time.Duration(wait + (limit.depth()-min(held, 0))*interval),
 	}
 }

@@ -22,6 +22,10 @@ const (
 	// leaseFor is how long a lease lasts at the rate of the requests before it.
 	leaseFor = 2 * settleEvery
 
+	// lookAgainAfter is how long a key has to be away that must wait, before Redis is asked once more how long: what other
+	// edges had leased is given back by then.
+	lookAgainAfter = 3 * settleEvery
+
 	// patience is how long Redis may take before this edge goes on without it.
 	patience = 100 * time.Millisecond
 
@@ -191,9 +195,18 @@ func (s *Store) plan(l *lease, now int64) (settlement, bool) {
 	asks, held := l.asks.Swap(0), l.held.Load()
 	b := settlement{lease: l, want: s.wanted(l, asks, edges, now)}
 	if asks == 0 && held == 0 {
-		return b, false // and it stays due, so that unfollow leaves it alone
+		again := l.at + int64(lookAgainAfter)
+		switch {
+		case l.looked || l.next.Load() < again:
+			return b, false // and it stays due, so that unfollow leaves it alone
+		case now < again:
+			l.due = again
+			return b, false
+		}
+		l.looked, l.due = true, now+int64(settleEvery)
+		return b, true
 	}
-	l.due = now + int64(settleEvery)
+	l.looked, l.due = false, now+int64(settleEvery)
 	switch outages := s.outages.Load(); {
 	case l.outages != outages:
 		// What was let through in the outage beyond this edge's part was nobody's to give: only what that still remembers counts.

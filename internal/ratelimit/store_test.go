@@ -361,12 +361,12 @@ func TestAClientThatObeysRetryAfterIsServedAtEveryEdge(t *testing.T) {
 			if v := edges[(i+1)%3].ask(d, limit); !v.Allowed {
 				t.Errorf("request %d: refused again, for %s", i, v.RetryAfter)
 			}
-			if refused == 5 {
+			if refused == 3 {
 				return
 			}
 		}
 	}
-	t.Errorf("%d refusals, want 5", refused)
+	t.Errorf("%d refusals, want 3", refused)
 }
 
 func TestSharedAcquireAllocatesNothingForAKeyInUse(t *testing.T) {
