@@ -50,14 +50,15 @@ func (c *Cache) syncLoop(ctx context.Context) {
 		c.unknown.unwant()
 		startedAt := time.Now()
 		err := s.sync(ctx, c)
+		took := age(startedAt, time.Now())
 		switch {
 		case ctx.Err() != nil:
 			return
-		case err != nil && age(startedAt, time.Now()) > syncTimeout+leapNoticed:
+		case err != nil && took > syncTimeout+leapNoticed:
 			continue // it is not Postgres that took so long: the process stood still
 		case err != nil && !failing:
 			c.cfg.Logger().Error("key sync failed; cached keys are trusted until the data is too old",
-				zap.Duration("max_staleness", c.cfg.MaxStaleness), zap.Error(err))
+				zap.Duration("max_staleness", c.cfg.MaxStaleness), zap.Duration("took", took), zap.Error(err))
 		case err == nil && failing:
 			c.cfg.Logger().Info("key sync works again")
 		}
