@@ -2,6 +2,7 @@ package ratelimit
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"strconv"
@@ -12,18 +13,15 @@ import (
 )
 
 // exchangeScript settles with the bucket of one key and leases from it: GCRA in microseconds of Redis's own clock, the only one that
-// all edges share. What was spent counts whatever the bucket holds; more is leased only from what it has left. A
-// key that Redis has lost (it was restarted empty) begins with what the edges say that they let through.
+// all edges share. What was spent counts whatever the bucket holds; more is leased only from what it has left.
 //
 // A bucket further ahead than all edges could have spent comes from a clock that was set back: it is cut to that.
 var exchangeScript = redis.NewScript(`
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local interval, depth = tonumber(ARGV[1]), tonumber(ARGV[2])
-local spent, want, lost = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
-local stored = redis.call('GET', KEYS[1])
-if not stored and lost > 0 then spent = lost end
-local empty = math.max(now, tonumber(stored or '0')) + spent * interval
+local spent, want = tonumber(ARGV[3]), tonumber(ARGV[4])
+local empty = math.max(now, tonumber(redis.call('GET', KEYS[1]) or '0')) + spent * interval
 empty = math.min(math.max(now, empty), now + 3 * depth * interval + 60000000)
 local left = math.max(0, math.floor((now + depth * interval - empty) / interval + 0.001))
 local leased = math.min(want, left)
@@ -77,10 +75,26 @@ type settlement struct {
 
 	spent int64 // without Redis's knowledge; below zero: given back
 	want  int64
-	lost  int64 // what the bucket begins with if Redis has lost it; 0: it has not
 
 	owed   int64 // that is settled by this: what was spent, forgiven or not
 	answer *redis.Cmd
+}
+
+const (
+	dataKey = "rekall:rl:data"
+	dataFor = time.Minute // each probe prolongs it; longer than most buckets
+)
+
+// nameOfData returns a name that Redis keeps as long as it keeps the buckets, and gives it one if it has none: it is new, or was
+// restarted empty.
+func (s *Store) nameOfData(ctx context.Context) (string, error) {
+	pipe := s.client.Pipeline()
+	pipe.SetNX(ctx, dataKey, rand.Text(), dataFor)
+	name := pipe.GetEx(ctx, dataKey, dataFor)
+	if _, err := pipe.Exec(ctx); err != nil {
+		return "", fmt.Errorf("ask redis for the name of its data: %w", err)
+	}
+	return name.Val(), nil
 }
 
 // send runs the script for each settlement, in one round trip. Each has its answer, or the error, when it returns.
@@ -89,7 +103,7 @@ func (s *Store) send(ctx context.Context, batch []settlement) {
 	for i := range batch {
 		b := &batch[i]
 		interval := strconv.FormatFloat(float64(time.Minute/time.Microsecond)/float64(b.lease.minute.Load()), 'g', -1, 64)
-		b.answer = pipe.EvalSha(ctx, exchangeScript.Hash(), []string{b.lease.key}, interval, b.lease.depth.Load(), b.spent, b.want, b.lost)
+		b.answer = pipe.EvalSha(ctx, exchangeScript.Hash(), []string{b.lease.key}, interval, b.lease.depth.Load(), b.spent, b.want)
 	}
 	s.exchanges.Add(1)
 	s.commands.Add(uint64(len(batch)))

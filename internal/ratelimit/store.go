@@ -49,6 +49,8 @@ type Store struct {
 	wake     chan struct{}
 
 	followed []*lease // that hold or owe something
+	data     string   // names what Redis has: a new name tells that it was emptied
+	emptied  uint64   // the last outage in which it was
 
 	exchanges, commands, failures atomic.Uint64
 }
@@ -210,8 +212,11 @@ func (s *Store) plan(l *lease, now int64) (settlement, bool) {
 	switch outages := s.outages.Load(); {
 	case l.outages != outages:
 		// What was let through in the outage beyond this edge's part was nobody's to give: only what that still remembers counts.
-		b.lost = l.outstanding(edges, now)
-		b.owed, b.spent = max(0, -held), min(max(0, -held), b.lost)
+		b.owed = max(0, -held)
+		b.spent = l.outstanding(edges, now)
+		if l.outages >= s.emptied { // Redis knows what was let through before
+			b.spent = min(b.spent, b.owed)
+		}
 		l.outages = outages
 	case held < 0:
 		b.owed, b.spent = -held, -held
@@ -354,7 +359,7 @@ func (s *Store) probe(ctx context.Context) {
 	began := time.Now()
 	probe, cancel := context.WithTimeout(ctx, exchangeTimeout)
 	defer cancel()
-	err := s.client.Ping(probe).Err()
+	data, err := s.nameOfData(probe)
 	switch {
 	case ctx.Err() != nil:
 		return
@@ -366,6 +371,9 @@ func (s *Store) probe(ctx context.Context) {
 		s.fall(err)
 		s.forget()
 		return
+	}
+	if s.data != data {
+		s.data, s.emptied = data, s.outages.Load()
 	}
 	if !s.fallback.Load() {
 		return

@@ -56,8 +56,10 @@ var disasters = []disaster{
 		[]string{"RekallSyncOld", "RekallFailClosed", "RekallUnavailable"}},
 	{"Postgres stands still", 12 * time.Second, func(f *fleet) { f.primary.Pause() }, func(f *fleet) { f.primary.Resume() },
 		[]string{"RekallSyncOld", "RekallFailClosed", "RekallUnavailable"}},
-	{"Redis stands still", 10 * time.Second, func(f *fleet) { f.redis.Pause() }, func(f *fleet) { f.redis.Resume() }, nil},
-	{"Redis is killed, and comes back empty", 10 * time.Second, func(f *fleet) { f.redis.Kill() }, func(f *fleet) { f.must(f.redis.Restart(context.Background())) }, nil},
+	{"Redis stands still", 10 * time.Second, func(f *fleet) { f.redis.Pause() }, func(f *fleet) { f.redis.Resume() },
+		[]string{"RekallLimitsApart"}},
+	{"Redis is killed, and comes back empty", 10 * time.Second, func(f *fleet) { f.redis.Kill() }, func(f *fleet) { f.must(f.redis.Restart(context.Background())) },
+		[]string{"RekallLimitsApart"}},
 	{"the backend is away", 5 * time.Second, (*fleet).stopBackend, (*fleet).startBackend, nil},
 	{"a flood of keys that nobody has", 10 * time.Second, (*fleet).beginFlood, func(f *fleet) { f.endFlood() }, []string{"RekallUnknownKeys"}},
 	{"each edge is reloaded", 5 * time.Second, func(f *fleet) {

@@ -14,7 +14,9 @@ import (
 	"testing"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/devenv/redistest"
 )
 
 const shipped = "../../cmd/rekall-gateway/deploy/monitoring/"
@@ -72,8 +74,10 @@ func panels(t *testing.T) map[string][]string {
 
 func TestEveryQueryReturnsDataAndEachAlertFiresWhenItsFaultIsMade(t *testing.T) {
 	server := pgtest.Server(t)
+	redis := redistest.Server(t, devenv.RedisOptions{})
 	r := newRig(t, server.URL())
-	g, other := r.start("canary"), r.start("edge other")
+	r.gateway = "rate_limits"
+	g, other := r.start("canary\n\t\trate_limit_store "+redis.URL()), r.start("edge other")
 	p := startPrometheus(t, hastened(t), g, other)
 
 	good, revoked := r.key(), r.key()
@@ -107,6 +111,10 @@ func TestEveryQueryReturnsDataAndEachAlertFiresWhenItsFaultIsMade(t *testing.T) 
 	end := load(8, func() { g.ask(apikey.Generate(apikey.Production)) })
 	p.waitFiring("RekallUnknownKeys", "RekallEdgeDown", "RekallEdgeSilent")
 	end()
+
+	fault("RekallLimitsApart")
+	redis.Kill()
+	p.waitFiring("RekallLimitsApart")
 
 	fault("RekallSyncOld", "RekallFailClosed", "RekallUnavailable", "RekallUsageNotFlushed", "RekallUsageBuffer")
 	second := r.key()
