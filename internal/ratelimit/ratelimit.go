@@ -224,6 +224,18 @@ func (l *Limiter) GiveBack() {
 	}
 }
 
+// leases calls each with the lease of every bucket.
+func (l *Limiter) leases(each func(*lease)) {
+	for i := range l.shards {
+		s := &l.shards[i]
+		s.mu.RLock()
+		for _, b := range s.buckets {
+			each(b.lease)
+		}
+		s.mu.RUnlock()
+	}
+}
+
 // Status is the state of a limiter.
 type Status struct {
 	Keys int // that were in use lately

@@ -48,6 +48,7 @@ type Store struct {
 	asking   atomic.Pointer[lease] // a list, to which requests add without a lock
 	wake     chan struct{}
 
+	all      func(each func(*lease))
 	followed []*lease // that hold or owe something
 	data     string   // names what Redis has: a new name tells that it was emptied
 	emptied  uint64   // the last outage in which it was
@@ -69,7 +70,7 @@ func OpenStore(url string, edges func() int, logger func() *zap.Logger) (*Store,
 // this edge alone. A store has one limiter in a process.
 func NewShared(s *Store) *Limiter {
 	l := New()
-	l.start, l.store = s.start, s
+	l.start, l.store, s.all = s.start, s, l.leases
 	return l
 }
 
@@ -196,7 +197,7 @@ func (s *Store) plan(l *lease, now int64) (settlement, bool) {
 	edges := s.edges.Load()
 	asks, held := l.asks.Swap(0), l.held.Load()
 	b := settlement{lease: l, want: s.wanted(l, asks, edges, now)}
-	if asks == 0 && held == 0 {
+	if asks == 0 && held == 0 && l.outages >= s.emptied {
 		again := l.at + int64(lookAgainAfter)
 		switch {
 		case l.looked || l.next.Load() < again:
@@ -230,6 +231,9 @@ func (s *Store) plan(l *lease, now int64) (settlement, bool) {
 		b.spent, b.want = b.want-held, 0
 	default:
 		b.want = max(0, b.want-held)
+	}
+	if s.fallback.Load() {
+		b.want = 0
 	}
 	if b.spent == 0 && b.want == 0 && b.owed == 0 {
 		l.low.Store((held + 1) / 2)
@@ -354,7 +358,8 @@ func (s *Store) fall(err error) {
 }
 
 // probe asks Redis whether it is there. After an outage it first settles all leases, while requests still go by this edge's
-// part: else those of before would be refused for what was let through meanwhile.
+// part: else those of before would be refused for what was let through meanwhile. A Redis that was emptied is told of all keys,
+// and leased from when the other edges have told it as well.
 func (s *Store) probe(ctx context.Context) {
 	began := time.Now()
 	probe, cancel := context.WithTimeout(ctx, exchangeTimeout)
@@ -372,16 +377,25 @@ func (s *Store) probe(ctx context.Context) {
 		s.forget()
 		return
 	}
-	if s.data != data {
+	emptied := s.data != data
+	if emptied {
 		s.data, s.emptied = data, s.outages.Load()
 	}
 	if !s.fallback.Load() {
 		return
 	}
+	if emptied {
+		s.all(func(l *lease) {
+			if l.asked.CompareAndSwap(false, true) {
+				s.push(l)
+			}
+		})
+		s.follow()
+	}
 	for _, l := range s.followed {
 		l.due = 0
 	}
-	if s.settle(ctx, s.followed) {
+	if s.settle(ctx, s.followed) && !emptied {
 		s.fallback.Store(false)
 		s.logger().Info("rate limit store answers again")
 	}
