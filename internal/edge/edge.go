@@ -173,10 +173,13 @@ func (r *Reporter) forget(ctx context.Context) {
 }
 
 // countEdges counts the edges twice in the time after which one counts as fail-closed, and not at every report: the cost of
-// that would grow with the square of the fleet.
+// that would grow with the square of the fleet. What this edge was before it was killed counts no longer.
 func (r *Reporter) countEdges(ctx context.Context) error {
 	if time.Now().Before(r.countAt) {
 		return nil
+	}
+	if err := r.store.ForgetReplacedEdges(ctx, r.edge); err != nil {
+		return err
 	}
 	n, err := r.store.CountEdges(ctx)
 	if err != nil {

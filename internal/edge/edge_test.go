@@ -50,9 +50,15 @@ func newReporter(store *keystore.Store) *Reporter {
 // gone adds the row of an edge that went away without a word.
 func (r *rig) gone() {
 	r.t.Helper()
+	r.silent("gone", 11*time.Minute)
+}
+
+// silent adds the row of an edge that has not reported for so long.
+func (r *rig) silent(name string, length time.Duration) {
+	r.t.Helper()
 	if _, err := r.conn.Exec(r.t.Context(), `
 insert into rekall.edges (instance, name, region, version, max_staleness, started_at, beat, seen_at)
-values ($1, 'gone', '', '', '30s', now(), 1, now() - interval '11 minutes')`, NewInstance()); err != nil {
+values ($1, $2, '', '', '30s', now(), 1, now() - $3::interval)`, NewInstance(), name, length); err != nil {
 		r.t.Fatal(err)
 	}
 }
@@ -122,6 +128,18 @@ func TestEdgesAreCountedTwiceInTheTimeAfterWhichOneIsFailClosed(t *testing.T) {
 	r.reporter.countAt = time.Now()
 	r.report()
 	want("a report when it is time again", 1, 1)
+}
+
+func TestAnEdgeThatWasKilledAndStartedAgainIsCountedOnceAsSoonAsItsRowIsFailClosed(t *testing.T) {
+	r := newRig(t)
+	r.silent("north", 29*time.Second)
+	r.silent("north", 31*time.Second)
+	r.silent("south", 31*time.Second)
+	r.report()
+	r.wantNames("the edge north reports", "north", "north", "south")
+	if n, _ := r.reporter.Edges(); n != (keystore.EdgeCount{Live: 2, FailClosed: 1}) {
+		t.Errorf("%+v", n)
+	}
 }
 
 // TestEdgeThatWasStoppedForLongDoesNotForgetItself: its own row is the oldest of all when it goes on.

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgtype"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 )
@@ -20,10 +21,23 @@ const serverSQL = `
 select (select system_identifier from pg_control_system()), pg_postmaster_start_time(), pg_is_in_recovery(),
 	(select oid from pg_database where datname = current_database())`
 
-// recentSQL decides which keys are worth having in memory first. It need not be exact to the minute.
-const recentSQL = `select ` + recordColumns + `
-from rekall.api_keys k left join rekall.last_used u on u.key_id = k.id` + limitsOfMany + `
-order by u.last_used_at desc nulls last limit $1`
+// Which keys are worth having in memory first is known to the hour: last_used follows a key's use once in an hour. To count
+// hours takes no memory and no sort, which would take longer than to read the keys.
+const (
+	recentHourSQL = `
+select min(hour) from (
+	select date_trunc('hour', last_used_at) as hour, sum(count(*)) over (order by date_trunc('hour', last_used_at) desc) - count(*) as later
+	from rekall.last_used group by 1
+) h where later < $1::bigint`
+
+	recentSQL = `select ` + recordColumns + `
+from rekall.last_used u join rekall.api_keys k on k.id = u.key_id` + limitsOfMany + `
+where u.last_used_at >= $2 limit $1`
+
+	neverUsedSQL = `select ` + recordColumns + `
+from rekall.api_keys k` + limitsOfMany + `
+where not exists (select from rekall.last_used u where u.key_id = k.id) limit $1`
+)
 
 // ScanHashes reads the hash of every key that was committed before the call. First it calls begin with the server and the
 // number of keys, and ends with begin's error if there is one; then it calls each with the first HashPrefix bytes of each
@@ -47,23 +61,37 @@ func (s *Store) ScanHashes(ctx context.Context, begin func(server Server, keys i
 	})
 }
 
-// ScanRecent reads the rows of the n keys that are the likeliest to be used next, likeliest first. First it calls begin with
-// the server, and ends with begin's error if there is one; then it calls each with each row.
+// ScanRecent reads the rows of the n keys that are the likeliest to be used next: those used last, to the hour, then those never used.
+// First it calls begin with the server, and ends with begin's error if there is one; then it calls each with each row, in no order.
 func (s *Store) ScanRecent(ctx context.Context, n int, begin func(Server) error, each func(apikey.Record)) error {
 	return s.scan(ctx, "scan recent keys", func(tx pgx.Tx, server Server) error {
 		if err := begin(server); err != nil {
 			return err
 		}
+		var since pgtype.Timestamptz
+		if err := tx.QueryRow(ctx, recentHourSQL, n).Scan(&since); err != nil {
+			return err
+		}
 		var key row
-		rows, _ := tx.Query(ctx, recentSQL, n) // ForEachRow returns its error
-		_, err := pgx.ForEachRow(rows, key.targets(), func() error {
+		read := func() error {
+			n--
 			record, err := key.record()
-			if err != nil {
+			if err == nil {
+				each(record)
+			}
+			return err
+		}
+		if since.Valid {
+			rows, _ := tx.Query(ctx, recentSQL, n, since) // ForEachRow returns its error
+			if _, err := pgx.ForEachRow(rows, key.targets(), read); err != nil {
 				return err
 			}
-			each(record)
+		}
+		if n == 0 {
 			return nil
-		})
+		}
+		rows, _ := tx.Query(ctx, neverUsedSQL, n) // likewise
+		_, err := pgx.ForEachRow(rows, key.targets(), read)
 		return err
 	})
 }

@@ -16,12 +16,12 @@ func TestScansReadEveryKeyInEveryModeOfThePooler(t *testing.T) {
 			databaseURL := database(t) + "&default_query_exec_mode=" + mode
 			store := open(t, databaseURL, keystore.Options{})
 			var lastUsedFirst []keystore.NewKey
-			for range 5 {
+			for hoursAgo := range 5 {
 				key := insert(t, store)
-				lastUsedFirst = slices.Insert(lastUsedFirst, 0, key)
-				pgtest.Exec(t, databaseURL, `insert into rekall.last_used values ($1, clock_timestamp(), clock_timestamp())`, key.ID)
+				lastUsedFirst = append(lastUsedFirst, key)
+				pgtest.Exec(t, databaseURL, `insert into rekall.last_used values ($1, now(), now() - make_interval(hours => $2))`, key.ID, hoursAgo)
 			}
-			insert(t, store) // and never used
+			neverUsed := insert(t, store)
 			server := snapshot(t, store, "").Server
 
 			var hashes [][keystore.HashPrefix]byte
@@ -40,20 +40,26 @@ func TestScansReadEveryKeyInEveryModeOfThePooler(t *testing.T) {
 				}
 			}
 
-			var records []apikey.Record
-			err = store.ScanRecent(t.Context(), 3, func(s keystore.Server) error {
-				if s != server {
-					t.Errorf("server %+v, want %+v", s, server)
+			for n, want := range map[int][]keystore.NewKey{
+				1: lastUsedFirst[:1], 3: lastUsedFirst[:3], 5: lastUsedFirst, 6: append(lastUsedFirst, neverUsed), 7: append(lastUsedFirst, neverUsed),
+			} {
+				records := make(map[string]apikey.Record)
+				rows := 0
+				err = store.ScanRecent(t.Context(), n, func(s keystore.Server) error {
+					if s != server {
+						t.Errorf("server %+v, want %+v", s, server)
+					}
+					return nil
+				}, func(r apikey.Record) { records[r.ID] = r; rows++ })
+				if err != nil || rows != len(want) {
+					t.Fatalf("%d records of %d, %v", rows, n, err)
 				}
-				return nil
-			}, func(r apikey.Record) { records = append(records, r) })
-			if err != nil || len(records) != 3 {
-				t.Fatalf("%d records, %v", len(records), err)
-			}
-			for n, key := range lastUsedFirst[:3] {
-				want := apikey.Record{ID: key.ID, Account: key.Account, Digest: key.Digest, Environment: key.Environment, Scopes: key.Scopes, Limits: apikey.LimitsRef(apikey.SandboxTier)}
-				if records[n] != want {
-					t.Errorf("record %+v of %+v", records[n], key)
+				for _, key := range want {
+					if want := (apikey.Record{
+						ID: key.ID, Account: key.Account, Digest: key.Digest, Environment: key.Environment, Scopes: key.Scopes, Limits: apikey.LimitsRef(apikey.SandboxTier),
+					}); records[key.ID] != want {
+						t.Errorf("of %d, record %+v of %+v", n, records[key.ID], key)
+					}
 				}
 			}
 		})

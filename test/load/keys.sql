@@ -18,5 +18,9 @@ alter table rekall.api_keys enable always trigger stamp;
 alter table rekall.api_keys enable always trigger refuse_delete;
 alter table rekall.api_keys enable always trigger refuse_truncate;
 alter table rekall.api_keys enable always trigger notify;
+alter table rekall.last_used disable trigger user;
+insert into rekall.last_used (key_id, first_used_at, last_used_at)
+select 'key_' || lpad(n::text, 22, '0'), now() - interval '90 days', now() - random() * interval '90 days' from generate_series(1, :n) n;
+alter table rekall.last_used enable trigger user;
 commit;
-vacuum (analyze) rekall.api_keys;
+vacuum (analyze) rekall.api_keys, rekall.last_used;
