@@ -98,7 +98,7 @@ var edgeMayNot = []string{
 	`select count(*) from rekall.api_keys where name like 'B%'`,
 	`update rekall.edges set name = 'mine'`,
 	`update rekall.edges set started_at = now()`,
-	`select name from rekall.edges`,
+	`select region from rekall.edges`,
 }
 
 var adminMayNot = []string{
@@ -166,6 +166,9 @@ func TestEdgeRoleSufficesForAnEdge(t *testing.T) {
 	e := report(t, edge, keystore.Edge{Name: "north"})
 	e.Beat, e.SyncedAt, e.Applied = 2, start.Now, start.Text
 	if err := edge.ReportEdge(ctx, e); err != nil {
+		t.Error(err)
+	}
+	if err := edge.ForgetReplacedEdges(ctx, e); err != nil {
 		t.Error(err)
 	}
 	if err := edge.RemoveEdge(ctx, e.Instance); err != nil {
