@@ -46,29 +46,29 @@ type disaster struct {
 }
 
 var disasters = []disaster{
-	{"nothing", 10 * time.Second, func(*fleet) {}, func(*fleet) {}, nil},
-	{"an edge is killed", 10 * time.Second, func(f *fleet) { f.edges[0].process.kill() }, func(f *fleet) { f.edges[0].run() },
+	{"nothing", 16 * time.Second, func(*fleet) {}, func(*fleet) {}, nil},
+	{"an edge is killed", 16 * time.Second, func(f *fleet) { f.edges[0].process.kill() }, func(f *fleet) { f.edges[0].run() },
 		[]string{"RekallEdgeDown"}},
-	{"an edge stands still, longer than the bound", 10 * time.Second, func(f *fleet) { f.signal(1, syscall.SIGSTOP) }, func(f *fleet) { f.signal(1, syscall.SIGCONT) },
+	{"an edge stands still, longer than the bound", 16 * time.Second, func(f *fleet) { f.signal(1, syscall.SIGSTOP) }, func(f *fleet) { f.signal(1, syscall.SIGCONT) },
 		[]string{"RekallEdgeDown"}},
 	{"Postgres is away, shorter than the bound", 3 * time.Second, func(f *fleet) { f.primary.Kill() }, (*fleet).restartPostgres, nil},
-	{"Postgres is away, longer than the bound", 12 * time.Second, func(f *fleet) { f.primary.Kill() }, (*fleet).restartPostgres,
+	{"Postgres is away, longer than the bound", 15 * time.Second, func(f *fleet) { f.primary.Kill() }, (*fleet).restartPostgres,
 		[]string{"RekallSyncOld", "RekallFailClosed", "RekallUnavailable"}},
-	{"Postgres stands still", 12 * time.Second, func(f *fleet) { f.primary.Pause() }, func(f *fleet) { f.primary.Resume() },
+	{"Postgres stands still", 15 * time.Second, func(f *fleet) { f.primary.Pause() }, func(f *fleet) { f.primary.Resume() },
 		[]string{"RekallSyncOld", "RekallFailClosed", "RekallUnavailable"}},
-	{"Redis stands still", 10 * time.Second, func(f *fleet) { f.redis.Pause() }, func(f *fleet) { f.redis.Resume() },
+	{"Redis stands still", 16 * time.Second, func(f *fleet) { f.redis.Pause() }, func(f *fleet) { f.redis.Resume() },
 		[]string{"RekallLimitsApart"}},
-	{"Redis is killed, and comes back empty", 10 * time.Second, func(f *fleet) { f.redis.Kill() }, func(f *fleet) { f.must(f.redis.Restart(context.Background())) },
+	{"Redis is killed, and comes back empty", 16 * time.Second, func(f *fleet) { f.redis.Kill() }, func(f *fleet) { f.must(f.redis.Restart(context.Background())) },
 		[]string{"RekallLimitsApart"}},
-	{"the backend is away", 5 * time.Second, (*fleet).stopBackend, (*fleet).startBackend, nil},
-	{"a flood of keys that nobody has", 10 * time.Second, (*fleet).beginFlood, func(f *fleet) { f.endFlood() }, []string{"RekallUnknownKeys"}},
-	{"each edge is reloaded", 5 * time.Second, func(f *fleet) {
+	{"the backend is away", 12 * time.Second, (*fleet).stopBackend, (*fleet).startBackend, nil},
+	{"a flood of keys that nobody has", 16 * time.Second, (*fleet).beginFlood, func(f *fleet) { f.endFlood() }, []string{"RekallUnknownKeys"}},
+	{"each edge is reloaded", 12 * time.Second, func(f *fleet) {
 		for _, g := range f.edges {
 			reload(f.t, g)
 		}
 	}, func(*fleet) {}, nil},
-	{"each edge is restarted, one after another", 5 * time.Second, (*fleet).restartEdges, func(*fleet) {}, nil},
-	{"Postgres is lost, the standby promoted", 10 * time.Second, (*fleet).failOver, func(*fleet) {}, nil},
+	{"each edge is restarted, one after another", 12 * time.Second, (*fleet).restartEdges, func(*fleet) {}, nil},
+	{"Postgres is lost, the standby promoted", 16 * time.Second, (*fleet).failOver, func(*fleet) {}, nil},
 }
 
 // fleet is edges behind HAProxy, and all that they need.
@@ -155,7 +155,7 @@ func newGame(t *testing.T) *fleet {
 		f.edges = append(f.edges, f.start(fmt.Sprintf("edge edge-%d\n\t\trate_limit_store %s", i, f.redis.URL())))
 	}
 	f.startHAProxy()
-	f.prometheus = startPrometheus(t, hastened(t), f.edges...)
+	f.prometheus = startPrometheus(t, strings.Replace(hastened(t), "0.000003 *", "0.5 *", 1), f.edges...) // the day has many keys
 	f.clients = &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
 	f.revoke(f.revoked)
 	return f
