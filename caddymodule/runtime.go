@@ -68,7 +68,7 @@ type runtime struct {
 
 func newRuntime(s settings) (*runtime, error) {
 	instance := edge.NewInstance()
-	store, err := keystore.Open(s.database, keystore.Options{})
+	store, err := keystore.Open(s.database, keystore.Options{PlanOnce: true})
 	if err != nil {
 		return nil, err
 	}
@@ -88,7 +88,7 @@ func newRuntime(s settings) (*runtime, error) {
 	}
 	var reads keycache.Store = store
 	if s.readDatabase != "" {
-		if rt.standby, err = keystore.Open(s.readDatabase, keystore.Options{Instance: instance}); err != nil {
+		if rt.standby, err = keystore.Open(s.readDatabase, keystore.Options{Instance: instance, PlanOnce: true}); err != nil {
 			store.Close()
 			return nil, fmt.Errorf("read_database: %w", err)
 		}

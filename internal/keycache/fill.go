@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -19,8 +20,8 @@ const (
 	// fillSpread is how many ticks a fleet takes to read all keys after a failover, when every edge starts over at once.
 	fillSpread = 10
 
-	// warmChunk is how many entries are offered to ristretto before it is waited for: it drops those for which its
-	// buffer of 32,768 has no room.
+	// warmChunk is how many entries are offered to ristretto while it takes in as many that were offered before: it drops those
+	// for which its buffer of 32,768 has no room.
 	warmChunk = 1 << 13
 )
 
@@ -81,12 +82,15 @@ func (c *Cache) fill(ctx context.Context, warmed *uint64) error {
 // warm reads the rows of the keys that are the likeliest to be used.
 func (c *Cache) warm(ctx context.Context, s *state) error {
 	startedAt, keys := time.Now(), 0
+	var chunk sync.WaitGroup // being taken in
 	err := c.store.ScanRecent(ctx, min(c.cfg.Warm, c.cfg.Size), s.isOn, func(r apikey.Record) {
 		c.keep(newEntry(r, s.epoch))
 		if keys++; keys%warmChunk == 0 {
-			c.settle()
+			chunk.Wait()
+			chunk.Go(c.settle)
 		}
 	})
+	chunk.Wait()
 	if err == nil {
 		c.cfg.Logger().Info("cache is warm", zap.Int("keys", keys), zap.Duration("took", time.Since(startedAt)))
 	}

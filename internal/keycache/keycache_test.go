@@ -34,7 +34,7 @@ func newDatabase(t testing.TB, url string) *database {
 	if _, _, err := keystore.Migrate(t.Context(), url); err != nil {
 		t.Fatal(err)
 	}
-	store, err := keystore.Open(url, keystore.Options{})
+	store, err := keystore.Open(url, keystore.Options{PlanOnce: true})
 	if err != nil {
 		t.Fatal(err)
 	}

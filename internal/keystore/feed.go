@@ -2,6 +2,8 @@ package keystore
 
 import (
 	"context"
+	"encoding/json"
+	"fmt"
 	"strings"
 	"time"
 
@@ -49,6 +51,8 @@ const recordColumns = keyColumns + `,
 	a.tier, coalesce(o.requests_per_minute, a.requests_per_minute), coalesce(o.burst, a.burst),
 	coalesce(o.concurrent_requests, a.concurrent_requests)`
 
+const recordColumnCount = 12
+
 const (
 	// limitsOfSome joins the limits of a few keys. The inner limits keep Postgres from reading all there are for them.
 	limitsOfSome = `
@@ -73,7 +77,8 @@ const (
 //
 // A key is read anew too when the limits of its account or its own have changed. Each part has the limit: more than
 // MaxChanges in one of them are more in all. The order and the lateral joins keep Postgres, which cannot know that there is
-// next to nothing to read, from reading all there is.
+// next to nothing to read, from reading all there is. What belongs to the whole reading stands in one row: repeated in each, it
+// would be most of what is sent.
 var snapshotSQL = `
 with s as materialized (
 	select pg_snapshot_xmin(pg_current_snapshot()) as xmin, pg_snapshot_xmax(pg_current_snapshot()) as xmax,
@@ -81,31 +86,43 @@ with s as materialized (
 			else pg_current_snapshot()::text end as snapshot,
 		coalesce((select beat from rekall.edges where instance = $2), 0) as beat, clock_timestamp() as now, (select system_identifier from pg_control_system()) as system_id,
 		pg_postmaster_start_time() as started_at, pg_is_in_recovery() as in_recovery,
-		(select oid from pg_database where datname = current_database()) as database,
-		(select json_agg(t)::text from rekall.tiers t) as tiers
-), news as (
-	(select k.change_xid as xid, ` + recordColumns + `
-	from s cross join rekall.api_keys k` + limitsOfSome + `
-	where ` + stampedSince("k") + ` order by k.change_xid limit $3)
-	union all
-	(select c.change_xid, ` + recordColumns + `
-	from s cross join rekall.account_limits c
-	cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where k.account = c.account and k.environment = 'production' limit $3) k` + limitsOfSome + `
-	where ` + stampedSince("c") + ` order by c.change_xid limit $3)
-	union all
-	(select c.change_xid, ` + recordColumns + `
-	from s cross join rekall.key_limits c
-	cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where k.id = c.key_id limit 1) k` + limitsOfSome + `
-	where ` + stampedSince("c") + ` order by c.change_xid limit $3)
+		(select oid::bigint from pg_database where datname = current_database()) as database,
+		(select json_agg(t) from rekall.tiers t) as tiers
 )
-select s.xmin, s.xmax, s.snapshot, s.beat, s.now, s.system_id, s.started_at, s.in_recovery, s.database, s.tiers, news.*
-from s left join news on true
-limit $3`
+select row_to_json(s)::text, null, ` + strings.Repeat("null, ", recordColumnCount-1) + `null from s
+union all
+(select null, k.change_xid, ` + recordColumns + `
+from rekall.api_keys k` + limitsOfSome + `
+where ` + stampedSince("k") + ` order by k.change_xid limit $3)
+union all
+(select null, c.change_xid, ` + recordColumns + `
+from rekall.account_limits c
+cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where k.account = c.account and k.environment = 'production' limit $3) k` + limitsOfSome + `
+where ` + stampedSince("c") + ` order by c.change_xid limit $3)
+union all
+(select null, c.change_xid, ` + recordColumns + `
+from rekall.key_limits c
+cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where k.id = c.key_id limit 1) k` + limitsOfSome + `
+where ` + stampedSince("c") + ` order by c.change_xid limit $3)`
 
 // stampedSince is the condition that a row of a table was stamped after the snapshot $1, in this cluster.
 func stampedSince(table string) string {
-	return strings.ReplaceAll(`t.change_xid >= pg_snapshot_xmin($1::text::pg_snapshot) and t.change_xid < s.xmax
+	return strings.ReplaceAll(`t.change_xid >= pg_snapshot_xmin($1::text::pg_snapshot) and t.change_xid < pg_snapshot_xmax(pg_current_snapshot())
 		and not pg_visible_in_snapshot(t.change_xid, $1::text::pg_snapshot)`, "t.", table+".")
+}
+
+// reading is what belongs to a whole reading of the feed.
+type reading struct {
+	Xmin       uint64 `json:",string"`
+	Xmax       uint64 `json:",string"`
+	Snapshot   string
+	Beat       uint64
+	Now        time.Time
+	SystemID   int64     `json:"system_id"`
+	StartedAt  time.Time `json:"started_at"`
+	InRecovery bool      `json:"in_recovery"`
+	Database   uint32
+	Tiers      []tierRow
 }
 
 // Snapshot reads the feed: every row that has changed since a snapshot, which is the Text of an earlier one of the same
@@ -116,18 +133,15 @@ func (s *Store) Snapshot(ctx context.Context, since string) (Snapshot, error) {
 		from = &since
 	}
 	var (
-		snap    Snapshot
-		started time.Time
-		tiers   column
-		xid     *uint64
-		key     row
+		snap   Snapshot
+		header column // of one row
+		xid    *uint64
+		key    row // of the others
 	)
-	targets := append([]any{&snap.Xmin, &snap.Xmax, &snap.Text, &snap.Beat, &snap.Now, &snap.Server.SystemID, &started, &snap.Server.InRecovery,
-		&snap.Server.Database, &tiers, &xid}, key.targets()...)
 	rows, _ := s.pool.Query(ctx, snapshotSQL, from, s.instance, MaxChanges+1) // ForEachRow returns its error
-	_, err := pgx.ForEachRow(rows, targets, func() error {
-		if xid == nil {
-			return nil // nothing changed
+	_, err := pgx.ForEachRow(rows, append([]any{&header, &xid}, key.targets()...), func() error {
+		if header != nil {
+			return snap.begin(header)
 		}
 		record, err := key.record()
 		if err != nil {
@@ -139,14 +153,22 @@ func (s *Store) Snapshot(ctx context.Context, since string) (Snapshot, error) {
 	if err != nil {
 		return Snapshot{}, failed("read change feed", err)
 	}
-	if snap.Tiers, err = decodeTiers(tiers); err != nil {
-		return Snapshot{}, failed("read tiers", err)
-	}
-	snap.Server.StartedAt = started.UnixMicro()
 	if snap.Overrun = len(snap.Changes) > MaxChanges; snap.Overrun {
 		snap.Changes = nil
 	}
 	return snap, nil
+}
+
+// begin sets all but the changes.
+func (snap *Snapshot) begin(header []byte) (err error) {
+	var r reading
+	if err := json.Unmarshal(header, &r); err != nil {
+		return fmt.Errorf("decode snapshot: %w", err)
+	}
+	snap.Server = Server{SystemID: r.SystemID, StartedAt: r.StartedAt.UnixMicro(), InRecovery: r.InRecovery, Database: r.Database}
+	snap.Xmin, snap.Xmax, snap.Text, snap.Now, snap.Beat = r.Xmin, r.Xmax, r.Snapshot, r.Now, r.Beat
+	snap.Tiers, err = tiersOf(r.Tiers)
+	return err
 }
 
 // Found is the answer to a lookup, and the server that gave it.

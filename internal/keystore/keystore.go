@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
@@ -37,6 +38,7 @@ type Options struct {
 	MaxConns        int32  // connections at most, besides the one that Listen makes; default 4
 	ApplicationName string // as pg_stat_activity shows it, if the URL names none; default "rekall-gateway"
 	Instance        string // of the edge whose reports Snapshot looks for; default none
+	PlanOnce        bool   // statements are planned once for each connection, not for each call with its arguments; default false
 }
 
 // Store is a pool of connections to the Postgres that holds the keys. Its methods may be called concurrently.
@@ -66,11 +68,24 @@ func Open(url string, options Options) (*Store, error) {
 		}
 	}
 	boundCleanup(config)
+	// Behind a pooler that gives each statement another connection nothing can be planned ahead.
+	if options.PlanOnce && config.ConnConfig.DefaultQueryExecMode == pgx.QueryExecModeCacheStatement {
+		config.AfterConnect = planOnce
+	}
 	pool, err := pgxpool.NewWithConfig(context.Background(), config)
 	if err != nil {
 		return nil, fmt.Errorf("open database: %w", err)
 	}
 	return &Store{Keys: Keys{pool}, pool: pool, instance: options.Instance}, nil
+}
+
+// planOnce makes Postgres keep the plans of a connection's statements. To plan the feed anew, which it would prefer, takes three
+// times as long as to read that nothing has changed.
+func planOnce(ctx context.Context, conn *pgx.Conn) error {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout) // nobody else's bounds the making of a connection
+	defer cancel()
+	_, err := conn.Exec(ctx, "set plan_cache_mode = force_generic_plan; set jit = off")
+	return err
 }
 
 // parse reads a database URL. Nothing of it may stand in the error.

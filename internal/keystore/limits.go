@@ -2,26 +2,22 @@ package keystore
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
-	"fmt"
 
 	"github.com/jackc/pgx/v5"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 )
 
-// decodeTiers reads the tiers as the feed has them: an array of rows as JSON.
-func decodeTiers(text []byte) (tiers apikey.Tiers, err error) {
-	var rows []struct {
-		Name       string
-		PerMinute  int `json:"requests_per_minute"`
-		Burst      int
-		Concurrent int `json:"concurrent_requests"`
-	}
-	if err := json.Unmarshal(text, &rows); err != nil {
-		return tiers, fmt.Errorf("decode tiers: %w", err)
-	}
+// tierRow is a row of rekall.tiers as the feed has it.
+type tierRow struct {
+	Name       string
+	PerMinute  int `json:"requests_per_minute"`
+	Burst      int
+	Concurrent int `json:"concurrent_requests"`
+}
+
+func tiersOf(rows []tierRow) (tiers apikey.Tiers, err error) {
 	for _, row := range rows {
 		tier, err := apikey.ParseTier(row.Name)
 		if err != nil {
@@ -49,11 +45,12 @@ const limitColumns = `coalesce(requests_per_minute, 0), coalesce(burst, 0), coal
 
 // Tiers returns the limits of all tiers.
 func (k Keys) Tiers(ctx context.Context) (tiers apikey.Tiers, err error) {
-	var text []byte
-	if err := k.db.QueryRow(ctx, `select json_agg(t)::text from rekall.tiers t`).Scan(&text); err != nil {
+	rows, _ := k.db.Query(ctx, `select name, `+limitColumns+` from rekall.tiers`) // CollectRows returns its error
+	all, err := pgx.CollectRows(rows, pgx.RowToStructByPos[tierRow])
+	if err != nil {
 		return tiers, failed("read tiers", err)
 	}
-	return decodeTiers(text)
+	return tiersOf(all)
 }
 
 // AccountLimits returns the tier and the limits of an account; of one that nobody gave any, the tier free.

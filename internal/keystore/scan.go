@@ -14,6 +14,10 @@ import (
 // scanTimeout bounds a scan, whatever statement_timeout a role has for its short statements: 10 million hashes take some 15 s.
 const scanTimeout = 5 * time.Minute
 
+// scanMemory is what a scan may take for each of its hash tables. One of a million keys used last takes twice that, which
+// Postgres 15 allows.
+const scanMemory = "'32MB'"
+
 // HashPrefix is how many bytes of each key's hash ScanHashes reads: enough that no two keys ever share them by chance.
 const HashPrefix = 16
 
@@ -26,8 +30,8 @@ select (select system_identifier from pg_control_system()), pg_postmaster_start_
 const (
 	recentHourSQL = `
 select min(hour) from (
-	select date_trunc('hour', last_used_at) as hour, sum(count(*)) over (order by date_trunc('hour', last_used_at) desc) - count(*) as later
-	from rekall.last_used group by 1
+	select hour, sum(count(*)) over (order by hour desc) - count(*) as later
+	from (select date_bin('1 hour', last_used_at, timestamptz 'epoch') as hour from rekall.last_used) u group by hour
 ) h where later < $1::bigint`
 
 	recentSQL = `select ` + recordColumns + `
@@ -101,7 +105,9 @@ func (s *Store) scan(ctx context.Context, doing string, do func(pgx.Tx, Server) 
 	ctx, cancel := context.WithTimeout(ctx, scanTimeout)
 	defer cancel()
 	err := pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, fmt.Sprintf("set local statement_timeout = %d", scanTimeout.Milliseconds())); err != nil {
+		settings := fmt.Sprintf("set local statement_timeout = %d; set local work_mem = %s; set local plan_cache_mode = force_custom_plan",
+			scanTimeout.Milliseconds(), scanMemory)
+		if _, err := tx.Exec(ctx, settings); err != nil {
 			return err
 		}
 		var (

@@ -23,7 +23,7 @@ type loop struct{ cache *keycache.Cache }
 // startLoop runs a loop until the test ends, and returns it when it has synced.
 func startLoop(t *testing.T, database, name string, refresh, maxStaleness time.Duration) *loop {
 	t.Helper()
-	store, err := keystore.Open(database, keystore.Options{MaxConns: 2})
+	store, err := keystore.Open(database, keystore.Options{MaxConns: 2, PlanOnce: true})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -51,6 +52,7 @@ func TestScale(t *testing.T) {
 		}
 		slices.Sort(sizes)
 	}
+	debug.SetGCPercent(400) // as the gateway does
 	var all []costs
 	for _, keys := range sizes {
 		t.Run(strconv.Itoa(keys), func(t *testing.T) { all = append(all, measure(t, keys)) }) // and stops its Postgres
@@ -113,7 +115,7 @@ func newDatabase(t *testing.T, keys int) *database {
 	began := time.Now()
 	db.makeKeys(t)
 	t.Logf("%d keys made in %v", keys, time.Since(began).Round(time.Millisecond))
-	if db.store, err = keystore.Open(server.URL(), keystore.Options{}); err != nil {
+	if db.store, err = keystore.Open(server.URL(), keystore.Options{PlanOnce: true}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(db.store.Close)
