@@ -110,7 +110,7 @@ func (t *Transport) roundTrip(r *http.Request) (*http.Response, error) {
 	}
 	res, err := t.HTTPTransport.RoundTrip(r.WithContext(r.Context()))
 	if err == nil && res.StatusCode/100 == 2 && res.ProtoMajor == 1 {
-		r.Header = nil
+		r.Header, r.TLS = nil, nil
 	}
 	return res, err
 }

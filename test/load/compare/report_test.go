@@ -45,7 +45,7 @@ func addedCPU(s []sample) float64  { return s[0].cpu - s[1].cpu }
 
 // baselines are the systems that differ from one by its authentication alone.
 var baselines = []struct{ name, baseline string }{
-	{checked, bare}, {forward, stock}, {tunedAuth, bare}, {authNginx, plainNginx}, {luaNginx, plainNginx},
+	{checked, bare}, {limited, bare}, {forward, stock}, {tunedAuth, bare}, {authNginx, plainNginx}, {luaNginx, plainNginx},
 	{mapHAProxy, haproxy}, {shaHAProxy, haproxy},
 }
 
@@ -63,7 +63,7 @@ func (m measurements) systemsTable() string {
 	var table strings.Builder
 	table.WriteString("| system | CPU, us/request | p10 – p90 | added by its authentication, us | p10 – p90 | requests/s |\n| --- | --- | --- | --- | --- | --- |\n")
 	for _, name := range []string{
-		checked, bare, shipped, stock, stockLog, forward, tunedAuth, plainNginx, authNginx, luaNginx, haproxy, mapHAProxy, shaHAProxy,
+		checked, limited, bare, shipped, stock, stockLog, forward, tunedAuth, plainNginx, authNginx, luaNginx, haproxy, mapHAProxy, shaHAProxy,
 	} {
 		if !m.all(name) {
 			continue
@@ -83,7 +83,7 @@ func (m measurements) ratiosTable() string {
 	var table strings.Builder
 	table.WriteString("| system | against | CPU per request, ratio | 95 % of the median | p10 – p90 | requests/s, ratio |\n| --- | --- | --- | --- | --- | --- |\n")
 	for _, pair := range []struct{ name, against string }{
-		{checked, bare}, {checked, stock}, {shipped, stockLog}, {shipped, stock},
+		{checked, bare}, {limited, bare}, {limited, checked}, {checked, stock}, {limited, stock}, {shipped, stockLog}, {shipped, stock},
 		{checked, forward}, {checked, tunedAuth}, {shipped, forward}, {checked, authNginx}, {checked, luaNginx}, {checked, shaHAProxy},
 	} {
 		if m.all(pair.name, pair.against) {
@@ -109,8 +109,9 @@ func (m measurements) targets() []target {
 	}
 	const atLeast, atMost = true, false
 	add("CPU: keys checked, against the same without the gateway", 1.05, 1.03, atMost, m.each(cpuRatio, checked, bare))
+	add("CPU: keys checked and limited, against the same without the gateway", 1.05, 1.03, atMost, m.each(cpuRatio, limited, bare))
 	add("CPU: as shipped, against stock Caddy, both with access log", 0.90, 0.78, atMost, m.each(cpuRatio, shipped, stockLog))
-	add("CPU: as shipped but without access log, against stock Caddy without", 0.90, 0.78, atMost, m.each(cpuRatio, checked, stock))
+	add("CPU: as shipped but without access log, against stock Caddy without", 0.90, 0.78, atMost, m.each(cpuRatio, limited, stock))
 	share := func(what string, limit float64, other string) {
 		add(what, limit, 0, atMost, m.share(checked, other))
 	}
@@ -120,7 +121,7 @@ func (m measurements) targets() []target {
 		share("added CPU, against what Lua adds to nginx", 1, luaNginx)
 	}
 	add("requests/s: as shipped, against forward_auth without access log", 2, 2.8, atLeast, m.each(rateRatio, shipped, forward))
-	add("requests/s: as shipped but without access log, against forward_auth", 2, 2.8, atLeast, m.each(rateRatio, checked, forward))
+	add("requests/s: as shipped but without access log, against forward_auth", 2, 2.8, atLeast, m.each(rateRatio, limited, forward))
 	return list
 }
 

@@ -31,6 +31,7 @@ func (s *system) cpu() time.Duration {
 // The systems, by the names that they have in the tables.
 const (
 	checked    = "gateway"
+	limited    = "gateway, with rate limits"
 	bare       = "the same without the gateway"
 	shipped    = "gateway as shipped, with access log"
 	stock      = "stock Caddy"
@@ -52,7 +53,8 @@ func (b *bench) startSystems() (groups [][]*system) {
 	example := exampleFile(b.t)
 	quiet := without(b.t, example, "\tlog\n")
 	groups = append(groups, []*system{
-		b.startGateway(checked, gatewayProgram, quiet),
+		b.startGateway(checked, gatewayProgram, without(b.t, quiet, "\t\trate_limits\n")),
+		b.startGateway(limited, gatewayProgram, quiet),
 		b.startGateway(bare, gatewayProgram, ungated(b.t, quiet)),
 		b.startGateway(shipped, gatewayProgram, example),
 		b.startCaddy(stock, "stock.Caddyfile"),

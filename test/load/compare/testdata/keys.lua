@@ -1,4 +1,4 @@
--- wrk's script: each request carries the next key; at the end one line says what happened.
+-- wrk's script: each request carries the next key, and what HTTP libraries send; at the end one line says what happened.
 local threads = 0
 function setup(thread)
 	thread:set("number", threads)
@@ -8,7 +8,10 @@ end
 local requests, at = {}, 0
 function init(args)
 	for key in io.lines(args[1]) do
-		requests[#requests + 1] = wrk.format("GET", "/v1/memories", {Authorization = "Bearer " .. key})
+		requests[#requests + 1] = wrk.format("GET", "/v1/memories", {
+			["Authorization"] = "Bearer " .. key, ["User-Agent"] = "rekall-sdk/1.4.0", ["Accept"] = "application/json",
+			["Accept-Encoding"] = "gzip, deflate", ["Connection"] = "keep-alive",
+		})
 	end
 	at = math.floor(number * #requests / 2) % #requests
 end
