@@ -113,17 +113,14 @@ func (x *exchange) placeholder(name string) (any, bool) {
 func (x *exchange) identify(r *http.Request) {
 	h := r.Header
 	for name := range h {
-		if isIdentity(name) {
+		switch {
+		case isIdentity(name), overrides(name):
 			delete(h, name)
+		case name == "Connection", name == "Upgrade":
+			restrictConnection(h)
 		}
 	}
-	for _, name := range overrides {
-		delete(h, name)
-	}
-	restrictConnection(h)
-	// A trailer can carry an identity header past everything that looked at the headers.
 	r.Trailer = nil
-	delete(h, "Trailer")
 	x.set(h, "X-Rekall-Key-Id", 0, x.record.ID)
 	x.set(h, "X-Rekall-Account", 1, x.record.Account)
 	x.set(h, "X-Rekall-Environment", 2, x.environment.String())
@@ -140,9 +137,15 @@ func (x *exchange) set(h http.Header, name string, i int, value string) {
 	h[name] = x.values[i : i+1 : i+1]
 }
 
-// overrides are headers that some frameworks take for the method or the path: the backend would serve another request than
-// the one that was decided on.
-var overrides = [...]string{"X-Http-Method-Override", "X-Http-Method", "X-Method-Override", "X-Original-Url", "X-Rewrite-Url"}
+// overrides reports whether a header of this name makes some frameworks take another method or path: the backend would serve another
+// request than the one that was decided on. A trailer can carry an identity header past everything that looked at the headers.
+func overrides(name string) bool {
+	switch name {
+	case "X-Http-Method-Override", "X-Http-Method", "X-Method-Override", "X-Original-Url", "X-Rewrite-Url", "Trailer":
+		return true
+	}
+	return false
+}
 
 // isIdentity reports whether a backend might read a header of this name as one of ours. Some frameworks fold '_' and '.'
 // into '-'.

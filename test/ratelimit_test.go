@@ -420,3 +420,44 @@ func TestRequestsBeyondALimitAreToldByReason(t *testing.T) {
 		return false
 	})
 }
+
+// TestPasswordOfTheRateLimitStoreIsShownNowhere: the URL comes by a placeholder, as the database's does.
+func TestPasswordOfTheRateLimitStoreIsShownNowhere(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	password := apikey.RandomText(24)
+	for name, tc := range map[string]struct {
+		url  string
+		runs bool
+	}{
+		"no such port":   {"redis://gateway:" + password + "@127.0.0.1:port/0", false},
+		"not Redis":      {"http://gateway:" + password + "@127.0.0.1/", false},
+		"an @ too many":  {"redis://gateway:@" + password + "@127.0.0.1:1/0", true},
+		"nobody answers": {"redis://gateway:" + password + "@127.0.0.1:1/0", true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := r.of(t)
+			var hidden canaries
+			hidden.add("password", password)
+			g := r.prepare(heldSite, "rate_limit_store {env.REDIS_URL}")
+			g.env = []string{"REDIS_URL=" + tc.url}
+			g.run(r.database)
+			if !tc.runs {
+				<-g.done
+				if !strings.Contains(g.log.String(), "rate limit store's URL is not usable") {
+					t.Errorf("the log does not say what is wrong:\n%s", g.log)
+				}
+				hidden.want(t, "log", g.log.String())
+				return
+			}
+			g.waitReady()
+			g.get(r.key("production", "memories:read")).wantCode(t, 200, "")
+			eventually(t, "the log says so", func() bool { return strings.Contains(g.log.String(), "rate limit store does not answer") })
+			for _, path := range []string{"/config/", "/rekall/status", "/metrics"} {
+				hidden.want(t, path, do(t, "GET", g.admin+path, nil, nil).body)
+			}
+			g.stop()
+			hidden.want(t, "log", g.log.String())
+		})
+	}
+}

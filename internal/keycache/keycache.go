@@ -178,13 +178,17 @@ func (c *Cache) Find(ctx context.Context, d apikey.Digest) (Found, error) {
 	now := time.Now()
 	s := c.state.Load()
 	if s.fresh(now, c.cfg.MaxStaleness) {
-		if e := c.cached(s, &d, now); e != nil && !s.disputed(e, now) {
-			c.counts.hits.add(&d)
-			return found(e, s, s.pgTime(now), s.syncedAt), nil
-		}
-		if c.remembered(s, &d, now) {
+		e := c.often(s, &d, now)
+		if e == nil && c.remembered(s, &d, now) { // before ristretto, which unknown keys need not trouble
 			c.counts.hits.add(&d)
 			return found(nil, s, s.pgTime(now), s.syncedAt), nil
+		}
+		if e == nil {
+			e = c.cached(s, &d, now)
+		}
+		if e != nil && !s.disputed(e, now) {
+			c.counts.hits.add(&d)
+			return found(e, s, s.pgTime(now), s.syncedAt), nil
 		}
 	}
 	c.counts.misses.Add(1)
@@ -213,15 +217,25 @@ func found(e *entry, s *state, pgNow, vouchedAt time.Time) Found {
 	return f
 }
 
-// cached returns an entry that the fresh state s vouches for, or nil.
-func (c *Cache) cached(s *state, d *apikey.Digest, now time.Time) *entry {
-	slot := &c.hot[place(d)%hotSlots]
-	hot := now.Nanosecond()%hotShare != 0
-	if e := slot.Load(); hot && e != nil && e.record.Digest == *d && s.usable(e) {
+// sampled reports whether this find is one that ristretto sees, however often its key is found.
+func sampled(now time.Time) bool { return now.Nanosecond()%hotShare == 0 }
+
+// often returns an entry that the fresh state s vouches for if its key is found often, or nil.
+func (c *Cache) often(s *state, d *apikey.Digest, now time.Time) *entry {
+	if sampled(now) {
+		return nil
+	}
+	if e := c.hot[place(d)%hotSlots].Load(); e != nil && e.record.Digest == *d && s.usable(e) {
 		return e
 	}
+	return nil
+}
+
+// cached returns an entry that the fresh state s vouches for, or nil.
+func (c *Cache) cached(s *state, d *apikey.Digest, now time.Time) *entry {
 	if e, ok := c.known.Get(place(d)); ok && e.record.Digest == *d && s.usable(e) {
-		if !hot && slot.Load() != e { // a key that is found often comes by here soon
+		// A key that is found often comes by here soon.
+		if slot := &c.hot[place(d)%hotSlots]; sampled(now) && slot.Load() != e {
 			slot.Store(e)
 		}
 		return e

@@ -150,6 +150,7 @@ type gateway struct {
 	file        string // Caddyfile
 	admin, http string // base URLs
 	env         []string
+	sockets     []*os.File // that it is handed, from fd 3 on
 	process     *process
 }
 
@@ -170,7 +171,7 @@ func (r *rig) gateway(program, address, database string) *gateway {
 
 func (g *gateway) start() {
 	g.t.Helper()
-	g.process = run(g.t, g.env, g.program, "run", "--config", g.file, "--adapter", "caddyfile")
+	g.process = runWith(g.t, g.sockets, g.env, g.program, "run", "--config", g.file, "--adapter", "caddyfile")
 }
 
 func (g *gateway) startReady() {
@@ -329,7 +330,14 @@ type process struct {
 
 func run(t *testing.T, env []string, name string, args ...string) *process {
 	t.Helper()
+	return runWith(t, nil, env, name, args...)
+}
+
+// runWith hands the program files, from fd 3 on.
+func runWith(t *testing.T, files []*os.File, env []string, name string, args ...string) *process {
+	t.Helper()
 	p := &process{name: filepath.Base(name), cmd: exec.Command(name, args...), done: make(chan struct{})}
+	p.cmd.ExtraFiles = files
 	p.cmd.Env = append(os.Environ(), env...)
 	p.cmd.Stdout, p.cmd.Stderr = &p.log, &p.log
 	if err := p.cmd.Start(); err != nil {

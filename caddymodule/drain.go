@@ -1,0 +1,117 @@
+package caddymodule
+
+import (
+	"context"
+	"errors"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyevents"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+func init() { caddy.RegisterModule((*Drain)(nil)) }
+
+// defaultDrain is several round trips to far-away clients: a TLS handshake takes two.
+const defaultDrain = caddy.Duration(500 * time.Millisecond)
+
+// Drain is a listener wrapper, the first of a server's, that closes the listener a moment before the server shuts down. Go's server
+// gives no answer to a request that it reads after its shutdown has begun, and so loses connections that it has just accepted;
+// with Drain it accepts none by then. New connections meet another program that listens on the same port, as during an upgrade,
+// or the next configuration.
+type Drain struct {
+	// How long those who have just connected have to send their request before the shutdown. Default: 500ms.
+	Delay caddy.Duration `json:"delay,omitempty"`
+
+	mu        sync.Mutex
+	listeners []net.Listener
+}
+
+// CaddyModule returns the Caddy module information.
+func (*Drain) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "caddy.listeners.rekall_drain", New: func() caddy.Module { return new(Drain) }}
+}
+
+// Provision has Caddy tell when it stops this configuration.
+func (d *Drain) Provision(ctx caddy.Context) error {
+	switch {
+	case d.Delay < 0:
+		return errors.New("rekall_drain: delay is negative")
+	case d.Delay == 0:
+		d.Delay = defaultDrain
+	}
+	for _, module := range ctx.Modules() {
+		if app, ok := module.(*caddyhttp.App); ok && app.ShutdownDelay > 0 {
+			return errors.New("rekall_drain stops listening at once, and shutdown_delay goes on listening: " +
+				"remove shutdown_delay or rekall_drain")
+		}
+	}
+	events, err := ctx.App("events")
+	if err != nil {
+		return err
+	}
+	return events.(*caddyevents.App).On("stopping", d)
+}
+
+// WrapListener wraps a listener of the server.
+func (d *Drain) WrapListener(inner net.Listener) net.Listener {
+	l := &drained{Listener: inner, once: sync.OnceValue(inner.Close)}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.listeners = append(d.listeners, l)
+	return l
+}
+
+// Handle closes the listeners and waits. Caddy stops the servers when it returns.
+func (d *Drain) Handle(ctx context.Context, _ caddy.Event) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if len(d.listeners) == 0 { // a configuration that never started
+		return nil
+	}
+	for _, l := range d.listeners {
+		_ = l.Close()
+	}
+	select {
+	case <-time.After(time.Duration(d.Delay)):
+	case <-ctx.Done():
+	}
+	return nil
+}
+
+// UnmarshalCaddyfile reads the wrapper:
+//
+//	rekall_drain [<delay>]
+func (d *Drain) UnmarshalCaddyfile(in *caddyfile.Dispenser) error {
+	in.Next()
+	if in.NextArg() {
+		delay, err := caddy.ParseDuration(in.Val())
+		if err != nil || delay <= 0 {
+			return in.Errf("rekall_drain takes a duration, such as 500ms, not %q", in.Val())
+		}
+		d.Delay = caddy.Duration(delay)
+	}
+	if in.NextArg() || in.NextBlock(0) {
+		return in.Err("rekall_drain takes one argument at most, and no block")
+	}
+	return nil
+}
+
+// drained is a listener that may be closed twice: Caddy counts who uses a port, and one that its server closes too would count
+// as two.
+type drained struct {
+	net.Listener
+	once func() error
+}
+
+func (l *drained) Close() error { return l.once() }
+
+var (
+	_ caddy.Provisioner     = (*Drain)(nil)
+	_ caddy.ListenerWrapper = (*Drain)(nil)
+	_ caddyevents.Handler   = (*Drain)(nil)
+	_ caddyfile.Unmarshaler = (*Drain)(nil)
+)
