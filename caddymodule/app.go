@@ -185,7 +185,7 @@ func (a *App) Start() error {
 		}
 	}
 	tuneGarbageCollector()
-	a.runtime.start(a.ctx.Logger())
+	a.runtime.start(a.ctx.Logger(a))
 	if a.signs {
 		a.runtime.startSigner()
 	}

@@ -26,8 +26,15 @@ func TestSystemdUnitIsValidAndHardened(t *testing.T) {
 	if err := os.WriteFile(path, []byte(installed), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	verify := exec.Command("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", path)
-	if output, err := verify.CombinedOutput(); err != nil || strings.Contains(string(output), filepath.Base(unit)) {
+	socket := strings.TrimSuffix(path, "service") + "socket"
+	if text, err = os.ReadFile(strings.TrimSuffix(unit, "service") + "socket"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(socket, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	verify := exec.Command("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", path, socket)
+	if output, err := verify.CombinedOutput(); err != nil || strings.Contains(string(output), "rekall-gateway") {
 		t.Errorf("verify: %v\n%s", err, output)
 	}
 	security := exec.Command("systemd-analyze", "security", "--no-pager", "--offline=true", "--threshold="+exposureLimit, path)

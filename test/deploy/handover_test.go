@@ -1,41 +1,98 @@
 package deploy
 
 import (
+	"crypto/tls"
+	"io"
 	"net"
-	"os"
+	"net/http"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 )
+
+// hand has the gateway serve on so many sockets that outlive it, as systemd's do. It returns their addresses.
+func (g *gateway) hand(n int) (addresses []string) {
+	g.t.Helper()
+	for range n {
+		socket, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			g.t.Fatal(err)
+		}
+		held, err := socket.(*net.TCPListener).File()
+		if err != nil {
+			g.t.Fatal(err)
+		}
+		g.t.Cleanup(func() { _ = held.Close() })
+		_ = socket.Close() // and held goes on listening
+		g.sockets = append(g.sockets, held)
+		addresses = append(addresses, socket.Addr().String())
+	}
+	return addresses
+}
 
 // TestRestartOfAnEdgeWhoseSocketSystemdHoldsLosesNoRequest: what connects between two programs waits in the socket's queue.
 func TestRestartOfAnEdgeWhoseSocketSystemdHoldsLosesNoRequest(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	r.migrate()
-	socket, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	held, err := socket.(*net.TCPListener).File() // as systemd hands it over
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = held.Close() })
-	g := r.gateway(program, socket.Addr().String(), r.database)
-	_ = socket.Close() // and held goes on listening
-	write(t, g.file, substitute(t, read(t, g.file), "\tgrace_period", "\tservers {\n\t\tlistener_wrappers {\n\t\t\trekall_drain 100ms\n\t\t}\n\t}\n\tgrace_period",
-		"http://"+socket.Addr().String()+" {\n", "http:// {\n\tbind fd/3\n"))
-	g.sockets = []*os.File{held}
+	site := freeAddress(t)
+	g := r.gateway(program, site, r.database)
+	g.http = "http://" + g.hand(1)[0]
+	write(t, g.file, substitute(t, read(t, g.file), "\tgrace_period", "\tservers {\n\t\tlistener_wrappers {\n\t\t\trekall_drain 2s\n\t\t}\n\t}\n\tgrace_period",
+		"http://"+site+" {\n", "http:// {\n\tbind fd/3\n"))
 	g.startReady()
 	requests := startLoad(t, 4, g.http+"/v1/memories", r.key("production", "memories:read").Key.Reveal())
 	requests.waitMore(50)
-	for range 5 {
+	for range 3 {
 		g.process.stop(t)
 		g.startReady()
 		requests.waitMore(50)
 	}
 	requests.mustHaveLostNone()
+}
+
+func TestConfigurationOfTheGuideServesOnSystemdsSockets(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.migrate()
+	dir, admin := t.TempDir(), freeAddress(t)
+	g := &gateway{
+		t: t, program: program, file: filepath.Join(dir, "Caddyfile"), admin: "http://" + admin,
+		env: []string{"REKALL_DATABASE_URL=" + r.database, "HOME=" + dir},
+	}
+	addresses := g.hand(2)
+	write(t, g.file, substitute(t, caddyfileOfGuide(t, "rekall_drain"),
+		"\tauto_https disable_redirects", "\tadmin "+admin+"\n\tpersist_config off\n\tskip_install_trust\n\tstorage file_system "+dir+"\n\tauto_https disable_redirects",
+		"\tbind fd/3\n", "\tbind fd/3\n\ttls internal\n"))
+	g.startReady()
+	client := &http.Client{Transport: &http.Transport{
+		TLSClientConfig: &tls.Config{InsecureSkipVerify: true, ServerName: "api.rekall.ai"}, // of a certificate authority that nobody knows
+	}}
+	defer client.CloseIdleConnections()
+	for base, code := range map[string]string{"https://" + addresses[0]: "API_KEY_MISSING", "http://" + addresses[1]: "TLS_REQUIRED"} {
+		req, err := http.NewRequest("GET", base+"/v1/memories", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Host = "api.rekall.ai"
+		eventually(t, "the site has its certificate", func() bool {
+			resp, err := client.Do(req)
+			if err != nil {
+				return false
+			}
+			defer func() { _ = resp.Body.Close() }()
+			body, _ := io.ReadAll(resp.Body)
+			if !strings.Contains(string(body), code) {
+				t.Fatalf("%s: %d %s", base, resp.StatusCode, body)
+			}
+			return true
+		})
+	}
+	// Loggers are told apart by their names.
+	if want := `"logger":"rekall","msg":"key sync starts over"`; !strings.Contains(g.process.log.String(), want) {
+		t.Errorf("the log has no %s:\n%s", want, g.process.log.String())
+	}
 }
 
 func TestDrainRefusesWhatContradictsIt(t *testing.T) {
