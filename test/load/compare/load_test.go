@@ -119,12 +119,16 @@ func (g *generator) send(due time.Time) {
 
 // quantiles of the times that requests took, as cells of a table.
 func (g *generator) quantiles() string {
-	slices.Sort(g.times)
 	var cells []string
 	for _, q := range []float64{0.5, 0.99, 0.999} {
-		cells = append(cells, g.times[int(q*float64(len(g.times)-1))].Round(10*time.Microsecond).String())
+		cells = append(cells, g.quantile(q).Round(10*time.Microsecond).String())
 	}
 	return strings.Join(cells, " | ")
+}
+
+func (g *generator) quantile(q float64) time.Duration {
+	slices.Sort(g.times)
+	return g.times[int(q*float64(len(g.times)-1))]
 }
 
 // wait reports false if ctx ended it.

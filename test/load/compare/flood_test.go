@@ -1,0 +1,241 @@
+//go:build load
+
+package compare
+
+import (
+	"bufio"
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+var (
+	floodSpan = flag.Duration("flood", 30*time.Second, "length of the flood")
+	floodRate = flag.Float64("flood-rate", 10_000, "unknown keys per second in it")
+)
+
+// Requests per second with good keys, besides the flood.
+const (
+	warmRate = 400
+	coldRate = 100
+)
+
+// floodConnections is how many the flood has: each waits for its answer, which takes up to 50 ms more than for a known key.
+const floodConnections = 1024
+
+// TestFlood loads the gateway with keys that it has in memory, with keys that it has not, and with keys just made: first in quiet,
+// then while as many distinct unknown keys come as the flags say, over connections that were open before.
+func TestFlood(t *testing.T) {
+	span := *floodSpan
+	if testing.Short() {
+		span = min(span, 2*time.Second)
+	}
+	cold := int(2*coldRate*span.Seconds()) + 2
+	*keyCount = max(*keyCount, 100) + cold
+	b := newBench(t)
+	about := b.about(func(t *testing.T) string { return "Caddy " + caddyVersion(t) })
+	s := b.startGateway(checked, gatewayProgram, without(t, exampleFile(t), "\tlog\n"))
+	all := b.keys
+	b.keys = all[cold:] // those that prove asks for
+	b.prove(s)
+	attack := newFlood(t, strings.TrimPrefix(s.url, "http://"))
+	quiet := b.endure(s, span, all[:cold/2], nil)
+	flooded := b.endure(s, span, all[cold/2:cold], attack)
+	b.publish("flood", about+fmt.Sprintf("%v each; %d requests/s with %d keys that are in memory, %d with keys that are not yet, keys made and used at once.\n\n",
+		span, warmRate, len(b.keys), coldRate)+floodTable(quiet, flooded, attack, span))
+	for _, e := range []*endured{quiet, flooded} {
+		if n := len(e.warm.failures) + len(e.cold.failures); n > 0 {
+			t.Errorf("%d requests with known keys failed", n)
+		}
+	}
+	if flooded.refusedNew > 0 {
+		t.Errorf("%d keys just made were refused", flooded.refusedNew)
+	}
+}
+
+// endured is what the good keys saw.
+type endured struct {
+	warm, cold         *generator
+	made, refusedNew   int
+	slowestNew         time.Duration // from the commit to the answer
+	statements, memory float64       // of the gateway: to Postgres per second; resident at most
+}
+
+func (b *bench) endure(s *system, span time.Duration, cold []string, attack *flood) *endured {
+	b.t.Helper()
+	e := &endured{warm: newGenerator(b.t, s, b.keys), cold: newGenerator(b.t, s, cold)}
+	ctx, cancel := context.WithTimeout(b.t.Context(), span)
+	defer cancel()
+	before := b.statements(s)
+	var running sync.WaitGroup
+	running.Go(func() { e.warm.run(ctx, warmRate) })
+	running.Go(func() { e.cold.run(ctx, coldRate) })
+	running.Go(func() { e.make(ctx, b, s) })
+	running.Go(func() {
+		for wait(ctx, 100*time.Millisecond) {
+			e.memory = max(e.memory, s.own.rss())
+		}
+	})
+	if attack != nil {
+		running.Go(func() { attack.run(ctx) })
+	}
+	running.Wait()
+	e.statements = (b.statements(s) - before) / span.Seconds()
+	return e
+}
+
+// make makes keys and uses each at once. A key that nobody could tell of yet is asked for again; a good key is never refused.
+func (e *endured) make(ctx context.Context, b *bench, s *system) {
+	store, err := keystore.Open(b.database, keystore.Options{})
+	if err != nil {
+		b.t.Error(err)
+		return
+	}
+	defer store.Close()
+	for wait(ctx, 200*time.Millisecond) {
+		key, _, err := keyadmin.New(store).Create(ctx, keyadmin.Operator("load"), keyadmin.CreateRequest{
+			Name: "new", Account: "acme", Environment: "production", Scopes: []string{"memories:read"},
+		})
+		if err != nil {
+			return // the time is over
+		}
+		committed := time.Now()
+		status := http.StatusServiceUnavailable
+		for status == http.StatusServiceUnavailable {
+			if status, _, err = b.ask(s.url+"/v1/memories", key.Key.Reveal()); err != nil {
+				b.t.Error(err)
+				return
+			}
+		}
+		e.made++
+		if status != http.StatusOK {
+			e.refusedNew++
+		}
+		e.slowestNew = max(e.slowestNew, time.Since(committed))
+	}
+}
+
+// statements is how many the gateway has sent for keys: lookups and reads of the feed.
+func (b *bench) statements(s *system) float64 {
+	b.t.Helper()
+	text, err := get(s.admin + "/metrics")
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	var total float64
+	for line := range strings.Lines(text) {
+		var n float64
+		if name, value, _ := strings.Cut(line, " "); name == "rekall_lookups_total" || name == "rekall_syncs_total" {
+			if _, err := fmt.Sscan(value, &n); err != nil {
+				b.t.Fatal(err)
+			}
+			total += n
+		}
+	}
+	return total
+}
+
+// flood is an attacker with many connections and a new key for each request.
+type flood struct {
+	t                           *testing.T
+	connections                 []net.Conn
+	refused, unavailable, other atomic.Int64
+}
+
+func newFlood(t *testing.T, address string) *flood {
+	t.Helper()
+	f := &flood{t: t}
+	for range floodConnections {
+		conn, err := net.Dial("tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		f.connections = append(f.connections, conn)
+		f.ask(conn, bufio.NewReader(conn)) // so that the server has made of it what it will
+	}
+	f.refused.Store(0)
+	f.unavailable.Store(0)
+	return f
+}
+
+func (f *flood) run(ctx context.Context) {
+	interval := time.Duration(floodConnections / *floodRate * float64(time.Second))
+	var sending sync.WaitGroup
+	for i, conn := range f.connections {
+		sending.Go(func() {
+			reader := bufio.NewReader(conn)
+			due := time.Now().Add(interval * time.Duration(i) / floodConnections)
+			for wait(ctx, time.Until(due)) {
+				f.ask(conn, reader)
+				due = due.Add(interval)
+			}
+		})
+	}
+	sending.Wait()
+}
+
+func (f *flood) ask(conn net.Conn, reader *bufio.Reader) {
+	_, err := fmt.Fprintf(conn, "GET /v1/memories HTTP/1.1\r\nHost: api.rekall.ai\r\nAuthorization: Bearer %s\r\n\r\n", apikey.Generate(apikey.Production))
+	if err != nil {
+		f.t.Error(err)
+		return
+	}
+	resp, err := http.ReadResponse(reader, nil)
+	if err != nil {
+		f.t.Error(err)
+		return
+	}
+	_, _ = io.Copy(io.Discard, resp.Body)
+	_ = resp.Body.Close()
+	switch resp.StatusCode {
+	case http.StatusUnauthorized:
+		f.refused.Add(1)
+	case http.StatusServiceUnavailable:
+		f.unavailable.Add(1)
+	default:
+		f.other.Add(1)
+	}
+}
+
+func floodTable(quiet, flooded *endured, attack *flood, span time.Duration) string {
+	var table strings.Builder
+	fmt.Fprintf(&table, "The flood: %.0f unknown keys per second, %d answered 401, %d 503, %d otherwise.\n\n",
+		float64(attack.refused.Load()+attack.unavailable.Load()+attack.other.Load())/span.Seconds(),
+		attack.refused.Load(), attack.unavailable.Load(), attack.other.Load())
+	table.WriteString("| | quiet | in the flood | |\n| --- | --- | --- | --- |\n")
+	row := func(what, quiet, flooded, verdict string) {
+		fmt.Fprintf(&table, "| %s | %s | %s | %s |\n", what, quiet, flooded, verdict)
+	}
+	for _, g := range []struct {
+		what           string
+		quiet, flooded *generator
+	}{{"keys in memory", quiet.warm, flooded.warm}, {"keys not in memory", quiet.cold, flooded.cold}} {
+		row(g.what+": answered with 200", share(g.quiet), share(g.flooded), "")
+		row(g.what+": p50 / p99 / p99.9", strings.ReplaceAll(g.quiet.quantiles(), " |", " /"), strings.ReplaceAll(g.flooded.quantiles(), " |", " /"),
+			fmt.Sprintf("p99 × %.2f", float64(g.flooded.quantile(0.99))/float64(g.quiet.quantile(0.99))))
+	}
+	row("keys just made, refused of them", fmt.Sprintf("%d of %d", quiet.refusedNew, quiet.made), fmt.Sprintf("%d of %d", flooded.refusedNew, flooded.made), "")
+	row("slowest of them, from its commit to its answer", quiet.slowestNew.Round(time.Millisecond).String(), flooded.slowestNew.Round(time.Millisecond).String(), "")
+	row("statements to Postgres per second", fmt.Sprintf("%.1f", quiet.statements), fmt.Sprintf("%.1f", flooded.statements),
+		fmt.Sprintf("%+.1f", flooded.statements-quiet.statements))
+	row("memory of the gateway at most, MiB", fmt.Sprintf("%.0f", quiet.memory/(1<<20)), fmt.Sprintf("%.0f", flooded.memory/(1<<20)),
+		fmt.Sprintf("%+.0f", (flooded.memory-quiet.memory)/(1<<20)))
+	return table.String()
+}
+
+func share(g *generator) string {
+	return fmt.Sprintf("%d of %d", len(g.times)-len(g.failures), len(g.times))
+}
