@@ -3,16 +3,14 @@
 package compare
 
 import (
-	"bufio"
 	"context"
 	"flag"
 	"fmt"
-	"io"
-	"net"
 	"net/http"
+	"os/exec"
+	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -32,11 +30,15 @@ const (
 	coldRate = 100
 )
 
-// floodConnections is how many the flood has: each waits for its answer, which takes up to 50 ms more than for a known key.
-const floodConnections = 1024
+// floodConnections is how many the flood has. Each waits for its answer, some floodWait milliseconds: a sync has to prove that there is no
+// such key.
+const (
+	floodConnections = 1024
+	floodWait        = 30.0
+)
 
 // TestFlood loads the gateway with keys that it has in memory, with keys that it has not, and with keys just made: first in quiet,
-// then while as many distinct unknown keys come as the flags say, over connections that were open before.
+// then while as many distinct unknown keys come as the flags say.
 func TestFlood(t *testing.T) {
 	span := *floodSpan
 	if testing.Short() {
@@ -50,7 +52,7 @@ func TestFlood(t *testing.T) {
 	all := b.keys
 	b.keys = all[cold:] // those that prove asks for
 	b.prove(s)
-	attack := newFlood(t, strings.TrimPrefix(s.url, "http://"))
+	attack := b.newFlood(s, span)
 	quiet := b.endure(s, span, all[:cold/2], nil)
 	flooded := b.endure(s, span, all[cold/2:cold], attack)
 	b.publish("flood", about+fmt.Sprintf("%v each; %d requests/s with %d keys that are in memory, %d with keys that are not yet, keys made and used at once.\n\n",
@@ -89,7 +91,7 @@ func (b *bench) endure(s *system, span time.Duration, cold []string, attack *flo
 		}
 	})
 	if attack != nil {
-		running.Go(func() { attack.run(ctx) })
+		running.Go(func() { attack.run() })
 	}
 	running.Wait()
 	e.statements = (b.statements(s) - before) / span.Seconds()
@@ -150,71 +152,42 @@ func (b *bench) statements(s *system) float64 {
 // flood is an attacker with many connections and a new key for each request.
 type flood struct {
 	t                           *testing.T
-	connections                 []net.Conn
-	refused, unavailable, other atomic.Int64
+	cmd                         *exec.Cmd
+	refused, unavailable, other int
 }
 
-func newFlood(t *testing.T, address string) *flood {
-	t.Helper()
-	f := &flood{t: t}
-	for range floodConnections {
-		conn, err := net.Dial("tcp", address)
-		if err != nil {
-			t.Fatal(err)
+// newFlood makes the keys. wrk asks for them, which costs less than to do so in Go.
+func (b *bench) newFlood(s *system, span time.Duration) *flood {
+	b.t.Helper()
+	if !installed(b.t, "wrk") {
+		b.t.Fatal("there is no wrk to make requests with: test/load/run installs it")
+	}
+	const threads = 2
+	for thread := range threads {
+		var keys strings.Builder
+		for range int(*floodRate * span.Seconds()) { // twice what each thread is to send
+			fmt.Fprintln(&keys, apikey.Generate(apikey.Production))
 		}
-		t.Cleanup(func() { _ = conn.Close() })
-		f.connections = append(f.connections, conn)
-		f.ask(conn, bufio.NewReader(conn)) // so that the server has made of it what it will
+		b.writeFile(fmt.Sprintf("unknown-keys%d", thread), keys.String())
 	}
-	f.refused.Store(0)
-	f.unavailable.Store(0)
-	return f
+	milliseconds := floodConnections / *floodRate * 1000
+	return &flood{t: b.t, cmd: exec.Command("wrk", "--threads", strconv.Itoa(threads), "--connections", strconv.Itoa(floodConnections),
+		"--duration", fmt.Sprintf("%.0fs", span.Seconds()), "--timeout", "20s", "--script", "testdata/flood.lua", s.url,
+		b.path("unknown-keys"), fmt.Sprintf("%.0f", milliseconds-floodWait))}
 }
 
-func (f *flood) run(ctx context.Context) {
-	interval := time.Duration(floodConnections / *floodRate * float64(time.Second))
-	var sending sync.WaitGroup
-	for i, conn := range f.connections {
-		sending.Go(func() {
-			reader := bufio.NewReader(conn)
-			due := time.Now().Add(interval * time.Duration(i) / floodConnections)
-			for wait(ctx, time.Until(due)) {
-				f.ask(conn, reader)
-				due = due.Add(interval)
-			}
-		})
-	}
-	sending.Wait()
-}
-
-func (f *flood) ask(conn net.Conn, reader *bufio.Reader) {
-	_, err := fmt.Fprintf(conn, "GET /v1/memories HTTP/1.1\r\nHost: api.rekall.ai\r\nAuthorization: Bearer %s\r\n\r\n", apikey.Generate(apikey.Production))
-	if err != nil {
-		f.t.Error(err)
-		return
-	}
-	resp, err := http.ReadResponse(reader, nil)
-	if err != nil {
-		f.t.Error(err)
-		return
-	}
-	_, _ = io.Copy(io.Discard, resp.Body)
-	_ = resp.Body.Close()
-	switch resp.StatusCode {
-	case http.StatusUnauthorized:
-		f.refused.Add(1)
-	case http.StatusServiceUnavailable:
-		f.unavailable.Add(1)
-	default:
-		f.other.Add(1)
+func (f *flood) run() {
+	output, err := f.cmd.CombinedOutput()
+	_, line, _ := strings.Cut(string(output), "RESULT ")
+	if _, scanErr := fmt.Sscan(line, &f.refused, &f.unavailable, &f.other); err != nil || scanErr != nil {
+		f.t.Errorf("wrk: %v\n%s", err, output)
 	}
 }
 
 func floodTable(quiet, flooded *endured, attack *flood, span time.Duration) string {
 	var table strings.Builder
 	fmt.Fprintf(&table, "The flood: %.0f unknown keys per second, %d answered 401, %d 503, %d otherwise.\n\n",
-		float64(attack.refused.Load()+attack.unavailable.Load()+attack.other.Load())/span.Seconds(),
-		attack.refused.Load(), attack.unavailable.Load(), attack.other.Load())
+		float64(attack.refused+attack.unavailable+attack.other)/span.Seconds(), attack.refused, attack.unavailable, attack.other)
 	table.WriteString("| | quiet | in the flood | |\n| --- | --- | --- | --- |\n")
 	row := func(what, quiet, flooded, verdict string) {
 		fmt.Fprintf(&table, "| %s | %s | %s | %s |\n", what, quiet, flooded, verdict)
