@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync/atomic"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -81,6 +82,8 @@ type App struct {
 	poolKey string
 	signs   bool // a gateway of this configuration sends identity tokens
 	limits  bool // a gateway of this configuration holds keys to their limits
+
+	draining *atomic.Bool // Caddy is about to stop this configuration
 }
 
 // CaddyModule returns the Caddy module information.
@@ -91,7 +94,7 @@ func (App) CaddyModule() caddy.ModuleInfo {
 // Provision checks the configuration and takes the runtime over from the configuration before this one, if its settings
 // are the same. It does not connect: validating a configuration must not need its database.
 func (a *App) Provision(ctx caddy.Context) error {
-	a.ctx = ctx
+	a.ctx, a.draining = ctx, new(atomic.Bool)
 	s, err := a.settings()
 	if err != nil {
 		return fmt.Errorf("rekall: %w", err)

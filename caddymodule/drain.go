@@ -18,14 +18,15 @@ func init() { caddy.RegisterModule((*Drain)(nil)) }
 // defaultDrain is several round trips to far-away clients: a TLS handshake takes two.
 const defaultDrain = caddy.Duration(500 * time.Millisecond)
 
-// Drain is a listener wrapper, the first of a server's, that closes the listener a moment before the server shuts down. Go's server
-// gives no answer to a request that it reads after its shutdown has begun, and so loses connections that it has just accepted;
-// with Drain it accepts none by then. New connections meet another program that listens on the same port, as during an upgrade,
-// or the next configuration.
+// Drain is a listener wrapper, the first of a server's, that closes the listener a moment before the server shuts down, for a reload too.
+// Go's server gives no answer to a request that it reads after its shutdown has begun; with Drain there are hardly any by then: it
+// takes no more connections, and gateways end those that clients keep with the next answer. New ones meet the next configuration,
+// or another program on the same port, as during an upgrade.
 type Drain struct {
-	// How long those who have just connected have to send their request before the shutdown. Default: 500ms.
+	// How long clients have to send the requests that are under way before the shutdown. Default: 500ms.
 	Delay caddy.Duration `json:"delay,omitempty"`
 
+	ctx       caddy.Context
 	mu        sync.Mutex
 	listeners []net.Listener
 }
@@ -37,6 +38,7 @@ func (*Drain) CaddyModule() caddy.ModuleInfo {
 
 // Provision has Caddy tell when it stops this configuration.
 func (d *Drain) Provision(ctx caddy.Context) error {
+	d.ctx = ctx
 	switch {
 	case d.Delay < 0:
 		return errors.New("rekall_drain: delay is negative")
@@ -74,6 +76,9 @@ func (d *Drain) Handle(ctx context.Context, _ caddy.Event) error {
 	}
 	for _, l := range d.listeners {
 		_ = l.Close()
+	}
+	if app, err := d.ctx.AppIfConfigured("rekall"); err == nil {
+		app.(*App).draining.Store(true)
 	}
 	select {
 	case <-time.After(time.Duration(d.Delay)):

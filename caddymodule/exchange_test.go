@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/http"
 	"net/http/httptest"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -78,7 +79,7 @@ func TestLateCutNeverTouchesAFinishedWriter(t *testing.T) {
 				record := apikey.Record{Environment: apikey.Production, Scopes: apikey.MemoriesRead}
 				counter := usage.New(nil, usage.Config{})
 				g := &Gateway{
-					rules: rules, cache: &cutWhileTracking{record: record, tracked: tc.tracked}, metrics: newMetrics(), usage: counter,
+					draining: new(atomic.Bool), rules: rules, cache: &cutWhileTracking{record: record, tracked: tc.tracked}, metrics: newMetrics(), usage: counter,
 					logger: zap.NewNop(), production: block{chain: tc.handler},
 				}
 				w := &deadlineWriter{ResponseRecorder: httptest.NewRecorder()}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"sync/atomic"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -69,6 +70,7 @@ type Gateway struct {
 	limiter             *ratelimit.Limiter    // nil: keys are not limited
 	addresses           *ratelimit.Addresses  // nil: addresses are not limited
 	accessLog           bool                  // whether what is decided goes into one
+	draining            *atomic.Bool          // the app's
 	metrics             *metrics
 	usage               *usage.Counter
 	logger              *zap.Logger
@@ -109,7 +111,7 @@ func (g *Gateway) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
-	g.cache, g.metrics, g.usage = app.runtime.cache, app.runtime.metrics, app.runtime.usage
+	g.cache, g.metrics, g.usage, g.draining = app.runtime.cache, app.runtime.metrics, app.runtime.usage, app.draining
 	if g.production, err = loadBlock(ctx, g, "ProductionRaw", g.ProductionRaw); err != nil {
 		return err
 	}
@@ -203,6 +205,9 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	}
 	if g.accessLog {
 		logLater(r.Context(), x)
+	}
+	if g.draining.Load() && r.Header["Upgrade"] == nil {
+		w.Header()["Connection"] = []string{"close"}
 	}
 	path := r.URL.EscapedPath()
 	if x.outcome = parse(r.Method, path, &cred); x.outcome != apikey.Allowed {

@@ -6,6 +6,7 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -70,7 +71,7 @@ func newGateway(t testing.TB) (*Gateway, string) {
 		t.Fatal(err)
 	}
 	counter := usage.New(store, usage.Config{})
-	g := &Gateway{rules: rules, cache: cache, metrics: newMetrics(), usage: counter, logger: zap.NewNop(), production: block{chain: passing{}}}
+	g := &Gateway{draining: new(atomic.Bool), rules: rules, cache: cache, metrics: newMetrics(), usage: counter, logger: zap.NewNop(), production: block{chain: passing{}}}
 	secret := key.Key.Reveal()
 	deadline := time.Now().Add(10 * time.Second)
 	for before := uint64(0); ; { // until it is answered from memory
@@ -199,6 +200,25 @@ func (g *Gateway) allocations(t *testing.T, traffic *traffic) float64 {
 			t.Fatal(err)
 		}
 	})
+}
+
+func TestClientsKeepNoConnectionWhileTheServerDrains(t *testing.T) {
+	g, secret := newGateway(t)
+	upgrade := bearerRequest(secret)
+	upgrade.Header.Set("Connection", "Upgrade")
+	upgrade.Header.Set("Upgrade", "websocket")
+	for _, draining := range []bool{false, true} {
+		g.draining.Store(draining)
+		want := map[bool]string{true: "close"}[draining]
+		for _, secret := range []string{secret, apikey.Generate(apikey.Production)} {
+			if got := g.serve(t, bearerRequest(secret)).Header().Get("Connection"); got != want {
+				t.Errorf("draining %v: Connection %q, want %q", draining, got, want)
+			}
+		}
+		if got := g.serve(t, upgrade.Clone(upgrade.Context())).Header().Get("Connection"); got != "" { // the proxy's to say
+			t.Errorf("draining %v: Connection %q to an upgrade", draining, got)
+		}
+	}
 }
 
 func TestPreparedAnswersAreWhatEncodingThemWouldGive(t *testing.T) {

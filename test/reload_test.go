@@ -33,12 +33,15 @@ const reloadedProxy = `reverse_proxy PRODUCTION {
 	}
 }`
 
-// TestFiftyReloadsUnderLoad reloads the gateway and a plain Caddy, the same binary without our handler, in turns and under the
-// same load. HTTP/1.1 lets a server close a connection on which a request is under way to it, so that what is not idempotent
-// can be lost in each reload of any Caddy; the gateway must not lose more of it.
+// TestFiftyReloadsUnderLoad reloads the gateway, which drains as Caddyfile.example has it, and a plain Caddy, the same binary without
+// our handler, in turns and under the same load. HTTP/1.1 lets a server close a connection on which a request is under way to it, so
+// that what is not idempotent can be lost in each reload of any Caddy; the gateway must not lose more of it.
 func TestFiftyReloadsUnderLoad(t *testing.T) {
 	r := newRig(t)
-	gateway := r.start(strings.Replace(reloadedSite, "HANDLER", "rekall_gateway {\nproduction {\n"+reloadedProxy+"\n}\n}", 1))
+	gateway := r.write(strings.Replace(reloadedSite, "HANDLER", "rekall_gateway {\nproduction {\n"+reloadedProxy+"\n}\n}", 1),
+		"servers {\nlistener_wrappers {\nrekall_drain\n}\n}\nrekall {\ndatabase {env.REKALL_DATABASE_URL}\n}")
+	gateway.run(r.database)
+	gateway.waitReady()
 	plain := r.startPlain(strings.Replace(reloadedSite, "HANDLER", reloadedProxy, 1))
 	key := r.key("production", "memories:read", "memories:write")
 	ours, theirs := newLoad(gateway, bearer(key)), newLoad(plain, bearer(key))

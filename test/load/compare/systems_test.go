@@ -134,8 +134,10 @@ func ungated(t *testing.T, example string) string {
 func (b *bench) startPlain(example string) *system {
 	b.t.Helper()
 	text := ungated(b.t, example)
-	app, _ := blockOf(b.t, text, "rekall {\n")
-	text = without(b.t, text, app)
+	for _, ours := range []string{"rekall {\n", "listener_wrappers {\n"} {
+		block, _ := blockOf(b.t, text, ours)
+		text = without(b.t, text, block)
+	}
 	text = replaced(b.t, text, "\trekall_tls_only\n", "\trespond 403\n")
 	return b.startGateway(plain, caddyProgram, text)
 }
