@@ -3,7 +3,7 @@
 --	psql "$REKALL_DATABASE_URL" -v ON_ERROR_STOP=1 -v n=10000000 -f test/load/keys.sql
 --
 -- Key number n is "rk_" and n with leading zeros to 45 digits, so that whoever makes the load can name it. The table must be
--- empty. A million takes about 20 s: the stamps are written without the trigger, and the index that is filled in random
+-- empty. The lower its number, the later a key was used last. A million takes about 20 s: the stamps are written without the trigger, and the index that is filled in random
 -- order is built at the end.
 begin;
 alter table rekall.api_keys disable trigger user;
@@ -20,7 +20,8 @@ alter table rekall.api_keys enable always trigger refuse_truncate;
 alter table rekall.api_keys enable always trigger notify;
 alter table rekall.last_used disable trigger user;
 insert into rekall.last_used (key_id, first_used_at, last_used_at)
-select 'key_' || lpad(n::text, 22, '0'), now() - interval '90 days', now() - random() * interval '90 days' from generate_series(1, :n) n;
+select 'key_' || lpad(n::text, 22, '0'), now() - interval '90 days', now() - n * (interval '90 days' / :n)
+from generate_series(1, :n) n;
 alter table rekall.last_used enable trigger user;
 commit;
 vacuum (analyze) rekall.api_keys, rekall.last_used;

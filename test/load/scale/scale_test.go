@@ -261,7 +261,8 @@ func (db *database) fill(t *testing.T, c *costs) {
 			t.Fatalf("key %d: %v", n+1, err)
 		}
 	}
-	if missing := cache.Status().Misses; missing > 0 {
+	// Last use is known to the hour: of those of the last hour that is read, any may be left out.
+	if missing := cache.Status().Misses; missing > uint64(c.keys/(90*24)+1) {
 		t.Errorf("%d of %d keys had to be asked for", missing, c.warmed)
 	}
 	cancel()
