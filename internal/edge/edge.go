@@ -178,7 +178,7 @@ func (r *Reporter) countEdges(ctx context.Context) error {
 	if time.Now().Before(r.countAt) {
 		return nil
 	}
-	_ = r.store.ForgetReplacedEdges(ctx, r.edge) // else forget does, later
+	_ = r.store.ForgetReplacedEdges(ctx, r.edge.Instance) // else forget does, later
 	n, err := r.store.CountEdges(ctx)
 	if err != nil {
 		return err

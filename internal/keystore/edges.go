@@ -46,10 +46,10 @@ func (s *Store) ForgetEdges(ctx context.Context, silence time.Duration) error {
 	return nil
 }
 
-// ForgetReplacedEdges removes the rows of edges with the name of e that are silent for longer than their max_staleness.
-func (s *Store) ForgetReplacedEdges(ctx context.Context, e Edge) error {
-	if _, err := s.pool.Exec(ctx, `
-delete from rekall.edges where name = $1 and instance <> $2 and clock_timestamp() - seen_at > max_staleness`, e.Name, e.Instance); err != nil {
+// ForgetReplacedEdges removes the rows of edges with the name and the database user of this one, which has reported, that are
+// silent for longer than their max_staleness.
+func (s *Store) ForgetReplacedEdges(ctx context.Context, instance string) error {
+	if _, err := s.pool.Exec(ctx, `select rekall.forget_replaced_edges($1)`, instance); err != nil {
 		return failed("forget replaced edges", err)
 	}
 	return nil

@@ -51,8 +51,6 @@ const recordColumns = keyColumns + `,
 	a.tier, coalesce(o.requests_per_minute, a.requests_per_minute), coalesce(o.burst, a.burst),
 	coalesce(o.concurrent_requests, a.concurrent_requests)`
 
-const recordColumnCount = 12
-
 const (
 	// limitsOfSome joins the limits of a few keys. The inner limits keep Postgres from reading all there are for them.
 	limitsOfSome = `
@@ -89,7 +87,7 @@ with s as materialized (
 		(select oid::bigint from pg_database where datname = current_database()) as database,
 		(select json_agg(t) from rekall.tiers t) as tiers
 )
-select row_to_json(s)::text, null, ` + strings.Repeat("null, ", recordColumnCount-1) + `null from s
+select row_to_json(s)::text, null` + strings.Repeat(", null", len(new(row).targets())) + ` from s
 union all
 (select null, k.change_xid, ` + recordColumns + `
 from rekall.api_keys k` + limitsOfSome + `

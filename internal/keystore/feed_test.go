@@ -2,6 +2,7 @@ package keystore_test
 
 import (
 	"context"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -350,5 +351,40 @@ func replayed(t *testing.T, what string, condition func() bool) {
 		if time.Now().After(deadline) {
 			t.Fatal("the standby does not show ", what)
 		}
+	}
+}
+
+func TestStatementsOfAnEdgeArePlannedOncePerConnection(t *testing.T) {
+	ctx := t.Context()
+	store := open(t, database(t), keystore.Options{MaxConns: 1, PlanOnce: true})
+	since := snapshot(t, store, "").Text
+	const reads = 7 // Postgres by itself plans the first five anew
+	for range reads {
+		snapshot(t, store, since)
+	}
+	var generic, custom int
+	err := store.Pool().QueryRow(ctx, `
+select max(generic_plans), sum(custom_plans) from pg_prepared_statements where statement like '%rekall.api_keys%'`).Scan(&generic, &custom)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if generic < reads || custom != 0 {
+		t.Errorf("planned once: %d, planned anew: %d", generic, custom)
+	}
+}
+
+func TestNothingIsPlannedAheadBehindATransactionPooler(t *testing.T) {
+	u, err := url.Parse(database(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	query := u.Query()
+	query.Set("default_query_exec_mode", "exec")
+	u.RawQuery = query.Encode()
+	store := open(t, u.String(), keystore.Options{MaxConns: 1, PlanOnce: true})
+	snapshot(t, store, "")
+	var mode string
+	if err := store.Pool().QueryRow(t.Context(), "show plan_cache_mode").Scan(&mode); err != nil || mode != "auto" {
+		t.Errorf("plan_cache_mode is %q, %v: the pooler's connection keeps it for others", mode, err)
 	}
 }

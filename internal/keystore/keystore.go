@@ -84,6 +84,7 @@ func Open(url string, options Options) (*Store, error) {
 func planOnce(ctx context.Context, conn *pgx.Conn) error {
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout) // nobody else's bounds the making of a connection
 	defer cancel()
+	// Not parameters of the connection's start, which PgBouncer refuses.
 	_, err := conn.Exec(ctx, "set plan_cache_mode = force_generic_plan; set jit = off")
 	return err
 }

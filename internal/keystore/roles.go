@@ -57,13 +57,14 @@ var grants = []grant{
 	{on: "table rekall.signing_keys", edge: "select, insert, update, delete"},
 	{
 		on: "table rekall.edges",
-		edge: "select (instance, name, max_staleness, synced_at, applied, beat, seen_at), " +
+		edge: "select (instance, max_staleness, synced_at, applied, beat, seen_at), " +
 			"insert (instance, name, region, version, max_staleness, started_at, synced_at, applied, beat, seen_at), " +
 			"update (synced_at, applied, beat, seen_at), delete",
 		admin: "select (instance, name, region, version, max_staleness, synced_at, applied, seen_at)",
 	},
 	{on: "function rekall.create_canary()", edge: "execute"},
 	{on: "function rekall.revoke_canary(text)", edge: "execute"},
+	{on: "function rekall.forget_replaced_edges(text)", edge: "execute"},
 	{on: "function rekall.stamp_api_key()"},
 	{on: "function rekall.stamp_new_api_key()"},
 	{on: "function rekall.refuse_removal()"},

@@ -2,6 +2,7 @@ package keystore_test
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -98,6 +99,7 @@ var edgeMayNot = []string{
 	`select count(*) from rekall.api_keys where name like 'B%'`,
 	`update rekall.edges set name = 'mine'`,
 	`update rekall.edges set started_at = now()`,
+	`select name from rekall.edges`,
 	`select region from rekall.edges`,
 }
 
@@ -168,7 +170,7 @@ func TestEdgeRoleSufficesForAnEdge(t *testing.T) {
 	if err := edge.ReportEdge(ctx, e); err != nil {
 		t.Error(err)
 	}
-	if err := edge.ForgetReplacedEdges(ctx, e); err != nil {
+	if err := edge.ForgetReplacedEdges(ctx, e.Instance); err != nil {
 		t.Error(err)
 	}
 	if err := edge.RemoveEdge(ctx, e.Instance); err != nil {
@@ -177,6 +179,46 @@ func TestEdgeRoleSufficesForAnEdge(t *testing.T) {
 	if left, err := owner.Edges(ctx, 0); err != nil || len(left) != 0 {
 		t.Errorf("edges %+v, %v", left, err)
 	}
+}
+
+func TestEdgeForgetsItsFormerSelvesAndNobodyElse(t *testing.T) {
+	databaseURL, roles := granted(t)
+	owner, ctx := open(t, databaseURL, keystore.Options{}), t.Context()
+	login := pgtest.Login(t, databaseURL, roles.Edge)
+	edge := open(t, login, keystore.Options{})
+	other := open(t, pgtest.Login(t, databaseURL, roles.Edge), keystore.Options{})
+	former, namesake := report(t, edge, keystore.Edge{Name: "north"}), report(t, edge, keystore.Edge{Name: "south"})
+	foreign := report(t, other, keystore.Edge{Name: "north"})
+	pgtest.Exec(t, databaseURL, `update rekall.edges set seen_at = seen_at - max_staleness - interval '1 second'`)
+	beside, e := report(t, edge, keystore.Edge{Name: "north"}), report(t, edge, keystore.Edge{Name: "north"})
+	stays := []string{namesake.Instance, foreign.Instance, beside.Instance, e.Instance}
+
+	if err := other.ForgetReplacedEdges(ctx, former.Instance); err != nil { // in the name of an edge that another user reports
+		t.Fatal(err)
+	}
+	if left := instances(t, owner); len(left) != len(stays)+1 {
+		t.Errorf("another user's edge removed rows: %v are left", left)
+	}
+	if err := edge.ForgetReplacedEdges(ctx, e.Instance); err != nil {
+		t.Fatal(err)
+	}
+	left := instances(t, owner)
+	if slices.Contains(left, former.Instance) || len(left) != len(stays) {
+		t.Errorf("left %v, want %v", left, stays)
+	}
+}
+
+func instances(t *testing.T, store *keystore.Store) []string {
+	t.Helper()
+	edges, err := store.Edges(t.Context(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := make([]string, 0, len(edges))
+	for _, e := range edges {
+		all = append(all, e.Instance)
+	}
+	return all
 }
 
 func TestEdgeRevokesCanariesAndNoOtherKey(t *testing.T) {
