@@ -114,12 +114,13 @@ func (x *exchange) identify(r *http.Request) {
 	h := r.Header
 	for name := range h {
 		switch {
-		case isIdentity(name), overrides(name):
+		case isIdentity(name), overrides(name), name == "Trailer":
 			delete(h, name)
 		case name == "Connection", name == "Upgrade":
 			restrictConnection(h)
 		}
 	}
+	// A trailer can carry an identity header past everything that looked at the headers.
 	r.Trailer = nil
 	x.set(h, "X-Rekall-Key-Id", 0, x.record.ID)
 	x.set(h, "X-Rekall-Account", 1, x.record.Account)
@@ -138,10 +139,10 @@ func (x *exchange) set(h http.Header, name string, i int, value string) {
 }
 
 // overrides reports whether a header of this name makes some frameworks take another method or path: the backend would serve another
-// request than the one that was decided on. A trailer can carry an identity header past everything that looked at the headers.
+// request than the one that was decided on.
 func overrides(name string) bool {
 	switch name {
-	case "X-Http-Method-Override", "X-Http-Method", "X-Method-Override", "X-Original-Url", "X-Rewrite-Url", "Trailer":
+	case "X-Http-Method-Override", "X-Http-Method", "X-Method-Override", "X-Original-Url", "X-Rewrite-Url":
 		return true
 	}
 	return false

@@ -160,14 +160,10 @@ func loadBlock(ctx caddy.Context, g *Gateway, field string, raw json.RawMessage)
 // its routes for each request. Most have one handler and no matcher, and need no route.
 func chain(handler caddyhttp.MiddlewareHandler) caddyhttp.Handler {
 	if block, ok := handler.(*caddyhttp.Subroute); ok && block.Errors == nil {
-		only := caddyhttp.Route{}
-		if len(block.Routes) == 1 {
-			only = block.Routes[0]
-		}
-		if len(only.Handlers) != 1 || len(only.MatcherSets) > 0 {
+		if len(block.Routes) != 1 || len(block.Routes[0].Handlers) != 1 || len(block.Routes[0].MatcherSets) > 0 {
 			return block.Routes.Compile(deadEnd)
 		}
-		handler = only.Handlers[0]
+		handler = block.Routes[0].Handlers[0]
 	}
 	return caddyhttp.HandlerFunc(func(w http.ResponseWriter, r *http.Request) error {
 		return handler.ServeHTTP(w, r, deadEnd)

@@ -204,7 +204,10 @@ func (c *Cache) Cached(d apikey.Digest) bool {
 	if !s.fresh(now, c.cfg.MaxStaleness) {
 		return false
 	}
-	e := c.cached(s, &d, now)
+	e := c.often(s, &d, now)
+	if e == nil {
+		e = c.cached(s, &d, now)
+	}
 	return e != nil && !s.disputed(e, now)
 }
 

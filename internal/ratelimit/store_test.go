@@ -397,12 +397,12 @@ func TestAClientThatObeysRetryAfterIsServedAtEveryEdge(t *testing.T) {
 			if v := edges[(i+1)%3].ask(d, limit); !v.Allowed {
 				t.Errorf("request %d: refused again, for %s", i, v.RetryAfter)
 			}
-			if refused == 3 {
+			if refused == 5 {
 				return
 			}
 		}
 	}
-	t.Errorf("%d refusals, want 3", refused)
+	t.Errorf("%d refusals, want 5", refused)
 }
 
 func TestSharedAcquireAllocatesNothingForAKeyInUse(t *testing.T) {
