@@ -33,13 +33,21 @@ const reloadedProxy = `reverse_proxy PRODUCTION {
 	}
 }`
 
-// TestFiftyReloadsUnderLoad reloads the gateway, which drains as Caddyfile.example has it, and a plain Caddy, the same binary without
-// our handler, in turns and under the same load. HTTP/1.1 lets a server close a connection on which a request is under way to it, so
-// that what is not idempotent can be lost in each reload of any Caddy; the gateway must not lose more of it.
+// TestFiftyReloadsUnderLoad reloads the gateway, as it comes and draining as Caddyfile.example has it, and a plain Caddy, the same
+// binary without our handler, in turns and under the same load. HTTP/1.1 lets a server close a connection on which a request is under
+// way to it, so that what is not idempotent can be lost in each reload of any Caddy; the gateway must not lose more of it.
 func TestFiftyReloadsUnderLoad(t *testing.T) {
+	const database = "\nrekall {\ndatabase {env.REKALL_DATABASE_URL}\n}"
+	t.Run("as it comes", func(t *testing.T) { reloadUnderLoad(t, database) })
+	t.Run("draining", func(t *testing.T) {
+		reloadUnderLoad(t, "servers {\nlistener_wrappers {\nrekall_drain\n}\n}"+database)
+	})
+}
+
+func reloadUnderLoad(t *testing.T, options string) {
+	t.Helper()
 	r := newRig(t)
-	gateway := r.write(strings.Replace(reloadedSite, "HANDLER", "rekall_gateway {\nproduction {\n"+reloadedProxy+"\n}\n}", 1),
-		"servers {\nlistener_wrappers {\nrekall_drain\n}\n}\nrekall {\ndatabase {env.REKALL_DATABASE_URL}\n}")
+	gateway := r.write(strings.Replace(reloadedSite, "HANDLER", "rekall_gateway {\nproduction {\n"+reloadedProxy+"\n}\n}", 1), options)
 	gateway.run(r.database)
 	gateway.waitReady()
 	plain := r.startPlain(strings.Replace(reloadedSite, "HANDLER", reloadedProxy, 1))

@@ -303,8 +303,7 @@ func (l *limitLoad) judge(length time.Duration) {
 	for _, g := range l.edges {
 		begins := strings.Count(g.log.String(), "rate limit store does not answer")
 		ends := strings.Count(g.log.String(), "rate limit store answers again")
-		// Without an outage there may be one: 2,000 requests a second are more than some machines can take.
-		if outage := l.phase.during != nil; begins != ends || outage && begins == 0 {
+		if outage := l.phase.during != nil; begins != ends || outage != (begins > 0) {
 			l.t.Errorf("%d lines say that the store is away, and %d that it is back", begins, ends)
 		}
 	}

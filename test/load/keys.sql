@@ -3,8 +3,8 @@
 --	psql "$REKALL_DATABASE_URL" -v ON_ERROR_STOP=1 -v n=10000000 -f test/load/keys.sql
 --
 -- Key number n is "rk_" and n with leading zeros to 45 digits, so that whoever makes the load can name it. The table must be
--- empty. The lower its number, the later a key was used last. A million takes about 20 s: the stamps are written without the trigger, and the index that is filled in random
--- order is built at the end.
+-- empty. The lower its number, the later a key was used last. A million takes about 30 s: the stamps are written without the
+-- trigger, and the index that is filled in random order is built at the end.
 begin;
 alter table rekall.api_keys disable trigger user;
 alter table rekall.api_keys drop constraint api_keys_key_hash_key;

@@ -116,25 +116,30 @@ func (s *subject) sample(ctx context.Context) {
 }
 
 func (s *subject) vitals() (vitals, error) {
+	m, err := s.metrics("go_memstats_heap_alloc_bytes", "go_goroutines")
+	return vitals{rss: s.own.rss(), heap: m["go_memstats_heap_alloc_bytes"], goroutines: m["go_goroutines"]}, err
+}
+
+// metrics reads those of these names, each of which must be there and have no labels.
+func (s *system) metrics(names ...string) (map[string]float64, error) {
 	text, err := get(s.admin + "/metrics")
 	if err != nil {
-		return vitals{}, err
+		return nil, err
 	}
-	v := vitals{rss: s.own.rss()}
+	found := map[string]float64{}
 	for line := range strings.Lines(text) {
 		name, value, _ := strings.Cut(strings.TrimSpace(line), " ")
-		number, _ := strconv.ParseFloat(value, 64)
-		switch name {
-		case "go_memstats_heap_alloc_bytes":
-			v.heap = number
-		case "go_goroutines":
-			v.goroutines = number
+		if !slices.Contains(names, name) {
+			continue
+		}
+		if found[name], err = strconv.ParseFloat(value, 64); err != nil {
+			return nil, fmt.Errorf("metric %s: %w", name, err)
 		}
 	}
-	if v.heap == 0 || v.goroutines == 0 {
-		return v, errors.New("they lack go_memstats_heap_alloc_bytes or go_goroutines")
+	if len(found) < len(names) {
+		return nil, fmt.Errorf("of %v the metrics have only %v", names, found)
 	}
-	return v, nil
+	return found, nil
 }
 
 // adminClient makes a connection for each request: a reload closes those of the admin endpoint.
