@@ -11,6 +11,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/rekall-ai/gateway/internal/garbage"
 )
 
 // databaseVariable names the database where the configuration and the command line do not.
@@ -187,7 +189,7 @@ func (a *App) Start() error {
 			return err
 		}
 	}
-	tuneGarbageCollector()
+	garbage.Tune()
 	a.runtime.start(a.ctx.Logger(a))
 	if a.signs {
 		a.runtime.startSigner()

@@ -17,6 +17,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/credential"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/garbage"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/keystore"
@@ -316,7 +317,7 @@ func kindsOfTraffic(secret string) map[string]*traffic {
 // BenchmarkHandler is the whole gateway without the proxy: the door, where the credential is taken out and hashed, and the
 // handler, with tracking for the cut.
 func BenchmarkHandler(b *testing.B) {
-	tuneGarbageCollector() // as in a gateway
+	garbage.Tune() // as in a gateway
 	g, secret := newGateway(b)
 	limiter := ratelimit.New()
 	kinds := kindsOfTraffic(secret)

@@ -15,7 +15,7 @@
 // Keys that Postgres does not have are a fourth matter, since anyone can present any number of them. A filter holds every
 // hash in Postgres: it is streamed once the feed has begun, and the feed adds to it before each state is published. So a
 // key that is not in the filter was absent as of the state, and can only have been created since. A few each second are asked
-// for at once. The others wait for a sync that began after they came, of which there are at most 20 a second: it brings the
+// for at once. The others wait for a sync that began after they came, of which there are at most 30 a second: it brings the
 // key or proves that it is absent, for all of them in one statement. Neither waits in line with keys that may exist. This
 // takes for granted what the feed does, that the trigger stamps every row; and no key is called unknown on the word of a filter
 // alone.

@@ -22,8 +22,8 @@ const (
 	askGap   = 100 * time.Millisecond
 	askBurst = 900 * time.Millisecond
 
-	// proofGap is the least time between two syncs that are made to prove absence: 20 a second at most.
-	proofGap = 50 * time.Millisecond
+	// proofGap is the least time between two syncs that are made to prove absence: 30 a second at most.
+	proofGap = time.Second / 30
 
 	// proofShare is the part of the time, one in so many, that such syncs may take of Postgres.
 	proofShare = 4
@@ -31,8 +31,10 @@ const (
 	// maxProving is how many requests may wait for such a proof. A request that waits holds some 10 KiB.
 	maxProving = 1 << 11
 
-	// maxAtOnce is how many such requests may be answered at one moment. The answers to more are spread, or requests with
-	// known keys would stand in line behind all of them after each sync.
+	// proofTook is how long such a sync usually takes at most.
+	proofTook = 5 * time.Millisecond
+
+	// maxAtOnce is how many such requests may be answered at one moment. The answers to more are spread.
 	maxAtOnce = 32
 )
 
@@ -129,32 +131,52 @@ func (c *Cache) prove(ctx context.Context, d apikey.Digest, since time.Time) (f 
 		c.counts.refused.Add(1)
 		return Found{}, fmt.Errorf("%w: %w", ErrUnavailable, errProving)
 	}
-	ctx, cancel := context.WithTimeout(ctx, answerWithin)
-	defer cancel()
-	s := c.state.Load()
-	for !s.syncedAt.After(since) {
-		c.unknown.want()
-		select {
-		case <-s.superseded:
-		case <-ctx.Done():
-			return Found{}, fmt.Errorf("%w: %w", ErrUnavailable, ctx.Err())
-		}
-		s = c.state.Load()
+	s, err := c.stateAfter(ctx, since)
+	if err != nil {
+		return Found{}, fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
 	ch, created := s.changes[d]
-	if !created && c.unknown.proving.Load() > maxAtOnce {
-		pause(ctx, rand.N(proofGap), nil)
-	}
 	now := time.Now()
-	switch {
-	case !s.fresh(now, c.cfg.MaxStaleness): // the process was stopped
+	// The process was stopped; or the key was created with too many others to be told of, or the feed has started over.
+	if !s.fresh(now, c.cfg.MaxStaleness) || !created && !c.unknown.certain(s, &d) {
+		ctx, cancel := context.WithDeadline(ctx, since.Add(answerWithin))
+		defer cancel()
 		return c.ask(ctx, d)
-	case created:
+	}
+	if created {
 		return found(ch.entry, s, s.pgTime(now), s.syncedAt), nil
-	case !c.unknown.certain(s, &d): // created, with many others; or the feed started over
-		return c.ask(ctx, d)
 	}
 	c.counts.proofs.Add(1)
 	c.unknown.slot(&d).Store(&absence{digest: d, asOf: s.epoch, at: s.syncedAt})
 	return found(nil, s, s.pgTime(now), s.syncedAt), nil
+}
+
+// stateAfter waits for the state of a sync that began after since. Where many wait, each comes back at a time of its own: woken by
+// the same state, they would stand in line before requests with known keys.
+func (c *Cache) stateAfter(ctx context.Context, since time.Time) (*state, error) {
+	s := c.state.Load()
+	c.unknown.want()
+	if c.unknown.proving.Load() > maxAtOnce {
+		next := s.syncedAt.Add(proofGap + proofTook)
+		if !pause(ctx, max(0, next.Sub(since))+rand.N(proofGap), nil) {
+			return nil, ctx.Err()
+		}
+		if s = c.state.Load(); s.syncedAt.After(since) {
+			return s, nil
+		}
+	}
+	timer := time.NewTimer(answerWithin - time.Since(since))
+	defer timer.Stop()
+	for !s.syncedAt.After(since) {
+		c.unknown.want()
+		select {
+		case <-s.superseded:
+		case <-timer.C:
+			return nil, context.DeadlineExceeded
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+		s = c.state.Load()
+	}
+	return s, nil
 }

@@ -33,8 +33,8 @@ const (
 // floodConnections is how many the flood has. Each waits for its answer, some floodWait milliseconds: a sync has to prove that there is no
 // such key.
 const (
-	floodConnections = 1024
-	floodWait        = 30.0
+	floodConnections = 512
+	floodWait        = 40.0
 )
 
 // TestFlood loads the gateway with keys that it has in memory, with keys that it has not, and with keys just made: first in quiet,
