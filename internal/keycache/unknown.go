@@ -154,29 +154,22 @@ func (c *Cache) prove(ctx context.Context, d apikey.Digest, since time.Time) (f 
 // stateAfter waits for the state of a sync that began after since. Where many wait, each comes back at a time of its own: woken by
 // the same state, they would stand in line before requests with known keys.
 func (c *Cache) stateAfter(ctx context.Context, since time.Time) (*state, error) {
-	s := c.state.Load()
-	c.unknown.want()
-	if c.unknown.proving.Load() > maxAtOnce {
-		next := s.syncedAt.Add(proofGap + proofTook)
-		if !pause(ctx, max(0, next.Sub(since))+rand.N(proofGap), nil) {
-			return nil, ctx.Err()
-		}
-		if s = c.state.Load(); s.syncedAt.After(since) {
+	for deadline := since.Add(answerWithin); ; {
+		s, now := c.state.Load(), time.Now()
+		if s.syncedAt.After(since) {
 			return s, nil
 		}
-	}
-	timer := time.NewTimer(answerWithin - time.Since(since))
-	defer timer.Stop()
-	for !s.syncedAt.After(since) {
-		c.unknown.want()
-		select {
-		case <-s.superseded:
-		case <-timer.C:
+		if !now.Before(deadline) {
 			return nil, context.DeadlineExceeded
-		case <-ctx.Done():
+		}
+		c.unknown.want()
+		wait, woken := deadline.Sub(now), s.superseded
+		if c.unknown.proving.Load() > maxAtOnce {
+			expected := s.syncedAt.Add(proofGap + proofTook)
+			wait, woken = min(wait, max(0, expected.Sub(now))+rand.N(proofGap)), nil
+		}
+		if !pause(ctx, wait, woken) {
 			return nil, ctx.Err()
 		}
-		s = c.state.Load()
 	}
-	return s, nil
 }
