@@ -151,8 +151,8 @@ func (c *Cache) prove(ctx context.Context, d apikey.Digest, since time.Time) (f 
 	return found(nil, s, s.pgTime(now), s.syncedAt), nil
 }
 
-// stateAfter waits for the state of a sync that began after since. Where many wait, each comes back at a time of its own: woken by
-// the same state, they would stand in line before requests with known keys.
+// stateAfter waits for the state of a sync that began after since. Where many wait, each comes back at a time of its own, and the
+// more rarely the longer it takes: woken by the same state, they would stand in line before requests with known keys.
 func (c *Cache) stateAfter(ctx context.Context, since time.Time) (*state, error) {
 	for deadline := since.Add(answerWithin); ; {
 		s, now := c.state.Load(), time.Now()
@@ -166,7 +166,7 @@ func (c *Cache) stateAfter(ctx context.Context, since time.Time) (*state, error)
 		wait, woken := deadline.Sub(now), s.superseded
 		if c.unknown.proving.Load() > maxAtOnce {
 			expected := s.syncedAt.Add(proofGap + proofTook)
-			wait, woken = min(wait, max(0, expected.Sub(now))+rand.N(proofGap)), nil
+			wait, woken = min(wait, max(0, expected.Sub(now))+rand.N(proofGap+now.Sub(since))), nil
 		}
 		if !pause(ctx, wait, woken) {
 			return nil, ctx.Err()
