@@ -126,6 +126,44 @@ func TestPostgresThatWasKilledIsTrustedAgainAfterItsRestart(t *testing.T) {
 	})
 }
 
+func TestKeysThatAreFoundOftenNeedNoLookupAfterARestartOfPostgres(t *testing.T) {
+	server := pgtest.Server(t)
+	db := newDatabase(t, server.URL())
+	c := newCache(t, db.store, func(cfg *Config) { cfg.Refresh = 20 * time.Millisecond; cfg.MaxStaleness = 30 * time.Second })
+	keys := make([]testKey, lookupBatch+10)
+	for i := range keys {
+		keys[i] = db.create(t)
+	}
+	run(t, c)
+	var often []testKey
+	for _, key := range keys {
+		slot := &c.hot[place(&key.digest)%hotSlots]
+		if slot.Load() != nil { // two keys that share a slot take turns
+			continue
+		}
+		often = append(often, key)
+		eventually(t, "the key is found often", func() bool {
+			want(t, c, key.digest, apikey.Allowed)
+			return slot.Load() != nil
+		})
+	}
+	revoked := often[0]
+	db.revoke(t, revoked)
+	origin := c.state.Load().origin
+	if err := server.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the feed starts over", func() bool { return c.state.Load().origin > origin })
+	misses := c.Status().Misses
+	for _, key := range often[1:] {
+		want(t, c, key.digest, apikey.Allowed)
+	}
+	if n := c.Status().Misses - misses; n > 0 {
+		t.Errorf("%d of %d keys had to be asked for", n, len(often)-1)
+	}
+	want(t, c, revoked.digest, apikey.Revoked)
+}
+
 func TestNotificationBringsARevocationBeforeTheTick(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	c := newCache(t, db.store, func(cfg *Config) { cfg.Refresh = time.Hour - time.Second; cfg.MaxStaleness = time.Hour })

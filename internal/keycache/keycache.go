@@ -10,7 +10,8 @@
 //     monotonic and wall time: a stalled Postgres, network or process stops the trust by itself. Past it only a row read
 //     now will do.
 //   - One server. Fills and feed must read the same Postgres: after a failover rows may be older than the feed's state. A
-//     row from another server than the state's waits for the next sync, which starts over with a new horizon.
+//     row from another server than the state's waits for the next sync, which starts over with a new horizon. The keys that
+//     are found often are read anew before that horizon is published.
 //
 // Keys that Postgres does not have are a fourth matter, since anyone can present any number of them. A filter holds every
 // hash in Postgres: it is streamed once the feed has begun, and the feed adds to it before each state is published. So a

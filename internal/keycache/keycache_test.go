@@ -316,11 +316,15 @@ func TestFillThatRacesARevocationIsNotBelieved(t *testing.T) {
 }
 
 func TestFeedThatStartsOverTrustsNoEarlierEntry(t *testing.T) {
-	for name, change := range map[string]func(*keystore.Snapshot){
-		"another cluster":                func(s *keystore.Snapshot) { s.Server.SystemID++ },
-		"a restarted server":             func(s *keystore.Snapshot) { s.Server.StartedAt++ },
-		"another database":               func(s *keystore.Snapshot) { s.Server.Database++ },
-		"transaction ids that went back": func(s *keystore.Snapshot) { s.Xmax = 1 },
+	for name, tc := range map[string]struct {
+		change func(*keystore.Snapshot)
+		want   apikey.Outcome
+	}{
+		"another cluster":  {func(s *keystore.Snapshot) { s.Server.SystemID++ }, apikey.Revoked},
+		"another database": {func(s *keystore.Snapshot) { s.Server.Database++ }, apikey.Revoked},
+		// Rows come from the server before: they are not carried over.
+		"a restarted server":             {func(s *keystore.Snapshot) { s.Server.StartedAt++ }, apikey.Unavailable},
+		"transaction ids that went back": {func(s *keystore.Snapshot) { s.Xmax = 1 }, apikey.Revoked},
 	} {
 		t.Run(name, func(t *testing.T) {
 			db := newDatabase(t, pgtest.URL(t))
@@ -330,15 +334,18 @@ func TestFeedThatStartsOverTrustsNoEarlierEntry(t *testing.T) {
 			tick(t, s, c)
 			want(t, c, key.digest, apikey.Allowed)
 			c.known.Wait()
+			before := mustCached(t, c, key.digest)
+			c.hot[place(&key.digest)%hotSlots].Store(before)
 			db.revoke(t, key)
 			store.change = func(snap *keystore.Snapshot) {
 				snap.Changes = nil // the new server's feed does not tell of the change
-				change(snap)
+				tc.change(snap)
 			}
 			tick(t, s, c)
-			if s := c.state.Load(); s.usable(mustCached(t, c, key.digest)) {
+			if c.state.Load().usable(before) {
 				t.Error("an entry from before is still usable")
 			}
+			want(t, c, key.digest, tc.want)
 		})
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -101,6 +102,9 @@ func pause(ctx context.Context, d time.Duration, wake <-chan struct{}) bool {
 	return true
 }
 
+// carryOverTimeout bounds how long changes can wait for keys to be carried over.
+const carryOverTimeout = 500 * time.Millisecond
+
 // syncer holds what one sync leaves to the next besides the published state.
 type syncer struct {
 	// unverified are the keys that were in flight when the feed started over: changes to them may have been missed, so
@@ -129,7 +133,9 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 	var changed []*entry
 	if old.syncedAt.IsZero() || !old.sameServer(snap) || snap.Overrun {
 		c.counts.restarts.Add(1)
-		c.publish(old, old.restart(snap, startedAt, vouchedAt))
+		n := old.restart(snap, startedAt, vouchedAt)
+		c.carryOver(ctx, old, n)
+		c.publish(old, n)
 		c.cfg.Logger().Info("key sync starts over", zap.Bool("first", old.syncedAt.IsZero()), zap.Bool("too_many_changes", snap.Overrun))
 		// Flights that begin from here on are checked against the new state by Track.
 		s.unverified, s.vouchedAt = c.flight.digests(), old.syncedAt
@@ -169,6 +175,35 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 		c.cfg.Changed()
 	}
 	return nil
+}
+
+// carryOver reads the keys that are found often anew before n, in which nothing read earlier is usable, takes the place of old:
+// else all their requests would wait for lookups at the same moment, at each restart of Postgres. Meanwhile old vouches for them, no
+// longer than it would if Postgres did not answer. The rows are read after n's snapshot, so they are as of its epoch.
+func (c *Cache) carryOver(ctx context.Context, old, n *state) {
+	if !old.fresh(time.Now(), c.cfg.MaxStaleness) {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, carryOverTimeout)
+	defer cancel()
+	var digests []apikey.Digest
+	for i := range c.hot {
+		if e := c.hot[i].Load(); e != nil && old.usable(e) {
+			digests = append(digests, e.record.Digest)
+		}
+	}
+	for batch := range slices.Chunk(digests, lookupBatch) {
+		c.counts.lookups.Add(1)
+		found, err := c.store.Lookup(ctx, batch)
+		if err != nil || found.StartedAt != n.server.StartedAt || found.InRecovery != n.server.InRecovery {
+			return // they are looked up when they are asked for
+		}
+		for _, record := range found.Records {
+			e := newEntry(*record, n.epoch)
+			c.keep(e)
+			c.hot[place(&record.Digest)%hotSlots].Store(e)
+		}
+	}
 }
 
 // tellOfRevocation reports how long a key stayed allowed after its revocation. was is what memory held, or nil: only a key that
