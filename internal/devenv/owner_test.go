@@ -129,7 +129,12 @@ func program(t *testing.T) string {
 		t.Fatal(err)
 	}
 	path := filepath.Join(publicDir(t), "owner")
-	if err := os.WriteFile(path, content, 0o755); err != nil {
+	// A program that another test starts meanwhile would hold the file open for writing until it is executed itself, and a file
+	// that is open for writing cannot be executed ("text file busy", https://go.dev/issue/22315).
+	syscall.ForkLock.RLock()
+	err = os.WriteFile(path, content, 0o755)
+	syscall.ForkLock.RUnlock()
+	if err != nil {
 		t.Fatal(err)
 	}
 	return path

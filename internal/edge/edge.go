@@ -93,7 +93,8 @@ func (r *Reporter) Run(ctx context.Context, applied func() keycache.Applied) {
 	defer ticker.Stop()
 	failing := false
 	for {
-		err := r.report(ctx, applied())
+		// A report that began is finished: Postgres may carry out one that was given up after the row was removed.
+		err := r.report(context.WithoutCancel(ctx), applied())
 		switch {
 		case err != nil && ctx.Err() == nil && !failing:
 			r.logger().Warn("edge cannot report; others will call it fail-closed", zap.Error(err))

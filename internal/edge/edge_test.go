@@ -154,6 +154,52 @@ func TestEdgeThatWasStoppedForLongDoesNotForgetItself(t *testing.T) {
 	r.wantNames("after a day", "north")
 }
 
+// TestAnEdgeThatStopsFinishesItsReportBeforeItRemovesItsRow: given up, the report could come after the removal, and the others would
+// miss an edge that stopped in good order.
+func TestAnEdgeThatStopsFinishesItsReportBeforeItRemovesItsRow(t *testing.T) {
+	r := newRig(t)
+	lock, err := r.conn.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := lock.Exec(t.Context(), `lock table rekall.edges in exclusive mode`); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		r.reporter.Run(ctx, func() keycache.Applied { return keycache.Applied{} })
+	}()
+	waiting := func() (reports bool) {
+		const query = `select exists (select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock' and
+	query like '%insert into rekall.edges%')`
+		if _, err := lock.Exec(t.Context(), `select pg_stat_clear_snapshot()`); err != nil { // else a transaction sees the same each time
+			t.Fatal(err)
+		}
+		if err := lock.QueryRow(t.Context(), query).Scan(&reports); err != nil {
+			t.Fatal(err)
+		}
+		return reports
+	}
+	for deadline := time.Now().Add(reportTimeout); !waiting(); {
+		if time.Now().After(deadline) {
+			t.Fatal("the report does not wait for the lock")
+		}
+	}
+	stop()
+	for deadline := time.Now().Add(reportTimeout / 4); time.Now().Before(deadline); {
+		if !waiting() {
+			t.Fatal("the report was given up")
+		}
+	}
+	if err := lock.Commit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	<-stopped
+	r.wantNames("stopped")
+}
+
 // TestOneChangeDoesNotMakeAFleetReportInOneBurst: the trigger of one revocation wakes every edge at the same moment.
 func TestOneChangeDoesNotMakeAFleetReportInOneBurst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
