@@ -156,13 +156,25 @@ func TestHandlerAllocatesNoMoreThanItsBudget(t *testing.T) {
 		// Six of its own: exchange, request id, placeholders, cancel context and function, forwarded request. Three are made
 		// by the server's context for its first child.
 		"bearer": 9, "x-api-key": 9, "query": 9,
-		// Exchange, request id and placeholders; then body, its length and the header values.
-		"refused": 6,
+		// Exchange, request id and placeholders; then the answer's.
+		"refused": 3 + allocationsOfAnAnswer(),
 	} {
 		if allocations := g.allocations(t, kindsOfTraffic(secret)[name]); allocations > budget {
 			t.Errorf("%s: %.0f allocations, want at most %.0f", name, allocations, budget)
 		}
 	}
+	if n := allocationsOfAnAnswer(); n > 3 { // body, its length and the header values
+		t.Errorf("%.0f allocations of an answer, want at most 3", n)
+	}
+}
+
+// allocationsOfAnAnswer is what writing a refusal allocates.
+func allocationsOfAnAnswer() float64 {
+	w := nullWriter{make(http.Header)}
+	return testing.AllocsPerRun(200, func() {
+		clear(w.header)
+		answers[apikey.Unknown].write(w, "req_0123456789ABCDEFGHIJ", nil)
+	})
 }
 
 // TestLimitsCostTheirHeadersAndNothingElse: one piece of memory for all four.
@@ -300,6 +312,19 @@ func (w nullWriter) Header() http.Header         { return w.header }
 func (w nullWriter) WriteHeader(int)             {}
 func (w nullWriter) Write(p []byte) (int, error) { return len(p), nil }
 
+// markingWriter notes when the gateway begins to write its answer.
+type markingWriter struct {
+	nullWriter
+	answeredAt time.Time
+}
+
+func (w *markingWriter) Header() http.Header {
+	if w.answeredAt.IsZero() {
+		w.answeredAt = time.Now()
+	}
+	return w.nullWriter.Header()
+}
+
 // kindsOfTraffic are what the cost of the gateway is stated for.
 func kindsOfTraffic(secret string) map[string]*traffic {
 	unknown := apikey.Generate(apikey.Production)
@@ -328,18 +353,23 @@ func BenchmarkHandler(b *testing.B) {
 			if name == "limited" {
 				g.limiter = limiter
 			}
-			var took time.Duration
+			var took, tookToAnswer time.Duration
 			for b.Loop() {
 				r := t.request()
 				clear(t.writer.header)
+				writer := &markingWriter{nullWriter: t.writer}
 				begun := time.Now()
-				if err := g.ServeHTTP(t.writer, credential.AtDoor(r), nil); err != nil {
+				if err := g.ServeHTTP(writer, credential.AtDoor(r), nil); err != nil {
 					b.Fatal(err)
 				}
 				took += time.Since(begun)
+				tookToAnswer += writer.answeredAt.Sub(begun)
 			}
 			b.ReportMetric(0, "ns/op") // the making of the requests is in it
 			b.ReportMetric(float64(took)/float64(b.N), "ns/request")
+			if name == "refused" {
+				b.ReportMetric(float64(tookToAnswer)/float64(b.N), "ns-to-answer/request")
+			}
 		})
 	}
 }

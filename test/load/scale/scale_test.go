@@ -8,7 +8,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"runtime"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -21,6 +20,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/internal/garbage"
 	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
@@ -52,7 +52,7 @@ func TestScale(t *testing.T) {
 		}
 		slices.Sort(sizes)
 	}
-	debug.SetGCPercent(400) // as the gateway does
+	garbage.Tune() // as in a gateway
 	var all []costs
 	for _, keys := range sizes {
 		t.Run(strconv.Itoa(keys), func(t *testing.T) { all = append(all, measure(t, keys)) }) // and stops its Postgres
