@@ -3,6 +3,7 @@ package keycache
 import (
 	"context"
 	"errors"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -14,14 +15,13 @@ import (
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
-// made makes n keys and returns their digests, newest first.
+// made makes n keys and returns their digests, in the order of their numbers.
 func (db *database) made(t *testing.T, n int) []apikey.Digest {
 	t.Helper()
 	db.makeKeys(t, n)
-	digests := make([]apikey.Digest, 0, n)
-	err := db.store.ScanRecent(t.Context(), n, func(keystore.Server) error { return nil }, func(r apikey.Record) { digests = append(digests, r.Digest) })
-	if err != nil {
-		t.Fatal(err)
+	digests := make([]apikey.Digest, n)
+	for i := range digests {
+		digests[i] = apikey.Hash(strconv.Itoa(i + 1))
 	}
 	return digests
 }
@@ -172,12 +172,15 @@ func TestWarmCacheLosesNoKeyWhenRowsComeFasterThanRistrettoTakesThem(t *testing.
 func TestWarmCacheHoldsTheKeysThatAreTheLikeliestToBeUsed(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	digests := db.made(t, 50)
+	db.exec(t, `insert into rekall.last_used (key_id, first_used_at, last_used_at)
+		select id, now() - interval '9 days', now() - make_interval(hours => right(id, 2)::int) from rekall.api_keys where right(id, 2)::int > 20`)
 	c, s := newCache(t, db.store, func(cfg *Config) { cfg.Warm = 10 }), new(syncer)
 	tick(t, s, c)
 	fill(t, c)
-	for n, d := range digests {
-		if _, ok := c.known.Get(place(&d)); ok != (n < 10) {
-			t.Errorf("key %d by age: in memory %v", n, ok)
+	for i, d := range digests {
+		n := i + 1
+		if _, ok := c.known.Get(place(&d)); ok != (20 < n && n <= 30) {
+			t.Errorf("key %d: in memory %v", n, ok)
 		}
 	}
 }

@@ -25,9 +25,15 @@ const serverSQL = `
 select (select system_identifier from pg_control_system()), pg_postmaster_start_time(), pg_is_in_recovery(),
 	(select oid from pg_database where datname = current_database())`
 
-// Which keys are worth having in memory first is known to the hour: last_used follows a key's use once in an hour. To count
-// hours takes no memory and no sort, which would take longer than to read the keys.
+// Which keys are worth having in memory is a question only if there are too many of them. Then it is known to the hour:
+// last_used follows a key's use once in an hour. To count hours takes no memory and no sort, which would take longer than to
+// read the keys.
 const (
+	atMostSQL = `select count(*) <= $1::bigint from (select from rekall.api_keys limit $1::bigint + 1) k`
+
+	everySQL = `select ` + recordColumns + `
+from rekall.api_keys k` + limitsOfMany + ` limit $1`
+
 	recentHourSQL = `
 select min(hour) from (
 	select hour, sum(count(*)) over (order by hour desc) - count(*) as later
@@ -72,31 +78,39 @@ func (s *Store) ScanRecent(ctx context.Context, n int, begin func(Server) error,
 		if err := begin(server); err != nil {
 			return err
 		}
+		var key row
+		read := func(sql string, args ...any) error {
+			rows, _ := tx.Query(ctx, sql, args...) // ForEachRow returns its error
+			_, err := pgx.ForEachRow(rows, key.targets(), func() error {
+				n--
+				record, err := key.record()
+				if err == nil {
+					each(record)
+				}
+				return err
+			})
+			return err
+		}
+		var all bool
+		if err := tx.QueryRow(ctx, atMostSQL, n).Scan(&all); err != nil {
+			return err
+		}
+		if all {
+			return read(everySQL, n)
+		}
 		var since pgtype.Timestamptz
 		if err := tx.QueryRow(ctx, recentHourSQL, n).Scan(&since); err != nil {
 			return err
 		}
-		var key row
-		read := func() error {
-			n--
-			record, err := key.record()
-			if err == nil {
-				each(record)
-			}
-			return err
-		}
 		if since.Valid {
-			rows, _ := tx.Query(ctx, recentSQL, n, since) // ForEachRow returns its error
-			if _, err := pgx.ForEachRow(rows, key.targets(), read); err != nil {
+			if err := read(recentSQL, n, since); err != nil {
 				return err
 			}
 		}
 		if n == 0 {
 			return nil
 		}
-		rows, _ := tx.Query(ctx, neverUsedSQL, n) // likewise
-		_, err := pgx.ForEachRow(rows, key.targets(), read)
-		return err
+		return read(neverUsedSQL, n)
 	})
 }
 
