@@ -275,6 +275,34 @@ func TestTickWithoutNewsAsksForNoReport(t *testing.T) {
 	}
 }
 
+// TestLogTellsOfTheShortestDistrust: requests that were refused in it have no other explanation.
+func TestLogTellsOfTheShortestDistrust(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const bound = 5*time.Second + 3*time.Millisecond
+		logged, lines := observer.New(zap.InfoLevel)
+		c := &Cache{wake: make(chan struct{}, 1), cfg: Config{
+			Refresh: time.Second, MaxStaleness: bound, Logger: func() *zap.Logger { return zap.New(logged) },
+		}}
+		synced := func() {
+			s := newState()
+			s.syncedAt = time.Now()
+			c.state.Store(s)
+		}
+		synced()
+		ctx, stop := context.WithCancel(t.Context())
+		var watching sync.WaitGroup
+		watching.Go(func() { c.watch(ctx) })
+		<-time.After(bound + time.Millisecond)
+		synced()
+		<-time.After(time.Second)
+		stop()
+		watching.Wait()
+		if n := lines.Len(); n != 2 {
+			t.Errorf("%d lines, want one when trust ended and one when it came back: %v", n, lines.All())
+		}
+	})
+}
+
 // track puts a request with the key in flight and returns the context that the cache cancels.
 func track(t *testing.T, c *Cache, key testKey) context.Context {
 	t.Helper()
@@ -461,7 +489,7 @@ func TestFollowingARequestAllocatesAtMostFourTimes(t *testing.T) {
 	}
 }
 
-// BenchmarkTrack shows what following a request costs it, as the difference between the two: the proxy derives a context of
+// BenchmarkTrack shows what following a request of HTTP/2 costs it, as the difference between the two: the proxy derives a context of
 // its own in any case, and has a context that can be cut keep a list of those derived from it.
 func BenchmarkTrack(b *testing.B) {
 	c, found := newTracked(b)

@@ -290,7 +290,7 @@ func (c *Cache) watch(ctx context.Context) {
 	var staleAt time.Time // when this was seen first; zero: it is not
 	var grace time.Duration
 	distrusted := false
-	for last := time.Now(); pause(ctx, interval, nil); {
+	for last := time.Now(); pause(ctx, c.untilLook(interval), nil); {
 		now := time.Now()
 		c.tellOfLeap(last, now, interval)
 		last = now
@@ -315,6 +315,14 @@ func (c *Cache) watch(ctx context.Context) {
 		}
 		c.Wake()
 	}
+}
+
+// untilLook is an interval, or what is left until the data becomes too old: however soon it is fresh again, the log tells of it.
+func (c *Cache) untilLook(interval time.Duration) time.Duration {
+	if left := c.cfg.MaxStaleness - age(c.state.Load().syncedAt, time.Now()); left > 0 {
+		return min(interval, left)
+	}
+	return interval
 }
 
 // leapNoticed is how far the clocks may be off between two looks without a word about it.
