@@ -129,16 +129,16 @@ func (a answer) refuse(w http.ResponseWriter, r *http.Request) {
 	a.write(w, requestID, nil)
 }
 
-// newRequestID returns "req_" and 20 characters, 119 random bits. It identifies and does not authorise, so the runtime's
-// generator is enough.
+// newRequestID returns "req_" and 20 characters, some 119 random bits. It identifies and does not authorise, so the runtime's
+// generator is enough, and so are characters of which two are likelier than others.
 func newRequestID() string {
-	const alphabet = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+	const alphabet = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz" + "01" // for six bits
 	id := [24]byte{'r', 'e', 'q', '_'}
 	for half := range 2 {
 		random := rand.Uint64()
 		for i := range 10 {
-			id[4+10*half+i] = alphabet[random%62]
-			random /= 62
+			id[4+10*half+i] = alphabet[random%64]
+			random /= 64
 		}
 	}
 	return string(id[:])

@@ -18,7 +18,56 @@ import (
 type door struct{ next http.Handler }
 
 func (d door) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if c := connectionOf(r); c != nil && r.ProtoMajor == 1 {
+		r = c.begin(w, r)
+	}
 	d.next.ServeHTTP(w, credential.AtDoor(r))
+}
+
+// connection is the context of a client's connection, from which the server derives those of its requests. HTTP/1 sends one request
+// at a time, so a cut can cancel the connection's: a context for each request would cost it a fifth of what the gateway does.
+type connection struct {
+	context.Context
+	cancel  context.CancelCauseFunc
+	request context.Context // as the server made it for the request that is being served, of HTTP/1
+}
+
+func newConnection(ctx context.Context) *connection {
+	c := new(connection)
+	c.Context, c.cancel = context.WithCancelCause(ctx)
+	return c
+}
+
+type connectionKey struct{}
+
+func (c *connection) Value(key any) any {
+	if key == (connectionKey{}) {
+		return c
+	}
+	return c.Context.Value(key)
+}
+
+// connectionOf returns nil if the server's door is not ours.
+func connectionOf(r *http.Request) *connection {
+	c, _ := r.Context().Value(connectionKey{}).(*connection)
+	return c
+}
+
+// begin notes which request is being served. A request that was cut just as its answer was complete leaves a connection whose
+// context is cancelled: what comes next has nothing to do with that, and is the last on it.
+func (c *connection) begin(w http.ResponseWriter, r *http.Request) *http.Request {
+	if c.Err() != nil {
+		w.Header()["Connection"] = []string{"close"}
+		r = r.WithContext(context.WithoutCancel(r.Context()))
+	}
+	c.request = r.Context()
+	return r
+}
+
+// ends reports whether the end of the connection's context is the end of the request: unless it is of HTTP/2, or a handler before
+// the gateway has given it a context that ends otherwise.
+func (c *connection) ends(r *http.Request) bool {
+	return c != nil && r.ProtoMajor == 1 && c.Err() == nil && c.request != nil && r.Context().Done() == c.request.Done()
 }
 
 // guardDoor makes the server in which a handler is being provisioned take credentials out of each request before it
@@ -43,9 +92,9 @@ func guardDoor(ctx caddy.Context) error {
 	return nil
 }
 
-// guard wraps the handler of a server. Caddy calls RegisterConnContext's function in the accept loop, before the first
-// request of the first connection, with a context that holds the *http.Server (documented by net/http). There the server's
-// handler is wrapped, once.
+// guard wraps the handler of a server, and gives each connection a context of ours. Caddy calls RegisterConnContext's function in
+// the accept loop, before the first request of the first connection, with a context that holds the *http.Server (documented by
+// net/http). There the server's handler is wrapped, once.
 func guard(server *caddyhttp.Server) {
 	var once sync.Once
 	server.RegisterConnContext(func(ctx context.Context, _ net.Conn) context.Context {
@@ -57,7 +106,10 @@ func guard(server *caddyhttp.Server) {
 				inner.Handler = door{inner.Handler}
 			}
 		})
-		return ctx
+		if ctx.Value(connectionKey{}) != nil { // another handler of ours has
+			return ctx
+		}
+		return newConnection(ctx)
 	})
 }
 

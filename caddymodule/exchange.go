@@ -24,37 +24,47 @@ import (
 // last word on the answer when the key ends half-way.
 type exchange struct {
 	caddyhttp.ResponseWriterWrapper
-	gateway     *Gateway
-	requestID   string
-	environment apikey.Environment // by the prefix of the key
-	record      *apikey.Record     // nil until found
-	now         time.Time          // Postgres's clock when it was found
-	startedAt   time.Time          // zero: its latency is not sampled
-	required    apikey.Scopes      // what an Insufficient key lacks
-	token       string             // X-Rekall-Identity-Token; empty: none is asked for
-	outcome     apikey.Outcome
-	reason      string // code of the error that the gateway answered with; empty: none
-	flight      keycache.Flight
-	decision    decision                // once allowed
-	body        clientBody              // of the forwarded request
-	cancel      context.CancelCauseFunc // of the decision's context
-	wroteHeader bool
-	cutBy       atomic.Pointer[keycache.Cut]                        // once cut, nothing more is to be written
-	values      [firstRateLimitValue + len(rateLimitHeaders)]string // of the headers that are set: one allocation with the exchange
-	allowance   allowance
+	gateway   *Gateway
+	requestID string
+	record    *apikey.Record // nil until found
+	now       apikey.Time    // Postgres's clock when it was found
+	startedAt instant        // its latency is not sampled: 0
+	reason    string         // code of the error that the gateway answered with; empty: none
+	flight    keycache.Flight
+	decision  decision                                            // once allowed
+	body      clientBody                                          // of the forwarded request
+	cancel    context.CancelCauseFunc                             // of the decision's context, or of the connection's
+	cutBy     atomic.Pointer[keycache.Cut]                        // once cut, nothing more is to be written
+	values    [len(rateLimitHeaders) + firstRateLimitValue]string // of the headers that are set: one allocation with the exchange
+	allowance allowance
+	required  apikey.Scopes // what an Insufficient key lacks
 
-	mu   sync.Mutex // guards done
+	environment apikey.Environment // by the prefix of the key
+	outcome     apikey.Outcome
+	closing     bool // whether a cut is the end of the connection
+	wroteHeader bool
+
 	done bool
+	mu   sync.Mutex // guards done
 }
 
-// firstRateLimitValue is where the values of rateLimitHeaders stand in exchange.values.
-const firstRateLimitValue = 7
+// Places in exchange.values. A header's value is never shared: handlers may change it where it stands.
+const (
+	keyIDValue = iota
+	accountValue
+	environmentValue
+	scopesValue
+	requestIDValue
+	answeredIDValue
+	tokenValue // empty: none is asked for
+	firstRateLimitValue
+)
 
 func (x *exchange) count() {
 	x.gateway.metrics.decisions[x.outcome][x.environment].Inc()
 	x.gateway.metrics.latency(x.startedAt)
 	if x.record != nil {
-		x.gateway.usage.Count(x.record, x.outcome, x.now)
+		x.gateway.usage.Count(x.record, x.outcome, x.now.Time())
 	}
 }
 
@@ -122,13 +132,13 @@ func (x *exchange) identify(r *http.Request) {
 	}
 	// A trailer can carry an identity header past everything that looked at the headers.
 	r.Trailer = nil
-	x.set(h, "X-Rekall-Key-Id", 0, x.record.ID)
-	x.set(h, "X-Rekall-Account", 1, x.record.Account)
-	x.set(h, "X-Rekall-Environment", 2, x.environment.String())
-	x.set(h, "X-Rekall-Scopes", 3, x.record.Scopes.String())
-	x.set(h, "X-Request-Id", 4, x.requestID)
-	if x.token != "" {
-		x.set(h, "X-Rekall-Identity-Token", 6, x.token)
+	x.set(h, "X-Rekall-Key-Id", keyIDValue, x.record.ID)
+	x.set(h, "X-Rekall-Account", accountValue, x.record.Account)
+	x.set(h, "X-Rekall-Environment", environmentValue, x.environment.String())
+	x.set(h, "X-Rekall-Scopes", scopesValue, x.record.Scopes.String())
+	x.set(h, "X-Request-Id", requestIDValue, x.requestID)
+	if token := x.values[tokenValue]; token != "" {
+		x.set(h, "X-Rekall-Identity-Token", tokenValue, token)
 	}
 }
 
@@ -260,7 +270,7 @@ func (x *exchange) WriteHeader(status int) {
 
 // tell sets the headers that every answer to a good key has.
 func (x *exchange) tell() {
-	x.set(x.Header(), "X-Request-Id", 5, x.requestID)
+	x.set(x.Header(), "X-Request-Id", answeredIDValue, x.requestID)
 	x.tellLimits(x.Header())
 }
 
@@ -292,6 +302,9 @@ func (x *exchange) FlushError() error {
 
 func (x *exchange) refuseCut(cut *keycache.Cut) {
 	x.wroteHeader = true
+	if x.closing {
+		x.Header()["Connection"] = []string{"close"}
+	}
 	x.answer(x.ResponseWriter, answers[cut.Outcome], nil)
 }
 

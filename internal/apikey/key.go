@@ -96,16 +96,20 @@ func Parse(s string) (Environment, error) {
 		env, secret = Sandbox, s[len(SandboxPrefix):]
 	}
 	for i := range len(secret) {
-		if !alphanumeric(secret[i]) {
+		if !alphanumeric[secret[i]] {
 			return 0, ErrMalformed
 		}
 	}
 	return env, nil
 }
 
-func alphanumeric(c byte) bool {
-	return '0' <= c && c <= '9' || 'A' <= c && c <= 'Z' || 'a' <= c && c <= 'z'
-}
+// alphanumeric is a table, since every request's key is looked through byte by byte.
+var alphanumeric = func() (is [256]bool) {
+	for i := range len(alphabet) {
+		is[alphabet[i]] = true
+	}
+	return is
+}()
 
 // Generate makes a new key: random characters from crypto/rand, each with the same probability, then the checksum.
 func Generate(env Environment) string {
@@ -192,13 +196,13 @@ func findKey(s string) (start, end int) {
 		if strings.HasPrefix(s[start:], SandboxPrefix) {
 			end = start + len(SandboxPrefix)
 		}
-		for end < len(s) && alphanumeric(s[end]) {
+		for end < len(s) && alphanumeric[s[end]] {
 			end++
 		}
 		if end-start < Length {
 			continue
 		}
-		for end < len(s) && (alphanumeric(s[end]) || s[end] == '_') {
+		for end < len(s) && (alphanumeric[s[end]] || s[end] == '_') {
 			end++
 		}
 		return start, end

@@ -81,7 +81,7 @@ func (c *Credential) add(presented string) {
 	case c.Kind == None:
 		c.Kind, c.Environment, c.Digest = kind, environment, digest
 		if kind == Key {
-			raw := presented
+			raw := presented // on its own: whatever formats what holds a Credential must not meet it
 			c.raw = &raw
 		}
 	case c.Kind != kind || c.Digest != digest:
@@ -108,7 +108,7 @@ func (c *carrier) Value(key any) any {
 }
 
 // AtDoor takes keys out of a request before anything can log it, and masks those in places where no credential belongs.
-// It changes r and returns it, or a copy that carries the credential.
+// It changes r, whose context then carries the credential, and returns it, or a copy if it can have trailers.
 func AtDoor(r *http.Request) *http.Request {
 	var c Credential
 	found := c.takeHeaders(r.Header, mayBeKey)
@@ -119,7 +119,8 @@ func AtDoor(r *http.Request) *http.Request {
 	if !found {
 		return r
 	}
-	return r.WithContext(&carrier{r.Context(), c})
+	*r = *r.WithContext(&carrier{r.Context(), c}) // in place, which saves the copy
+	return r
 }
 
 // Take takes every credential that is left in the places where one belongs, and returns it combined with what the door

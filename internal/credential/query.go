@@ -15,6 +15,9 @@ const parameter = "api_key"
 // takeQuery takes the api_key parameters whose value ours accepts, and masks keys in all others. It reports whether it took
 // any. Whatever it leaves stays byte for byte and in order.
 func (c *Credential) takeQuery(r *http.Request, ours func(string) bool) bool {
+	if r.URL.RawQuery == "" {
+		return false
+	}
 	query, took := c.cutQuery(r.URL.RawQuery, ours)
 	if query == r.URL.RawQuery {
 		return false

@@ -1,0 +1,167 @@
+package caddymodule
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keycache"
+	"github.com/rekall-ai/gateway/internal/scoperule"
+	"github.com/rekall-ai/gateway/internal/usage"
+)
+
+// oneFlight is a cache that knows every key to be good, and gives away the request in flight, to be cut.
+type oneFlight struct{ inFlight keycache.Request }
+
+func (*oneFlight) Find(context.Context, apikey.Digest) (keycache.Found, error) {
+	record := apikey.Record{Environment: apikey.Production, Scopes: apikey.MemoriesRead}
+	return keycache.Found{Record: &record, Now: time.Now()}, nil
+}
+
+func (o *oneFlight) Track(_ *keycache.Flight, _ keycache.Found, request keycache.Request) bool {
+	o.inFlight = request
+	return true
+}
+
+func (*oneFlight) Cached(apikey.Digest) bool { return true }
+
+func (*oneFlight) Untrack(*keycache.Flight) {}
+
+func (o *oneFlight) cut() { o.inFlight.Cut(&keycache.Cut{Outcome: apikey.Revoked}) }
+
+// keepAlive is a server with our door, and one connection of HTTP/1 to it.
+type keepAlive struct {
+	t      *testing.T
+	flight oneFlight
+	conn   net.Conn
+	reader *bufio.Reader
+}
+
+// newKeepAlive has the gateway call handler in place of a proxy, and before, for what a middleware does to a request, arrive.
+func newKeepAlive(t *testing.T, arrive func(*http.Request) *http.Request, handler caddyhttp.HandlerFunc) *keepAlive {
+	t.Helper()
+	k := &keepAlive{t: t}
+	rules, err := scoperule.New(scoperule.Builtin()...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := &Gateway{
+		draining: new(atomic.Bool), rules: rules, cache: &k.flight, metrics: newMetrics(), usage: usage.New(nil, usage.Config{}),
+		logger: zap.NewNop(), production: block{chain: handler},
+	}
+	entrance := g.entrance(t)
+	server := httptest.NewUnstartedServer(door{http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		entrance.next.ServeHTTP(w, arrive(r))
+	})})
+	server.Config.ConnContext = func(ctx context.Context, _ net.Conn) context.Context { return newConnection(ctx) }
+	server.Start()
+	t.Cleanup(server.Close)
+	if k.conn, err = net.Dial("tcp", server.Listener.Addr().String()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = k.conn.Close() })
+	if err := k.conn.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	k.reader = bufio.NewReader(k.conn)
+	return k
+}
+
+func (k *keepAlive) ask() *http.Response {
+	k.t.Helper()
+	req := httptest.NewRequest("GET", "http://api.rekall.ai/v1/memories", nil)
+	req.Header.Set("Authorization", "Bearer "+apikey.Generate(apikey.Production))
+	if err := req.Write(k.conn); err != nil {
+		k.t.Fatal(err)
+	}
+	resp, err := http.ReadResponse(k.reader, req)
+	if err != nil {
+		k.t.Fatal(err)
+	}
+	_ = resp.Body.Close()
+	return resp
+}
+
+func asItCame(r *http.Request) *http.Request { return r }
+
+func TestCutEndsTheConnectionOfHTTP1WithARefusal(t *testing.T) {
+	var k *keepAlive
+	k = newKeepAlive(t, asItCame, func(w http.ResponseWriter, r *http.Request) error {
+		k.flight.cut()
+		<-r.Context().Done()
+		var cut *keycache.Cut
+		if cause := context.Cause(r.Context()); !errors.As(cause, &cut) || !errors.Is(cause, context.Canceled) {
+			t.Errorf("cause %v", cause)
+		}
+		w.WriteHeader(statusClientClosed) // as Caddy's proxy does
+		return nil
+	})
+	if resp := k.ask(); resp.StatusCode != http.StatusUnauthorized || !resp.Close {
+		t.Errorf("answer %d, the connection is to be closed: %v", resp.StatusCode, resp.Close)
+	}
+}
+
+// TestCutThatCameTooLateIsNotTheNextRequestsEnd: the connection's context, cancelled for a request that was answered already, is
+// the parent of the next request's too.
+func TestCutThatCameTooLateIsNotTheNextRequestsEnd(t *testing.T) {
+	served := 0
+	var k *keepAlive
+	k = newKeepAlive(t, asItCame, func(w http.ResponseWriter, r *http.Request) error {
+		served++
+		if err := r.Context().Err(); err != nil {
+			t.Errorf("request %d came cancelled: %v", served, err)
+		}
+		w.Header().Set("Content-Length", "0")
+		w.WriteHeader(http.StatusOK)
+		k.flight.cut()
+		if served > 1 { // cut anew, by its own context
+			<-r.Context().Done()
+		}
+		return nil
+	})
+	if resp := k.ask(); resp.StatusCode != http.StatusOK || resp.Close {
+		t.Fatalf("answer %d, closing %v", resp.StatusCode, resp.Close)
+	}
+	if resp := k.ask(); resp.StatusCode != http.StatusOK || !resp.Close {
+		t.Errorf("answer %d, closing %v", resp.StatusCode, resp.Close)
+	}
+	if served != 2 {
+		t.Errorf("%d requests were served", served)
+	}
+}
+
+// TestCutReachesARequestWhoseContextIsNotTheServers: a handler before the gateway may detach it from the connection.
+func TestCutReachesARequestWhoseContextIsNotTheServers(t *testing.T) {
+	for name, detach := range map[string]func(context.Context) context.Context{
+		"without an end": context.WithoutCancel,
+		"with an end of its own": func(ctx context.Context) context.Context {
+			ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+			t.Cleanup(cancel)
+			return ctx
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			arrive := func(r *http.Request) *http.Request { return r.WithContext(detach(r.Context())) }
+			var k *keepAlive
+			k = newKeepAlive(t, arrive, func(w http.ResponseWriter, r *http.Request) error {
+				k.flight.cut()
+				<-r.Context().Done()
+				w.WriteHeader(statusClientClosed)
+				return nil
+			})
+			if resp := k.ask(); resp.StatusCode != http.StatusUnauthorized {
+				t.Errorf("answer %d", resp.StatusCode)
+			}
+		})
+	}
+}
