@@ -87,6 +87,7 @@ type bench struct {
 	postgres *devenv.Postgres
 	keys     []string
 	backends []string // addresses
+	h2c      string   // address at which the backend speaks HTTP/2
 	auth     *process // nil until a system needs it
 	address  string   // of auth
 	client   *http.Client
@@ -181,7 +182,7 @@ func (b *bench) fill(name, address, admin string) string {
 		}
 	}
 	filled := strings.NewReplacer("@DIR@", b.dir, "@ADDRESS@", address, "@ADMIN@", admin, "@AUTH@", b.address,
-		"@BACKENDS@", strings.Join(b.backends, " "), "@LISTEN@\n", listen.String(), "@SERVERS@\n", servers.String(),
+		"@BACKENDS@", strings.Join(b.backends, " "), "@LISTEN@\n", listen.String(), "@H2C@", b.h2c, "@SERVERS@\n", servers.String(),
 		"@ANSWER@", answer, "@KEYS@", b.path("named-keys"), "@DIGESTS@", b.path("digests")).Replace(string(text))
 	if name != "nginx-common.conf" {
 		return filled
@@ -196,6 +197,7 @@ func (b *bench) startBackend() {
 	for range *upstreams {
 		b.backends = append(b.backends, freeAddress(b.t))
 	}
+	b.h2c = freeAddress(b.t)
 	if !installed(b.t, "nginx") {
 		b.startGoBackend()
 		return
@@ -213,7 +215,10 @@ func (b *bench) startBackend() {
 
 func (b *bench) startGoBackend() {
 	b.t.Helper()
-	for _, address := range b.backends {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	protocols.SetUnencryptedHTTP2(true)
+	for _, address := range append(b.backends, b.h2c) {
 		listener, err := net.Listen("tcp", address)
 		if err != nil {
 			b.t.Fatal(err)
@@ -224,6 +229,7 @@ func (b *bench) startGoBackend() {
 				_, _ = io.WriteString(w, answer)
 			}),
 			ReadHeaderTimeout: time.Minute,
+			Protocols:         protocols,
 		}
 		go func() { _ = server.Serve(listener) }()
 		b.t.Cleanup(func() { _ = server.Close() })

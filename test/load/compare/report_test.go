@@ -63,7 +63,7 @@ func (m measurements) systemsTable() string {
 	var table strings.Builder
 	table.WriteString("| system | CPU, us/request | p10 – p90 | added by its authentication, us | p10 – p90 | requests/s |\n| --- | --- | --- | --- | --- | --- |\n")
 	for _, name := range []string{
-		checked, limited, bare, shipped, stock, stockLog, forward, tunedAuth, plainNginx, authNginx, luaNginx, haproxy, mapHAProxy, shaHAProxy,
+		checked, overH2C, limited, bare, shipped, stock, stockLog, forward, tunedAuth, plainNginx, authNginx, luaNginx, haproxy, mapHAProxy, shaHAProxy,
 	} {
 		if !m.all(name) {
 			continue
@@ -83,7 +83,7 @@ func (m measurements) ratiosTable() string {
 	var table strings.Builder
 	table.WriteString("| system | against | CPU per request, ratio | 95 % of the median | p10 – p90 | requests/s, ratio |\n| --- | --- | --- | --- | --- | --- |\n")
 	for _, pair := range []struct{ name, against string }{
-		{checked, bare}, {limited, bare}, {limited, checked}, {checked, stock}, {limited, stock}, {shipped, stockLog}, {shipped, stock},
+		{checked, bare}, {limited, bare}, {limited, checked}, {overH2C, checked}, {checked, stock}, {limited, stock}, {shipped, stockLog}, {shipped, stock},
 		{checked, forward}, {checked, tunedAuth}, {shipped, forward}, {checked, authNginx}, {checked, luaNginx}, {checked, shaHAProxy},
 	} {
 		if m.all(pair.name, pair.against) {

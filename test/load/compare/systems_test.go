@@ -32,6 +32,7 @@ func (s *system) cpu() time.Duration {
 const (
 	checked    = "gateway"
 	limited    = "gateway, with rate limits"
+	overH2C    = "gateway, HTTP/2 to the backend"
 	bare       = "the same without the gateway"
 	shipped    = "gateway as shipped, with access log"
 	stock      = "stock Caddy"
@@ -52,8 +53,10 @@ func (b *bench) startSystems() (groups [][]*system) {
 	b.t.Helper()
 	example := exampleFile(b.t)
 	quiet := without(b.t, example, "\tlog\n")
+	unlimited := without(b.t, quiet, "\t\trate_limits\n")
 	groups = append(groups, []*system{
-		b.startGateway(checked, gatewayProgram, without(b.t, quiet, "\t\trate_limits\n")),
+		b.startGateway(checked, gatewayProgram, unlimited),
+		b.startGateway(overH2C, gatewayProgram, replaced(b.t, replaced(b.t, unlimited, "# versions h2c\n", "versions h2c\n"), "@BACKENDS@", b.h2c)),
 		b.startGateway(limited, gatewayProgram, quiet),
 		b.startGateway(bare, gatewayProgram, ungated(b.t, quiet)),
 		b.startGateway(shipped, gatewayProgram, example),
