@@ -199,7 +199,7 @@ func (b *bench) startCaddy(name, file string, variables ...string) *system {
 
 func (b *bench) startCaddyProgram(name, program, caddyfile, address, admin string, variables ...string) *system {
 	b.t.Helper()
-	file := strings.NewReplacer(" ", "-", ",", "").Replace(name)
+	file := strings.NewReplacer(" ", "-", ",", "", "/", "").Replace(name)
 	b.writeFile(file+".Caddyfile", caddyfile)
 	p := startProcess(b.t, b.path(file+".log"), append(variables, "HOME="+b.dir), program,
 		"run", "--config", b.path(file+".Caddyfile"), "--adapter", "caddyfile")
