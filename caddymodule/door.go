@@ -54,10 +54,13 @@ func connectionOf(r *http.Request) *connection {
 }
 
 // begin notes which request is being served. A request that was cut just as its answer was complete leaves a connection whose
-// context is cancelled: what comes next has nothing to do with that, and is the last on it.
+// context is cancelled: what comes next has nothing to do with that, and is the last on it. Detached, it does not learn that its
+// client has gone before it writes.
 func (c *connection) begin(w http.ResponseWriter, r *http.Request) *http.Request {
 	if c.Err() != nil {
-		w.Header()["Connection"] = []string{"close"}
+		if r.Header["Upgrade"] == nil { // the proxy's to say, and the end of the connection as well
+			w.Header()["Connection"] = []string{"close"}
+		}
 		r = r.WithContext(context.WithoutCancel(r.Context()))
 	}
 	c.request = r.Context()

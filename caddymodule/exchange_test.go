@@ -98,3 +98,32 @@ func TestLateCutNeverTouchesAFinishedWriter(t *testing.T) {
 		})
 	}
 }
+
+// cutBeforeTracked finds every key good, and cuts each request before it is one in flight.
+type cutBeforeTracked struct{ cutWhileTracking }
+
+func (c *cutBeforeTracked) Track(_ *keycache.Flight, _ keycache.Found, request keycache.Request) bool {
+	request.Cut(&keycache.Cut{Outcome: apikey.Unavailable})
+	return false
+}
+
+// TestRequestThatWasCutIsNotSentThoughItsKeyIsFoundGoodAgain: with its context cancelled it would come to nothing half-way.
+func TestRequestThatWasCutIsNotSentThoughItsKeyIsFoundGoodAgain(t *testing.T) {
+	rules, err := scoperule.New(scoperule.Builtin()...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sent := false
+	g := &Gateway{
+		draining: new(atomic.Bool), rules: rules, metrics: newMetrics(), usage: usage.New(nil, usage.Config{}), logger: zap.NewNop(),
+		cache: &cutBeforeTracked{cutWhileTracking{record: apikey.Record{Environment: apikey.Production, Scopes: apikey.MemoriesRead}}},
+		production: block{chain: caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error {
+			sent = true
+			return nil
+		})},
+	}
+	w := g.serve(t, bearerRequest(apikey.Generate(apikey.Production)))
+	if w.Code != http.StatusServiceUnavailable || w.Header().Get("Retry-After") == "" || sent {
+		t.Errorf("answer %d with Retry-After %q; sent to the backend: %v", w.Code, w.Header().Get("Retry-After"), sent)
+	}
+}

@@ -295,7 +295,7 @@ func (g *Gateway) handler(environment apikey.Environment) caddyhttp.Handler {
 }
 
 // route sends the request to the handlers of the key's environment, and follows it so that it ends with its key. It
-// reports false, having sent nothing, if the key has changed since it was found.
+// reports false, having sent nothing, if the key has changed since it was found and the request was not cut for it.
 func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential.Credential) (bool, error) {
 	x.decision = decision{r.Context(), x.environment}
 	if c := connectionOf(r); c.ends(r) {
@@ -305,7 +305,13 @@ func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential
 		defer x.cancel(nil)
 	}
 	if !x.gateway.cache.Track(&x.flight, found, x) {
-		return false, nil
+		cut := x.cutBy.Load()
+		if cut == nil {
+			return false, nil
+		}
+		x.outcome = cut.Outcome // its context is cancelled: nothing can be found with it
+		x.count()
+		return true, x.finish(nil)
 	}
 	defer x.gateway.cache.Untrack(&x.flight)
 	if err := x.signIdentity(found); err != nil {

@@ -441,6 +441,94 @@ func TestEachRequestOfAConnectionIsDecidedOnItsOwn(t *testing.T) {
 	}
 }
 
+// TestRestOfABodyThatNobodyReadIsNotARequest: the server knows a body that was not read to its end only by the very body that it
+// made. It would take the rest for requests.
+func TestRestOfABodyThatNobodyReadIsNotARequest(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	g := r.start(strings.Replace(standardSite, "PRODUCTION", resettingBackend(t), 1))
+	key := bearer(r.key("production", "memories:read", "memories:write")).Get("Authorization")
+	hidden := lines("GET /v1/memories/hidden HTTP/1.1")
+	body := strings.Repeat(hidden, 1<<20/len(hidden))
+	for name, headers := range map[string][]string{"with a key": {"Authorization: " + key}, "without": nil} {
+		t.Run(name, func(t *testing.T) {
+			conn, reader := g.dial()
+			request := lines("POST /v1/memories HTTP/1.1", append(headers, fmt.Sprintf("Content-Length: %d", len(body)))...) + body
+			go func() { _, _ = io.WriteString(conn, request) }()
+			resp, err := http.ReadResponse(reader, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.Copy(io.Discard, resp.Body); err != nil {
+				t.Fatal(err)
+			}
+			if resp.StatusCode < 400 || !resp.Close {
+				t.Errorf("answer %d, the connection is to be closed: %v", resp.StatusCode, resp.Close)
+			}
+			if rest, _ := io.ReadAll(reader); len(rest) > 0 { // an error, or the end
+				t.Errorf("a second answer: %.200q", rest)
+			}
+		})
+	}
+}
+
+// resettingBackend reads a part of a request, and resets its connection.
+func resettingBackend(t *testing.T) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = listener.Close() })
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = io.ReadFull(conn, make([]byte, 1<<16))
+			_ = conn.(*net.TCPConn).SetLinger(0)
+			_ = conn.Close()
+		}
+	}()
+	return listener.Addr().String()
+}
+
+// TestRefusalDoesNotWaitForABodyThatTheClientHoldsBack: a client that expects 100 sends it only when it is asked to.
+func TestRefusalDoesNotWaitForABodyThatTheClientHoldsBack(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	g := r.start(standardSite)
+	key := r.key("production", "memories:read")
+	conn, reader := g.dial()
+	if _, err := io.WriteString(conn, lines("POST /v1/memories HTTP/1.1", "Authorization: "+bearer(key).Get("Authorization"),
+		"Content-Length: 1000", "Expect: 100-continue")); err != nil {
+		t.Fatal(err)
+	}
+	resp, err := http.ReadResponse(reader, nil)
+	if err != nil {
+		t.Fatalf("no answer: %v", err)
+	}
+	_ = resp.Body.Close()
+	if resp.StatusCode != http.StatusForbidden || !resp.Close {
+		t.Errorf("answer %d, the connection is to be closed: %v", resp.StatusCode, resp.Close)
+	}
+}
+
+// dial opens a connection that ends with the test, or after the 20 s in which everything is answered.
+func (g *gateway) dial() (net.Conn, *bufio.Reader) {
+	g.t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(g.http, "http://"))
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	g.t.Cleanup(func() { _ = conn.Close() })
+	if err := conn.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		g.t.Fatal(err)
+	}
+	return conn, bufio.NewReader(conn)
+}
+
 // h2Answer is what came back on an HTTP/2 stream.
 type h2Answer struct {
 	status string // "" if the stream or the connection was reset

@@ -149,8 +149,11 @@ func TestStreamsEndWithTheirKeyAndOthersGoOn(t *testing.T) {
 	r.revoke(key.ID)
 	ends(t, events)
 	ends(t, download)
-	waiting().wantCode(t, http.StatusUnauthorized, "API_KEY_REVOKED")
-	uploading().wantCode(t, http.StatusUnauthorized, "API_KEY_REVOKED")
+	for name, answer := range map[string]reply{"waiting": waiting(), "uploading": uploading()} {
+		if answer.wantCode(t, http.StatusUnauthorized, "API_KEY_REVOKED"); !answer.Close {
+			t.Errorf("%s: the connection, whose context was cancelled, is kept", name)
+		}
+	}
 	eventually(t, "the backend is rid of them", func() bool { return r.production.Open() == 1 })
 	spared.goesOn(t)
 }

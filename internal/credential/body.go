@@ -23,12 +23,15 @@ func (b body) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// guardBody returns r, or a copy if it can have trailers. The server keeps the body it made: it must know it again.
+// guardBody returns r, or a copy if it has a body. The server keeps the body it made in the request it made, and must know it
+// again: whether it was read to its end decides whether what follows on the connection is a request. Caddy wraps it where it stands.
 func guardBody(r *http.Request) *http.Request {
-	if len(r.TransferEncoding) == 0 {
+	if r.ContentLength == 0 { // it is -1 if it is not known
 		return r
 	}
 	guarded := *r
-	guarded.Body = body{r.Body}
+	if len(r.TransferEncoding) > 0 { // only then it can have trailers
+		guarded.Body = body{r.Body}
+	}
 	return &guarded
 }

@@ -108,7 +108,7 @@ func (c *carrier) Value(key any) any {
 }
 
 // AtDoor takes keys out of a request before anything can log it, and masks those in places where no credential belongs.
-// It changes r, whose context then carries the credential, and returns it, or a copy if it can have trailers.
+// It changes r, whose context then carries the credential, and returns it, or a copy if it has a body.
 func AtDoor(r *http.Request) *http.Request {
 	var c Credential
 	found := c.takeHeaders(r.Header, mayBeKey)
