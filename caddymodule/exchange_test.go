@@ -99,10 +99,17 @@ func TestLateCutNeverTouchesAFinishedWriter(t *testing.T) {
 	}
 }
 
-// cutBeforeTracked finds every key good, and cuts each request before it is one in flight.
-type cutBeforeTracked struct{ cutWhileTracking }
+// cutBeforeTracked finds every key good, and cuts a request before it is one in flight, once.
+type cutBeforeTracked struct {
+	cutWhileTracking
+	cut bool
+}
 
 func (c *cutBeforeTracked) Track(_ *keycache.Flight, _ keycache.Found, request keycache.Request) bool {
+	if c.cut {
+		return true
+	}
+	c.cut = true
 	request.Cut(&keycache.Cut{Outcome: apikey.Unavailable})
 	return false
 }
@@ -116,7 +123,7 @@ func TestRequestThatWasCutIsNotSentThoughItsKeyIsFoundGoodAgain(t *testing.T) {
 	sent := false
 	g := &Gateway{
 		draining: new(atomic.Bool), rules: rules, metrics: newMetrics(), usage: usage.New(nil, usage.Config{}), logger: zap.NewNop(),
-		cache: &cutBeforeTracked{cutWhileTracking{record: apikey.Record{Environment: apikey.Production, Scopes: apikey.MemoriesRead}}},
+		cache: &cutBeforeTracked{cutWhileTracking: cutWhileTracking{record: apikey.Record{Environment: apikey.Production, Scopes: apikey.MemoriesRead}}},
 		production: block{chain: caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error {
 			sent = true
 			return nil
