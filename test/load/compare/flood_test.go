@@ -47,7 +47,7 @@ func TestFlood(t *testing.T) {
 	if testing.Short() {
 		span = min(span, 2*time.Second)
 	}
-	cold := int(3*coldRate*span.Seconds()) + 3
+	cold := int(4*coldRate*span.Seconds()) + 4
 	*keyCount = max(*keyCount, 100) + cold
 	b := newBench(t)
 	about := b.about(func(t *testing.T) string { return "Caddy " + caddyVersion(t) })
@@ -55,18 +55,22 @@ func TestFlood(t *testing.T) {
 	all := b.keys
 	b.keys = all[cold:] // those that prove asks for
 	b.prove(s)
-	part := cold / 3
-	before, quiet, flooded := newEndured(t, s, b.keys, all[:part]), newEndured(t, s, b.keys, all[part:2*part]), newEndured(t, s, b.keys, all[2*part:cold])
+	part := cold / 4
+	endure := func(i int) *endurance { return newEndurance(t, s, b.keys, all[i*part:(i+1)*part]) }
+	before, quiet, beside, flooded := endure(0), endure(1), endure(2), endure(3)
 	before.endure(b, s, span, nil) // for the memory: what a flood has taken is not all given back before the next turn
-	attack := &flood{b: b, s: s}
+	neighbour := b.startGateway(neighbouring, gatewayProgram, without(t, exampleFile(t), "\tlog\n"))
+	b.prove(neighbour)
+	elsewhere, attack := &flood{b: b, s: neighbour}, &flood{b: b, s: s}
 	for range floodTurns {
 		quiet.endure(b, s, span/floodTurns, nil)
+		beside.endure(b, s, span/floodTurns, elsewhere)
 		flooded.endure(b, s, span/floodTurns, attack)
 	}
 	quiet.memory = before.memory
 	b.publish("flood", about+fmt.Sprintf("%v each; %d requests/s with %d keys that are in memory, %d with keys that are not yet, keys made and used at once.\n\n",
-		span, warmRate, len(b.keys), coldRate)+floodTable(quiet, flooded, attack, span))
-	for _, e := range []*endured{quiet, flooded} {
+		span, warmRate, len(b.keys), coldRate)+floodTable(quiet, beside, flooded, attack, span))
+	for _, e := range []*endurance{quiet, flooded} {
 		if n := len(e.warm.failures) + len(e.cold.failures); n > 0 {
 			t.Errorf("%d requests with known keys failed", n)
 		}
@@ -76,8 +80,8 @@ func TestFlood(t *testing.T) {
 	}
 }
 
-// endured is what the good keys saw.
-type endured struct {
+// endurance is what the good keys saw.
+type endurance struct {
 	warm, cold       *generator
 	made, refusedNew int
 	slowestNew       time.Duration // from the commit to the answer
@@ -85,12 +89,12 @@ type endured struct {
 	memory           float64       // of the gateway, resident at most
 }
 
-func newEndured(t *testing.T, s *system, warm, cold []string) *endured {
-	return &endured{warm: newGenerator(t, s, warm), cold: newGenerator(t, s, cold)}
+func newEndurance(t *testing.T, s *system, warm, cold []string) *endurance {
+	return &endurance{warm: newGenerator(t, s, warm), cold: newGenerator(t, s, cold)}
 }
 
 // endure adds a turn.
-func (e *endured) endure(b *bench, s *system, span time.Duration, attack *flood) {
+func (e *endurance) endure(b *bench, s *system, span time.Duration, attack *flood) {
 	b.t.Helper()
 	if attack != nil {
 		attack.prepare(span)
@@ -115,7 +119,7 @@ func (e *endured) endure(b *bench, s *system, span time.Duration, attack *flood)
 }
 
 // make makes keys and uses each at once. A key that nobody could tell of yet is asked for again; a good key is never refused.
-func (e *endured) make(ctx context.Context, b *bench, s *system) {
+func (e *endurance) make(ctx context.Context, b *bench, s *system) {
 	store, err := keystore.Open(b.database, keystore.Options{})
 	if err != nil {
 		b.t.Error(err)
@@ -194,29 +198,33 @@ func (f *flood) run() {
 	f.refused, f.unavailable, f.other = f.refused+refused, f.unavailable+unavailable, f.other+other
 }
 
-func floodTable(quiet, flooded *endured, attack *flood, span time.Duration) string {
+func floodTable(quiet, beside, flooded *endurance, attack *flood, span time.Duration) string {
 	var table strings.Builder
 	fmt.Fprintf(&table, "The flood: %.0f unknown keys per second, %d answered 401, %d 503, %d otherwise.\n\n",
 		float64(attack.refused+attack.unavailable+attack.other)/span.Seconds(), attack.refused, attack.unavailable, attack.other)
-	table.WriteString("| | quiet | in the flood | |\n| --- | --- | --- | --- |\n")
-	row := func(what, quiet, flooded, verdict string) {
-		fmt.Fprintf(&table, "| %s | %s | %s | %s |\n", what, quiet, flooded, verdict)
+	table.WriteString("| | quiet | the same flood at a second gateway beside it | in the flood | |\n| --- | --- | --- | --- | --- |\n")
+	row := func(what, quiet, beside, flooded, verdict string) {
+		fmt.Fprintf(&table, "| %s | %s | %s | %s | %s |\n", what, quiet, beside, flooded, verdict)
 	}
 	for _, g := range []struct {
-		what           string
-		quiet, flooded *generator
-	}{{"keys in memory", quiet.warm, flooded.warm}, {"keys not in memory", quiet.cold, flooded.cold}} {
-		row(g.what+": answered with 200", share(g.quiet), share(g.flooded), "")
-		row(g.what+": p50 / p99 / p99.9", strings.ReplaceAll(g.quiet.quantiles(), " |", " /"), strings.ReplaceAll(g.flooded.quantiles(), " |", " /"),
-			fmt.Sprintf("p99 × %.2f", float64(g.flooded.quantile(0.99))/float64(g.quiet.quantile(0.99))))
+		what                   string
+		quiet, beside, flooded *generator
+	}{{"keys in memory", quiet.warm, beside.warm, flooded.warm}, {"keys not in memory", quiet.cold, beside.cold, flooded.cold}} {
+		times := func(g *generator) string { return strings.ReplaceAll(g.quantiles(), " |", " /") }
+		p99 := func(than *generator) float64 { return float64(g.flooded.quantile(0.99)) / float64(than.quantile(0.99)) }
+		row(g.what+": answered with 200", share(g.quiet), share(g.beside), share(g.flooded), "")
+		row(g.what+": p50 / p99 / p99.9", times(g.quiet), times(g.beside), times(g.flooded),
+			fmt.Sprintf("p99 × %.2f of quiet, × %.2f of the flood beside it", p99(g.quiet), p99(g.beside)))
 	}
-	row("keys just made, refused of them", fmt.Sprintf("%d of %d", quiet.refusedNew, quiet.made), fmt.Sprintf("%d of %d", flooded.refusedNew, flooded.made), "")
-	row("slowest of them, from its commit to its answer", quiet.slowestNew.Round(time.Millisecond).String(), flooded.slowestNew.Round(time.Millisecond).String(), "")
-	perSecond := func(e *endured) float64 { return e.statements / span.Seconds() }
-	row("statements to Postgres per second", fmt.Sprintf("%.1f", perSecond(quiet)), fmt.Sprintf("%.1f", perSecond(flooded)),
-		fmt.Sprintf("%+.1f", perSecond(flooded)-perSecond(quiet)))
-	row("memory of the gateway at most, MiB", fmt.Sprintf("%.0f", quiet.memory/(1<<20)), fmt.Sprintf("%.0f", flooded.memory/(1<<20)),
-		fmt.Sprintf("%+.0f", (flooded.memory-quiet.memory)/(1<<20)))
+	refused := func(e *endurance) string { return fmt.Sprintf("%d of %d", e.refusedNew, e.made) }
+	slowest := func(e *endurance) string { return e.slowestNew.Round(time.Millisecond).String() }
+	row("keys just made, refused of them", refused(quiet), refused(beside), refused(flooded), "")
+	row("slowest of them, from its commit to its answer", slowest(quiet), slowest(beside), slowest(flooded), "")
+	perSecond := func(e *endurance) float64 { return e.statements / span.Seconds() }
+	row("statements to Postgres per second", fmt.Sprintf("%.1f", perSecond(quiet)), fmt.Sprintf("%.1f", perSecond(beside)),
+		fmt.Sprintf("%.1f", perSecond(flooded)), fmt.Sprintf("%+.1f", perSecond(flooded)-perSecond(quiet)))
+	row("memory of the gateway at most, MiB", fmt.Sprintf("%.0f", quiet.memory/(1<<20)), "",
+		fmt.Sprintf("%.0f", flooded.memory/(1<<20)), fmt.Sprintf("%+.0f", (flooded.memory-quiet.memory)/(1<<20)))
 	return table.String()
 }
 

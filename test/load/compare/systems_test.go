@@ -30,16 +30,19 @@ func (s *system) cpu() time.Duration {
 
 // The systems, by the names that they have in the tables.
 const (
-	checked    = "gateway"
-	limited    = "gateway, with rate limits"
-	overH2C    = "gateway, HTTP/2 to the backend"
-	bare       = "the same without the gateway"
-	shipped    = "gateway as shipped, with access log"
-	stock      = "stock Caddy"
-	stockLog   = "stock Caddy, with access log"
-	forward    = "stock Caddy, forward_auth"
-	tunedAuth  = "Caddy with our settings, forward_auth"
-	plain      = "plain Caddy, the same proxy"
+	checked   = "gateway"
+	limited   = "gateway, with rate limits"
+	overH2C   = "gateway, HTTP/2 to the backend"
+	bare      = "the same without the gateway"
+	shipped   = "gateway as shipped, with access log"
+	stock     = "stock Caddy"
+	stockLog  = "stock Caddy, with access log"
+	forward   = "stock Caddy, forward_auth"
+	tunedAuth = "Caddy with our settings, forward_auth"
+	plain     = "plain Caddy, the same proxy"
+
+	neighbouring = "gateway, beside the other"
+
 	plainNginx = "nginx"
 	authNginx  = "nginx, auth_request"
 	luaNginx   = "nginx, Lua"
