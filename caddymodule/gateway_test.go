@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -167,6 +168,12 @@ func TestHandlerAllocatesNoMoreThanItsBudget(t *testing.T) {
 	}
 	if n := allocationsOfAnAnswer(); n > 3 { // body, its length and the header values
 		t.Errorf("%.0f allocations of an answer, want at most 3", n)
+	}
+}
+
+func TestExchangeFitsIntoASmallAllocation(t *testing.T) {
+	if size := unsafe.Sizeof(exchange{}); size > 512 { // runtime/malloc.go, minSizeForMallocHeader
+		t.Errorf("%d bytes, want at most 512", size)
 	}
 }
 
