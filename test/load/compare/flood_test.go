@@ -70,7 +70,7 @@ func TestFlood(t *testing.T) {
 	quiet.memory = before.memory
 	b.publish("flood", about+fmt.Sprintf("%v each; %d requests/s with %d keys that are in memory, %d with keys that are not yet, keys made and used at once.\n\n",
 		span, warmRate, len(b.keys), coldRate)+floodTable(quiet, beside, flooded, attack, span))
-	for _, e := range []*endurance{quiet, flooded} {
+	for _, e := range []*endurance{before, quiet, beside, flooded} {
 		if n := len(e.warm.failures) + len(e.cold.failures); n > 0 {
 			t.Errorf("%d requests with known keys failed", n)
 		}
