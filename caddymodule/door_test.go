@@ -7,17 +7,13 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
-	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keycache"
-	"github.com/rekall-ai/gateway/internal/scoperule"
-	"github.com/rekall-ai/gateway/internal/usage"
 )
 
 // oneFlight is a cache that knows every key to be good, and gives away the request in flight, to be cut.
@@ -51,21 +47,14 @@ type keepAlive struct {
 func newKeepAlive(t *testing.T, arrive func(*http.Request) *http.Request, handler caddyhttp.HandlerFunc) *keepAlive {
 	t.Helper()
 	k := &keepAlive{t: t}
-	rules, err := scoperule.New(scoperule.Builtin()...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	g := &Gateway{
-		draining: new(atomic.Bool), rules: rules, cache: &k.flight, metrics: newMetrics(), usage: usage.New(nil, usage.Config{}),
-		logger: zap.NewNop(), production: block{chain: handler},
-	}
-	entrance := g.entrance(t)
+	entrance := gatewayOn(t, &k.flight, handler).entrance(t)
 	server := httptest.NewUnstartedServer(door{http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		entrance.next.ServeHTTP(w, arrive(r))
 	})})
 	server.Config.ConnContext = func(ctx context.Context, _ net.Conn) context.Context { return newConnection(ctx) }
 	server.Start()
 	t.Cleanup(server.Close)
+	var err error
 	if k.conn, err = net.Dial("tcp", server.Listener.Addr().String()); err != nil {
 		t.Fatal(err)
 	}

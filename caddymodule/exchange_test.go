@@ -58,12 +58,21 @@ func (slow) ServeHTTP(http.ResponseWriter, *http.Request) error {
 	return nil
 }
 
-// TestLateCutNeverTouchesAFinishedWriter: the server may have given the writer to the connection's next request by then.
-func TestLateCutNeverTouchesAFinishedWriter(t *testing.T) {
+// gatewayOn returns a gateway without a database, which asks the cache and calls production in place of a proxy.
+func gatewayOn(t *testing.T, cache keys, production caddyhttp.Handler) *Gateway {
+	t.Helper()
 	rules, err := scoperule.New(scoperule.Builtin()...)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return &Gateway{
+		draining: new(atomic.Bool), rules: rules, cache: cache, metrics: newMetrics(), usage: usage.New(nil, usage.Config{}),
+		logger: zap.NewNop(), production: block{chain: production},
+	}
+}
+
+// TestLateCutNeverTouchesAFinishedWriter: the server may have given the writer to the connection's next request by then.
+func TestLateCutNeverTouchesAFinishedWriter(t *testing.T) {
 	for _, tc := range []struct {
 		name      string
 		tracked   bool
@@ -77,11 +86,7 @@ func TestLateCutNeverTouchesAFinishedWriter(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				record := apikey.Record{Environment: apikey.Production, Scopes: apikey.MemoriesRead}
-				counter := usage.New(nil, usage.Config{})
-				g := &Gateway{
-					draining: new(atomic.Bool), rules: rules, cache: &cutWhileTracking{record: record, tracked: tc.tracked}, metrics: newMetrics(), usage: counter,
-					logger: zap.NewNop(), production: block{chain: tc.handler},
-				}
+				g := gatewayOn(t, &cutWhileTracking{record: record, tracked: tc.tracked}, tc.handler)
 				w := &deadlineWriter{ResponseRecorder: httptest.NewRecorder()}
 				if err := g.ServeHTTP(w, bearerRequest(apikey.Generate(apikey.Production)), nil); err != nil {
 					t.Fatal(err)
@@ -116,19 +121,13 @@ func (c *cutBeforeTracked) Track(_ *keycache.Flight, _ keycache.Found, request k
 
 // TestRequestThatWasCutIsNotSentThoughItsKeyIsFoundGoodAgain: with its context cancelled it would come to nothing half-way.
 func TestRequestThatWasCutIsNotSentThoughItsKeyIsFoundGoodAgain(t *testing.T) {
-	rules, err := scoperule.New(scoperule.Builtin()...)
-	if err != nil {
-		t.Fatal(err)
-	}
 	sent := false
-	g := &Gateway{
-		draining: new(atomic.Bool), rules: rules, metrics: newMetrics(), usage: usage.New(nil, usage.Config{}), logger: zap.NewNop(),
-		cache: &cutBeforeTracked{cutWhileTracking: cutWhileTracking{record: apikey.Record{Environment: apikey.Production, Scopes: apikey.MemoriesRead}}},
-		production: block{chain: caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error {
+	record := apikey.Record{Environment: apikey.Production, Scopes: apikey.MemoriesRead}
+	g := gatewayOn(t, &cutBeforeTracked{cutWhileTracking: cutWhileTracking{record: record}},
+		caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error {
 			sent = true
 			return nil
-		})},
-	}
+		}))
 	w := g.serve(t, bearerRequest(apikey.Generate(apikey.Production)))
 	if w.Code != http.StatusServiceUnavailable || w.Header().Get("Retry-After") == "" || sent {
 		t.Errorf("answer %d with Retry-After %q; sent to the backend: %v", w.Code, w.Header().Get("Retry-After"), sent)
