@@ -13,6 +13,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/credential"
 	"github.com/rekall-ai/gateway/internal/keycache"
 )
 
@@ -66,10 +67,16 @@ func newKeepAlive(t *testing.T, arrive func(*http.Request) *http.Request, handle
 	return k
 }
 
+// ask sends a request with a good key.
 func (k *keepAlive) ask() *http.Response {
 	k.t.Helper()
+	return k.askWith(http.Header{"Authorization": {"Bearer " + apikey.Generate(apikey.Production)}})
+}
+
+func (k *keepAlive) askWith(h http.Header) *http.Response {
+	k.t.Helper()
 	req := httptest.NewRequest("GET", "http://api.rekall.ai/v1/memories", nil)
-	req.Header.Set("Authorization", "Bearer "+apikey.Generate(apikey.Production))
+	req.Header = h
 	if err := req.Write(k.conn); err != nil {
 		k.t.Fatal(err)
 	}
@@ -161,5 +168,42 @@ func TestCutReachesARequestWhoseContextIsNotTheServers(t *testing.T) {
 				t.Errorf("answer %d, closing %v", resp.StatusCode, resp.Close)
 			}
 		})
+	}
+}
+
+// TestRequestHasNotTheCredentialOfTheOneBefore: their connection carries both.
+func TestRequestHasNotTheCredentialOfTheOneBefore(t *testing.T) {
+	k := newKeepAlive(t, asItCame, passing{}.ServeHTTP)
+	for range 2 {
+		if resp := k.ask(); resp.StatusCode != http.StatusNoContent {
+			t.Errorf("with a good key: answer %d", resp.StatusCode)
+		}
+		for name, header := range map[string]http.Header{
+			"no key": {}, "what the door leaves": {"X-Api-Key": {"abc"}}, "what cannot be a key": {"Authorization": {"Bearer rk_abc"}},
+		} {
+			if resp := k.askWith(header); resp.StatusCode != http.StatusUnauthorized {
+				t.Errorf("with %s: answer %d", name, resp.StatusCode)
+			}
+		}
+	}
+}
+
+// TestRequestThatOutlivesItsAnswerKeepsItsOwnCredential: a handler may run on after its answer, while the connection's next request is
+// served.
+func TestRequestThatOutlivesItsAnswerKeepsItsOwnCredential(t *testing.T) {
+	first, second := apikey.Generate(apikey.Production), apikey.Generate(apikey.Production)
+	var late *http.Request
+	k := newKeepAlive(t, func(r *http.Request) *http.Request {
+		if late == nil {
+			late = r
+		} else if c := credential.Take(late); c.Digest != apikey.Hash(first) {
+			t.Errorf("its credential is of kind %d, and the next request's: %v", c.Kind, c.Digest == apikey.Hash(second))
+		}
+		return r
+	}, passing{}.ServeHTTP)
+	for _, key := range []string{first, second} {
+		if resp := k.askWith(http.Header{"X-Api-Key": {key}}); resp.StatusCode != http.StatusNoContent {
+			t.Errorf("answer %d", resp.StatusCode)
+		}
 	}
 }

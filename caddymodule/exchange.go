@@ -237,13 +237,15 @@ func (x *exchange) unblock() {
 
 // end says that the handlers have returned, or panicked, as a proxy does whose answer was cut.
 func (x *exchange) end() {
+	x.allowance.release()
+	cut := x.cutBy.Load()
+	if cut == nil { // and none can come: it is not tracked any longer
+		return
+	}
 	x.mu.Lock()
 	x.done = true
 	x.mu.Unlock()
-	x.allowance.release()
-	if cut := x.cutBy.Load(); cut != nil {
-		x.outcome, x.reason = cut.Outcome, answers[cut.Outcome].code
-	}
+	x.outcome, x.reason = cut.Outcome, answers[cut.Outcome].code
 }
 
 // statusClientClosed is what Caddy's reverse proxy answers when the request's context is cancelled.

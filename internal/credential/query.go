@@ -51,7 +51,7 @@ func (c *Credential) cutQuery(query string, ours func(string) bool) (left string
 			if value = unescape(value); ours(value) {
 				took = true
 				if value != "" { // an empty parameter presents nothing
-					c.add(value)
+					c.add(value, nil)
 				}
 				if separator != "" && next == "&" { // its neighbours stay apart for those who split on '&' only
 					separator = next

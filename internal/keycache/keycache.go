@@ -77,7 +77,7 @@ const (
 	hotSlots = 1 << 12
 
 	// hotShare is the part of the finds, one in so many, that ristretto sees all the same: it evicts what it does not see.
-	hotShare = 16
+	hotShare = 64
 )
 
 // Cache of key records, kept true by its own sync loop (Run) and asked by Find.

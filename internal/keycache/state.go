@@ -87,7 +87,7 @@ func (s *state) steadyPgTime(now time.Time) time.Time { return s.pgNow.Add(now.S
 // suspended since the sync. Then only Postgres knows.
 func (s *state) disputed(e *entry, now time.Time) bool {
 	at := e.record.ExpiresAt
-	return at.Reached(s.pgTime(now)) && !at.Reached(s.steadyPgTime(now))
+	return !at.IsZero() && at.Reached(s.pgTime(now)) && !at.Reached(s.steadyPgTime(now))
 }
 
 // same returns the tiers of s if they are these, so that states share them.
