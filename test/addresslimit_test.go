@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // limitedSite has an address_limit.
@@ -30,7 +31,7 @@ func TestAddressThatGuessesIsRefusedBeforeAnyLookupAndNobodyElseIs(t *testing.T)
 	g.run(r.database)
 	g.waitReady()
 	const guesser = "2001:db8:1:2::1"
-	eventually(t, "the good key is in memory", func() bool {
+	process.Eventually(t, "the good key is in memory", func() bool {
 		before := g.status().Lookups
 		g.do("GET", "/v1/memories", from(guesser, bearer(good))).wantCode(t, 200, "")
 		return g.status().Lookups == before
@@ -68,7 +69,7 @@ func TestClientThatObeysTheRetryAfterOfAnAddressLimitIsAnswered(t *testing.T) {
 	g := r.start(limitedSite("60 5"))
 	guess := func() reply { return g.do("GET", "/v1/memories", nil) }
 	var refused reply
-	eventually(t, "it is over the limit", func() bool {
+	process.Eventually(t, "it is over the limit", func() bool {
 		refused = guess()
 		return refused.StatusCode == 429
 	})

@@ -17,6 +17,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // setClock sets the wall clock of a running gateway off by so many whole seconds from the machine's, and leaves its monotonic
@@ -24,7 +25,7 @@ import (
 // between. So the process gets another vDSO function: a private copy of the page, in which CLOCK_REALTIME is off.
 func (g *gateway) setClock(offset time.Duration) {
 	g.t.Helper()
-	pid := g.cmd.Process.Pid
+	pid := g.process.Pid()
 	memory, err := os.OpenFile(fmt.Sprintf("/proc/%d/mem", pid), os.O_RDWR, 0)
 	if err != nil {
 		g.t.Fatal(err)
@@ -36,18 +37,18 @@ func (g *gateway) setClock(offset time.Duration) {
 		g.t.Fatal(err)
 	}
 	// A thread that stands in the function while it is replaced would go on in the middle of another.
-	eventually(g.t, "no thread reads the clock", func() bool {
-		g.signal(syscall.SIGSTOP)
+	process.Eventually(g.t, "no thread reads the clock", func() bool {
+		g.process.Signal(syscall.SIGSTOP)
 		if stopped, inside := threads(g.t, pid, start, end); stopped && !inside {
 			return true
 		}
-		g.signal(syscall.SIGCONT)
+		g.process.Signal(syscall.SIGCONT)
 		return false
 	})
 	if _, err := memory.WriteAt(clockCode(g.t, offset), int64(start+clockFunction(g.t, image))); err != nil {
 		g.t.Fatal(err)
 	}
-	g.signal(syscall.SIGCONT)
+	g.process.Signal(syscall.SIGCONT)
 }
 
 // vdso is the range of addresses that the kernel's own code takes in a process.
@@ -170,7 +171,7 @@ func (g *gateway) clock() time.Time {
 // refused. The test's clock is the machine's, and so Postgres's.
 func (f *faultRig) verdicts(revoked, expiring keyadmin.Key, revokedAt, expiresAt time.Time) {
 	f.t.Helper()
-	eventually(f.t, "both keys are refused and the good one is not", func() bool {
+	process.Eventually(f.t, "both keys are refused and the good one is not", func() bool {
 		good := f.goodKeyWorks()
 		began := time.Now()
 		first := f.g.ask(revoked)
@@ -234,12 +235,12 @@ func TestWallClockSetForwardOrBackChangesNoVerdict(t *testing.T) {
 		expiringStream.ends(t)
 		f.stream.goesOn(t)
 		leaps++
-		eventually(t, "the log tells of the leap", func() bool { return f.logged("wall clock was set") == leaps })
+		process.Eventually(t, "the log tells of the leap", func() bool { return f.logged("wall clock was set") == leaps })
 	}
 	if f.logged("key sync failed") > 0 || f.logged("key sync starts over") != 1 {
 		t.Error("the log tells of a fault in syncing")
 	}
-	eventually(t, "each loss of trust in the log has its end there", func() bool {
+	process.Eventually(t, "each loss of trust in the log has its end there", func() bool {
 		return f.logged("cached keys are not trusted any longer") == f.logged("cached keys are trusted again")
 	})
 }
@@ -256,7 +257,7 @@ func TestWallClockDoesNotProlongTrust(t *testing.T) {
 			f.revoke(f.key.ID)
 			revokedAt := time.Now()
 			f.g.setClock(offset)
-			eventually(t, "the edge stops trusting", func() bool {
+			process.Eventually(t, "the edge stops trusting", func() bool {
 				began := time.Now()
 				revoked, other := f.g.ask(f.key), f.g.ask(good)
 				if revoked == "" && began.Sub(revokedAt) > faultBound {
@@ -269,7 +270,7 @@ func TestWallClockDoesNotProlongTrust(t *testing.T) {
 			})
 			f.stream.ends(t)
 			f.network.heal()
-			eventually(t, "the edge knows", func() bool {
+			process.Eventually(t, "the edge knows", func() bool {
 				return f.g.ask(f.key) == "API_KEY_REVOKED" && f.g.ask(good) == ""
 			})
 			f.wantLogged("cached keys are not trusted any longer", "cached keys are trusted again")
@@ -297,7 +298,7 @@ func TestKeyIsNotExpiredByTheEdgesWallClock(t *testing.T) {
 		stream.goesOn(t)
 	}
 	f.server.Resume()
-	eventually(t, "the key is refused at its time", func() bool { return f.expiry(expiring, expiresAt) })
+	process.Eventually(t, "the key is refused at its time", func() bool { return f.expiry(expiring, expiresAt) })
 	stream.ends(t)
 	f.stream.goesOn(t)
 }

@@ -7,13 +7,15 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
+
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // collector receives traces as an OpenTelemetry collector does: OTLP in protocol buffers over HTTP.
 type collector struct {
 	server *httptest.Server
 	// spans are the bytes of all that was received. Text stands in a protocol buffer as it is.
-	spans log
+	spans process.Log
 }
 
 func newCollector(t *testing.T) *collector {

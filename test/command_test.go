@@ -17,6 +17,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // cli runs the binary with a database and returns what it printed and its exit code.
@@ -146,8 +147,8 @@ func TestKeyThatCouldNotBePrintedIsAnError(t *testing.T) {
 func TestDevPrintsLinesThatWorkAndLeavesNothing(t *testing.T) {
 	t.Parallel()
 	home := t.TempDir()
-	out := new(log)
-	cmd := exec.Command(program, "dev", "--listen", fmt.Sprintf("127.0.0.1:%d", freePort(t)))
+	out := new(process.Log)
+	cmd := exec.Command(program, "dev", "--listen", fmt.Sprintf("127.0.0.1:%d", process.FreePort(t)))
 	cmd.Env = append(os.Environ(), "HOME="+home, "TMPDIR="+home, "XDG_CONFIG_HOME=", "XDG_DATA_HOME=")
 	cmd.Stdout, cmd.Stderr = out, out
 	if err := cmd.Start(); err != nil {
@@ -171,7 +172,7 @@ func TestDevPrintsLinesThatWorkAndLeavesNothing(t *testing.T) {
 			_ = stop()
 		}
 	})
-	eventually(t, "dev is ready", func() bool {
+	process.Eventually(t, "dev is ready", func() bool {
 		select {
 		case err := <-done:
 			t.Fatalf("dev ended: %v\n%s", err, out)
@@ -200,7 +201,7 @@ func TestDevPrintsLinesThatWorkAndLeavesNothing(t *testing.T) {
 			}
 		}
 	}
-	eventually(t, "the revocation holds", func() bool { return strings.Contains(paste(lines[0][1]), "API_KEY_REVOKED") })
+	process.Eventually(t, "the revocation holds", func() bool { return strings.Contains(paste(lines[0][1]), "API_KEY_REVOKED") })
 
 	database := regexp.MustCompile(`postgres://\S+`).FindString(out.String())
 	stopped = true
@@ -249,14 +250,14 @@ func TestDevKeepsItsDataAndFrontsYourBackends(t *testing.T) {
 	}
 	var keys int
 	for run := range 2 {
-		out := new(log)
-		port := freePort(t)
+		out := new(process.Log)
+		port := process.FreePort(t)
 		cmd := exec.Command(program, "dev", "--data", data, "--listen", fmt.Sprintf("127.0.0.1:%d", port), "--production", r.production.URL())
 		cmd.Stdout, cmd.Stderr = out, out
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "dev is ready", func() bool { return strings.Contains(out.String(), "Ready.") })
+		process.Eventually(t, "dev is ready", func() bool { return strings.Contains(out.String(), "Ready.") })
 		key := regexp.MustCompile(`production key +(\S+)`).FindStringSubmatch(out.String())[1]
 		before := r.production.Requests()
 		do(t, "GET", fmt.Sprintf("http://127.0.0.1:%d/v1/memories", port), http.Header{"X-Api-Key": {key}}, nil).wantCode(t, 200, "")

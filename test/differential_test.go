@@ -172,7 +172,7 @@ func TestBackendReceivesWhatTheKeyInUseMayDo(t *testing.T) {
 			collect("HTTP/2 "+target+" ", target, status)
 		}
 	}
-	g.stop()
+	g.process.Stop(g.t)
 	lines := map[string]accessLine{}
 	for text := range strings.Lines(g.log.String()) {
 		var line accessLine

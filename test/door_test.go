@@ -15,6 +15,8 @@ import (
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // raw sends bytes over a connection of their own. It returns the first answer, or a zero reply if there is none, and
@@ -626,7 +628,7 @@ func (r *rig) startTLS(site string, options ...string) *gateway {
 	r.t.Helper()
 	g := r.start(strings.Replace(site, "http://:PORT {", "https://localhost:PORT {\ntls internal", 1), options...)
 	g.http = strings.Replace(g.http, "http://127.0.0.1", "https://localhost", 1)
-	eventually(r.t, "the gateway has its certificate", func() bool {
+	process.Eventually(r.t, "the gateway has its certificate", func() bool {
 		resp, err := client.Get(g.http)
 		if err == nil {
 			_ = resp.Body.Close()
@@ -697,3 +699,5 @@ func wantH2Answers(t *testing.T, r *rig, g *gateway) {
 	}
 	wantCalm(t, g)
 }
+
+func tail(s string, n int) string { return s[max(0, len(s)-n):] }

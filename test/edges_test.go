@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 func (r *rig) edges() []keyadmin.Edge {
@@ -25,13 +26,11 @@ func TestRevocationIsConfirmedByEveryEdgeAndTheSilentOneIsNamed(t *testing.T) {
 	north := r.start(standardSite, "edge north eu", "max_staleness 3s")
 	r.start(standardSite, "edge south eu", "max_staleness 3s")
 	silent := r.start(standardSite, "edge silent us", "max_staleness 3s")
-	eventually(t, "all edges are listed", func() bool { return len(r.edges()) == 3 })
+	process.Eventually(t, "all edges are listed", func() bool { return len(r.edges()) == 3 })
 
 	key := r.key("production", "memories:read")
 	north.do("GET", "/v1/memories", bearer(key)).wantCode(t, 200, "")
-	if err := silent.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	silent.process.Signal(syscall.SIGSTOP)
 	stdout, stderr, code := cli(t, r.database, "keys", "revoke", key.ID, "--wait", "--json")
 	if code != 0 {
 		t.Fatal(stderr)
@@ -67,8 +66,8 @@ func TestRevocationIsConfirmedByEveryEdgeAndTheSilentOneIsNamed(t *testing.T) {
 	if !regexp.MustCompile(`(?m)^NAME +REGION +VERSION +STATUS +LAST SYNC +LAG\n(.*\n)*north +eu +\S+ +live +\d{4}-\S+ +\d+\.\ds$`).MatchString(stdout) {
 		t.Errorf("edges list: %s", stdout)
 	}
-	_ = silent.cmd.Process.Signal(syscall.SIGCONT)
-	eventually(t, "the silent edge is live again", func() bool {
+	silent.process.Signal(syscall.SIGCONT)
+	process.Eventually(t, "the silent edge is live again", func() bool {
 		for _, e := range r.edges() {
 			if e.Status != keyadmin.Live {
 				return false
@@ -76,8 +75,8 @@ func TestRevocationIsConfirmedByEveryEdgeAndTheSilentOneIsNamed(t *testing.T) {
 		}
 		return true
 	})
-	_ = silent.cmd.Process.Signal(syscall.SIGTERM)
-	eventually(t, "an edge that stops drops out", func() bool { return len(r.edges()) == 2 })
+	silent.process.Signal(syscall.SIGTERM)
+	process.Eventually(t, "an edge that stops drops out", func() bool { return len(r.edges()) == 2 })
 }
 
 func TestEveryEdgeMeasuresTheCanaryThatOneOfThemRevokes(t *testing.T) {
@@ -86,7 +85,7 @@ func TestEveryEdgeMeasuresTheCanaryThatOneOfThemRevokes(t *testing.T) {
 	other := r.start(standardSite, "refresh 100ms") // first: the next canary is a minute away
 	sender := r.start(standardSite, "refresh 100ms", "canary")
 	for _, g := range []*gateway{sender, other} {
-		within(t, canaryPatience, "the canary is measured", func() bool {
+		process.Within(t, canaryPatience, "the canary is measured", func() bool {
 			seconds := g.status().Canary
 			return seconds > 0 && seconds < 60
 		})

@@ -19,6 +19,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // edgeStatus is what /rekall/status says of one runtime.
@@ -82,7 +83,7 @@ func TestGatewayThatWasStoppedPastTheBoundAnswersNothingFromOldData(t *testing.T
 	f := newFaultRig(t)
 	revoked := f.rig.key("production", "memories:read")
 	revokedStream := f.openStream(revoked)
-	f.g.signal(syscall.SIGSTOP)
+	f.g.process.Signal(syscall.SIGSTOP)
 	stopped := time.Now()
 	f.revoke(revoked.ID)
 	var answers [20]func() reply
@@ -90,8 +91,8 @@ func TestGatewayThatWasStoppedPastTheBoundAnswersNothingFromOldData(t *testing.T
 		answers[i] = async(t, "GET", f.g.http+"/v1/memories", bearer(revoked), nil)
 	}
 	good := async(t, "GET", f.g.http+"/v1/memories", bearer(f.key), nil)
-	eventually(t, "the bound has passed", func() bool { return time.Since(stopped) > faultBound+time.Second })
-	f.g.signal(syscall.SIGCONT)
+	process.Eventually(t, "the bound has passed", func() bool { return time.Since(stopped) > faultBound+time.Second })
+	f.g.process.Signal(syscall.SIGCONT)
 	for _, answer := range answers {
 		if a := answer(); a.StatusCode == http.StatusOK {
 			t.Fatal("a key revoked past the bound was let in")
@@ -100,10 +101,10 @@ func TestGatewayThatWasStoppedPastTheBoundAnswersNothingFromOldData(t *testing.T
 	if answer := good(); answer.StatusCode == http.StatusUnauthorized {
 		t.Errorf("a good key got %s", answer.body)
 	}
-	eventually(t, "the refusal is certain", func() bool { return f.goodKeyWorks() && f.g.ask(revoked) == "API_KEY_REVOKED" })
+	process.Eventually(t, "the refusal is certain", func() bool { return f.goodKeyWorks() && f.g.ask(revoked) == "API_KEY_REVOKED" })
 	revokedStream.ends(t)
 	f.stream.goesOn(t)
-	eventually(t, "the log says what happened", func() bool { return f.logged("process stood still") > 0 })
+	process.Eventually(t, "the log says what happened", func() bool { return f.logged("process stood still") > 0 })
 	for line := range strings.Lines(f.g.log.String()) {
 		if !strings.Contains(line, "key sync failed") {
 			continue
@@ -127,13 +128,6 @@ func (g *gateway) ask(key keyadmin.Key) string {
 	return answer.code(g.t)
 }
 
-func (g *gateway) signal(s syscall.Signal) {
-	g.t.Helper()
-	if err := g.cmd.Process.Signal(s); err != nil {
-		g.t.Fatal(err)
-	}
-}
-
 // TestOutage walks through Postgres stalling, being killed and coming back, with a stream open and good and revoked keys.
 func TestOutageNeverTurnsAGoodKeyAwayAsBadNorLetsARevokedOneIn(t *testing.T) {
 	t.Parallel()
@@ -155,7 +149,7 @@ func TestOutageNeverTurnsAGoodKeyAwayAsBadNorLetsARevokedOneIn(t *testing.T) {
 				t.Error("503 without Retry-After")
 			}
 			f.g.do("GET", "/v1/memories", bearer(f.revoked)).wantCode(t, 401, "API_KEY_REVOKED")
-			eventually(t, "the bound has passed", func() bool {
+			process.Eventually(t, "the bound has passed", func() bool {
 				code := f.g.ask(f.key)
 				if code != "" && code != "AUTH_UNAVAILABLE" && code != "cut" {
 					t.Fatalf("a good key got %s", code)
@@ -163,11 +157,11 @@ func TestOutageNeverTurnsAGoodKeyAwayAsBadNorLetsARevokedOneIn(t *testing.T) {
 				return code == "AUTH_UNAVAILABLE"
 			})
 			f.stream.ends(t)
-			eventually(t, "it is not ready", func() bool {
+			process.Eventually(t, "it is not ready", func() bool {
 				return do(t, "GET", f.g.admin+"/rekall/ready", nil, nil).StatusCode == http.StatusServiceUnavailable
 			})
 			fault.end(t, f)
-			eventually(t, "the good key works again", f.goodKeyWorks)
+			process.Eventually(t, "the good key works again", f.goodKeyWorks)
 			f.g.do("GET", "/v1/memories", bearer(f.revoked)).wantCode(t, 401, "API_KEY_REVOKED")
 			f.wantLogged("key sync failed", "key sync works again")
 			f.wantLogged("cached keys are not trusted any longer", "cached keys are trusted again")
@@ -187,7 +181,7 @@ func TestRestartOfPostgresWithinTheBoundEndsNoStreamOfAGoodKey(t *testing.T) {
 	if err := f.server.Restart(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the feed has started over", func() bool {
+	process.Eventually(t, "the feed has started over", func() bool {
 		if f.g.ask(f.key) != "" {
 			t.Fatal("a known key was refused within the bound")
 		}
@@ -204,7 +198,7 @@ func TestRestartOfPostgresWithinTheBoundEndsNoStreamOfAGoodKey(t *testing.T) {
 // wantLogged waits until the log says what happened and that it is over, each once.
 func (f *faultRig) wantLogged(happened, over string) {
 	f.t.Helper()
-	eventually(f.t, "the log says that it is over: "+over, func() bool { return f.logged(over) > 0 })
+	process.Eventually(f.t, "the log says that it is over: "+over, func() bool { return f.logged(over) > 0 })
 	for _, message := range []string{happened, over} {
 		if n := f.logged(message); n != 1 {
 			f.t.Errorf("the log says %d times %q, want once", n, message)
@@ -241,7 +235,7 @@ func newFaultRig(t *testing.T, options ...string) *faultRig {
 	f.g.do("GET", "/v1/memories", bearer(f.revoked)).wantCode(t, 200, "")
 	f.stream = follow(f.g.open("GET", "/v1/memories", demo(f.key, "sse"), nil))
 	f.revoke(f.revoked.ID)
-	eventually(t, "the revocation holds", func() bool {
+	process.Eventually(t, "the revocation holds", func() bool {
 		return f.g.ask(f.revoked) == "API_KEY_REVOKED"
 	})
 	return f
@@ -303,12 +297,12 @@ func TestAnotherServerBehindTheSameAddressIsFollowedFromScratch(t *testing.T) {
 				pgtest.Exec(t, next.URL(), "update rekall.api_keys set revoked_at = now() where id = $1", id)
 			}
 			f.network.lead(t, next.URL())
-			eventually(t, "the revocation holds", func() bool {
+			process.Eventually(t, "the revocation holds", func() bool {
 				f.goodKeyWorks()
 				return f.g.ask(victim) == "API_KEY_REVOKED"
 			})
 			ends(t, stream)
-			eventually(t, "the good key works", f.goodKeyWorks)
+			process.Eventually(t, "the good key works", f.goodKeyWorks)
 			f.g.do("GET", "/v1/memories", bearer(f.revoked)).wantCode(t, 401, "API_KEY_REVOKED")
 			if n := strings.Count(f.g.log.String(), "key sync starts over"); n != 2 {
 				t.Errorf("the log says %d times that the sync starts over, want twice", n)
@@ -325,10 +319,10 @@ func TestPartitionedEdgeStopsAtTheBoundWhileOthersRefuseAtOnce(t *testing.T) {
 	f.network.partition()
 	r.revoke(f.key.ID)
 	revoked := time.Now()
-	eventually(t, "the other edge refuses", func() bool {
+	process.Eventually(t, "the other edge refuses", func() bool {
 		return other.ask(f.key) == "API_KEY_REVOKED"
 	})
-	eventually(t, "the cut-off edge stops trusting", func() bool {
+	process.Eventually(t, "the cut-off edge stops trusting", func() bool {
 		began := time.Now()
 		code := f.g.ask(f.key)
 		if code == "" && began.Sub(revoked) > faultBound {
@@ -338,7 +332,7 @@ func TestPartitionedEdgeStopsAtTheBoundWhileOthersRefuseAtOnce(t *testing.T) {
 	})
 	f.stream.ends(t)
 	f.network.heal()
-	eventually(t, "the cut-off edge knows", func() bool {
+	process.Eventually(t, "the cut-off edge knows", func() bool {
 		return f.g.ask(f.key) == "API_KEY_REVOKED"
 	})
 	f.wantLogged("key sync failed", "key sync works again")
@@ -353,16 +347,16 @@ func TestSilentNetworkDoesNotOccupyThePoolWhenItIsBack(t *testing.T) {
 	f := newFaultRig(t, "refresh 100ms", "max_staleness 50s")
 	const begins, ends = "key sync failed", "key sync works again"
 	f.fillPool()
-	eventually(t, "the sync has got over it", func() bool { return f.logged(begins) == f.logged(ends) })
+	process.Eventually(t, "the sync has got over it", func() bool { return f.logged(begins) == f.logged(ends) })
 	faults, before := f.logged(begins), f.g.status().LookupErrors
 	f.network.partition()
-	eventually(t, "every connection has met the silence", func() bool {
+	process.Eventually(t, "every connection has met the silence", func() bool {
 		<-f.askForUnknownKeys()
 		return f.logged(begins) > faults && f.g.status().LookupErrors >= before+3
 	})
 	failed := f.g.status()
 	f.network.reopen()
-	eventually(t, "the sync works again", func() bool { return f.g.status().Epoch > failed.Epoch })
+	process.Eventually(t, "the sync works again", func() bool { return f.g.status().Epoch > failed.Epoch })
 	// A sync fails after 2 s. One may have been under way; the places are free within the time of another.
 	if n := f.g.status().SyncErrors - failed.SyncErrors; n > 3 {
 		t.Errorf("%d syncs failed after the network was back", n)
@@ -370,7 +364,7 @@ func TestSilentNetworkDoesNotOccupyThePoolWhenItIsBack(t *testing.T) {
 	f.g.do("GET", "/v1/memories", bearer(f.key)).wantCode(t, 200, "")
 	f.g.do("GET", "/v1/memories", bearer(f.revoked)).wantCode(t, 401, "API_KEY_REVOKED")
 	f.stream.goesOn(t)
-	eventually(t, "the log says that it is over", func() bool { return f.logged(ends) > faults })
+	process.Eventually(t, "the log says that it is over", func() bool { return f.logged(ends) > faults })
 	if f.logged(begins) != faults+1 || f.logged(ends) != faults+1 {
 		t.Errorf("the log says %d times that it began and %d times that it is over, want once each", f.logged(begins)-faults, f.logged(ends)-faults)
 	}
@@ -402,7 +396,7 @@ func (f *faultRig) fillPool() {
 		f.t.Fatal(err)
 	}
 	defer func() { _ = conn.Close(f.t.Context()) }()
-	eventually(f.t, "the pool is full", func() bool {
+	process.Eventually(f.t, "the pool is full", func() bool {
 		if _, err := conn.Exec(f.t.Context(), "begin; lock table rekall.api_keys"); err != nil {
 			f.t.Fatal(err)
 		}
@@ -436,7 +430,7 @@ func TestReadOnlyDatabaseDoesNotDisturbRequests(t *testing.T) {
 	pgtest.Exec(t, f.server.URL(), "alter system set default_transaction_read_only = on")
 	pgtest.Exec(t, f.server.URL(), "select pg_reload_conf()")
 	epoch := f.g.status().Epoch
-	eventually(t, "syncs go on past the bound", func() bool {
+	process.Eventually(t, "syncs go on past the bound", func() bool {
 		f.g.do("GET", "/v1/memories", bearer(f.key)).wantCode(t, 200, "")
 		return f.g.status().Epoch > epoch+40
 	})
@@ -447,7 +441,7 @@ func TestReadOnlyDatabaseDoesNotDisturbRequests(t *testing.T) {
 // descriptors counts the gateway's open files.
 func (g *gateway) descriptors() int {
 	g.t.Helper()
-	open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", g.cmd.Process.Pid))
+	open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", g.process.Pid()))
 	if err != nil {
 		g.t.Fatal(err)
 	}

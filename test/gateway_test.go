@@ -9,6 +9,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // scopeTable is REKALL.md's, written out again: request, and the scope that it needs.
@@ -209,7 +210,7 @@ func TestSiteOfOneEnvironmentRefusesTheOther(t *testing.T) {
 func TestUnreachableBackendIsSaidInTheEnvelope(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
-	g := r.start(strings.NewReplacer("reverse_proxy PRODUCTION", fmt.Sprintf("reverse_proxy 127.0.0.1:%d", freePort(t)),
+	g := r.start(strings.NewReplacer("reverse_proxy PRODUCTION", fmt.Sprintf("reverse_proxy 127.0.0.1:%d", process.FreePort(t)),
 		"reverse_proxy SANDBOX", "reverse_proxy SANDBOX {\n transport http {\n response_header_timeout 100ms\n }\n }").Replace(standardSite))
 	g.do("GET", "/v1/memories", bearer(r.key("production", "memories:read"))).wantCode(t, 502, "UPSTREAM_UNAVAILABLE")
 	hang := bearer(r.key("sandbox", "memories:read"))

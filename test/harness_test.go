@@ -1,22 +1,14 @@
 package test
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"io"
-	"math/rand/v2"
-	"net"
 	"net/http"
-	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
-	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -24,39 +16,17 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // program is the gateway under test, built once.
 var program string
 
 func TestMain(m *testing.M) {
-	dir, err := os.MkdirTemp("", "rekall-test-")
-	if err != nil {
-		panic(err)
-	}
-	program = filepath.Join(dir, "rekall-gateway")
-	if err := build(program, "../cmd/rekall-gateway"); err != nil {
-		fmt.Fprintln(os.Stderr, "build the gateway:", err)
-		os.Exit(1)
-	}
-	pgtest.Main(cleanedUp{m, dir})
-}
-
-func build(program, command string) error {
-	build := exec.Command("go", append(append([]string{"build"}, raceFlag...), "-o", program, command)...)
-	build.Stdout, build.Stderr = os.Stderr, os.Stderr
-	return build.Run()
-}
-
-// cleanedUp removes the built binary after the tests.
-type cleanedUp struct {
-	m   *testing.M
-	dir string
-}
-
-func (c cleanedUp) Run() int {
-	defer func() { _ = os.RemoveAll(c.dir) }()
-	return c.m.Run()
+	pgtest.Main(process.Built(m, func(dir string) error {
+		program = filepath.Join(dir, "rekall-gateway")
+		return process.Build(program, "../cmd/rekall-gateway", raceFlag...)
+	}))
 }
 
 // rig is a database and two backends, for one or several gateways in front of them.
@@ -119,53 +89,14 @@ func (r *rig) revoke(id string) {
 // gateway is a running gateway process.
 type gateway struct {
 	t     *testing.T
-	admin string // address of its admin endpoint
-	http  string // base URL
-	log   *log
-	cmd   *exec.Cmd
-	done  chan struct{}
+	admin string       // address of its admin endpoint
+	http  string       // base URL
+	log   *process.Log // of all its processes, one after another
 	file  string
 
+	process *process.Process
 	program string   // the gateway under test, unless a test brings its own
 	env     []string // in addition to the test's
-}
-
-// log collects a process's output.
-type log struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (l *log) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.Write(p)
-}
-
-func (l *log) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.String()
-}
-
-// lastPort makes the ports of tests that run at the same time different: one test may have stopped what another would take
-// for its own.
-var lastPort atomic.Int32
-
-// freePort returns a port below those that the kernel gives to outgoing connections, and above those of devenv.
-func freePort(t *testing.T) int {
-	t.Helper()
-	const lowest, ports = 30000, 2768
-	lastPort.CompareAndSwap(0, rand.Int32N(ports)) // of tests in other processes too
-	for range ports {
-		port := lowest + int(lastPort.Add(1))%ports
-		if l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil {
-			_ = l.Close()
-			return port
-		}
-	}
-	t.Fatal("no port is free")
-	return 0
 }
 
 const standardSite = `
@@ -202,7 +133,7 @@ func (r *rig) prepare(sites string, options ...string) *gateway {
 func (r *rig) write(sites, global string) *gateway {
 	r.t.Helper()
 	dir := r.t.TempDir()
-	port, admin := freePort(r.t), freePort(r.t)
+	port, admin := process.FreePort(r.t), process.FreePort(r.t)
 	text := fmt.Sprintf(`{
 	admin 127.0.0.1:%d
 	persist_config off
@@ -220,57 +151,23 @@ func (r *rig) write(sites, global string) *gateway {
 		"PRODUCTION", r.production.Address(), "SANDBOX", r.sandbox.Address()).Replace(text)
 	g := &gateway{
 		t: r.t, admin: fmt.Sprintf("http://127.0.0.1:%d", admin), http: fmt.Sprintf("http://127.0.0.1:%d", port),
-		log: new(log), file: filepath.Join(dir, "Caddyfile"), program: program,
+		log: new(process.Log), file: filepath.Join(dir, "Caddyfile"), program: program,
 	}
-	if err := os.WriteFile(g.file, []byte(text), 0o600); err != nil {
-		r.t.Fatal(err)
-	}
+	process.Write(r.t, g.file, text)
 	return g
 }
 
 func (g *gateway) run(database string) {
 	g.t.Helper()
-	g.cmd = exec.Command(g.program, "run", "--config", g.file, "--adapter", "caddyfile")
-	g.cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+database, "HOME="+filepath.Dir(g.file), "GORACE=halt_on_error=1")
-	g.cmd.Env = append(g.cmd.Env, g.env...)
-	g.cmd.Stdout, g.cmd.Stderr = g.log, g.log
-	if err := g.cmd.Start(); err != nil {
-		g.t.Fatal(err)
-	}
-	g.done = make(chan struct{})
-	go func() {
-		defer close(g.done)
-		_ = g.cmd.Wait()
-	}()
-	g.t.Cleanup(func() {
-		_ = g.cmd.Process.Signal(syscall.SIGCONT)
-		_ = g.cmd.Process.Signal(syscall.SIGTERM)
-		select {
-		case <-g.done:
-		case <-time.After(20 * time.Second):
-			_ = g.cmd.Process.Kill()
-			<-g.done
-			g.t.Error("the gateway did not end")
-		}
-		if strings.Contains(g.log.String(), "DATA RACE") {
-			g.t.Errorf("the gateway has a data race:\n%s", g.log)
-		}
-		if g.t.Failed() {
-			g.t.Logf("log of the gateway:\n%s", tail(g.log.String(), 6000))
-		}
-	})
+	g.process = process.Start(g.t, process.Options{
+		Env: append([]string{"REKALL_DATABASE_URL=" + database, "HOME=" + filepath.Dir(g.file)}, g.env...), Log: g.log,
+	}, g.program, "run", "--config", g.file, "--adapter", "caddyfile")
 }
-
-func tail(s string, n int) string { return s[max(0, len(s)-n):] }
 
 func (g *gateway) waitReady() {
 	g.t.Helper()
-	eventually(g.t, "the gateway is ready", func() bool {
-		select {
-		case <-g.done:
-			g.t.Fatalf("the gateway ended:\n%s", g.log)
-		default:
-		}
+	process.Eventually(g.t, "the gateway is ready", func() bool {
+		g.process.MustRun(g.t)
 		resp, err := http.Get(g.admin + "/rekall/ready")
 		if err != nil {
 			return false
@@ -278,22 +175,6 @@ func (g *gateway) waitReady() {
 		_ = resp.Body.Close()
 		return resp.StatusCode == http.StatusOK
 	})
-}
-
-func eventually(t testing.TB, what string, condition func() bool) {
-	t.Helper()
-	within(t, 30*time.Second, what, condition)
-}
-
-func within(t testing.TB, limit time.Duration, what string, condition func() bool) {
-	t.Helper()
-	deadline := time.Now().Add(limit)
-	for !condition() {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within %s: %s", limit, what)
-		}
-		<-time.After(5 * time.Millisecond)
-	}
 }
 
 // canaryPatience is for two canaries: the first, sent at the start, may be over before the first sync of a slow machine.

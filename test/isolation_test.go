@@ -11,6 +11,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // block is a rekall_gateway directive with whatever stands in its two blocks.
@@ -141,7 +142,7 @@ func TestConfigurationWithAWayPastTheGatewayIsRefused(t *testing.T) {
 		{name: "guarded for the other environment", site: block("reverse_proxy PRODUCTION", guarded("production")), reason: "the other environment"},
 		{name: "error routes", site: standardBlock + "handle_errors {\nreverse_proxy PRODUCTION\n}", reason: without},
 		{name: "another site", site: standardBlock, after: "http://other.example:PORT {\nreverse_proxy PRODUCTION\n}", reason: without},
-		{name: "another server", site: standardBlock, after: fmt.Sprintf("http://:%d {\nreverse_proxy SANDBOX\n}", freePort(t)), reason: without},
+		{name: "another server", site: standardBlock, after: fmt.Sprintf("http://:%d {\nreverse_proxy SANDBOX\n}", process.FreePort(t)), reason: without},
 		{name: "named route in both", before: "&(proxy) {\n reverse_proxy PRODUCTION\n}\n", site: block("invoke proxy", "invoke proxy"), reason: both},
 		{name: "named route also without", before: "&(proxy) {\n reverse_proxy PRODUCTION\n}\n",
 			site: "handle /a {\ninvoke proxy\n}\nhandle {\n" + block("invoke proxy", "reverse_proxy SANDBOX") + "}", reason: without},
@@ -171,11 +172,11 @@ func TestConfigurationWithAWayPastTheGatewayIsRefused(t *testing.T) {
 			g := r.of(t).prepare(tc.before + "http://:PORT {\nbind 127.0.0.1\n" + tc.site + "\n}\n" + tc.after + "\n")
 			g.run(r.database)
 			select {
-			case <-g.done:
+			case <-g.process.Ended():
 			case <-time.After(60 * time.Second):
 				t.Fatal("the gateway runs")
 			}
-			if code := g.cmd.ProcessState.ExitCode(); code == 0 || !strings.Contains(g.log.String(), tc.reason) {
+			if code := g.process.ExitCode(); code == 0 || !strings.Contains(g.log.String(), tc.reason) {
 				t.Errorf("exit code %d without %q", code, tc.reason)
 			}
 		})
@@ -264,6 +265,6 @@ func TestHealthChecksReachAGuardedBackend(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	g := r.start("http://:PORT {\nbind 127.0.0.1\n" + block("reverse_proxy PRODUCTION {\n health_uri /health\n health_interval 100ms\n transport rekall production\n}", "respond 418") + "}\n")
-	eventually(t, "the backend sees health checks", func() bool { return r.production.Requests() > 1 })
+	process.Eventually(t, "the backend sees health checks", func() bool { return r.production.Requests() > 1 })
 	g.do("GET", "/v1/memories", bearer(r.key("production", "memories:read"))).wantCode(t, http.StatusOK, "")
 }

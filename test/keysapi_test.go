@@ -18,6 +18,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // managedSite is the site of the documentation: key management and the API under one base URL.
@@ -59,7 +60,7 @@ func (g *gateway) manage(method, path string, header http.Header, body string, s
 // awaitRefusal waits until a key is refused. The request that it is revoked in the middle of is cut.
 func (g *gateway) awaitRefusal(t *testing.T, path string, key keyadmin.Key) {
 	t.Helper()
-	eventually(t, "the revoked key is refused", func() bool {
+	process.Eventually(t, "the revoked key is refused", func() bool {
 		answer, err := send("GET", g.http+path, bearer(key), nil)
 		return err == nil && answer.StatusCode == http.StatusUnauthorized
 	})
@@ -147,7 +148,7 @@ func (tr *traffic) deploy(key keyadmin.Key) {
 func (tr *traffic) more(t *testing.T, n int64) {
 	t.Helper()
 	want := tr.good.Load() + n
-	eventually(t, "requests are answered", func() bool { return tr.good.Load() >= want || tr.failed.Load() != nil })
+	process.Eventually(t, "requests are answered", func() bool { return tr.good.Load() >= want || tr.failed.Load() != nil })
 	if failure := tr.failed.Load(); failure != nil {
 		t.Fatalf("a request failed: %s", *failure)
 	}
@@ -206,7 +207,7 @@ func TestProductPageFromTopToBottom(t *testing.T) {
 			TotalCount int `json:"total_count"`
 		}
 	}
-	eventually(t, "the list shows the last use", func() bool {
+	process.Eventually(t, "the list shows the last use", func() bool {
 		list := g.manage("GET", keysPath+"?status=active&name=backend", bearer(manager), "", http.StatusOK)
 		if err := json.Unmarshal([]byte(list.body), &page); err != nil {
 			t.Fatal(err)
@@ -224,7 +225,7 @@ func TestProductPageFromTopToBottom(t *testing.T) {
 	tr.more(t, 100) // both keys are good
 	tr.deploy(successor.Key)
 	tr.more(t, 100)
-	eventually(t, "the successor is seen to be used", func() bool {
+	process.Eventually(t, "the successor is seen to be used", func() bool {
 		return g.manage("GET", keysPath+"/"+successor.ID, bearer(manager), "", http.StatusOK).key(t).LastUsedAt != nil
 	})
 	g.manage("POST", keysPath+"/"+created.ID+"/revoke", bearer(manager), "", http.StatusOK)
@@ -237,7 +238,7 @@ func TestProductPageFromTopToBottom(t *testing.T) {
 	}
 
 	// Usage, as the dashboard shows it.
-	eventually(t, "usage is shown", func() bool {
+	process.Eventually(t, "usage is shown", func() bool {
 		var used struct{ Data keyadmin.Usage }
 		answer := g.manage("GET", keysPath+"/"+successor.ID+"/usage", bearer(manager), "", http.StatusOK)
 		if err := json.Unmarshal([]byte(answer.body), &used); err != nil {
@@ -553,7 +554,7 @@ func TestManagementHasADatabaseUserOfItsOwn(t *testing.T) {
 		answer := g.manage("POST", keysPath, bearer(manager), body, tc.status)
 		if tc.status == http.StatusServiceUnavailable {
 			answer.wantCode(t, tc.status, "SERVICE_UNAVAILABLE")
-			eventually(t, "the log says why", func() bool { return strings.Contains(g.log.String(), "database user lacks a right") })
+			process.Eventually(t, "the log says why", func() bool { return strings.Contains(g.log.String(), "database user lacks a right") })
 			continue
 		}
 		one := keysPath + "/" + answer.key(t).ID

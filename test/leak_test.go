@@ -12,14 +12,13 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
-	"time"
 
 	"github.com/jackc/pgx/v5"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/dashboard"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // canaries are secrets that must not be found anywhere, in any disguise.
@@ -321,7 +320,7 @@ func TestNoKeyIsInAnySink(t *testing.T) {
 	other, traces := r.backend("other"), newCollector(t)
 	g := r.prepare(strings.ReplaceAll(leakSites, "OTHER", other.Address()))
 	g.program = filepath.Join(t.TempDir(), "panicking")
-	if err := build(g.program, "./panicking"); err != nil {
+	if err := process.Build(g.program, "./panicking", raceFlag...); err != nil {
 		t.Fatal(err)
 	}
 	g.env = traces.env()
@@ -377,7 +376,7 @@ func TestNoKeyIsInAnySink(t *testing.T) {
 	if inFlight := g.series(t, "rekall_requests_in_flight"); inFlight != 0 {
 		t.Errorf("%g requests are in flight: a panic left one behind", inFlight)
 	}
-	g.stop() // which also exports the last spans
+	g.process.Stop(g.t) // which also exports the last spans
 	hidden.want(t, "traces", traces.wantSpans(t, append(sites, "any")...))
 	log := g.log.String()
 	hidden.want(t, "log", log)
@@ -451,19 +450,6 @@ func plantNearMisses(t *testing.T, g *gateway, hidden *canaries) {
 	}
 }
 
-// stop ends the gateway, so that its log is complete.
-func (g *gateway) stop() {
-	g.t.Helper()
-	if err := g.cmd.Process.Signal(syscall.SIGTERM); err != nil {
-		g.t.Fatal(err)
-	}
-	select {
-	case <-g.done:
-	case <-time.After(30 * time.Second):
-		g.t.Fatal("the gateway did not end")
-	}
-}
-
 // dump returns every row of every table as text, and what Postgres tells of the statements it runs.
 func dump(t *testing.T, database string) string {
 	t.Helper()
@@ -514,7 +500,7 @@ func TestNoKeyIsLoggedWhileNobodyCanTell(t *testing.T) {
 	hidden.add("database password", password)
 	g := r.prepare(standardSite + "http://plain.example:PORT {\nbind 127.0.0.1\nlog\nrekall_tls_only\n}\n")
 	g.run(fmt.Sprintf("postgres://gateway:%s@127.0.0.1:1/rekall?connect_timeout=1", password))
-	eventually(t, "the gateway serves", func() bool {
+	process.Eventually(t, "the gateway serves", func() bool {
 		_, err := http.Get(g.http)
 		return err == nil
 	})
@@ -538,7 +524,7 @@ func TestNoKeyIsLoggedWhileNobodyCanTell(t *testing.T) {
 	for _, path := range []string{"/config/", "/rekall/status", "/metrics"} {
 		hidden.want(t, path, do(t, "GET", g.admin+path, nil, nil).body)
 	}
-	g.stop()
+	g.process.Stop(g.t)
 	hidden.want(t, "log", g.log.String())
 	if r.production.Requests() != 0 {
 		t.Error("the backend was contacted")
@@ -559,7 +545,7 @@ func TestNoKeyIsLoggedWhereCaddyRedirects(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			var hidden canaries
 			hidden.add("key", key)
-			plain := fmt.Sprint(freePort(t))
+			plain := fmt.Sprint(process.FreePort(t))
 			g := r.of(t).prepare(strings.ReplaceAll(tc.sites, "PLAIN", plain))
 			text, err := os.ReadFile(g.file)
 			if err != nil {
@@ -580,7 +566,7 @@ func TestNoKeyIsLoggedWhereCaddyRedirects(t *testing.T) {
 					}
 				}
 			}
-			g.stop()
+			g.process.Stop(g.t)
 			if !strings.Contains(g.log.String(), "http.log.access") {
 				t.Error("nothing was logged")
 			}

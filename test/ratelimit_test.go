@@ -17,6 +17,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // heldSite holds keys to their limits.
@@ -85,7 +86,7 @@ func TestLimitsFollowTierAccountAndKeyWhileTheGatewayRuns(t *testing.T) {
 	production, sandbox := r.key("production", "memories:read"), r.key("sandbox", "memories:read")
 	shows := func(key keyadmin.Key, perMinute int) {
 		t.Helper()
-		eventually(t, "the key has its limit", func() bool { return g.get(key).Header.Get("X-RateLimit-Limit") == strconv.Itoa(perMinute) })
+		process.Eventually(t, "the key has its limit", func() bool { return g.get(key).Header.Get("X-RateLimit-Limit") == strconv.Itoa(perMinute) })
 		wantLimits(t, key.Environment, g.get(key).Header, perMinute)
 	}
 	shows(production, 100)
@@ -112,7 +113,7 @@ func TestLimitsFollowTierAccountAndKeyWhileTheGatewayRuns(t *testing.T) {
 	}
 	r.limitAccount("enterprise", 0, 0, 0)
 	r.limitKey(production, keyadmin.LimitsChange{PerMinute: &none})
-	eventually(t, "an enterprise has no limit", func() bool { return g.get(production).Header.Get("X-RateLimit-Limit") == "" })
+	process.Eventually(t, "an enterprise has no limit", func() bool { return g.get(production).Header.Get("X-RateLimit-Limit") == "" })
 
 	for range 200 { // more than the tier sandbox lets through
 		answer := off.get(sandbox)
@@ -178,7 +179,7 @@ func TestEveryAnswerThatAKeyGotTellsItsLimits(t *testing.T) {
 	wantLimits(t, "WebSocket", upgraded.Header, 1200)
 
 	waiting := async(t, "GET", g.http+"/v1/memories", demo(doomed, "hang"), nil)
-	eventually(t, "it waits for its answer", func() bool { return r.production.Open() == 2 })
+	process.Eventually(t, "it waits for its answer", func() bool { return r.production.Open() == 2 })
 	r.revoke(doomed.ID)
 	cut := waiting()
 	cut.wantCode(t, 401, "API_KEY_REVOKED")
@@ -246,7 +247,7 @@ func TestRemainingFallsByOneWithEachRequest(t *testing.T) {
 	r.limitAccount("free", 4, 301, 5) // 300 at once, and hardly more while the test runs
 	g := r.start(heldSite)
 	key := r.key("production", "memories:read")
-	eventually(t, "the limit is known", func() bool { return g.get(key).Header.Get("X-RateLimit-Limit") == "4" })
+	process.Eventually(t, "the limit is known", func() bool { return g.get(key).Header.Get("X-RateLimit-Limit") == "4" })
 	for range 400 {
 		if answer := g.get(key); answer.StatusCode == http.StatusTooManyRequests {
 			return // Remaining is at most the limit: the last four tell it
@@ -279,14 +280,14 @@ func TestRequestsAtATimeAreCountedAndGivenBackOnEveryWayOut(t *testing.T) {
 		socket+"\nreverse_proxy @breaking "+strings.TrimPrefix(breaking.URL, "http://")+"\nreverse_proxy PRODUCTION", 1))
 	// What is refused is tried again: the last place may not have been given back yet.
 	stream := func(t *testing.T, key keyadmin.Key) (resp *http.Response) {
-		eventually(t, "a place for a stream is free", func() bool {
+		process.Eventually(t, "a place for a stream is free", func() bool {
 			resp = g.open("GET", "/v1/memories", demo(key, "sse"), nil)
 			return resp.StatusCode == http.StatusOK
 		})
 		return resp
 	}
 	webSocket := func(t *testing.T, key keyadmin.Key) (conn net.Conn) {
-		eventually(t, "a place for a WebSocket is free", func() bool {
+		process.Eventually(t, "a place for a WebSocket is free", func() bool {
 			var resp *http.Response
 			conn, _, resp = g.openWebSocket(bearer(key))
 			return resp.StatusCode == http.StatusSwitchingProtocols
@@ -311,7 +312,7 @@ func TestRequestsAtATimeAreCountedAndGivenBackOnEveryWayOut(t *testing.T) {
 					}
 				}
 			}()
-			eventually(t, "it waits", func() bool { return r.production.Requests() > before })
+			process.Eventually(t, "it waits", func() bool { return r.production.Requests() > before })
 			return cancel
 		},
 		"the key ends": func(t *testing.T, key keyadmin.Key) func() {
@@ -352,7 +353,7 @@ func TestRequestsAtATimeAreCountedAndGivenBackOnEveryWayOut(t *testing.T) {
 				for _, end := range ends {
 					end()
 				}
-				eventually(t, "all are given back", func() bool { return g.get(key).StatusCode == http.StatusOK })
+				process.Eventually(t, "all are given back", func() bool { return g.get(key).StatusCode == http.StatusOK })
 			}
 		})
 	}
@@ -405,11 +406,11 @@ func TestRequestsBeyondALimitAreToldByReason(t *testing.T) {
 			t.Errorf("%s is %v, want %v", series, n, want)
 		}
 	}
-	eventually(t, "usage tells it", func() bool {
+	process.Eventually(t, "usage tells it", func() bool {
 		used := r.usage(key)
 		return used["allowed"] == 2 && used["rate_limited"] == 2 && len(used) == 2
 	})
-	eventually(t, "the access log tells it", func() bool {
+	process.Eventually(t, "the access log tells it", func() bool {
 		lines, _ := os.ReadFile(file)
 		for line := range strings.Lines(string(lines)) {
 			if strings.Contains(line, limited.Header.Get("X-Request-Id")) {
@@ -443,7 +444,7 @@ func TestPasswordOfTheRateLimitStoreIsShownNowhere(t *testing.T) {
 			g.env = []string{"REDIS_URL=" + tc.url}
 			g.run(r.database)
 			if !tc.runs {
-				<-g.done
+				<-g.process.Ended()
 				if !strings.Contains(g.log.String(), "rate limit store's URL is not usable") {
 					t.Errorf("the log does not say what is wrong:\n%s", g.log)
 				}
@@ -452,11 +453,11 @@ func TestPasswordOfTheRateLimitStoreIsShownNowhere(t *testing.T) {
 			}
 			g.waitReady()
 			g.get(r.key("production", "memories:read")).wantCode(t, 200, "")
-			eventually(t, "the log says so", func() bool { return strings.Contains(g.log.String(), "rate limit store does not answer") })
+			process.Eventually(t, "the log says so", func() bool { return strings.Contains(g.log.String(), "rate limit store does not answer") })
 			for _, path := range []string{"/config/", "/rekall/status", "/metrics"} {
 				hidden.want(t, path, do(t, "GET", g.admin+path, nil, nil).body)
 			}
-			g.stop()
+			g.process.Stop(g.t)
 			hidden.want(t, "log", g.log.String())
 		})
 	}

@@ -7,6 +7,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // TestTwoRolesSufficeForAllThatTheGatewayAndItsCommandsDo runs each with a user who is a member of its role and of nothing else.
@@ -23,7 +24,7 @@ func TestTwoRolesSufficeForAllThatTheGatewayAndItsCommandsDo(t *testing.T) {
 	slow.run(edge)
 	slow.waitReady()
 	slow.wantWoken(r.database)
-	slow.stop()
+	slow.process.Stop(t)
 	g := r.prepare(standardSite, "edge north eu", "refresh 100ms", "canary")
 	g.run(edge)
 	g.waitReady()
@@ -40,7 +41,7 @@ func TestTwoRolesSufficeForAllThatTheGatewayAndItsCommandsDo(t *testing.T) {
 	if stdout, stderr, code := cli(t, admin, "keys", "list"); code != 0 || !strings.Contains(stdout, key.ID) {
 		t.Errorf("list: %d %s%s", code, stdout, stderr)
 	}
-	eventually(t, "the edge is listed", func() bool {
+	process.Eventually(t, "the edge is listed", func() bool {
 		stdout, stderr, code := cli(t, admin, "edges", "list")
 		if code != 0 {
 			t.Fatal(stderr)
@@ -52,11 +53,11 @@ func TestTwoRolesSufficeForAllThatTheGatewayAndItsCommandsDo(t *testing.T) {
 		t.Errorf("revoke: %d %s%s", code, stdout, stderr)
 	}
 	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 401, "API_KEY_REVOKED")
-	within(t, canaryPatience, "the canary is measured", func() bool { return g.status().Canary > 0 })
+	process.Within(t, canaryPatience, "the canary is measured", func() bool { return g.status().Canary > 0 })
 	if strings.Contains(slow.log.String()+g.log.String(), "permission denied") {
 		t.Error("something was denied")
 	}
-	g.stop()
+	g.process.Stop(g.t)
 	if stdout, stderr, code := cli(t, admin, "edges", "list", "--json"); code != 0 || strings.TrimSpace(stdout) != "[]" {
 		t.Errorf("the edge left its row: %d %s%s", code, stdout, stderr)
 	}
@@ -69,7 +70,7 @@ func TestTwoRolesSufficeForAllThatTheGatewayAndItsCommandsDo(t *testing.T) {
 func (g *gateway) wantWoken(database string) {
 	g.t.Helper()
 	before := g.status().Epoch
-	eventually(g.t, "the gateway syncs at each notification", func() bool {
+	process.Eventually(g.t, "the gateway syncs at each notification", func() bool {
 		pgtest.Exec(g.t, database, "notify rekall_keys")
 		return g.status().Epoch > before+3
 	})

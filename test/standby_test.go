@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // TestStandbyWhoseReplayIsPausedIsNotTrusted: it answers every question, and looks healthy.
@@ -26,14 +27,14 @@ func TestStandbyWhoseReplayIsPausedIsNotTrusted(t *testing.T) {
 	gone := r.key("production", "memories:read")
 	g.do("GET", "/v1/memories", bearer(gone)).wantCode(t, 200, "")
 	r.revoke(gone.ID)
-	eventually(t, "a revocation arrives by replication", func() bool {
+	process.Eventually(t, "a revocation arrives by replication", func() bool {
 		return g.ask(gone) == "API_KEY_REVOKED"
 	})
 
 	pgtest.Exec(t, standby.URL(), "select pg_wal_replay_pause()")
 	r.revoke(bad.ID)
 	revoked := time.Now()
-	eventually(t, "nobody can tell", func() bool {
+	process.Eventually(t, "nobody can tell", func() bool {
 		began := time.Now()
 		code := g.ask(bad)
 		if code == "" && began.Sub(revoked) > faultBound {
@@ -43,14 +44,14 @@ func TestStandbyWhoseReplayIsPausedIsNotTrusted(t *testing.T) {
 	})
 
 	pgtest.Exec(t, standby.URL(), "select pg_wal_replay_resume()")
-	eventually(t, "the good key works again", func() bool {
+	process.Eventually(t, "the good key works again", func() bool {
 		code := g.ask(good)
 		if code != "" && code != "AUTH_UNAVAILABLE" && code != "cut" {
 			t.Fatalf("a good key got %s", code)
 		}
 		return code == ""
 	})
-	eventually(t, "the revocation arrives", func() bool {
+	process.Eventually(t, "the revocation arrives", func() bool {
 		return g.ask(bad) == "API_KEY_REVOKED"
 	})
 }
@@ -67,10 +68,10 @@ func TestStandbyAsTheOnlyDatabaseIsRefused(t *testing.T) {
 	t.Cleanup(func() { _ = standby.Stop(t.Context()) })
 	g := r.prepare(standardSite)
 	g.run(standby.URL())
-	eventually(t, "the gateway serves", func() bool {
+	process.Eventually(t, "the gateway serves", func() bool {
 		_, err := client.Get(g.admin + "/rekall/live")
 		return err == nil
 	})
-	eventually(t, "it says why", func() bool { return strings.Contains(g.log.String(), "database is a standby") })
+	process.Eventually(t, "it says why", func() bool { return strings.Contains(g.log.String(), "database is a standby") })
 	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 503, "AUTH_UNAVAILABLE")
 }

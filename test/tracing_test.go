@@ -11,6 +11,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 const tracedSite = `
@@ -103,7 +104,7 @@ func TestTraceTellsTheDecisionAndTheWaitForPostgresAndNoKey(t *testing.T) {
 	}
 	cold := requestID("GET", "/v1/memories", bearer(good))
 	warm := ""
-	eventually(t, "the key is answered from memory", func() bool {
+	process.Eventually(t, "the key is answered from memory", func() bool {
 		before := g.status().Lookups
 		warm = requestID("GET", "/v1/memories", bearer(good))
 		return g.status().Lookups == before
@@ -112,7 +113,7 @@ func TestTraceTellsTheDecisionAndTheWaitForPostgresAndNoKey(t *testing.T) {
 	refused := requestID("GET", "/v1/memories", bearer(revoked))
 	absent := requestID("GET", "/v1/memories", http.Header{"X-Api-Key": {unknown}})
 	missing := requestID("GET", "/v1/memories", nil)
-	g.stop() // which exports the last spans
+	g.process.Stop(g.t) // which exports the last spans
 
 	type told = map[string]string
 	of := func(key keyadmin.Key, decision, reason string) told {
@@ -167,13 +168,13 @@ func TestTraceOfALookupThatFailedSaysSo(t *testing.T) {
 	g.env = traces.env()
 	g.run("postgres://nobody@127.0.0.1:1/none?connect_timeout=1")
 	var answer reply
-	eventually(t, "the gateway serves", func() bool {
+	process.Eventually(t, "the gateway serves", func() bool {
 		var err error
 		answer, err = send("GET", g.http+"/v1/memories", bearer(r.key("production", "memories:read")), nil)
 		return err == nil
 	})
 	answer.wantCode(t, 503, "AUTH_UNAVAILABLE")
-	g.stop()
+	g.process.Stop(g.t)
 	one := traces.requests(t)[answer.Header.Get("X-Request-Id")]
 	if one == nil || len(one.lookups) != 1 {
 		t.Fatalf("spans of the request: %+v", one)

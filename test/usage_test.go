@@ -7,7 +7,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -15,6 +14,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // usage returns all that is counted of a key, by outcome.
@@ -109,7 +109,7 @@ func (l *clients) total() (n int64) {
 func (l *clients) goOn(requests int64) {
 	l.t.Helper()
 	until := l.total() + requests
-	eventually(l.t, "more requests are answered", func() bool { return l.total() >= until })
+	process.Eventually(l.t, "more requests are answered", func() bool { return l.total() >= until })
 }
 
 // TestUsageAddsUpExactly: two edges and one Postgres, with reloads, a restart, lost connections and outages under load. One edge
@@ -157,7 +157,7 @@ func TestUsageAddsUpExactlyOverReloadsARestartAndAnOutage(t *testing.T) {
 	l.goOn(50)
 
 	southPause.Lock() // its clients would only find nobody there
-	south.stop()
+	south.process.Stop(t)
 	south.run(r.database)
 	south.waitReady()
 	southPause.Unlock()
@@ -165,10 +165,10 @@ func TestUsageAddsUpExactlyOverReloadsARestartAndAnOutage(t *testing.T) {
 
 	l.stopped.Store(true)
 	l.wg.Wait()
-	north.stop()
-	south.stop()
+	north.process.Stop(t)
+	south.process.Stop(t)
 	t.Logf("%d requests, %d connections broke", l.total(), l.broken.Load())
-	eventually(t, "the connection that the restart broke is replaced", func() bool {
+	process.Eventually(t, "the connection that the restart broke is replaced", func() bool {
 		_, err := r.admin.Get(t.Context(), keyadmin.Operator("test"), keys[0].ID)
 		return err == nil
 	})
@@ -206,7 +206,7 @@ func TestStopWhileAnOldConfigurationIsDrainingLosesNoUse(t *testing.T) {
 	ask := func() {
 		for range requests {
 			var answer reply
-			eventually(t, "a request is answered", func() bool { // a reload closes connections in its queue
+			process.Eventually(t, "a request is answered", func() bool { // a reload closes connections in its queue
 				var err error
 				answer, err = send("GET", g.http+"/v1/memories", bearer(key), nil)
 				return err == nil
@@ -216,13 +216,13 @@ func TestStopWhileAnOldConfigurationIsDrainingLosesNoUse(t *testing.T) {
 	}
 	ask()
 	// A first use is flushed at once. What follows is not, for a minute.
-	eventually(t, "the first use is flushed", func() bool { return r.usage(key)["allowed"] > 0 })
+	process.Eventually(t, "the first use is flushed", func() bool { return r.usage(key)["allowed"] > 0 })
 	ask()
 	stream := g.open("GET", "/v1/memories", demo(key, "sse"), nil) // keeps the old configuration
 	g.rewrite(t, "usage_flush 1m", "usage_flush 2m")
 	g.reload()
 	ask()
-	g.stop()
+	g.process.Stop(g.t)
 	_ = stream.Body.Close()
 	if got := r.usage(key)["allowed"]; got != 3*requests+1 {
 		t.Errorf("%d of %d uses are counted", got, 3*requests+1)
@@ -235,10 +235,10 @@ func TestReloadFlushesWhatIsCounted(t *testing.T) {
 	g := r.start(standardSite, "usage_flush 5m")
 	key := r.key("production", "memories:read")
 	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 200, "")
-	eventually(t, "the first use is flushed", func() bool { return r.usage(key)["allowed"] == 1 })
+	process.Eventually(t, "the first use is flushed", func() bool { return r.usage(key)["allowed"] == 1 })
 	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 200, "")
 	g.reload()
-	eventually(t, "the second is flushed by the reload", func() bool { return r.usage(key)["allowed"] == 2 })
+	process.Eventually(t, "the second is flushed by the reload", func() bool { return r.usage(key)["allowed"] == 2 })
 }
 
 func TestKilledGatewayLosesNoMoreThanItHadNotFlushed(t *testing.T) {
@@ -252,12 +252,9 @@ func TestKilledGatewayLosesNoMoreThanItHadNotFlushed(t *testing.T) {
 		}
 	}
 	ask(20)
-	eventually(t, "they are flushed", func() bool { return r.usage(key)["allowed"] == 20 })
+	process.Eventually(t, "they are flushed", func() bool { return r.usage(key)["allowed"] == 20 })
 	ask(10)
-	if err := g.cmd.Process.Signal(syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
-	<-g.done
+	g.process.Kill()
 	if got := r.usage(key)["allowed"]; got < 20 || got > 30 {
 		t.Errorf("%d uses are counted, want 20 to 30", got)
 	}
@@ -273,7 +270,7 @@ func TestUsageIsShownFromTheCommandLineAndInMetrics(t *testing.T) {
 	}
 	g.do("DELETE", "/v1/memories/1", bearer(key)).wantCode(t, 403, "SCOPE_INSUFFICIENT")
 	var used keyadmin.Usage
-	eventually(t, "all requests are counted", func() bool {
+	process.Eventually(t, "all requests are counted", func() bool {
 		stdout, stderr, code := cli(t, r.database, "keys", "usage", key.ID, "--json")
 		if code != 0 {
 			t.Fatal(stderr)

@@ -15,6 +15,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 func TestDashboard(t *testing.T) {
@@ -100,7 +101,7 @@ func useRotateRevoke(t *testing.T) {
 			t.Fatalf("status %d", status)
 		}
 	}
-	eventually(t, "the page counts the requests", func() bool {
+	process.Eventually(t, "the page counts the requests", func() bool {
 		b.open("/" + used.ID)
 		return strings.Contains(b.html(), "<b>3</b> allowed")
 	})
@@ -124,7 +125,7 @@ func useRotateRevoke(t *testing.T) {
 		b.see("li[contains(., '"+edge+"')]", "confirmed after")
 	}
 	b.see("h2", "No edge allows this key")
-	eventually(t, "the key is refused", func() bool { return call(t, "GET", "/v1/memories", used.Key.Reveal()) == 401 })
+	process.Eventually(t, "the key is refused", func() bool { return call(t, "GET", "/v1/memories", used.Key.Reveal()) == 401 })
 
 	b.open("/" + manager.ID + "/revoke")
 	b.see("p", "You signed in with this key")
@@ -237,6 +238,7 @@ func keyboard(t *testing.T) {
 	b := newTab(t)
 	manager := key(t, "keyboard", "Manager", true)
 	b.open("")
+	b.awaitFocus()
 	b.run(chromedp.KeyEvent(manager.Key.Reveal()), chromedp.KeyEvent("\r"))
 	b.see("h1", "API Keys")
 	tabTo := func(text string) {
@@ -253,6 +255,7 @@ func keyboard(t *testing.T) {
 	tabTo("Create New Key")
 	b.run(chromedp.KeyEvent("\r"))
 	b.see("h1", "Create New Key")
+	b.awaitFocus()
 	b.run(chromedp.KeyEvent("By hand"))
 	tabTo("Read only")
 	b.run(chromedp.KeyEvent(" "))

@@ -2,17 +2,13 @@
 package browser
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -33,6 +29,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // world is what all walks share: each has an account and a tab of its own.
@@ -40,25 +37,8 @@ var world struct {
 	chromium context.Context
 	database string
 	admin    *keyadmin.Admin
-	gateway  string // base URL of the gateway that is visited
-	log      lockedBuffer
-}
-
-type lockedBuffer struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (b *lockedBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.Write(p)
-}
-
-func (b *lockedBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.String()
+	gateway  string      // base URL of the gateway that is visited
+	log      process.Log // of both gateways
 }
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
@@ -104,8 +84,8 @@ func start(t testing.TB) {
 	}
 	dir := t.TempDir()
 	program := filepath.Join(dir, "rekall-gateway")
-	if output, err := exec.Command("go", "build", "-o", program, "../../cmd/rekall-gateway").CombinedOutput(); err != nil {
-		t.Fatalf("build the gateway: %v\n%s", err, output)
+	if err := process.Build(program, "../../cmd/rekall-gateway"); err != nil {
+		t.Fatal(err)
 	}
 	world.database = pgtest.URL(t)
 	if _, _, err := keystore.Migrate(t.Context(), world.database); err != nil {
@@ -143,39 +123,14 @@ func start(t testing.TB) {
 // startGateway runs a gateway, waits until it is ready and returns its base URL.
 func startGateway(t testing.TB, program, dir, name string, backends []any) string {
 	t.Helper()
-	port, adminPort := freePort(t), freePort(t)
+	port, adminPort := process.FreePort(t), process.FreePort(t)
 	file := filepath.Join(dir, name+".caddyfile")
 	text := fmt.Sprintf(site, append([]any{port, adminPort, filepath.Join(dir, name), name}, backends...)...)
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(program, "run", "--config", file, "--adapter", "caddyfile")
-	cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+world.database, "HOME="+dir)
-	cmd.Stdout, cmd.Stderr = &world.log, &world.log
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		_ = cmd.Wait()
-	}()
-	t.Cleanup(func() {
-		_ = cmd.Process.Signal(syscall.SIGTERM)
-		select {
-		case <-done:
-		case <-time.After(20 * time.Second):
-			_ = cmd.Process.Kill()
-			<-done
-			t.Error("the gateway did not end")
-		}
-	})
-	eventually(t, "the gateway "+name+" is ready", func() bool {
-		select {
-		case <-done:
-			t.Fatalf("the gateway ended:\n%s", world.log.String())
-		default:
-		}
+	process.Write(t, file, text)
+	gateway := process.Start(t, process.Options{Env: []string{"REKALL_DATABASE_URL=" + world.database, "HOME=" + dir}, Log: &world.log},
+		program, "run", "--config", file, "--adapter", "caddyfile")
+	process.Eventually(t, "the gateway "+name+" is ready", func() bool {
+		gateway.MustRun(t)
 		resp, err := http.Get(fmt.Sprintf("http://127.0.0.1:%d/rekall/ready", adminPort))
 		if err != nil {
 			return false
@@ -184,25 +139,6 @@ func startGateway(t testing.TB, program, dir, name string, backends []any) strin
 		return resp.StatusCode == http.StatusOK
 	})
 	return fmt.Sprintf("http://127.0.0.1:%d", port)
-}
-
-func eventually(t testing.TB, what string, condition func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(patience); !condition(); <-time.After(20 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within %s: %s", patience, what)
-		}
-	}
-}
-
-func freePort(t testing.TB) int {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = listener.Close() }()
-	return listener.Addr().(*net.TCPAddr).Port
 }
 
 // key makes a key.
@@ -337,6 +273,15 @@ func (b *tab) fill(selector, text string) {
 	b.t.Helper()
 	b.run(chromedp.Focus(selector, chromedp.ByQuery, chromedp.NodeVisible),
 		input.DispatchKeyEvent(input.KeyDown).WithCommands([]string{"selectAll"}), chromedp.KeyEvent(kb.Backspace), chromedp.KeyEvent(text))
+}
+
+// awaitFocus waits until the page has put the cursor into a field, which it does a moment after it can be seen.
+func (b *tab) awaitFocus() {
+	b.t.Helper()
+	process.Eventually(b.t, "a field has the focus", func() (focused bool) {
+		b.run(chromedp.Evaluate(`document.activeElement.matches("input")`, &focused))
+		return focused
+	})
 }
 
 func (b *tab) check(selector string) {

@@ -21,6 +21,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // buildStep is the Containerfile's, which the tests' program is built by.
@@ -64,7 +66,7 @@ type image struct {
 func readImage(t *testing.T) image {
 	t.Helper()
 	im := image{env: make(map[string]string)}
-	_, final, ok := strings.Cut(read(t, shipped+"Containerfile"), "\nFROM scratch\n")
+	_, final, ok := strings.Cut(process.Read(t, shipped+"Containerfile"), "\nFROM scratch\n")
 	if !ok {
 		t.Fatal("the image is not made from scratch")
 	}
@@ -124,7 +126,7 @@ func TestContainerServesFromAReadOnlyRootAsNobody(t *testing.T) {
 	certificate, key := selfSigned(t, "api.rekall.ai")
 	publish(t, "", filepath.Join(root, "run/secrets/tls/tls.crt"), 0o644, certificate)
 	publish(t, "", filepath.Join(root, "run/secrets/tls/tls.key"), 0o644, key)
-	httpPort, httpsPort, healthPort, admin := port(freeAddress(t)), port(freeAddress(t)), port(freeAddress(t)), freeAddress(t)
+	httpPort, httpsPort, healthPort, admin := port(process.FreeAddress(t)), port(process.FreeAddress(t)), port(process.FreeAddress(t)), process.FreeAddress(t)
 	publish(t, "", filepath.Join(root, "etc/rekall/Caddyfile"), 0o644, substitute(t, m.caddyfile,
 		"persist_config off", "persist_config off\n\tdefault_bind 127.0.0.1\n\tadmin "+admin, "shutdown_delay 10s", "shutdown_delay 1s",
 		"http_port 8080", "http_port "+httpPort, "https_port 8443", "https_port "+httpsPort, "http://:8081", "http://:"+healthPort,
@@ -147,8 +149,8 @@ exec setpriv --no-new-privs chroot --userspec=` + im.user + ` "$root" /usr/local
 	}
 	p := run(t, nil, "unshare", append(args, container.Args...)...)
 	health := "http://127.0.0.1:" + healthPort
-	eventually(t, "the readiness probe passes", func() bool {
-		p.mustRun(t)
+	process.Eventually(t, "the readiness probe passes", func() bool {
+		p.MustRun(t)
 		got, err := ask("GET", health+container.ReadinessProbe.HTTPGet.Path, "")
 		return err == nil && got.status == http.StatusOK
 	})
@@ -156,13 +158,13 @@ exec setpriv --no-new-privs chroot --userspec=` + im.user + ` "$root" /usr/local
 		t.Errorf("the liveness probe: %+v, %v", got, err)
 	}
 
-	status := read(t, fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+	status := process.Read(t, fmt.Sprintf("/proc/%d/status", p.Pid()))
 	for _, want := range []string{"\nUid:\t65532\t65532\t65532\t65532\n", "\nCapEff:\t0000000000000000\n", "\nCapPrm:\t0000000000000000\n", "\nNoNewPrivs:\t1\n"} {
 		if !strings.Contains(status, want) {
 			t.Errorf("no %q in %s", want, status)
 		}
 	}
-	name := fmt.Sprintf("/proc/%d/root/etc/rekall/written", p.cmd.Process.Pid)
+	name := fmt.Sprintf("/proc/%d/root/etc/rekall/written", p.Pid())
 	if err := os.WriteFile(name, nil, 0o600); err == nil || !strings.Contains(err.Error(), "read-only file system") {
 		t.Errorf("even root can write below the root: %v", err)
 	}
@@ -179,7 +181,7 @@ exec setpriv --no-new-privs chroot --userspec=` + im.user + ` "$root" /usr/local
 	if got, err := askBy(plain, "GET", "http://api.rekall.ai:"+httpPort+"/v1/memories", allowed); err != nil || got.code != "TLS_REQUIRED" {
 		t.Errorf("%+v, %v", got, err)
 	}
-	p.stop(t)
+	p.Stop(t)
 }
 
 // publish writes a file for everybody to read: a copy of another, or text.
@@ -187,7 +189,7 @@ func publish(t *testing.T, from, to string, mode os.FileMode, text ...string) {
 	t.Helper()
 	content := strings.Join(text, "")
 	if from != "" {
-		content = read(t, from)
+		content = process.Read(t, from)
 	}
 	if err := os.WriteFile(to, []byte(content), mode); err != nil {
 		t.Fatal(err)

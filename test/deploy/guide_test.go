@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 const guide = shipped + "README.md"
@@ -19,7 +20,7 @@ func TestConfigurationsOfTheGuideAreValid(t *testing.T) {
 	t.Parallel()
 	for _, block := range blocksOf(t, guide, "caddyfile") {
 		file := filepath.Join(t.TempDir(), "Caddyfile")
-		write(t, file, block)
+		process.Write(t, file, block)
 		command(t, program, "postgres://nobody@127.0.0.1:1/none", "validate", "--config", file, "--adapter", "caddyfile")
 	}
 }
@@ -30,7 +31,7 @@ func TestCommandsOfTheGuideWork(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	edge, next, password := pgtest.Role(t, r.database), pgtest.Role(t, r.database), rand.Text()
-	g := r.gateway(program, freeAddress(t), withUser(t, r.database, edge, password))
+	g := r.gateway(program, process.FreeAddress(t), withUser(t, r.database, edge, password))
 	restored := "test_restored_" + strings.ToLower(rand.Text())
 	names := strings.NewReplacer(
 		"http://localhost:2019", g.admin, "validate --config /etc/rekall/Caddyfile", "validate --config "+g.file,
@@ -75,7 +76,7 @@ func TestCommandsOfTheGuideWork(t *testing.T) {
 	if err := pgtest.TryExec(withUser(t, r.database, edge, password), "select 1"); err == nil {
 		t.Error("the first user still logs in")
 	}
-	rotated := r.gateway(program, freeAddress(t), withUser(t, r.database, next, password))
+	rotated := r.gateway(program, process.FreeAddress(t), withUser(t, r.database, next, password))
 	rotated.startReady()
 	rotated.want(http.StatusOK, "", "GET", r.key("production", "memories:read").Key.Reveal())
 }

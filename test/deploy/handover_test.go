@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // hand has the gateway serve on so many sockets that outlive it, as systemd's do. It returns their addresses.
@@ -36,16 +38,16 @@ func TestRestartOfAnEdgeWhoseSocketSystemdHoldsLosesNoRequest(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	r.migrate()
-	site := freeAddress(t)
+	site := process.FreeAddress(t)
 	g := r.gateway(program, site, r.database)
 	g.http = "http://" + g.hand(1)[0]
-	write(t, g.file, substitute(t, read(t, g.file), "\tgrace_period", "\tservers {\n\t\tlistener_wrappers {\n\t\t\trekall_drain 2s\n\t\t}\n\t}\n\tgrace_period",
+	process.Write(t, g.file, substitute(t, process.Read(t, g.file), "\tgrace_period", "\tservers {\n\t\tlistener_wrappers {\n\t\t\trekall_drain 2s\n\t\t}\n\t}\n\tgrace_period",
 		"http://"+site+" {\n", "http:// {\n\tbind fd/3\n"))
 	g.startReady()
 	requests := startLoad(t, 4, g.http+"/v1/memories", r.key("production", "memories:read").Key.Reveal())
 	requests.waitMore(50)
 	for range 3 {
-		g.process.stop(t)
+		g.process.Stop(t)
 		g.startReady()
 		requests.waitMore(50)
 	}
@@ -56,13 +58,13 @@ func TestConfigurationOfTheGuideServesOnSystemdsSockets(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	r.migrate()
-	dir, admin := t.TempDir(), freeAddress(t)
+	dir, admin := t.TempDir(), process.FreeAddress(t)
 	g := &gateway{
 		t: t, program: program, file: filepath.Join(dir, "Caddyfile"), admin: "http://" + admin,
 		env: []string{"REKALL_DATABASE_URL=" + r.database, "HOME=" + dir},
 	}
 	addresses := g.hand(2)
-	write(t, g.file, substitute(t, caddyfileOfGuide(t, "rekall_drain"),
+	process.Write(t, g.file, substitute(t, caddyfileOfGuide(t, "rekall_drain"),
 		"\tauto_https disable_redirects", "\tadmin "+admin+"\n\tpersist_config off\n\tskip_install_trust\n\tstorage file_system "+dir+"\n\tauto_https disable_redirects",
 		"\tbind fd/3\n", "\tbind fd/3\n\ttls internal\n"))
 	g.startReady()
@@ -76,7 +78,7 @@ func TestConfigurationOfTheGuideServesOnSystemdsSockets(t *testing.T) {
 			t.Fatal(err)
 		}
 		req.Host = "api.rekall.ai"
-		eventually(t, "the site has its certificate", func() bool {
+		process.Eventually(t, "the site has its certificate", func() bool {
 			resp, err := client.Do(req)
 			if err != nil {
 				return false
@@ -90,8 +92,8 @@ func TestConfigurationOfTheGuideServesOnSystemdsSockets(t *testing.T) {
 		})
 	}
 	// Loggers are told apart by their names.
-	if want := `"logger":"rekall","msg":"key sync starts over"`; !strings.Contains(g.process.log.String(), want) {
-		t.Errorf("the log has no %s:\n%s", want, g.process.log.String())
+	if want := `"logger":"rekall","msg":"key sync starts over"`; !strings.Contains(g.process.Log.String(), want) {
+		t.Errorf("the log has no %s:\n%s", want, g.process.Log.String())
 	}
 }
 
@@ -107,7 +109,7 @@ func TestDrainRefusesWhatContradictsIt(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			file := t.TempDir() + "/Caddyfile"
-			write(t, file, "{\n"+tc.options+"\nservers {\nlistener_wrappers {\n"+tc.wrapper+"\n}\n}\n}\nhttp://127.0.0.1:1 {\nrespond ok\n}\n")
+			process.Write(t, file, "{\n"+tc.options+"\nservers {\nlistener_wrappers {\n"+tc.wrapper+"\n}\n}\n}\nhttp://127.0.0.1:1 {\nrespond ok\n}\n")
 			output, _ := exec.Command(program, "validate", "--config", file, "--adapter", "caddyfile").CombinedOutput()
 			if !strings.Contains(string(output), tc.want) {
 				t.Errorf("no %q in\n%s", tc.want, output)

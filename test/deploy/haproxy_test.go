@@ -19,13 +19,14 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // balanced is two edges behind HAProxy, configured as the guide says but for addresses. The shipped addresses in 10.0.0.0/8 are
 // those in 127.0.0.0/8 here, so that both edges have the same ports.
 type balanced struct {
 	*rig
-	haproxy      *process
+	haproxy      *process.Process
 	socket       string
 	front, plain string // addresses of HAProxy
 	edges        []*gateway
@@ -39,13 +40,13 @@ func startBalanced(t *testing.T, r *rig, databases ...string) *balanced {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	b := &balanced{rig: r, socket: filepath.Join(dir, "admin.sock"), front: freeAddress(t), plain: freeAddress(t)}
-	tls, plain, health := port(freeAddress(t)), port(freeAddress(t)), port(freeAddress(t))
+	b := &balanced{rig: r, socket: filepath.Join(dir, "admin.sock"), front: process.FreeAddress(t), plain: process.FreeAddress(t)}
+	tls, plain, health := port(process.FreeAddress(t)), port(process.FreeAddress(t)), port(process.FreeAddress(t))
 	for i, database := range databases {
 		b.edges = append(b.edges, b.edge(i+1, database, tls, plain, health))
 	}
 	config := filepath.Join(dir, "haproxy.cfg")
-	write(t, config, substitute(t, read(t, shipped+"haproxy.cfg"),
+	process.Write(t, config, substitute(t, process.Read(t, shipped+"haproxy.cfg"),
 		"/run/haproxy/admin.sock", b.socket, "bind :443", "bind "+b.front, "bind :80", "bind "+b.plain, "check port 8081", "check port "+health,
 		"10.0.0.11:443", "127.0.0.11:"+tls, "10.0.0.12:443", "127.0.0.12:"+tls, "10.0.0.11:80", "127.0.0.11:"+plain, "10.0.0.12:80", "127.0.0.12:"+plain))
 	if output, err := exec.Command("haproxy", "-c", "-f", config).CombinedOutput(); err != nil || strings.Contains(string(output), "WARNING") {
@@ -64,7 +65,7 @@ func startBalanced(t *testing.T, r *rig, databases ...string) *balanced {
 // edge is a gateway with the guide's Caddyfile for edges behind HAProxy.
 func (b *balanced) edge(number int, database, tls, plain, health string) *gateway {
 	b.t.Helper()
-	dir, host, admin := b.t.TempDir(), fmt.Sprintf("127.0.0.1%d", number), freeAddress(b.t)
+	dir, host, admin := b.t.TempDir(), fmt.Sprintf("127.0.0.1%d", number), process.FreeAddress(b.t)
 	options := strings.NewReplacer("ADMIN", admin, "STORAGE", dir, "HOST", host).
 		Replace("{\n\tadmin ADMIN\n\tpersist_config off\n\tstorage file_system STORAGE\n\tdefault_bind HOST\n")
 	text := substitute(b.t, caddyfileOfGuide(b.t, "proxy_protocol"),
@@ -76,7 +77,7 @@ func (b *balanced) edge(number int, database, tls, plain, health string) *gatewa
 		t: b.t, program: program, file: filepath.Join(dir, "Caddyfile"), admin: "http://" + admin,
 		env: []string{"REKALL_DATABASE_URL=" + database, "HOME=" + dir},
 	}
-	write(b.t, g.file, text)
+	process.Write(b.t, g.file, text)
 	return g
 }
 
@@ -109,8 +110,8 @@ func (b *balanced) server(i int) map[string]string {
 
 func (b *balanced) waitFor(i int, status string) {
 	b.t.Helper()
-	eventually(b.t, fmt.Sprintf("HAProxy sees edge %d %s", i+1, status), func() bool {
-		b.haproxy.mustRun(b.t)
+	process.Eventually(b.t, fmt.Sprintf("HAProxy sees edge %d %s", i+1, status), func() bool {
+		b.haproxy.MustRun(b.t)
 		return b.server(i)["status"] == status
 	})
 }
@@ -123,7 +124,7 @@ func TestUpgradeOfEdgesOneByOneBehindHAProxyLosesNoRequest(t *testing.T) {
 	requests := startLoad(t, 2, "http://"+b.front+"/v1/memories", r.key("production", "memories:read").Key.Reveal())
 	requests.waitMore(50)
 	for i, g := range b.edges {
-		g.process.stop(t) // returns when the process has ended
+		g.process.Stop(t) // returns when the process has ended
 		if down := b.server(i)["chkdown"]; down != "1" {
 			t.Errorf("edge %d ended, and HAProxy had taken it out %s times", i+1, down)
 		}
@@ -200,7 +201,7 @@ func caddyfileOfGuide(t *testing.T, word string) string {
 func blocksOf(t *testing.T, page, language string) []string {
 	t.Helper()
 	var blocks []string
-	for _, match := range regexp.MustCompile("(?s)\n```"+language+"\n(.*?)```\n").FindAllStringSubmatch(read(t, page), -1) {
+	for _, match := range regexp.MustCompile("(?s)\n```"+language+"\n(.*?)```\n").FindAllStringSubmatch(process.Read(t, page), -1) {
 		blocks = append(blocks, match[1])
 	}
 	return blocks

@@ -1,12 +1,10 @@
 package deploy
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -15,7 +13,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -23,6 +20,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 const shipped = "../../cmd/rekall-gateway/deploy/"
@@ -30,24 +28,11 @@ const shipped = "../../cmd/rekall-gateway/deploy/"
 // program is the gateway of this tree, as it is deployed.
 var program string
 
-func TestMain(m *testing.M) { pgtest.Main(built{m}) }
-
-// built builds the gateway for the tests, and removes it afterwards.
-type built struct{ m *testing.M }
-
-func (b built) Run() int {
-	dir, err := os.MkdirTemp("", "rekall-deploy-")
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	defer func() { _ = os.RemoveAll(dir) }()
-	program = filepath.Join(dir, "rekall-gateway")
-	if err := build("../..", program); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	return b.m.Run()
+func TestMain(m *testing.M) {
+	pgtest.Main(process.Built(m, func(dir string) error {
+		program = filepath.Join(dir, "rekall-gateway")
+		return build("../..", program)
+	}))
 }
 
 // build makes the gateway of a checkout of the repository, as the Containerfile of this one does.
@@ -151,27 +136,28 @@ type gateway struct {
 	admin, http string // base URLs
 	env         []string
 	sockets     []*os.File // that it is handed, from fd 3 on
-	process     *process
+	process     *process.Process
 }
 
 // gateway writes a Caddyfile for a gateway that listens on an address, and logs in to Postgres with a URL.
 func (r *rig) gateway(program, address, database string) *gateway {
 	r.t.Helper()
 	dir := r.t.TempDir()
-	admin := freeAddress(r.t)
+	admin := process.FreeAddress(r.t)
 	text := strings.NewReplacer("ADMIN", admin, "STORAGE", dir, "HTTP", address,
 		"PRODUCTION", r.production.Address(), "SANDBOX", r.sandbox.Address()).Replace(site)
 	g := &gateway{
 		t: r.t, program: program, file: filepath.Join(dir, "Caddyfile"), admin: "http://" + admin, http: "http://" + address,
 		env: []string{"REKALL_DATABASE_URL=" + database, "HOME=" + dir},
 	}
-	write(r.t, g.file, text)
+	process.Write(r.t, g.file, text)
 	return g
 }
 
 func (g *gateway) start() {
 	g.t.Helper()
-	g.process = runWith(g.t, g.sockets, g.env, g.program, "run", "--config", g.file, "--adapter", "caddyfile")
+	g.process = process.Start(g.t, process.Options{Env: g.env, Files: g.sockets, Killed: true},
+		g.program, "run", "--config", g.file, "--adapter", "caddyfile")
 }
 
 func (g *gateway) startReady() {
@@ -182,8 +168,8 @@ func (g *gateway) startReady() {
 
 func (g *gateway) waitReady() {
 	g.t.Helper()
-	eventually(g.t, "the gateway is ready", func() bool {
-		g.process.mustRun(g.t)
+	process.Eventually(g.t, "the gateway is ready", func() bool {
+		g.process.MustRun(g.t)
 		answer, err := ask("GET", g.admin+"/rekall/ready", "")
 		return err == nil && answer.status == http.StatusOK
 	})
@@ -281,7 +267,7 @@ func (l *load) note(got answer, err error) {
 func (l *load) waitMore(n int64) {
 	l.t.Helper()
 	from := l.good.Load()
-	eventually(l.t, "requests are answered", func() bool { return l.good.Load() >= from+n || l.failed() > 0 })
+	process.Eventually(l.t, "requests are answered", func() bool { return l.good.Load() >= from+n || l.failed() > 0 })
 }
 
 func (l *load) failed() int {
@@ -320,122 +306,10 @@ func command(t *testing.T, program, database string, args ...string) string {
 	return string(output)
 }
 
-// process is a program that runs until the test ends.
-type process struct {
-	name string
-	cmd  *exec.Cmd
-	log  output
-	done chan struct{}
-}
-
-func run(t *testing.T, env []string, name string, args ...string) *process {
+// run starts a program, which is killed when the test ends: to stop in order takes as long as shutdown_delay.
+func run(t *testing.T, env []string, name string, args ...string) *process.Process {
 	t.Helper()
-	return runWith(t, nil, env, name, args...)
-}
-
-// runWith hands the program files, from fd 3 on.
-func runWith(t *testing.T, files []*os.File, env []string, name string, args ...string) *process {
-	t.Helper()
-	p := &process{name: filepath.Base(name), cmd: exec.Command(name, args...), done: make(chan struct{})}
-	p.cmd.ExtraFiles = files
-	p.cmd.Env = append(os.Environ(), env...)
-	p.cmd.Stdout, p.cmd.Stderr = &p.log, &p.log
-	if err := p.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		defer close(p.done)
-		_ = p.cmd.Wait()
-	}()
-	t.Cleanup(func() {
-		_ = p.cmd.Process.Kill() // stopping in order takes as long as shutdown_delay
-		<-p.done
-		if log := p.log.String(); t.Failed() {
-			t.Logf("log of %s:\n%s", p.name, log[max(0, len(log)-4000):])
-		}
-	})
-	return p
-}
-
-// stop asks the process to end, as systemd does, and waits until it has.
-func (p *process) stop(t *testing.T) {
-	t.Helper()
-	_ = p.cmd.Process.Signal(syscall.SIGTERM)
-	select {
-	case <-p.done:
-	case <-time.After(time.Minute):
-		_ = p.cmd.Process.Kill()
-		<-p.done
-		t.Errorf("%s did not end", p.name)
-	}
-}
-
-func (p *process) mustRun(t *testing.T) {
-	t.Helper()
-	select {
-	case <-p.done:
-		t.Fatalf("%s ended:\n%s", p.name, p.log.String())
-	default:
-	}
-}
-
-// output collects what a process prints.
-type output struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (o *output) Write(p []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.buf.Write(p)
-}
-
-func (o *output) String() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.buf.String()
-}
-
-// freeAddress picks a port below those that the kernel gives to outgoing connections, one of which could take it first.
-func freeAddress(t *testing.T) string {
-	t.Helper()
-	for range 100 {
-		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10_000+rand.IntN(10_000)))
-		if err == nil {
-			_ = listener.Close()
-			return listener.Addr().String()
-		}
-	}
-	t.Fatal("no free port")
-	return ""
-}
-
-func write(t *testing.T, path, text string) {
-	t.Helper()
-	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func eventually(t *testing.T, what string, condition func() bool) {
-	t.Helper()
-	deadline := time.Now().Add(time.Minute)
-	for !condition() {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within a minute: %s", what)
-		}
-		<-time.After(20 * time.Millisecond)
-	}
-}
-
-func read(t *testing.T, path string) string {
-	t.Helper()
-	text, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(text)
+	return process.Start(t, process.Options{Env: env, Killed: true}, name, args...)
 }
 
 func port(address string) string {

@@ -11,6 +11,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // What the manifest may say, by the names of Kubernetes' API. A name that is not here is an error, as it is for a server with strict
@@ -158,7 +159,7 @@ func readManifest(t *testing.T) manifest {
 		"batch/v1 Job": &m.job, "v1 ConfigMap": &m.config, "apps/v1 Deployment": &m.deployment, "v1 Service": &m.service,
 		"policy/v1 PodDisruptionBudget": &m.budget,
 	}
-	for document := range strings.SplitSeq(read(t, shipped+"kubernetes.yaml"), "\n---\n") { // as kubectl does: no anchor reaches beyond
+	for document := range strings.SplitSeq(process.Read(t, shipped+"kubernetes.yaml"), "\n---\n") { // as kubectl does: no anchor reaches beyond
 		var o object
 		if err := yaml.Unmarshal([]byte(document), &o); err != nil {
 			t.Fatal(err)

@@ -15,6 +15,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // pinned is an earlier commit whose gateways must go on working with the newest schema, since a fleet is upgraded after its
@@ -107,7 +108,7 @@ func testUpgradeFrom(t *testing.T, p pinned) {
 		t.Fatalf("the earlier gateway made version %d, want %d; %d are pending: %v", from, p.schema, len(pending), err)
 	}
 	known := createWith(t, old, r.database)
-	g := r.gateway(old, freeAddress(t), asEdge)
+	g := r.gateway(old, process.FreeAddress(t), asEdge)
 	g.startReady()
 
 	requests := startLoad(t, 2, g.http+"/v1/memories", known)
@@ -121,7 +122,7 @@ func testUpgradeFrom(t *testing.T, p pinned) {
 
 	// Keys of the newest schema, at the earlier gateway, and at the newest beside it.
 	reader, tester := r.key("production", "memories:read"), r.key("sandbox", "memories:read")
-	next := r.gateway(program, freeAddress(t), asEdge)
+	next := r.gateway(program, process.FreeAddress(t), asEdge)
 	next.startReady()
 	serve := func(g *gateway) {
 		t.Helper()
@@ -140,7 +141,7 @@ func testUpgradeFrom(t *testing.T, p pinned) {
 	revoked := r.key("production", "memories:read")
 	holds := func(g *gateway) {
 		t.Helper()
-		eventually(t, "a revocation holds", func() bool {
+		process.Eventually(t, "a revocation holds", func() bool {
 			got, err := ask("GET", g.http+"/v1/memories", revoked.Key.Reveal())
 			return err == nil && got.code == "API_KEY_REVOKED"
 		})
@@ -151,13 +152,13 @@ func testUpgradeFrom(t *testing.T, p pinned) {
 	holds(next)
 
 	// An earlier gateway that ends meanwhile comes back.
-	g.process.stop(t)
-	again := r.gateway(old, freeAddress(t), asEdge)
+	g.process.Stop(t)
+	again := r.gateway(old, process.FreeAddress(t), asEdge)
 	again.startReady()
 	serve(again)
 	holds(again)
-	again.process.stop(t)
-	next.process.stop(t)
+	again.process.Stop(t)
+	next.process.Stop(t)
 
 	used, err := r.admin.Usage(t.Context(), keyadmin.Operator("test"), reader.ID, time.Time{}, time.Time{})
 	want := int64(1) // of the newest gateway
@@ -188,11 +189,11 @@ func TestGatewayAheadOfItsSchemaSaysWhatToRunAndAllowsNothingUntilThen(t *testin
 	r, old := newRig(t), earlier["BeforeTheLifeOfKeys"].program(t)
 	command(t, old, r.database, "migrate")
 	key := createWith(t, old, r.database)
-	g := r.gateway(program, freeAddress(t), r.database)
+	g := r.gateway(program, process.FreeAddress(t), r.database)
 	g.start()
-	eventually(t, "the log says what to run", func() bool {
-		g.process.mustRun(t)
-		return strings.Contains(g.process.log.String(), `database has no schema rekall, or an older one: run \"rekall-gateway migrate\"`)
+	process.Eventually(t, "the log says what to run", func() bool {
+		g.process.MustRun(t)
+		return strings.Contains(g.process.Log.String(), `database has no schema rekall, or an older one: run \"rekall-gateway migrate\"`)
 	})
 	g.want(http.StatusServiceUnavailable, "AUTH_UNAVAILABLE", "GET", key)
 	if n := r.production.Requests(); n != 0 {

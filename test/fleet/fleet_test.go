@@ -17,6 +17,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // size of a fleet, and of what happens to it.
@@ -41,7 +42,7 @@ func TestNoEdgeOfAFleetAllowsARevokedKeyPastTheBoundNorRefusesAGoodOne(t *testin
 		revocations[i] = &revocation{key: f.key(), at: rand.N(s.span), done: make(chan struct{})}
 	}
 	for _, e := range f.edges {
-		eventually(t, e.name+" allows the keys", func() bool { return e.answersAll(allowed, append(keys(revocations), good)) })
+		process.Eventually(t, e.name+" allows the keys", func() bool { return e.answersAll(allowed, append(keys(revocations), good)) })
 	}
 
 	// Disturb and revoke, and ask all the while.
@@ -65,11 +66,11 @@ func TestNoEdgeOfAFleetAllowsARevokedKeyPastTheBoundNorRefusesAGoodOne(t *testin
 
 	// All faults are over: every edge knows all that happened, and says so.
 	for _, e := range f.edges {
-		eventually(t, e.name+" refuses the revoked keys", func() bool { return e.answersAll(revoked, keys(revocations)) })
-		eventually(t, e.name+" allows the good key", func() bool { return e.answersAll(allowed, []keyadmin.Key{good}) })
+		process.Eventually(t, e.name+" refuses the revoked keys", func() bool { return e.answersAll(revoked, keys(revocations)) })
+		process.Eventually(t, e.name+" allows the good key", func() bool { return e.answersAll(allowed, []keyadmin.Key{good}) })
 	}
 	for _, r := range revocations {
-		eventually(t, "every live edge has confirmed the revocation", func() bool { return f.confirmed(r.xid) })
+		process.Eventually(t, "every live edge has confirmed the revocation", func() bool { return f.confirmed(r.xid) })
 	}
 	f.printDelays()
 	f.printLoad(fmt.Sprintf("%d revocations and the faults within %v, `max_staleness` %v", s.revocations, s.span, s.maxStaleness), load)
@@ -125,7 +126,7 @@ func TestRevocationReachesARequestWithAndWithoutListen(t *testing.T) {
 		delays := make([]time.Duration, tc.n)
 		for i := range delays {
 			key := f.key()
-			eventually(t, "the key works", func() bool { return g.ask(key).verdict == allowed })
+			process.Eventually(t, "the key works", func() bool { return g.ask(key).verdict == allowed })
 			wait(t.Context(), rand.N(f.refresh)) // or it would always come right after a tick
 			sent, _, _ := f.revoke(key.ID)
 			delays[i] = refusedAfter(t, g, key, sent)
@@ -138,7 +139,7 @@ func TestRevocationReachesARequestWithAndWithoutListen(t *testing.T) {
 func refusedAfter(t *testing.T, g *gateway, key keyadmin.Key, since time.Time) time.Duration {
 	t.Helper()
 	var refusal time.Time
-	eventually(t, "the key is refused", func() bool {
+	process.Eventually(t, "the key is refused", func() bool {
 		a := g.ask(key)
 		if a.verdict == wrong {
 			t.Fatalf("a revoked key got %s", a.detail)
@@ -319,15 +320,5 @@ func wait(ctx context.Context, d time.Duration) bool {
 		return true
 	case <-ctx.Done():
 		return false
-	}
-}
-
-func eventually(t *testing.T, what string, condition func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(time.Minute); !condition(); {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within a minute: %s", what)
-		}
-		wait(t.Context(), 2*time.Millisecond)
 	}
 }

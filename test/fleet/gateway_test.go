@@ -3,14 +3,10 @@
 package fleet
 
 import (
-	"bytes"
 	"fmt"
 	"io"
-	"math/rand/v2"
-	"net"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -19,28 +15,17 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // program is the gateway's binary, built once.
 var program string
 
-func TestMain(m *testing.M) { os.Exit(run(m)) }
-
-func run(m *testing.M) int {
-	dir, err := os.MkdirTemp("", "rekall-fleet-")
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	defer func() { _ = os.RemoveAll(dir) }()
-	program = filepath.Join(dir, "rekall-gateway")
-	build := exec.Command("go", append(append([]string{"build"}, raceFlag...), "-o", program, "../../cmd/rekall-gateway")...)
-	build.Stdout, build.Stderr = os.Stderr, os.Stderr
-	if err := build.Run(); err != nil {
-		fmt.Fprintln(os.Stderr, "build the gateway:", err)
-		return 1
-	}
-	return m.Run()
+func TestMain(m *testing.M) {
+	os.Exit(process.Built(m, func(dir string) error {
+		program = filepath.Join(dir, "rekall-gateway")
+		return process.Build(program, "../../cmd/rekall-gateway", raceFlag...)
+	}).Run())
 }
 
 // gateway is an edge that is a process.
@@ -50,30 +35,11 @@ type gateway struct {
 	file       string // its Caddyfile
 	url, admin string
 	client     *http.Client
-	log        output
-	cmd        *exec.Cmd
-	done       chan struct{}
+	log        process.Log // of all its processes, one after another
+	process    *process.Process
 
 	mu                   sync.Mutex // for the two times
 	stoppedAt, resumedAt time.Time
-}
-
-// output collects what a process prints.
-type output struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (o *output) Write(p []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.buf.Write(p)
-}
-
-func (o *output) String() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.buf.String()
 }
 
 // startGateway runs a gateway in front of a backend. options are lines of its rekall block.
@@ -86,7 +52,7 @@ func startGateway(t *testing.T, database, backend string, options ...string) *ga
 func startGatewayWith(t *testing.T, database, backend, line string, options ...string) *gateway {
 	t.Helper()
 	dir := t.TempDir()
-	address, admin := freeAddress(t), freeAddress(t)
+	address, admin := process.FreeAddress(t), process.FreeAddress(t)
 	g := &gateway{
 		t: t, database: database, file: filepath.Join(dir, "Caddyfile"), url: "http://" + address, admin: "http://" + admin,
 		// Longer than any fault: a request that is given up tells nothing.
@@ -110,43 +76,22 @@ http://%s {
 	}
 }
 `, admin, dir, strings.Join(options, "\n\t\t"), address, line, backend)
-	if err := os.WriteFile(g.file, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	process.Write(t, g.file, text)
 	g.start()
 	t.Cleanup(g.end)
-	eventually(t, "the gateway is ready", g.ready)
+	process.Eventually(t, "the gateway is ready", g.ready)
 	return g
 }
 
-// freeAddress picks a port below those that the kernel gives to outgoing connections, one of which could take it while
-// the gateway is dead.
-func freeAddress(t *testing.T) string {
-	t.Helper()
-	for range 100 {
-		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 20_000+rand.IntN(10_000)))
-		if err == nil {
-			_ = listener.Close()
-			return listener.Addr().String()
-		}
-	}
-	t.Fatal("no free port")
-	return ""
-}
-
 func (g *gateway) start() {
-	cmd, done := exec.Command(program, "run", "--config", g.file, "--adapter", "caddyfile"), make(chan struct{})
-	cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+g.database, "HOME="+filepath.Dir(g.file), "GORACE=halt_on_error=1")
-	cmd.Stdout, cmd.Stderr = &g.log, &g.log
-	if err := cmd.Start(); err != nil {
-		g.t.Errorf("start a gateway: %v", err)
+	started, err := process.Run(process.Options{
+		Env: []string{"REKALL_DATABASE_URL=" + g.database, "HOME=" + filepath.Dir(g.file)}, Log: &g.log,
+	}, program, "run", "--config", g.file, "--adapter", "caddyfile")
+	if err != nil {
+		g.t.Error(err)
 		return
 	}
-	g.cmd, g.done = cmd, done
-	go func() {
-		defer close(done)
-		_ = cmd.Wait()
-	}()
+	g.process = started
 }
 
 func (g *gateway) ready() bool {
@@ -158,15 +103,10 @@ func (g *gateway) ready() bool {
 	return resp.StatusCode == http.StatusOK
 }
 
-func (g *gateway) kill() {
-	g.signal(syscall.SIGKILL)
-	<-g.done
-}
-
-func (g *gateway) signal(signal syscall.Signal) { _ = g.cmd.Process.Signal(signal) }
+func (g *gateway) kill() { g.process.Kill() }
 
 func (g *gateway) pause() {
-	g.signal(syscall.SIGSTOP)
+	g.process.Signal(syscall.SIGSTOP)
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.stoppedAt = time.Now()
@@ -176,25 +116,15 @@ func (g *gateway) resume() {
 	g.mu.Lock()
 	g.resumedAt = time.Now()
 	g.mu.Unlock()
-	g.signal(syscall.SIGCONT)
+	g.process.Signal(syscall.SIGCONT)
 }
 
-// end stops the process and fails the test if it had a data race.
+// end stops the process and fails the test if one had a data race.
 func (g *gateway) end() {
 	g.client.CloseIdleConnections()
-	g.signal(syscall.SIGCONT)
-	g.signal(syscall.SIGTERM)
-	select {
-	case <-g.done:
-	case <-time.After(30 * time.Second):
-		g.kill()
-		g.t.Error("the gateway did not end")
-	}
-	text := g.log.String()
-	if strings.Contains(text, "DATA RACE") {
-		g.t.Errorf("the gateway has a data race:\n%s", text)
-	} else if g.t.Failed() {
-		g.t.Logf("end of the log of %s:\n%s", g.url, text[max(0, len(text)-4000):])
+	g.process.Stop(g.t)
+	if g.t.Failed() {
+		g.t.Logf("end of the log of %s:\n%s", g.url, g.log.Tail())
 	}
 }
 

@@ -23,6 +23,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/redistest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // limited is a key and what it may do.
@@ -174,7 +175,7 @@ func newLimitLoad(t *testing.T, p phase, admin *keyadmin.Admin, database, backen
 	for i := range p.edges {
 		l.edges = append(l.edges, startGatewayWith(t, database, backend, "rate_limits", append(options, fmt.Sprintf("edge edge-%d", i))...))
 	}
-	eventually(t, "each edge knows of the others", func() bool {
+	process.Eventually(t, "each edge knows of the others", func() bool {
 		return !slices.ContainsFunc(l.edges, func(g *gateway) bool { return g.live() != p.edges })
 	})
 	return l
@@ -230,7 +231,7 @@ func (l *limitLoad) run(redis *devenv.Redis, length time.Duration) {
 	clients.Wait()
 	if l.phase.end != nil {
 		l.phase.end(redis)
-		eventually(l.t, "all edges share the limits again", func() bool { return !slices.ContainsFunc(l.edges, (*gateway).fallsBack) })
+		process.Eventually(l.t, "all edges share the limits again", func() bool { return !slices.ContainsFunc(l.edges, (*gateway).fallsBack) })
 	}
 }
 

@@ -26,6 +26,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/devenv/redistest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 var writeTable = flag.Bool("write", false, "write the table to GAMEDAY.md")
@@ -47,7 +48,7 @@ type disaster struct {
 
 var disasters = []disaster{
 	{"nothing", 16 * time.Second, func(*fleet) {}, func(*fleet) {}, nil},
-	{"an edge is killed", 16 * time.Second, func(f *fleet) { f.edges[0].process.kill() }, func(f *fleet) { f.edges[0].run() },
+	{"an edge is killed", 16 * time.Second, func(f *fleet) { f.edges[0].process.Kill() }, func(f *fleet) { f.edges[0].run() },
 		[]string{"RekallEdgeDown"}},
 	{"an edge stands still, longer than the bound", 16 * time.Second, func(f *fleet) { f.signal(1, syscall.SIGSTOP) }, func(f *fleet) { f.signal(1, syscall.SIGCONT) },
 		[]string{"RekallEdgeDown"}},
@@ -107,7 +108,7 @@ func TestGameDay(t *testing.T) {
 	table := fmt.Sprintf(gamePage, atEdges, bound, byClients, rows.String(), runtime.NumCPU(), runtime.GOOS, runtime.GOARCH, time.Now().UTC().Format(time.DateOnly))
 	t.Log("\n" + table)
 	if *writeTable && !t.Failed() {
-		write(t, "GAMEDAY.md", table)
+		process.Write(t, "GAMEDAY.md", table)
 		if err := os.Chmod("GAMEDAY.md", 0o644); err != nil {
 			t.Fatal(err)
 		}
@@ -181,14 +182,14 @@ func (f *fleet) must(err error) {
 
 func (f *fleet) startHAProxy() {
 	f.t.Helper()
-	f.front = freeAddress(f.t)
+	f.front = process.FreeAddress(f.t)
 	var servers strings.Builder
 	for i, g := range f.edges {
 		_, port, _ := strings.Cut(g.metrics, ":")
 		fmt.Fprintf(&servers, "\tserver edge-%d %s check port %s inter 500ms fall 2 rise 2\n", i, g.http, port)
 	}
 	file := filepath.Join(f.t.TempDir(), "haproxy.cfg")
-	write(f.t, file, `defaults
+	process.Write(f.t, file, `defaults
 	mode tcp
 	timeout connect 1s
 	timeout client 1h
@@ -208,7 +209,7 @@ backend edges
 		f.t.Fatalf("%v\n%s", err, output)
 	}
 	run(f.t, nil, "haproxy", "-db", "-f", file)
-	eventually(f.t, "HAProxy serves", func() bool { return status("http://"+f.front+"/v1/memories") == http.StatusUnauthorized })
+	process.Eventually(f.t, "HAProxy serves", func() bool { return status("http://"+f.front+"/v1/memories") == http.StatusUnauthorized })
 }
 
 func (f *fleet) signal(edge int, signal syscall.Signal) {
@@ -309,7 +310,7 @@ func (f *fleet) revoke(key keyadmin.Key) time.Time {
 func (f *fleet) play(d disaster) string {
 	key := f.keyAtPrimary()
 	for _, g := range f.edges {
-		eventually(f.t, "the edge has the key", func() bool { return f.send(g.http, key) == http.StatusOK })
+		process.Eventually(f.t, "the edge has the key", func() bool { return f.send(g.http, key) == http.StatusOK })
 	}
 	stream := f.openStream()
 	f.mu.Lock()
@@ -344,7 +345,7 @@ func (f *fleet) play(d disaster) string {
 		}
 		return f.send(f.front, f.good) == http.StatusOK
 	}
-	eventually(f.t, d.what+": all edges serve again, without anybody's doing", recovered)
+	process.Eventually(f.t, d.what+": all edges serve again, without anybody's doing", recovered)
 	refusedAfter := <-revoked
 	for _, alert := range d.alerts {
 		if _, ok := fired[alert]; !ok {
@@ -362,7 +363,7 @@ func (f *fleet) play(d disaster) string {
 	for _, alert := range slices.Sorted(maps.Keys(fired)) {
 		alerts = append(alerts, fmt.Sprintf("%s %s", alert, fired[alert]))
 	}
-	eventually(f.t, "all alerts are over", func() bool { return len(f.prometheus.firing()) == 0 })
+	process.Eventually(f.t, "all alerts are over", func() bool { return len(f.prometheus.firing()) == 0 })
 	return fmt.Sprintf("| %s | %s | %s | %s | %s | %s | %s |\n", d.what, broken.Round(time.Second), strings.Join(answers, ", "), gap,
 		stream(), refusedAfter.Round(time.Millisecond), strings.Join(alerts, ", "))
 }

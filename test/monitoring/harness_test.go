@@ -1,21 +1,15 @@
 package monitoring
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io"
-	"math/rand/v2"
-	"net"
 	"net/http"
 	"net/url"
-	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -23,31 +17,17 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // program is the gateway under test, built once.
 var program string
 
-func TestMain(m *testing.M) { pgtest.Main(built{m}) }
-
-// built builds the gateway for the tests, and removes it afterwards.
-type built struct{ m *testing.M }
-
-func (b built) Run() int {
-	dir, err := os.MkdirTemp("", "rekall-monitoring-")
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	defer func() { _ = os.RemoveAll(dir) }()
-	program = filepath.Join(dir, "rekall-gateway")
-	build := exec.Command("go", "build", "-o", program, "../../cmd/rekall-gateway")
-	build.Stdout, build.Stderr = os.Stderr, os.Stderr
-	if err := build.Run(); err != nil {
-		fmt.Fprintln(os.Stderr, "build the gateway:", err)
-		return 1
-	}
-	return b.m.Run()
+func TestMain(m *testing.M) {
+	pgtest.Main(process.Built(m, func(dir string) error {
+		program = filepath.Join(dir, "rekall-gateway")
+		return process.Build(program, "../../cmd/rekall-gateway")
+	}))
 }
 
 // rig is a database, and a backend for the gateways in front of it.
@@ -93,7 +73,7 @@ type gateway struct {
 	t                    *testing.T
 	database, file       string
 	http, admin, metrics string // addresses
-	process              *process
+	process              *process.Process
 }
 
 const caddyfile = `{
@@ -128,11 +108,11 @@ func (r *rig) start(option string) *gateway {
 	r.t.Helper()
 	dir := r.t.TempDir()
 	g := &gateway{
-		t: r.t, file: filepath.Join(dir, "Caddyfile"), http: freeAddress(r.t), admin: freeAddress(r.t), metrics: freeAddress(r.t),
+		t: r.t, file: filepath.Join(dir, "Caddyfile"), http: process.FreeAddress(r.t), admin: process.FreeAddress(r.t), metrics: process.FreeAddress(r.t),
 	}
 	text := strings.NewReplacer("ADMIN", g.admin, "OPTION", option, "GATEWAY", r.gateway, "HTTP", g.http, "BACKEND", r.backend.Address(), "METRICS", g.metrics).
 		Replace(caddyfile)
-	write(r.t, g.file, text)
+	process.Write(r.t, g.file, text)
 	g.database = r.database
 	g.run()
 	return g
@@ -141,8 +121,9 @@ func (r *rig) start(option string) *gateway {
 // run starts the process, for the first time or again.
 func (g *gateway) run() {
 	g.t.Helper()
-	g.process = run(g.t, []string{"REKALL_DATABASE_URL=" + g.database, "HOME=" + filepath.Dir(g.file)}, program, "run", "--config", g.file, "--adapter", "caddyfile")
-	eventually(g.t, "the gateway is ready", func() bool { return status("http://"+g.admin+"/rekall/ready") == http.StatusOK })
+	g.process = process.Start(g.t, process.Options{Env: []string{"REKALL_DATABASE_URL=" + g.database, "HOME=" + filepath.Dir(g.file)}},
+		program, "run", "--config", g.file, "--adapter", "caddyfile")
+	process.Eventually(g.t, "the gateway is ready", func() bool { return status("http://"+g.admin+"/rekall/ready") == http.StatusOK })
 }
 
 // ask sends a request with a key and returns the status.
@@ -205,20 +186,20 @@ func startPrometheus(t *testing.T, rules string, gateways ...*gateway) *promethe
 	for _, g := range gateways {
 		targets = append(targets, fmt.Sprintf("%q", g.metrics))
 	}
-	write(t, filepath.Join(dir, "rules.yml"), rules)
-	write(t, filepath.Join(dir, "prometheus.yml"), `
+	process.Write(t, filepath.Join(dir, "rules.yml"), rules)
+	process.Write(t, filepath.Join(dir, "prometheus.yml"), `
 global: {scrape_interval: 1s, scrape_timeout: 1s, evaluation_interval: 500ms}
 rule_files: [rules.yml]
 scrape_configs:
   - job_name: rekall-gateway
     static_configs: [{targets: [`+strings.Join(targets, ", ")+`]}]
 `)
-	p := &prometheus{t, freeAddress(t)}
-	run(t, nil, "prometheus", "--config.file="+filepath.Join(dir, "prometheus.yml"), "--storage.tsdb.path="+filepath.Join(dir, "data"),
+	p := &prometheus{t, process.FreeAddress(t)}
+	process.Start(t, process.Options{}, "prometheus", "--config.file="+filepath.Join(dir, "prometheus.yml"), "--storage.tsdb.path="+filepath.Join(dir, "data"),
 		"--web.listen-address="+p.address, "--log.level=warn")
-	eventually(t, "Prometheus is ready", func() bool { return status("http://"+p.address+"/-/ready") == http.StatusOK })
+	process.Eventually(t, "Prometheus is ready", func() bool { return status("http://"+p.address+"/-/ready") == http.StatusOK })
 	// Seconds later. What a counter shows at first is no increase of it.
-	eventually(t, "Prometheus has scraped", func() bool { return len(p.query("rekall_ready")) == len(gateways) })
+	process.Eventually(t, "Prometheus has scraped", func() bool { return len(p.query("rekall_ready")) == len(gateways) })
 	return p
 }
 
@@ -260,7 +241,7 @@ func (p *prometheus) firing() map[string]bool {
 func (p *prometheus) waitFiring(alerts ...string) {
 	p.t.Helper()
 	seen := make(map[string]bool)
-	eventually(p.t, fmt.Sprintf("%v have fired", alerts), func() bool {
+	process.Eventually(p.t, fmt.Sprintf("%v have fired", alerts), func() bool {
 		for alert := range p.firing() {
 			seen[alert] = true
 		}
@@ -273,64 +254,6 @@ func (p *prometheus) waitFiring(alerts ...string) {
 	})
 }
 
-// process is a program that runs until the test ends.
-type process struct {
-	cmd  *exec.Cmd
-	log  output
-	done chan struct{}
-}
-
-// output collects what a process prints.
-type output struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (o *output) Write(p []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.buf.Write(p)
-}
-
-func (o *output) String() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.buf.String()
-}
-
-func run(t *testing.T, env []string, name string, args ...string) *process {
-	t.Helper()
-	p := &process{cmd: exec.Command(name, args...), done: make(chan struct{})}
-	p.cmd.Env = append(os.Environ(), env...)
-	p.cmd.Stdout, p.cmd.Stderr = &p.log, &p.log
-	if err := p.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		defer close(p.done)
-		_ = p.cmd.Wait()
-	}()
-	t.Cleanup(func() {
-		_ = p.cmd.Process.Signal(syscall.SIGTERM)
-		select {
-		case <-p.done:
-		case <-time.After(20 * time.Second):
-			_ = p.cmd.Process.Kill()
-			<-p.done
-			t.Errorf("%s did not end", filepath.Base(name))
-		}
-		if log := p.log.String(); t.Failed() {
-			t.Logf("log of %s:\n%s", filepath.Base(name), log[max(0, len(log)-4000):])
-		}
-	})
-	return p
-}
-
-func (p *process) kill() {
-	_ = p.cmd.Process.Kill()
-	<-p.done
-}
-
 var client = &http.Client{Timeout: 10 * time.Second}
 
 // status is that of an answer; 0: there is none.
@@ -341,45 +264,4 @@ func status(url string) int {
 	}
 	_ = resp.Body.Close()
 	return resp.StatusCode
-}
-
-// freeAddress picks a port below those that the kernel gives to outgoing connections, one of which could take it first.
-func freeAddress(t *testing.T) string {
-	t.Helper()
-	for range 100 {
-		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10_000+rand.IntN(10_000)))
-		if err == nil {
-			_ = listener.Close()
-			return listener.Addr().String()
-		}
-	}
-	t.Fatal("no free port")
-	return ""
-}
-
-func write(t *testing.T, path, text string) {
-	t.Helper()
-	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func read(t *testing.T, path string) string {
-	t.Helper()
-	text, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(text)
-}
-
-func eventually(t *testing.T, what string, condition func() bool) {
-	t.Helper()
-	deadline := time.Now().Add(time.Minute)
-	for !condition() {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within a minute: %s", what)
-		}
-		<-time.After(50 * time.Millisecond)
-	}
 }

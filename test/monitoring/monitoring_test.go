@@ -17,6 +17,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/devenv/redistest"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 const shipped = "../../cmd/rekall-gateway/deploy/monitoring/"
@@ -25,7 +26,7 @@ const shipped = "../../cmd/rekall-gateway/deploy/monitoring/"
 // such that a fault of seconds passes them.
 func hastened(t *testing.T) string {
 	t.Helper()
-	rules := read(t, shipped+"rules.yml")
+	rules := process.Read(t, shipped+"rules.yml")
 	for _, change := range [][2]string{
 		{`for: \S+`, "for: 2s"},
 		{`\[5m\]`, "[5s]"},
@@ -44,7 +45,7 @@ func hastened(t *testing.T) string {
 func alerts(t *testing.T) []string {
 	t.Helper()
 	var names []string
-	for _, match := range regexp.MustCompile(`(?m)- alert: (\w+)$`).FindAllStringSubmatch(read(t, shipped+"rules.yml"), -1) {
+	for _, match := range regexp.MustCompile(`(?m)- alert: (\w+)$`).FindAllStringSubmatch(process.Read(t, shipped+"rules.yml"), -1) {
 		names = append(names, match[1])
 	}
 	return names
@@ -59,7 +60,7 @@ func panels(t *testing.T) map[string][]string {
 			Targets []struct{ Expr string }
 		}
 	}
-	if err := json.Unmarshal([]byte(read(t, shipped+"dashboard.json")), &dashboard); err != nil {
+	if err := json.Unmarshal([]byte(process.Read(t, shipped+"dashboard.json")), &dashboard); err != nil {
 		t.Fatal(err)
 	}
 	variables := strings.NewReplacer("$job", "rekall-gateway", "$instance", ".*", "$__rate_interval", "1m")
@@ -91,10 +92,10 @@ func TestEveryQueryReturnsDataAndEachAlertFiresWhenItsFaultIsMade(t *testing.T) 
 
 	for title, queries := range panels(t) {
 		for _, query := range queries {
-			eventually(t, title+" has data: "+query, func() bool { return hasNumber(p.query(query)) })
+			process.Eventually(t, title+" has data: "+query, func() bool { return hasNumber(p.query(query)) })
 		}
 	}
-	eventually(t, "no alert fires while all is well", func() bool { return len(p.firing()) == 0 })
+	process.Eventually(t, "no alert fires while all is well", func() bool { return len(p.firing()) == 0 })
 	fired := []string{"RekallRevocationSlow"}
 	fault := func(alerts ...string) {
 		t.Helper()
@@ -107,7 +108,7 @@ func TestEveryQueryReturnsDataAndEachAlertFiresWhenItsFaultIsMade(t *testing.T) 
 	}
 
 	fault("RekallUnknownKeys", "RekallEdgeDown", "RekallEdgeSilent")
-	other.process.kill()
+	other.process.Kill()
 	end := load(8, func() { g.ask(apikey.Generate(apikey.Production)) })
 	p.waitFiring("RekallUnknownKeys", "RekallEdgeDown", "RekallEdgeSilent")
 	end()
@@ -136,7 +137,7 @@ func hasNumber(samples []sample) bool {
 // TestAlertsFireInTime feeds the shipped rules, whose minutes no other test waits for, with series that a fault makes.
 func TestAlertsFireInTime(t *testing.T) {
 	promtool(t, "", "test", "rules", "testdata/rules_test.yml")
-	tested := read(t, "testdata/rules_test.yml")
+	tested := process.Read(t, "testdata/rules_test.yml")
 	for _, alert := range alerts(t) {
 		if !strings.Contains(tested, `{alertname="`+alert+`"}`) {
 			t.Errorf("no test of %s", alert)
@@ -145,7 +146,7 @@ func TestAlertsFireInTime(t *testing.T) {
 }
 
 func TestEachAlertLinksToItsPageInTheRunbook(t *testing.T) {
-	runbook, rules := read(t, shipped+"RUNBOOK.md"), read(t, shipped+"rules.yml")
+	runbook, rules := process.Read(t, shipped+"RUNBOOK.md"), process.Read(t, shipped+"rules.yml")
 	for _, alert := range alerts(t) {
 		if !strings.Contains(runbook, "\n## "+alert+"\n\n**It means:** ") {
 			t.Errorf("the runbook does not say what %s means", alert)
@@ -164,7 +165,7 @@ func TestMetricsFollowConventionsAndSurviveReloads(t *testing.T) {
 	for range 200 { // of which about one in 16 is timed
 		g.allowed(key)
 	}
-	eventually(t, "usage is flushed", func() bool { return g.metric("rekall_usage_flushed_total") == 200 })
+	process.Eventually(t, "usage is flushed", func() bool { return g.metric("rekall_usage_flushed_total") == 200 })
 	before := g.counters()
 	promtool(t, g.text(), "check", "metrics")
 
@@ -192,7 +193,7 @@ func TestMetricsFollowConventionsAndSurviveReloads(t *testing.T) {
 func TestCommandsOfTheRunbookWork(t *testing.T) {
 	r := newRig(t, pgtest.URL(t))
 	g := r.start("")
-	blocks := regexp.MustCompile("(?s)\n```sh\n(.*?)```\n").FindAllStringSubmatch(read(t, shipped+"RUNBOOK.md"), -1)
+	blocks := regexp.MustCompile("(?s)\n```sh\n(.*?)```\n").FindAllStringSubmatch(process.Read(t, shipped+"RUNBOOK.md"), -1)
 	if len(blocks) < len(alerts(t)) {
 		t.Fatalf("%d blocks of commands", len(blocks))
 	}
@@ -216,7 +217,7 @@ func promtool(t *testing.T, input string, args ...string) {
 
 func reload(t *testing.T, g *gateway) {
 	t.Helper()
-	req, err := http.NewRequest("POST", "http://"+g.admin+"/load", strings.NewReader(read(t, g.file)))
+	req, err := http.NewRequest("POST", "http://"+g.admin+"/load", strings.NewReader(process.Read(t, g.file)))
 	if err != nil {
 		t.Fatal(err)
 	}

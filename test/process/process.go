@@ -1,0 +1,209 @@
+// Package process runs what tests are about, the gateway before all, as processes of their own.
+package process
+
+import (
+	"bytes"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// patience is how long a test waits for what a slow machine can take its time for.
+const patience = time.Minute
+
+// Log collects what a process prints. It can be read meanwhile, and serve a process that is started again.
+type Log struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+// Write implements io.Writer.
+func (l *Log) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(p)
+}
+
+// String returns all of it.
+func (l *Log) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
+}
+
+// Tail returns its last 6,000 bytes.
+func (l *Log) Tail() string {
+	text := l.String()
+	return text[max(0, len(text)-6000):]
+}
+
+// Options of a process. All may be left out.
+type Options struct {
+	Env    []string   // in addition to the test's own
+	Files  []*os.File // that it is handed, from fd 3 on
+	Log    *Log       // nil: one of its own
+	Killed bool       // at the end of the test, in place of being asked to end
+}
+
+// Process is a program that was started.
+type Process struct {
+	Log  *Log
+	name string
+	cmd  *exec.Cmd
+	done chan struct{}
+}
+
+// Run starts a program, which runs until something ends it.
+func Run(o Options, program string, args ...string) (*Process, error) {
+	p := &Process{Log: o.Log, name: filepath.Base(program), cmd: exec.Command(program, args...), done: make(chan struct{})}
+	if p.Log == nil {
+		p.Log = new(Log)
+	}
+	// A race that ends the process is seen though nobody reads the log.
+	p.cmd.Env = append(append(os.Environ(), "GORACE=halt_on_error=1"), o.Env...)
+	p.cmd.ExtraFiles = o.Files
+	p.cmd.Stdout, p.cmd.Stderr = p.Log, p.Log
+	if err := p.cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start %s: %w", p.name, err)
+	}
+	go func() {
+		defer close(p.done)
+		_ = p.cmd.Wait()
+	}()
+	return p, nil
+}
+
+// Start runs a program until the test ends. If the test has failed, its log is shown.
+func Start(t testing.TB, o Options, program string, args ...string) *Process {
+	t.Helper()
+	p, err := Run(o, program, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if o.Killed {
+			p.Kill()
+		}
+		p.Stop(t)
+		if t.Failed() {
+			t.Logf("end of the log of %s:\n%s", p.name, p.Log.Tail())
+		}
+	})
+	return p
+}
+
+// Stop asks the process to end, as systemd does, and waits until it has. A data race that it had fails the test.
+func (p *Process) Stop(t testing.TB) {
+	t.Helper()
+	p.Signal(syscall.SIGCONT)
+	p.Signal(syscall.SIGTERM)
+	select {
+	case <-p.done:
+	case <-time.After(patience):
+		p.Kill()
+		t.Errorf("%s did not end", p.name)
+	}
+	if strings.Contains(p.Log.String(), "DATA RACE") {
+		t.Errorf("%s has a data race:\n%s", p.name, p.Log)
+	}
+}
+
+// Kill ends the process at once.
+func (p *Process) Kill() {
+	p.Signal(syscall.SIGKILL)
+	<-p.done
+}
+
+// Signal sends a signal, to which a process that has ended pays no heed.
+func (p *Process) Signal(s syscall.Signal) { _ = p.cmd.Process.Signal(s) }
+
+// Ended is closed when the process has ended.
+func (p *Process) Ended() <-chan struct{} { return p.done }
+
+// MustRun fails the test if the process has ended.
+func (p *Process) MustRun(t testing.TB) {
+	t.Helper()
+	select {
+	case <-p.done:
+		t.Fatalf("%s ended:\n%s", p.name, p.Log.Tail())
+	default:
+	}
+}
+
+// Pid returns the number of the process.
+func (p *Process) Pid() int { return p.cmd.Process.Pid }
+
+// ExitCode returns that of a process that has ended.
+func (p *Process) ExitCode() int { return p.cmd.ProcessState.ExitCode() }
+
+// lastPort makes the ports of tests that run at the same time different: one test may have stopped what another would take
+// for its own.
+var lastPort atomic.Int32
+
+// FreePort returns a port below those that the kernel gives to outgoing connections, one of which could take it first, and below
+// those of devenv.
+func FreePort(t testing.TB) int {
+	t.Helper()
+	const lowest, ports = 10_000, 10_000
+	lastPort.CompareAndSwap(0, rand.Int32N(ports)) // other test programs run at the same time
+	for range ports {
+		port := lowest + int(lastPort.Add(1))%ports
+		if l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil {
+			_ = l.Close()
+			return port
+		}
+	}
+	t.Fatal("no port is free")
+	return 0
+}
+
+// FreeAddress returns a free port with its host.
+func FreeAddress(t testing.TB) string {
+	t.Helper()
+	return fmt.Sprintf("127.0.0.1:%d", FreePort(t))
+}
+
+// Eventually waits until a condition holds, for a minute at most.
+func Eventually(t testing.TB, what string, condition func() bool) {
+	t.Helper()
+	Within(t, patience, what, condition)
+}
+
+// Within waits until a condition holds.
+func Within(t testing.TB, limit time.Duration, what string, condition func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(limit)
+	for !condition() {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within %s: %s", limit, what)
+		}
+		<-time.After(5 * time.Millisecond)
+	}
+}
+
+// Write writes a file that only the test's user may read.
+func Write(t testing.TB, path, text string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Read returns what is in a file.
+func Read(t testing.TB, path string) string {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
