@@ -216,7 +216,7 @@ func TestStopWhileAnOldConfigurationIsDrainingLosesNoUse(t *testing.T) {
 	}
 	ask()
 	// A first use is flushed at once. What follows is not, for a minute.
-	process.Eventually(t, "the first use is flushed", func() bool { return r.usage(key)["allowed"] > 0 })
+	process.Within(t, 30*time.Second, "the first use is flushed", func() bool { return r.usage(key)["allowed"] > 0 })
 	ask()
 	stream := g.open("GET", "/v1/memories", demo(key, "sse"), nil) // keeps the old configuration
 	g.rewrite(t, "usage_flush 1m", "usage_flush 2m")
@@ -235,7 +235,7 @@ func TestReloadFlushesWhatIsCounted(t *testing.T) {
 	g := r.start(standardSite, "usage_flush 5m")
 	key := r.key("production", "memories:read")
 	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 200, "")
-	process.Eventually(t, "the first use is flushed", func() bool { return r.usage(key)["allowed"] == 1 })
+	process.Within(t, 30*time.Second, "the first use is flushed", func() bool { return r.usage(key)["allowed"] == 1 })
 	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 200, "")
 	g.reload()
 	process.Eventually(t, "the second is flushed by the reload", func() bool { return r.usage(key)["allowed"] == 2 })

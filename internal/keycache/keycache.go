@@ -229,6 +229,10 @@ func (c *Cache) often(s *state, d *apikey.Digest, now time.Time) *entry {
 	if sampled(now) {
 		return nil
 	}
+	return c.hotEntry(s, d)
+}
+
+func (c *Cache) hotEntry(s *state, d *apikey.Digest) *entry {
 	if e := c.hot[place(d)%hotSlots].Load(); e != nil && e.record.Digest == *d && s.usable(e) {
 		return e
 	}
@@ -247,7 +251,11 @@ func (c *Cache) cached(s *state, d *apikey.Digest, now time.Time) *entry {
 	if ch, ok := s.changes[*d]; ok { // the feed itself brought the row
 		return ch.entry
 	}
-	return nil
+	e := c.hotEntry(s, d)
+	if e != nil { // and ristretto, which sees few of its finds, has given it up
+		c.keep(e)
+	}
+	return e
 }
 
 // ask reads the row from Postgres and keeps it.

@@ -608,3 +608,28 @@ func TestHotEntryIsBelievedNoMoreThanAnyOther(t *testing.T) {
 		want(t, c, other.digest, apikey.Revoked)
 	}
 }
+
+// TestKeyThatIsFoundOftenNeedsNoLookupWhenRistrettoGivesItUp: few of its finds are seen by ristretto, which keeps what it sees.
+func TestKeyThatIsFoundOftenNeedsNoLookupWhenRistrettoGivesItUp(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	c, s := newCache(t, db.store, nil), new(syncer)
+	key := db.create(t)
+	tick(t, s, c)
+	found, err := c.Find(t.Context(), key.digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.known.Wait()
+	c.hot[place(&key.digest)%hotSlots].Store(found.entry)
+	c.known.Del(place(&key.digest))
+	for range 10 * hotShare {
+		want(t, c, key.digest, apikey.Allowed)
+	}
+	if n := c.Status().Lookups; n != 1 {
+		t.Errorf("%d lookups, want 1", n)
+	}
+	c.known.Wait()
+	if e, ok := c.known.Get(place(&key.digest)); !ok || e != found.entry {
+		t.Error("ristretto has not got it back")
+	}
+}

@@ -208,12 +208,14 @@ backend edges
 	if output, err := exec.Command("haproxy", "-c", "-f", file).CombinedOutput(); err != nil {
 		f.t.Fatalf("%v\n%s", err, output)
 	}
-	run(f.t, nil, "haproxy", "-db", "-f", file)
+	process.Start(f.t, process.Options{}, "haproxy", "-db", "-f", file)
 	process.Eventually(f.t, "HAProxy serves", func() bool { return status("http://"+f.front+"/v1/memories") == http.StatusUnauthorized })
 }
 
 func (f *fleet) signal(edge int, signal syscall.Signal) {
-	f.must(f.edges[edge].process.cmd.Process.Signal(signal))
+	edgeProcess := f.edges[edge].process
+	edgeProcess.MustRun(f.t)
+	edgeProcess.Signal(signal)
 }
 
 func (f *fleet) restartPostgres() { f.must(f.primary.Restart(context.Background())) }
@@ -234,8 +236,7 @@ func (f *fleet) beginFlood() {
 // restartEdges does as the operator's guide says: the next only when the one before is ready and the load balancer knows.
 func (f *fleet) restartEdges() {
 	for _, g := range f.edges {
-		f.must(g.process.cmd.Process.Signal(syscall.SIGTERM))
-		<-g.process.done
+		g.process.Stop(f.t)
 		g.run()
 		<-time.After(2 * time.Second)
 	}

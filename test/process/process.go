@@ -93,7 +93,7 @@ func Start(t testing.TB, o Options, program string, args ...string) *Process {
 		if o.Killed {
 			p.Kill()
 		}
-		p.Stop(t)
+		p.end(t)
 		if t.Failed() {
 			t.Logf("end of the log of %s:\n%s", p.name, p.Log.Tail())
 		}
@@ -101,8 +101,19 @@ func Start(t testing.TB, o Options, program string, args ...string) *Process {
 	return p
 }
 
-// Stop asks the process to end, as systemd does, and waits until it has. A data race that it had fails the test.
+// Stop asks the process to end, as systemd does, and waits until it has. That it had ended before, or a data race that it had, fails
+// the test.
 func (p *Process) Stop(t testing.TB) {
+	t.Helper()
+	select {
+	case <-p.done:
+		t.Errorf("%s had ended before it was asked to", p.name)
+	default:
+	}
+	p.end(t)
+}
+
+func (p *Process) end(t testing.TB) {
 	t.Helper()
 	p.Signal(syscall.SIGCONT)
 	p.Signal(syscall.SIGTERM)
@@ -113,7 +124,7 @@ func (p *Process) Stop(t testing.TB) {
 		t.Errorf("%s did not end", p.name)
 	}
 	if strings.Contains(p.Log.String(), "DATA RACE") {
-		t.Errorf("%s has a data race:\n%s", p.name, p.Log)
+		t.Errorf("%s has a data race", p.name)
 	}
 }
 
@@ -145,31 +156,51 @@ func (p *Process) Pid() int { return p.cmd.Process.Pid }
 // ExitCode returns that of a process that has ended.
 func (p *Process) ExitCode() int { return p.cmd.ProcessState.ExitCode() }
 
-// lastPort makes the ports of tests that run at the same time different: one test may have stopped what another would take
-// for its own.
-var lastPort atomic.Int32
+const (
+	// The blocks of ports lie below those that the kernel gives to outgoing connections, one of which could take a port first, and
+	// below those of devenv.
+	firstBlock, blocks, blockSize = 11_000, 9, 1000
+)
 
-// FreePort returns a port below those that the kernel gives to outgoing connections, one of which could take it first, and below
-// those of devenv.
+// block listens on the first port of the block that no other test program has: who listens there has it. Others could take what a test
+// here has stopped for a while.
+var block = sync.OnceValue(func() net.Listener {
+	for _, i := range rand.Perm(blocks) {
+		if listener, err := net.Listen("tcp", loopback(firstBlock+i*blockSize)); err == nil {
+			return listener
+		}
+	}
+	return nil
+})
+
+var lastPort atomic.Int32 // in the block
+
+func loopback(port int) string { return fmt.Sprintf("127.0.0.1:%d", port) }
+
+// FreePort returns a port that no other test gets.
 func FreePort(t testing.TB) int {
 	t.Helper()
-	const lowest, ports = 10_000, 10_000
-	lastPort.CompareAndSwap(0, rand.Int32N(ports)) // other test programs run at the same time
-	for range ports {
-		port := lowest + int(lastPort.Add(1))%ports
-		if l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil {
+	held := block()
+	if held == nil {
+		t.Fatal("no block of ports is free")
+	}
+	for {
+		offset := int(lastPort.Add(1))
+		if offset >= blockSize {
+			t.Fatal("no port is free")
+		}
+		port := held.Addr().(*net.TCPAddr).Port + offset
+		if l, err := net.Listen("tcp", loopback(port)); err == nil {
 			_ = l.Close()
 			return port
 		}
 	}
-	t.Fatal("no port is free")
-	return 0
 }
 
 // FreeAddress returns a free port with its host.
 func FreeAddress(t testing.TB) string {
 	t.Helper()
-	return fmt.Sprintf("127.0.0.1:%d", FreePort(t))
+	return loopback(FreePort(t))
 }
 
 // Eventually waits until a condition holds, for a minute at most.
