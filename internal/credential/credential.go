@@ -229,7 +229,7 @@ func bearerToken(value string) (token string, ok bool) {
 	return trim(rest), true
 }
 
-// trim takes the blanks that a header may have off both ends. strings.Trim takes twice as long as the rest of bearerToken.
+// trim takes the blanks that a header may have off both ends. strings.Trim makes a set of them at each call.
 func trim(s string) string {
 	for s != "" && blank(s[0]) {
 		s = s[1:]
