@@ -171,7 +171,7 @@ func TestCutReachesARequestWhoseContextIsNotTheServers(t *testing.T) {
 	}
 }
 
-// TestRequestHasNotTheCredentialOfTheOneBefore: their connection carries both.
+// TestRequestHasNotTheCredentialOfTheOneBefore: both come on one connection.
 func TestRequestHasNotTheCredentialOfTheOneBefore(t *testing.T) {
 	k := newKeepAlive(t, asItCame, passing{}.ServeHTTP)
 	for range 2 {

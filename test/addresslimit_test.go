@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
-	"github.com/rekall-ai/gateway/test/process"
 )
 
 // limitedSite has an address_limit.
@@ -31,7 +30,7 @@ func TestAddressThatGuessesIsRefusedBeforeAnyLookupAndNobodyElseIs(t *testing.T)
 	g.run(r.database)
 	g.waitReady()
 	const guesser = "2001:db8:1:2::1"
-	process.Eventually(t, "the good key is in memory", func() bool {
+	eventually(t, "the good key is in memory", func() bool {
 		before := g.status().Lookups
 		g.do("GET", "/v1/memories", from(guesser, bearer(good))).wantCode(t, 200, "")
 		return g.status().Lookups == before
@@ -69,7 +68,7 @@ func TestClientThatObeysTheRetryAfterOfAnAddressLimitIsAnswered(t *testing.T) {
 	g := r.start(limitedSite("60 5"))
 	guess := func() reply { return g.do("GET", "/v1/memories", nil) }
 	var refused reply
-	process.Eventually(t, "it is over the limit", func() bool {
+	eventually(t, "it is over the limit", func() bool {
 		refused = guess()
 		return refused.StatusCode == 429
 	})

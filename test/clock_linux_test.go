@@ -17,7 +17,6 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
-	"github.com/rekall-ai/gateway/test/process"
 )
 
 // setClock sets the wall clock of a running gateway off by so many whole seconds from the machine's, and leaves its monotonic
@@ -37,18 +36,18 @@ func (g *gateway) setClock(offset time.Duration) {
 		g.t.Fatal(err)
 	}
 	// A thread that stands in the function while it is replaced would go on in the middle of another.
-	process.Eventually(g.t, "no thread reads the clock", func() bool {
-		g.process.Signal(syscall.SIGSTOP)
+	eventually(g.t, "no thread reads the clock", func() bool {
+		g.process.Signal(g.t, syscall.SIGSTOP)
 		if stopped, inside := threads(g.t, pid, start, end); stopped && !inside {
 			return true
 		}
-		g.process.Signal(syscall.SIGCONT)
+		g.process.Signal(g.t, syscall.SIGCONT)
 		return false
 	})
 	if _, err := memory.WriteAt(clockCode(g.t, offset), int64(start+clockFunction(g.t, image))); err != nil {
 		g.t.Fatal(err)
 	}
-	g.process.Signal(syscall.SIGCONT)
+	g.process.Signal(g.t, syscall.SIGCONT)
 }
 
 // vdso is the range of addresses that the kernel's own code takes in a process.
@@ -171,7 +170,7 @@ func (g *gateway) clock() time.Time {
 // refused. The test's clock is the machine's, and so Postgres's.
 func (f *faultRig) verdicts(revoked, expiring keyadmin.Key, revokedAt, expiresAt time.Time) {
 	f.t.Helper()
-	process.Eventually(f.t, "both keys are refused and the good one is not", func() bool {
+	eventually(f.t, "both keys are refused and the good one is not", func() bool {
 		good := f.goodKeyWorks()
 		began := time.Now()
 		first := f.g.ask(revoked)
@@ -235,12 +234,12 @@ func TestWallClockSetForwardOrBackChangesNoVerdict(t *testing.T) {
 		expiringStream.ends(t)
 		f.stream.goesOn(t)
 		leaps++
-		process.Eventually(t, "the log tells of the leap", func() bool { return f.logged("wall clock was set") == leaps })
+		eventually(t, "the log tells of the leap", func() bool { return f.logged("wall clock was set") == leaps })
 	}
 	if f.logged("key sync failed") > 0 || f.logged("key sync starts over") != 1 {
 		t.Error("the log tells of a fault in syncing")
 	}
-	process.Eventually(t, "each loss of trust in the log has its end there", func() bool {
+	eventually(t, "each loss of trust in the log has its end there", func() bool {
 		return f.logged("cached keys are not trusted any longer") == f.logged("cached keys are trusted again")
 	})
 }
@@ -257,7 +256,7 @@ func TestWallClockDoesNotProlongTrust(t *testing.T) {
 			f.revoke(f.key.ID)
 			revokedAt := time.Now()
 			f.g.setClock(offset)
-			process.Eventually(t, "the edge stops trusting", func() bool {
+			eventually(t, "the edge stops trusting", func() bool {
 				began := time.Now()
 				revoked, other := f.g.ask(f.key), f.g.ask(good)
 				if revoked == "" && began.Sub(revokedAt) > faultBound {
@@ -270,7 +269,7 @@ func TestWallClockDoesNotProlongTrust(t *testing.T) {
 			})
 			f.stream.ends(t)
 			f.network.heal()
-			process.Eventually(t, "the edge knows", func() bool {
+			eventually(t, "the edge knows", func() bool {
 				return f.g.ask(f.key) == "API_KEY_REVOKED" && f.g.ask(good) == ""
 			})
 			f.wantLogged("cached keys are not trusted any longer", "cached keys are trusted again")
@@ -298,7 +297,7 @@ func TestKeyIsNotExpiredByTheEdgesWallClock(t *testing.T) {
 		stream.goesOn(t)
 	}
 	f.server.Resume()
-	process.Eventually(t, "the key is refused at its time", func() bool { return f.expiry(expiring, expiresAt) })
+	eventually(t, "the key is refused at its time", func() bool { return f.expiry(expiring, expiresAt) })
 	stream.ends(t)
 	f.stream.goesOn(t)
 }

@@ -172,7 +172,7 @@ func TestDevPrintsLinesThatWorkAndLeavesNothing(t *testing.T) {
 			_ = stop()
 		}
 	})
-	process.Eventually(t, "dev is ready", func() bool {
+	eventually(t, "dev is ready", func() bool {
 		select {
 		case err := <-done:
 			t.Fatalf("dev ended: %v\n%s", err, out)
@@ -201,7 +201,7 @@ func TestDevPrintsLinesThatWorkAndLeavesNothing(t *testing.T) {
 			}
 		}
 	}
-	process.Eventually(t, "the revocation holds", func() bool { return strings.Contains(paste(lines[0][1]), "API_KEY_REVOKED") })
+	eventually(t, "the revocation holds", func() bool { return strings.Contains(paste(lines[0][1]), "API_KEY_REVOKED") })
 
 	database := regexp.MustCompile(`postgres://\S+`).FindString(out.String())
 	stopped = true
@@ -257,7 +257,7 @@ func TestDevKeepsItsDataAndFrontsYourBackends(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		process.Eventually(t, "dev is ready", func() bool { return strings.Contains(out.String(), "Ready.") })
+		eventually(t, "dev is ready", func() bool { return strings.Contains(out.String(), "Ready.") })
 		key := regexp.MustCompile(`production key +(\S+)`).FindStringSubmatch(out.String())[1]
 		before := r.production.Requests()
 		do(t, "GET", fmt.Sprintf("http://127.0.0.1:%d/v1/memories", port), http.Header{"X-Api-Key": {key}}, nil).wantCode(t, 200, "")

@@ -15,8 +15,6 @@ import (
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
-
-	"github.com/rekall-ai/gateway/test/process"
 )
 
 // raw sends bytes over a connection of their own. It returns the first answer, or a zero reply if there is none, and
@@ -628,7 +626,7 @@ func (r *rig) startTLS(site string, options ...string) *gateway {
 	r.t.Helper()
 	g := r.start(strings.Replace(site, "http://:PORT {", "https://localhost:PORT {\ntls internal", 1), options...)
 	g.http = strings.Replace(g.http, "http://127.0.0.1", "https://localhost", 1)
-	process.Eventually(r.t, "the gateway has its certificate", func() bool {
+	eventually(r.t, "the gateway has its certificate", func() bool {
 		resp, err := client.Get(g.http)
 		if err == nil {
 			_ = resp.Body.Close()

@@ -26,11 +26,11 @@ func TestRevocationIsConfirmedByEveryEdgeAndTheSilentOneIsNamed(t *testing.T) {
 	north := r.start(standardSite, "edge north eu", "max_staleness 3s")
 	r.start(standardSite, "edge south eu", "max_staleness 3s")
 	silent := r.start(standardSite, "edge silent us", "max_staleness 3s")
-	process.Eventually(t, "all edges are listed", func() bool { return len(r.edges()) == 3 })
+	eventually(t, "all edges are listed", func() bool { return len(r.edges()) == 3 })
 
 	key := r.key("production", "memories:read")
 	north.do("GET", "/v1/memories", bearer(key)).wantCode(t, 200, "")
-	silent.process.Signal(syscall.SIGSTOP)
+	silent.process.Signal(t, syscall.SIGSTOP)
 	stdout, stderr, code := cli(t, r.database, "keys", "revoke", key.ID, "--wait", "--json")
 	if code != 0 {
 		t.Fatal(stderr)
@@ -66,8 +66,8 @@ func TestRevocationIsConfirmedByEveryEdgeAndTheSilentOneIsNamed(t *testing.T) {
 	if !regexp.MustCompile(`(?m)^NAME +REGION +VERSION +STATUS +LAST SYNC +LAG\n(.*\n)*north +eu +\S+ +live +\d{4}-\S+ +\d+\.\ds$`).MatchString(stdout) {
 		t.Errorf("edges list: %s", stdout)
 	}
-	silent.process.Signal(syscall.SIGCONT)
-	process.Eventually(t, "the silent edge is live again", func() bool {
+	silent.process.Signal(t, syscall.SIGCONT)
+	eventually(t, "the silent edge is live again", func() bool {
 		for _, e := range r.edges() {
 			if e.Status != keyadmin.Live {
 				return false
@@ -75,8 +75,8 @@ func TestRevocationIsConfirmedByEveryEdgeAndTheSilentOneIsNamed(t *testing.T) {
 		}
 		return true
 	})
-	silent.process.Signal(syscall.SIGTERM)
-	process.Eventually(t, "an edge that stops drops out", func() bool { return len(r.edges()) == 2 })
+	silent.process.Signal(t, syscall.SIGTERM)
+	eventually(t, "an edge that stops drops out", func() bool { return len(r.edges()) == 2 })
 }
 
 func TestEveryEdgeMeasuresTheCanaryThatOneOfThemRevokes(t *testing.T) {

@@ -166,7 +166,7 @@ func (g *gateway) run(database string) {
 
 func (g *gateway) waitReady() {
 	g.t.Helper()
-	process.Eventually(g.t, "the gateway is ready", func() bool {
+	eventually(g.t, "the gateway is ready", func() bool {
 		g.process.MustRun(g.t)
 		resp, err := http.Get(g.admin + "/rekall/ready")
 		if err != nil {
@@ -175,6 +175,11 @@ func (g *gateway) waitReady() {
 		_ = resp.Body.Close()
 		return resp.StatusCode == http.StatusOK
 	})
+}
+
+func eventually(t testing.TB, what string, condition func() bool) {
+	t.Helper()
+	process.Within(t, 30*time.Second, what, condition)
 }
 
 // canaryPatience is for two canaries: the first, sent at the start, may be over before the first sync of a slow machine.

@@ -158,11 +158,11 @@ func TestTokenFollowsItsKey(t *testing.T) {
 		t.Errorf("scope %q", claims["scope"])
 	}
 	pgtest.Exec(t, r.database, "update rekall.api_keys set scopes = array['memories:read'] where id = $1", key.ID)
-	process.Eventually(t, "the token has the scopes that are left", func() bool {
+	eventually(t, "the token has the scopes that are left", func() bool {
 		return verified(t, g.token(key, nil), g.jwks())["scope"] == "memories:read"
 	})
 	r.revoke(key.ID)
-	process.Eventually(t, "the revocation holds", func() bool { return g.ask(key) == "API_KEY_REVOKED" })
+	eventually(t, "the revocation holds", func() bool { return g.ask(key) == "API_KEY_REVOKED" })
 	before := r.production.Requests()
 	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 401, "API_KEY_REVOKED")
 	if r.production.Requests() != before {
@@ -234,7 +234,7 @@ func TestRequestForWhichNoTokenCanBeSignedIsNotPassedOn(t *testing.T) {
 		t.Error("the log does not say why")
 	}
 	pgtest.Exec(t, r.database, "alter table rekall.hidden rename to signing_keys")
-	process.Eventually(t, "tokens are signed", func() bool { return g.ask(key) == "" })
+	eventually(t, "tokens are signed", func() bool { return g.ask(key) == "" })
 	verified(t, g.token(key, nil), g.jwks())
 }
 
@@ -290,7 +290,7 @@ func TestGoBackendInTheManualServesOnlyWhatCameThroughTheGateway(t *testing.T) {
 		_ = backend.Process.Kill()
 		_ = backend.Wait()
 	})
-	process.Eventually(t, "the backend listens", func() bool {
+	eventually(t, "the backend listens", func() bool {
 		_, err := send("GET", "http://"+address, nil, nil)
 		return err == nil
 	})

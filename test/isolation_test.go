@@ -265,6 +265,6 @@ func TestHealthChecksReachAGuardedBackend(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	g := r.start("http://:PORT {\nbind 127.0.0.1\n" + block("reverse_proxy PRODUCTION {\n health_uri /health\n health_interval 100ms\n transport rekall production\n}", "respond 418") + "}\n")
-	process.Eventually(t, "the backend sees health checks", func() bool { return r.production.Requests() > 1 })
+	eventually(t, "the backend sees health checks", func() bool { return r.production.Requests() > 1 })
 	g.do("GET", "/v1/memories", bearer(r.key("production", "memories:read"))).wantCode(t, http.StatusOK, "")
 }

@@ -500,7 +500,7 @@ func TestNoKeyIsLoggedWhileNobodyCanTell(t *testing.T) {
 	hidden.add("database password", password)
 	g := r.prepare(standardSite + "http://plain.example:PORT {\nbind 127.0.0.1\nlog\nrekall_tls_only\n}\n")
 	g.run(fmt.Sprintf("postgres://gateway:%s@127.0.0.1:1/rekall?connect_timeout=1", password))
-	process.Eventually(t, "the gateway serves", func() bool {
+	eventually(t, "the gateway serves", func() bool {
 		_, err := http.Get(g.http)
 		return err == nil
 	})

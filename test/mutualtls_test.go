@@ -9,8 +9,6 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
-
-	"github.com/rekall-ai/gateway/test/process"
 )
 
 // exampleTLS returns the lines about mutual TLS in Caddyfile.example, with the test's files in them.
@@ -79,7 +77,7 @@ http://:PORT {
 			if answer.StatusCode != 200 || answer.Header.Get("Caller") != "edge.internal" {
 				t.Errorf("answer %d to %q", answer.StatusCode, answer.Header.Get("Caller"))
 			}
-			process.Eventually(t, "health checks pass as well", func() bool { return checks.Load() > before+1 })
+			eventually(t, "health checks pass as well", func() bool { return checks.Load() > before+1 })
 		})
 	}
 	t.Run("another's certificate", func(t *testing.T) {

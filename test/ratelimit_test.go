@@ -17,7 +17,6 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
-	"github.com/rekall-ai/gateway/test/process"
 )
 
 // heldSite holds keys to their limits.
@@ -86,7 +85,7 @@ func TestLimitsFollowTierAccountAndKeyWhileTheGatewayRuns(t *testing.T) {
 	production, sandbox := r.key("production", "memories:read"), r.key("sandbox", "memories:read")
 	shows := func(key keyadmin.Key, perMinute int) {
 		t.Helper()
-		process.Eventually(t, "the key has its limit", func() bool { return g.get(key).Header.Get("X-RateLimit-Limit") == strconv.Itoa(perMinute) })
+		eventually(t, "the key has its limit", func() bool { return g.get(key).Header.Get("X-RateLimit-Limit") == strconv.Itoa(perMinute) })
 		wantLimits(t, key.Environment, g.get(key).Header, perMinute)
 	}
 	shows(production, 100)
@@ -113,7 +112,7 @@ func TestLimitsFollowTierAccountAndKeyWhileTheGatewayRuns(t *testing.T) {
 	}
 	r.limitAccount("enterprise", 0, 0, 0)
 	r.limitKey(production, keyadmin.LimitsChange{PerMinute: &none})
-	process.Eventually(t, "an enterprise has no limit", func() bool { return g.get(production).Header.Get("X-RateLimit-Limit") == "" })
+	eventually(t, "an enterprise has no limit", func() bool { return g.get(production).Header.Get("X-RateLimit-Limit") == "" })
 
 	for range 200 { // more than the tier sandbox lets through
 		answer := off.get(sandbox)
@@ -179,7 +178,7 @@ func TestEveryAnswerThatAKeyGotTellsItsLimits(t *testing.T) {
 	wantLimits(t, "WebSocket", upgraded.Header, 1200)
 
 	waiting := async(t, "GET", g.http+"/v1/memories", demo(doomed, "hang"), nil)
-	process.Eventually(t, "it waits for its answer", func() bool { return r.production.Open() == 2 })
+	eventually(t, "it waits for its answer", func() bool { return r.production.Open() == 2 })
 	r.revoke(doomed.ID)
 	cut := waiting()
 	cut.wantCode(t, 401, "API_KEY_REVOKED")
@@ -247,7 +246,7 @@ func TestRemainingFallsByOneWithEachRequest(t *testing.T) {
 	r.limitAccount("free", 4, 301, 5) // 300 at once, and hardly more while the test runs
 	g := r.start(heldSite)
 	key := r.key("production", "memories:read")
-	process.Eventually(t, "the limit is known", func() bool { return g.get(key).Header.Get("X-RateLimit-Limit") == "4" })
+	eventually(t, "the limit is known", func() bool { return g.get(key).Header.Get("X-RateLimit-Limit") == "4" })
 	for range 400 {
 		if answer := g.get(key); answer.StatusCode == http.StatusTooManyRequests {
 			return // Remaining is at most the limit: the last four tell it
@@ -280,14 +279,14 @@ func TestRequestsAtATimeAreCountedAndGivenBackOnEveryWayOut(t *testing.T) {
 		socket+"\nreverse_proxy @breaking "+strings.TrimPrefix(breaking.URL, "http://")+"\nreverse_proxy PRODUCTION", 1))
 	// What is refused is tried again: the last place may not have been given back yet.
 	stream := func(t *testing.T, key keyadmin.Key) (resp *http.Response) {
-		process.Eventually(t, "a place for a stream is free", func() bool {
+		eventually(t, "a place for a stream is free", func() bool {
 			resp = g.open("GET", "/v1/memories", demo(key, "sse"), nil)
 			return resp.StatusCode == http.StatusOK
 		})
 		return resp
 	}
 	webSocket := func(t *testing.T, key keyadmin.Key) (conn net.Conn) {
-		process.Eventually(t, "a place for a WebSocket is free", func() bool {
+		eventually(t, "a place for a WebSocket is free", func() bool {
 			var resp *http.Response
 			conn, _, resp = g.openWebSocket(bearer(key))
 			return resp.StatusCode == http.StatusSwitchingProtocols
@@ -312,7 +311,7 @@ func TestRequestsAtATimeAreCountedAndGivenBackOnEveryWayOut(t *testing.T) {
 					}
 				}
 			}()
-			process.Eventually(t, "it waits", func() bool { return r.production.Requests() > before })
+			eventually(t, "it waits", func() bool { return r.production.Requests() > before })
 			return cancel
 		},
 		"the key ends": func(t *testing.T, key keyadmin.Key) func() {
@@ -353,7 +352,7 @@ func TestRequestsAtATimeAreCountedAndGivenBackOnEveryWayOut(t *testing.T) {
 				for _, end := range ends {
 					end()
 				}
-				process.Eventually(t, "all are given back", func() bool { return g.get(key).StatusCode == http.StatusOK })
+				eventually(t, "all are given back", func() bool { return g.get(key).StatusCode == http.StatusOK })
 			}
 		})
 	}
@@ -406,11 +405,11 @@ func TestRequestsBeyondALimitAreToldByReason(t *testing.T) {
 			t.Errorf("%s is %v, want %v", series, n, want)
 		}
 	}
-	process.Eventually(t, "usage tells it", func() bool {
+	eventually(t, "usage tells it", func() bool {
 		used := r.usage(key)
 		return used["allowed"] == 2 && used["rate_limited"] == 2 && len(used) == 2
 	})
-	process.Eventually(t, "the access log tells it", func() bool {
+	eventually(t, "the access log tells it", func() bool {
 		lines, _ := os.ReadFile(file)
 		for line := range strings.Lines(string(lines)) {
 			if strings.Contains(line, limited.Header.Get("X-Request-Id")) {
@@ -453,7 +452,7 @@ func TestPasswordOfTheRateLimitStoreIsShownNowhere(t *testing.T) {
 			}
 			g.waitReady()
 			g.get(r.key("production", "memories:read")).wantCode(t, 200, "")
-			process.Eventually(t, "the log says so", func() bool { return strings.Contains(g.log.String(), "rate limit store does not answer") })
+			eventually(t, "the log says so", func() bool { return strings.Contains(g.log.String(), "rate limit store does not answer") })
 			for _, path := range []string{"/config/", "/rekall/status", "/metrics"} {
 				hidden.want(t, path, do(t, "GET", g.admin+path, nil, nil).body)
 			}

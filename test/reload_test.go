@@ -13,8 +13,6 @@ import (
 	"testing"
 
 	"github.com/jackc/pgx/v5"
-
-	"github.com/rekall-ai/gateway/test/process"
 )
 
 // reloads is how often each system is reloaded under load.
@@ -55,7 +53,7 @@ func reloadUnderLoad(t *testing.T, options string) {
 	plain := r.startPlain(strings.Replace(reloadedSite, "HANDLER", reloadedProxy, 1))
 	key := r.key("production", "memories:read", "memories:write")
 	ours, theirs := newLoad(gateway, bearer(key)), newLoad(plain, bearer(key))
-	process.Eventually(t, "the key is in memory", func() bool {
+	eventually(t, "the key is in memory", func() bool {
 		lookups := gateway.status().Lookups
 		gateway.do("GET", "/v1/memories", bearer(key)).wantCode(t, 200, "")
 		return gateway.status().Lookups == lookups
@@ -110,8 +108,8 @@ func reloadUnderLoad(t *testing.T, options string) {
 		t.Error("the sync did not go on as if nothing had happened")
 	}
 	wantSamePostgresBackends(t, gateway, backends, r.postgresBackends())
-	process.Eventually(t, "files are closed", func() bool { return gateway.descriptors() <= open+reloads/5 })
-	process.Eventually(t, "goroutines end", func() bool { return gateway.goroutines() <= goroutines+reloads/5 })
+	eventually(t, "files are closed", func() bool { return gateway.descriptors() <= open+reloads/5 })
+	eventually(t, "goroutines end", func() bool { return gateway.goroutines() <= goroutines+reloads/5 })
 }
 
 func TestReloadWithContradictorySettingsIsRefusedAndTheEdgeGoesOn(t *testing.T) {
@@ -138,7 +136,7 @@ func TestReloadWithContradictorySettingsIsRefusedAndTheEdgeGoesOn(t *testing.T) 
 		}
 	}
 	epoch := g.status().Epoch
-	process.Eventually(t, "syncs go on", func() bool { return g.status().Epoch > epoch })
+	eventually(t, "syncs go on", func() bool { return g.status().Epoch > epoch })
 	g.do("GET", "/v1/memories", bearer(r.key("production", "memories:read"))).wantCode(t, 200, "")
 }
 
@@ -162,7 +160,7 @@ func (r *rig) startPlain(site string) *gateway {
 	r.t.Helper()
 	g := r.write(site, "")
 	g.run(r.database)
-	process.Eventually(r.t, "plain Caddy serves", func() bool {
+	eventually(r.t, "plain Caddy serves", func() bool {
 		answer, err := send("GET", g.http+"/v1/memories", nil, nil)
 		return err == nil && answer.StatusCode == http.StatusOK
 	})
@@ -251,7 +249,7 @@ func (l *load) settle(t *testing.T) {
 	t.Helper()
 	for i := range l.finished {
 		before := l.finished[i].Load()
-		process.Eventually(t, "the load goes on", func() bool { return l.finished[i].Load() > before+1 })
+		eventually(t, "the load goes on", func() bool { return l.finished[i].Load() > before+1 })
 	}
 }
 

@@ -41,7 +41,7 @@ func TestTwoRolesSufficeForAllThatTheGatewayAndItsCommandsDo(t *testing.T) {
 	if stdout, stderr, code := cli(t, admin, "keys", "list"); code != 0 || !strings.Contains(stdout, key.ID) {
 		t.Errorf("list: %d %s%s", code, stdout, stderr)
 	}
-	process.Eventually(t, "the edge is listed", func() bool {
+	eventually(t, "the edge is listed", func() bool {
 		stdout, stderr, code := cli(t, admin, "edges", "list")
 		if code != 0 {
 			t.Fatal(stderr)
@@ -70,7 +70,7 @@ func TestTwoRolesSufficeForAllThatTheGatewayAndItsCommandsDo(t *testing.T) {
 func (g *gateway) wantWoken(database string) {
 	g.t.Helper()
 	before := g.status().Epoch
-	process.Eventually(g.t, "the gateway syncs at each notification", func() bool {
+	eventually(g.t, "the gateway syncs at each notification", func() bool {
 		pgtest.Exec(g.t, database, "notify rekall_keys")
 		return g.status().Epoch > before+3
 	})

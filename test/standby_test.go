@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
-	"github.com/rekall-ai/gateway/test/process"
 )
 
 // TestStandbyWhoseReplayIsPausedIsNotTrusted: it answers every question, and looks healthy.
@@ -27,14 +26,14 @@ func TestStandbyWhoseReplayIsPausedIsNotTrusted(t *testing.T) {
 	gone := r.key("production", "memories:read")
 	g.do("GET", "/v1/memories", bearer(gone)).wantCode(t, 200, "")
 	r.revoke(gone.ID)
-	process.Eventually(t, "a revocation arrives by replication", func() bool {
+	eventually(t, "a revocation arrives by replication", func() bool {
 		return g.ask(gone) == "API_KEY_REVOKED"
 	})
 
 	pgtest.Exec(t, standby.URL(), "select pg_wal_replay_pause()")
 	r.revoke(bad.ID)
 	revoked := time.Now()
-	process.Eventually(t, "nobody can tell", func() bool {
+	eventually(t, "nobody can tell", func() bool {
 		began := time.Now()
 		code := g.ask(bad)
 		if code == "" && began.Sub(revoked) > faultBound {
@@ -44,14 +43,14 @@ func TestStandbyWhoseReplayIsPausedIsNotTrusted(t *testing.T) {
 	})
 
 	pgtest.Exec(t, standby.URL(), "select pg_wal_replay_resume()")
-	process.Eventually(t, "the good key works again", func() bool {
+	eventually(t, "the good key works again", func() bool {
 		code := g.ask(good)
 		if code != "" && code != "AUTH_UNAVAILABLE" && code != "cut" {
 			t.Fatalf("a good key got %s", code)
 		}
 		return code == ""
 	})
-	process.Eventually(t, "the revocation arrives", func() bool {
+	eventually(t, "the revocation arrives", func() bool {
 		return g.ask(bad) == "API_KEY_REVOKED"
 	})
 }
@@ -68,10 +67,10 @@ func TestStandbyAsTheOnlyDatabaseIsRefused(t *testing.T) {
 	t.Cleanup(func() { _ = standby.Stop(t.Context()) })
 	g := r.prepare(standardSite)
 	g.run(standby.URL())
-	process.Eventually(t, "the gateway serves", func() bool {
+	eventually(t, "the gateway serves", func() bool {
 		_, err := client.Get(g.admin + "/rekall/live")
 		return err == nil
 	})
-	process.Eventually(t, "it says why", func() bool { return strings.Contains(g.log.String(), "database is a standby") })
+	eventually(t, "it says why", func() bool { return strings.Contains(g.log.String(), "database is a standby") })
 	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 503, "AUTH_UNAVAILABLE")
 }

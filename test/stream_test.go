@@ -20,7 +20,6 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
-	"github.com/rekall-ai/gateway/test/process"
 )
 
 // open sends a request whose answer goes on, and returns it once its first bytes are here.
@@ -73,7 +72,7 @@ func follow(resp *http.Response) *follower {
 func (f *follower) goesOn(t *testing.T) {
 	t.Helper()
 	before := f.read.Load()
-	process.Eventually(t, "the stream goes on", func() bool {
+	eventually(t, "the stream goes on", func() bool {
 		select {
 		case err := <-f.ended:
 			t.Fatalf("the stream ended: %v", err)
@@ -145,7 +144,7 @@ func TestStreamsEndWithTheirKeyAndOthersGoOn(t *testing.T) {
 	spared := follow(g.open("GET", "/v1/memories", demo(other, "sse"), nil))
 	waiting := async(t, "GET", g.http+"/v1/memories", demo(key, "hang"), nil)
 	uploading := async(t, "POST", g.http+"/v1/memories", bearer(key), endlessUpload(t))
-	process.Eventually(t, "all five requests are open", func() bool { return r.production.Open() == 5 })
+	eventually(t, "all five requests are open", func() bool { return r.production.Open() == 5 })
 
 	r.revoke(key.ID)
 	ends(t, events)
@@ -155,7 +154,7 @@ func TestStreamsEndWithTheirKeyAndOthersGoOn(t *testing.T) {
 			t.Errorf("%s: the connection, whose context was cancelled, is kept", name)
 		}
 	}
-	process.Eventually(t, "the backend is rid of them", func() bool { return r.production.Open() == 1 })
+	eventually(t, "the backend is rid of them", func() bool { return r.production.Open() == 1 })
 	spared.goesOn(t)
 }
 
@@ -202,7 +201,7 @@ func TestHTTP2StreamsEndWithTheirKeyAndOthersOnTheSameConnectionGoOn(t *testing.
 			download := g.openOver(transport, "GET", "/v1/memories", demo(key, "download"), nil)
 			waiting := asyncBy(t, http2, "GET", g.http+"/v1/memories", demo(key, "hang"), nil)
 			uploading := asyncBy(t, http2, "POST", g.http+"/v1/memories", bearer(key), endlessUpload(t))
-			process.Eventually(t, "all five requests are open", func() bool { return r.production.Open() == 5 })
+			eventually(t, "all five requests are open", func() bool { return r.production.Open() == 5 })
 
 			end(key)
 			ends(t, events)
@@ -212,7 +211,7 @@ func TestHTTP2StreamsEndWithTheirKeyAndOthersOnTheSameConnectionGoOn(t *testing.
 					t.Errorf("%s: answered over %s", name, answer.Proto)
 				}
 			}
-			process.Eventually(t, "the backend is rid of them", func() bool { return r.production.Open() == 1 })
+			eventually(t, "the backend is rid of them", func() bool { return r.production.Open() == 1 })
 			spared.goesOn(t)
 			if again, err := sendBy(http2, "GET", g.http+"/v1/memories", bearer(other), nil); err != nil || again.StatusCode != http.StatusOK {
 				t.Errorf("another request: %v, %v", again.Response, err)
@@ -221,7 +220,7 @@ func TestHTTP2StreamsEndWithTheirKeyAndOthersOnTheSameConnectionGoOn(t *testing.
 				t.Errorf("%d connections, want one for all", n)
 			}
 			_ = sparedStream.Body.Close()
-			process.Eventually(t, "nothing is open", func() bool { return r.production.Open() == 0 })
+			eventually(t, "nothing is open", func() bool { return r.production.Open() == 0 })
 		})
 	}
 }
@@ -245,7 +244,7 @@ func TestCutIsNotBookedAsTheBackendsFailure(t *testing.T) {
 		"reverse_proxy PRODUCTION {\nfail_duration 1m\nmax_fails 1\n}", 1))
 	key, other := r.key("production", "memories:read"), r.key("production", "memories:read")
 	waiting := async(t, "GET", g.http+"/v1/memories", demo(key, "hang"), nil)
-	process.Eventually(t, "the request is open", func() bool { return r.production.Open() == 1 })
+	eventually(t, "the request is open", func() bool { return r.production.Open() == 1 })
 	r.revoke(key.ID)
 	waiting().wantCode(t, http.StatusUnauthorized, "API_KEY_REVOKED")
 	g.do("GET", "/v1/memories", bearer(other)).wantCode(t, http.StatusOK, "")
@@ -258,9 +257,9 @@ func TestDownloadToAClientThatDoesNotReadIsCut(t *testing.T) {
 	g := r.start(standardSite)
 	key := r.key("production", "memories:read")
 	g.open("GET", "/v1/memories", demo(key, "download"), nil)
-	process.Eventually(t, "the download is open", func() bool { return r.production.Open() == 1 })
+	eventually(t, "the download is open", func() bool { return r.production.Open() == 1 })
 	r.revoke(key.ID)
-	process.Eventually(t, "the backend is rid of it", func() bool { return r.production.Open() == 0 })
+	eventually(t, "the backend is rid of it", func() bool { return r.production.Open() == 0 })
 }
 
 func TestReloadKeepsTheCacheAndTheStreamsThatItCanStillCut(t *testing.T) {

@@ -226,17 +226,16 @@ func sampled(now time.Time) bool { return now.Nanosecond()%hotShare == 0 }
 
 // often returns an entry that the fresh state s vouches for if its key is found often, or nil.
 func (c *Cache) often(s *state, d *apikey.Digest, now time.Time) *entry {
-	if sampled(now) {
+	e := c.hot[place(d)%hotSlots].Load()
+	if e == nil || e.record.Digest != *d || !s.usable(e) {
 		return nil
 	}
-	return c.hotEntry(s, d)
-}
-
-func (c *Cache) hotEntry(s *state, d *apikey.Digest) *entry {
-	if e := c.hot[place(d)%hotSlots].Load(); e != nil && e.record.Digest == *d && s.usable(e) {
-		return e
+	if sampled(now) {
+		if _, ok := c.known.Get(place(d)); !ok { // given up, since so few of its finds are seen
+			c.keep(e)
+		}
 	}
-	return nil
+	return e
 }
 
 // cached returns an entry that the fresh state s vouches for, or nil.
@@ -251,11 +250,7 @@ func (c *Cache) cached(s *state, d *apikey.Digest, now time.Time) *entry {
 	if ch, ok := s.changes[*d]; ok { // the feed itself brought the row
 		return ch.entry
 	}
-	e := c.hotEntry(s, d)
-	if e != nil { // and ristretto, which sees few of its finds, has given it up
-		c.keep(e)
-	}
-	return e
+	return nil
 }
 
 // ask reads the row from Postgres and keeps it.

@@ -15,7 +15,6 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
-	"github.com/rekall-ai/gateway/test/process"
 )
 
 func TestDashboard(t *testing.T) {
@@ -101,7 +100,7 @@ func useRotateRevoke(t *testing.T) {
 			t.Fatalf("status %d", status)
 		}
 	}
-	process.Eventually(t, "the page counts the requests", func() bool {
+	eventually(t, "the page counts the requests", func() bool {
 		b.open("/" + used.ID)
 		return strings.Contains(b.html(), "<b>3</b> allowed")
 	})
@@ -125,7 +124,7 @@ func useRotateRevoke(t *testing.T) {
 		b.see("li[contains(., '"+edge+"')]", "confirmed after")
 	}
 	b.see("h2", "No edge allows this key")
-	process.Eventually(t, "the key is refused", func() bool { return call(t, "GET", "/v1/memories", used.Key.Reveal()) == 401 })
+	eventually(t, "the key is refused", func() bool { return call(t, "GET", "/v1/memories", used.Key.Reveal()) == 401 })
 
 	b.open("/" + manager.ID + "/revoke")
 	b.see("p", "You signed in with this key")

@@ -156,7 +156,7 @@ func (r *rig) gateway(program, address, database string) *gateway {
 
 func (g *gateway) start() {
 	g.t.Helper()
-	g.process = process.Start(g.t, process.Options{Env: g.env, Files: g.sockets, Killed: true},
+	g.process = process.Start(g.t, process.Options{Env: g.env, Files: g.sockets, Killed: true, EndsWithin: time.Minute},
 		g.program, "run", "--config", g.file, "--adapter", "caddyfile")
 }
 
@@ -309,7 +309,7 @@ func command(t *testing.T, program, database string, args ...string) string {
 // run starts a program, which is killed when the test ends: to stop in order takes as long as shutdown_delay.
 func run(t *testing.T, env []string, name string, args ...string) *process.Process {
 	t.Helper()
-	return process.Start(t, process.Options{Env: env, Killed: true}, name, args...)
+	return process.Start(t, process.Options{Env: env, Killed: true, EndsWithin: time.Minute}, name, args...)
 }
 
 func port(address string) string {

@@ -85,7 +85,7 @@ http://%s {
 
 func (g *gateway) start() {
 	started, err := process.Run(process.Options{
-		Env: []string{"REKALL_DATABASE_URL=" + g.database, "HOME=" + filepath.Dir(g.file)}, Log: &g.log,
+		Env: []string{"REKALL_DATABASE_URL=" + g.database, "HOME=" + filepath.Dir(g.file)}, Log: &g.log, EndsWithin: 30 * time.Second,
 	}, program, "run", "--config", g.file, "--adapter", "caddyfile")
 	if err != nil {
 		g.t.Error(err)
@@ -103,10 +103,10 @@ func (g *gateway) ready() bool {
 	return resp.StatusCode == http.StatusOK
 }
 
-func (g *gateway) kill() { g.process.Kill() }
+func (g *gateway) kill() { g.process.Kill(g.t) }
 
 func (g *gateway) pause() {
-	g.process.Signal(syscall.SIGSTOP)
+	g.process.Signal(g.t, syscall.SIGSTOP)
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.stoppedAt = time.Now()
@@ -116,7 +116,7 @@ func (g *gateway) resume() {
 	g.mu.Lock()
 	g.resumedAt = time.Now()
 	g.mu.Unlock()
-	g.process.Signal(syscall.SIGCONT)
+	g.process.Signal(g.t, syscall.SIGCONT)
 }
 
 // end stops the process and fails the test if one had a data race.

@@ -48,7 +48,7 @@ type disaster struct {
 
 var disasters = []disaster{
 	{"nothing", 16 * time.Second, func(*fleet) {}, func(*fleet) {}, nil},
-	{"an edge is killed", 16 * time.Second, func(f *fleet) { f.edges[0].process.Kill() }, func(f *fleet) { f.edges[0].run() },
+	{"an edge is killed", 16 * time.Second, func(f *fleet) { f.edges[0].process.Kill(f.t) }, func(f *fleet) { f.edges[0].run() },
 		[]string{"RekallEdgeDown"}},
 	{"an edge stands still, longer than the bound", 16 * time.Second, func(f *fleet) { f.signal(1, syscall.SIGSTOP) }, func(f *fleet) { f.signal(1, syscall.SIGCONT) },
 		[]string{"RekallEdgeDown"}},
@@ -213,9 +213,7 @@ backend edges
 }
 
 func (f *fleet) signal(edge int, signal syscall.Signal) {
-	edgeProcess := f.edges[edge].process
-	edgeProcess.MustRun(f.t)
-	edgeProcess.Signal(signal)
+	f.edges[edge].process.Signal(f.t, signal)
 }
 
 func (f *fleet) restartPostgres() { f.must(f.primary.Restart(context.Background())) }

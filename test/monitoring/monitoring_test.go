@@ -108,7 +108,7 @@ func TestEveryQueryReturnsDataAndEachAlertFiresWhenItsFaultIsMade(t *testing.T) 
 	}
 
 	fault("RekallUnknownKeys", "RekallEdgeDown", "RekallEdgeSilent")
-	other.process.Kill()
+	other.process.Kill(t)
 	end := load(8, func() { g.ask(apikey.Generate(apikey.Production)) })
 	p.waitFiring("RekallUnknownKeys", "RekallEdgeDown", "RekallEdgeSilent")
 	end()

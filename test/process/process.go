@@ -3,6 +3,7 @@ package process
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -17,8 +18,8 @@ import (
 	"time"
 )
 
-// patience is how long a test waits for what a slow machine can take its time for.
-const patience = time.Minute
+// endsWithin is how long a process may take to end, unless its Options say otherwise.
+const endsWithin = 20 * time.Second
 
 // Log collects what a process prints. It can be read meanwhile, and serve a process that is started again.
 type Log struct {
@@ -52,19 +53,25 @@ type Options struct {
 	Files  []*os.File // that it is handed, from fd 3 on
 	Log    *Log       // nil: one of its own
 	Killed bool       // at the end of the test, in place of being asked to end
+
+	EndsWithin time.Duration // when it is asked to; 0: 20 s
 }
 
 // Process is a program that was started.
 type Process struct {
-	Log  *Log
-	name string
-	cmd  *exec.Cmd
-	done chan struct{}
+	Log        *Log
+	name       string
+	cmd        *exec.Cmd
+	endsWithin time.Duration
+	done       chan struct{}
 }
 
 // Run starts a program, which runs until something ends it.
 func Run(o Options, program string, args ...string) (*Process, error) {
-	p := &Process{Log: o.Log, name: filepath.Base(program), cmd: exec.Command(program, args...), done: make(chan struct{})}
+	p := &Process{
+		Log: o.Log, name: filepath.Base(program), cmd: exec.Command(program, args...),
+		endsWithin: cmp.Or(o.EndsWithin, endsWithin), done: make(chan struct{}),
+	}
 	if p.Log == nil {
 		p.Log = new(Log)
 	}
@@ -91,7 +98,7 @@ func Start(t testing.TB, o Options, program string, args ...string) *Process {
 	}
 	t.Cleanup(func() {
 		if o.Killed {
-			p.Kill()
+			p.kill()
 		}
 		p.end(t)
 		if t.Failed() {
@@ -105,22 +112,18 @@ func Start(t testing.TB, o Options, program string, args ...string) *Process {
 // the test.
 func (p *Process) Stop(t testing.TB) {
 	t.Helper()
-	select {
-	case <-p.done:
-		t.Errorf("%s had ended before it was asked to", p.name)
-	default:
-	}
+	p.Signal(t, syscall.SIGCONT)
 	p.end(t)
 }
 
 func (p *Process) end(t testing.TB) {
 	t.Helper()
-	p.Signal(syscall.SIGCONT)
-	p.Signal(syscall.SIGTERM)
+	_ = p.cmd.Process.Signal(syscall.SIGCONT)
+	_ = p.cmd.Process.Signal(syscall.SIGTERM)
 	select {
 	case <-p.done:
-	case <-time.After(patience):
-		p.Kill()
+	case <-time.After(p.endsWithin):
+		p.kill()
 		t.Errorf("%s did not end", p.name)
 	}
 	if strings.Contains(p.Log.String(), "DATA RACE") {
@@ -128,14 +131,25 @@ func (p *Process) end(t testing.TB) {
 	}
 }
 
-// Kill ends the process at once.
-func (p *Process) Kill() {
-	p.Signal(syscall.SIGKILL)
+// Kill ends the process at once. That it had ended before fails the test.
+func (p *Process) Kill(t testing.TB) {
+	t.Helper()
+	p.Signal(t, syscall.SIGKILL)
 	<-p.done
 }
 
-// Signal sends a signal, to which a process that has ended pays no heed.
-func (p *Process) Signal(s syscall.Signal) { _ = p.cmd.Process.Signal(s) }
+func (p *Process) kill() {
+	_ = p.cmd.Process.Kill()
+	<-p.done
+}
+
+// Signal sends a signal. That the process has ended fails the test.
+func (p *Process) Signal(t testing.TB, s syscall.Signal) {
+	t.Helper()
+	if err := p.cmd.Process.Signal(s); err != nil {
+		t.Errorf("send %s to %s: %v", s, p.name, err)
+	}
+}
 
 // Ended is closed when the process has ended.
 func (p *Process) Ended() <-chan struct{} { return p.done }
@@ -159,7 +173,7 @@ func (p *Process) ExitCode() int { return p.cmd.ProcessState.ExitCode() }
 const (
 	// The blocks of ports lie below those that the kernel gives to outgoing connections, one of which could take a port first, and
 	// below those of devenv.
-	firstBlock, blocks, blockSize = 11_000, 9, 1000
+	firstBlock, blocks, blockSize = 11_000, 18, 500
 )
 
 // block listens on the first port of the block that no other test program has: who listens there has it. Others could take what a test
@@ -177,24 +191,22 @@ var lastPort atomic.Int32 // in the block
 
 func loopback(port int) string { return fmt.Sprintf("127.0.0.1:%d", port) }
 
-// FreePort returns a port that no other test gets.
+// FreePort returns a port that no other test of this program was given lately.
 func FreePort(t testing.TB) int {
 	t.Helper()
 	held := block()
 	if held == nil {
 		t.Fatal("no block of ports is free")
 	}
-	for {
-		offset := int(lastPort.Add(1))
-		if offset >= blockSize {
-			t.Fatal("no port is free")
-		}
-		port := held.Addr().(*net.TCPAddr).Port + offset
+	for range blockSize {
+		port := held.Addr().(*net.TCPAddr).Port + 1 + int(lastPort.Add(1))%(blockSize-1)
 		if l, err := net.Listen("tcp", loopback(port)); err == nil {
 			_ = l.Close()
 			return port
 		}
 	}
+	t.Fatal("no port is free")
+	return 0
 }
 
 // FreeAddress returns a free port with its host.
@@ -206,7 +218,7 @@ func FreeAddress(t testing.TB) string {
 // Eventually waits until a condition holds, for a minute at most.
 func Eventually(t testing.TB, what string, condition func() bool) {
 	t.Helper()
-	Within(t, patience, what, condition)
+	Within(t, time.Minute, what, condition)
 }
 
 // Within waits until a condition holds.
