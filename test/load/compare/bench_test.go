@@ -24,6 +24,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 var (
@@ -88,7 +89,7 @@ type bench struct {
 	keys     []string
 	backends []string // addresses
 	h2c      string   // address at which the backend speaks HTTP/2
-	auth     *process // nil until a system needs it
+	auth     *program // nil until a system needs it
 	address  string   // of auth
 	client   *http.Client
 }
@@ -195,9 +196,9 @@ func (b *bench) fill(name, address, admin string) string {
 func (b *bench) startBackend() {
 	b.t.Helper()
 	for range *upstreams {
-		b.backends = append(b.backends, freeAddress(b.t))
+		b.backends = append(b.backends, process.FreeAddress(b.t))
 	}
-	b.h2c = freeAddress(b.t)
+	b.h2c = process.FreeAddress(b.t)
 	if !installed(b.t, "nginx") {
 		b.startGoBackend()
 		return
@@ -205,7 +206,7 @@ func (b *bench) startBackend() {
 	b.fill("nginx-common.conf", "", "")
 	p := b.startNginx("backend", b.fill("backend.conf", "", ""))
 	for _, address := range b.backends {
-		eventually(b.t, "the backend answers", func() bool {
+		process.Eventually(b.t, "the backend answers", func() bool {
 			p.running()
 			status, body, err := b.ask("http://"+address, "")
 			return err == nil && status == http.StatusOK && body == answer
@@ -237,23 +238,23 @@ func (b *bench) startGoBackend() {
 }
 
 // startNginx runs nginx with a configuration. As root, its workers are root too: the files are for nobody else.
-func (b *bench) startNginx(name, configuration string) *process {
+func (b *bench) startNginx(name, configuration string) *program {
 	b.t.Helper()
 	b.writeFile(name+".conf", configuration)
 	global := fmt.Sprintf("daemon off; pid %s; error_log stderr error;", b.path(name+".pid"))
 	if os.Geteuid() == 0 {
 		global += " user root;"
 	}
-	return startProcess(b.t, b.path(name+".log"), nil, "nginx", "-e", "stderr", "-c", b.path(name+".conf"), "-g", global)
+	return startProgram(b.t, b.path(name+".log"), nil, "nginx", "-e", "stderr", "-c", b.path(name+".conf"), "-g", global)
 }
 
 // startAuth runs the service that forward_auth and auth_request ask.
-func (b *bench) startAuth() *process {
+func (b *bench) startAuth() *program {
 	b.t.Helper()
 	if b.auth == nil {
-		b.address = freeAddress(b.t)
-		b.auth = startProcess(b.t, b.path("auth.log"), nil, authProgram, b.address, b.path("digests"))
-		eventually(b.t, "the auth service answers", func() bool {
+		b.address = process.FreeAddress(b.t)
+		b.auth = startProgram(b.t, b.path("auth.log"), nil, authProgram, b.address, b.path("digests"))
+		process.Eventually(b.t, "the auth service answers", func() bool {
 			b.auth.running()
 			status, _, err := b.ask("http://"+b.address+"/auth", b.keys[0])
 			return err == nil && status == http.StatusOK
@@ -298,7 +299,7 @@ func (b *bench) ask(url, key string) (status int, body string, err error) {
 func (b *bench) prove(s *system) {
 	b.t.Helper()
 	url := s.url + "/v1/memories"
-	eventually(b.t, s.name+" answers", func() bool {
+	process.Eventually(b.t, s.name+" answers", func() bool {
 		s.own.running()
 		status, _, err := b.ask(url, b.keys[0])
 		return err == nil && status == http.StatusOK

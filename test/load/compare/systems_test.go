@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // system that is measured: a proxy in front of the backend, and what it needs for its decisions.
@@ -16,8 +18,8 @@ type system struct {
 	authenticates bool
 	url, admin    string // admin: of those that are Caddy
 	configuration string
-	own           *process
-	processes     []*process // own, and the auth service of those that ask it
+	own           *program
+	processes     []*program // own, and the auth service of those that ask it
 }
 
 func (s *system) cpu() time.Duration {
@@ -175,55 +177,55 @@ func blockOf(t *testing.T, text, opening string) (whole, inside string) {
 }
 
 // startGateway starts a build of the gateway with a Caddyfile, whose first lines name everything by @NAMES@.
-func (b *bench) startGateway(name, program, caddyfile string) *system {
+func (b *bench) startGateway(name, path, caddyfile string) *system {
 	b.t.Helper()
-	address, admin, refusing := freeAddress(b.t), freeAddress(b.t), freeAddress(b.t)
+	address, admin, refusing := process.FreeAddress(b.t), process.FreeAddress(b.t), process.FreeAddress(b.t)
 	_, port, _ := strings.Cut(refusing, ":")
 	text := strings.NewReplacer("@ADMIN@", admin, "@DIR@", b.dir, "@PORT@", port, "@ADDRESS@", address,
 		"@BACKENDS@", strings.Join(b.backends, " ")).Replace(caddyfile)
-	s := b.startCaddyProgram(name, program, text, address, admin, "REKALL_DATABASE_URL="+b.database)
+	s := b.startCaddyProgram(name, path, text, address, admin, "REKALL_DATABASE_URL="+b.database)
 	s.authenticates = strings.Contains(caddyfile, "rekall_gateway {")
 	return s
 }
 
 func (b *bench) startCaddy(name, file string, variables ...string) *system {
 	b.t.Helper()
-	var auth []*process
+	var auth []*program
 	asks := strings.HasPrefix(file, "forward-auth")
 	if asks {
 		auth = append(auth, b.startAuth())
 	}
-	address, admin := freeAddress(b.t), freeAddress(b.t)
+	address, admin := process.FreeAddress(b.t), process.FreeAddress(b.t)
 	s := b.startCaddyProgram(name, caddyProgram, b.fill(file, address, admin), address, admin, variables...)
 	s.authenticates = asks
 	s.processes = append(s.processes, auth...)
 	return s
 }
 
-func (b *bench) startCaddyProgram(name, program, caddyfile, address, admin string, variables ...string) *system {
+func (b *bench) startCaddyProgram(name, path, caddyfile, address, admin string, variables ...string) *system {
 	b.t.Helper()
 	file := strings.NewReplacer(" ", "-", ",", "", "/", "").Replace(name)
 	b.writeFile(file+".Caddyfile", caddyfile)
-	p := startProcess(b.t, b.path(file+".log"), append(variables, "HOME="+b.dir), program,
+	p := startProgram(b.t, b.path(file+".log"), append(variables, "HOME="+b.dir), path,
 		"run", "--config", b.path(file+".Caddyfile"), "--adapter", "caddyfile")
 	return &system{
 		name: name, url: "http://" + address, admin: "http://" + admin, configuration: caddyfile,
-		own: p, processes: []*process{p},
+		own: p, processes: []*program{p},
 	}
 }
 
 func (b *bench) startNginxSystem(name, file string) *system {
 	b.t.Helper()
 	asks := strings.Contains(file, "auth_request")
-	var auth []*process
+	var auth []*program
 	if asks {
 		auth = append(auth, b.startAuth())
 	}
-	address := freeAddress(b.t)
+	address := process.FreeAddress(b.t)
 	p := b.startNginx(strings.TrimSuffix(file, ".conf"), b.fill(file, address, ""))
 	return &system{
 		name: name, authenticates: asks || strings.Contains(file, "lua"), url: "http://" + address,
-		own: p, processes: append([]*process{p}, auth...),
+		own: p, processes: append([]*program{p}, auth...),
 	}
 }
 
@@ -239,10 +241,10 @@ func hasLua(t *testing.T) bool {
 
 func (b *bench) startHAProxy(name, file string) *system {
 	b.t.Helper()
-	address := freeAddress(b.t)
+	address := process.FreeAddress(b.t)
 	b.writeFile(file, b.fill(file, address, ""))
-	p := startProcess(b.t, b.path(file+".log"), nil, "haproxy", "-db", "-f", b.path(file))
+	p := startProgram(b.t, b.path(file+".log"), nil, "haproxy", "-db", "-f", b.path(file))
 	return &system{
-		name: name, authenticates: file != "haproxy-plain.cfg", url: "http://" + address, own: p, processes: []*process{p},
+		name: name, authenticates: file != "haproxy-plain.cfg", url: "http://" + address, own: p, processes: []*program{p},
 	}
 }

@@ -4,8 +4,6 @@ package compare
 
 import (
 	"fmt"
-	"math/rand/v2"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,8 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// process of a system, with those that it starts itself.
-type process struct {
+// program of a system, with the processes that it starts itself.
+type program struct {
 	t    *testing.T
 	log  string // file that its output is appended to
 	cmd  *exec.Cmd
@@ -44,20 +42,20 @@ variables:
 	return append(list, added...)
 }
 
-// startProcess starts a program, which ends with the test. Its output goes straight to a file: copying it would cost CPU time
+// startProgram starts a program, which ends with the test. Its output goes straight to a file: copying it would cost CPU time
 // that is not its own.
-func startProcess(t *testing.T, log string, variables []string, program string, args ...string) *process {
+func startProgram(t *testing.T, log string, variables []string, path string, args ...string) *program {
 	t.Helper()
 	file, err := os.OpenFile(log, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = file.Close() }()
-	p := &process{t: t, log: log, cmd: exec.Command(program, args...), done: make(chan struct{})}
+	p := &program{t: t, log: log, cmd: exec.Command(path, args...), done: make(chan struct{})}
 	p.cmd.Env = environment(variables)
 	p.cmd.Stdout, p.cmd.Stderr = file, file
 	if err := p.cmd.Start(); err != nil {
-		t.Fatalf("start %s: %v", filepath.Base(program), err)
+		t.Fatalf("start %s: %v", filepath.Base(path), err)
 	}
 	go func() {
 		defer close(p.done)
@@ -67,7 +65,7 @@ func startProcess(t *testing.T, log string, variables []string, program string, 
 	return p
 }
 
-func (p *process) end() {
+func (p *program) end() {
 	_ = p.cmd.Process.Signal(syscall.SIGTERM)
 	select {
 	case <-p.done:
@@ -83,7 +81,7 @@ func (p *process) end() {
 }
 
 // running fails the test if the process has ended.
-func (p *process) running() {
+func (p *program) running() {
 	p.t.Helper()
 	select {
 	case <-p.done:
@@ -93,7 +91,7 @@ func (p *process) running() {
 }
 
 // cpu is the user and system time of the process and of those below it.
-func (p *process) cpu() time.Duration {
+func (p *program) cpu() time.Duration {
 	p.t.Helper()
 	p.running()
 	var sum time.Duration
@@ -131,7 +129,7 @@ func descendants(t *testing.T, pid int) []int {
 }
 
 // rss is the resident memory of the process itself, in bytes.
-func (p *process) rss() float64 {
+func (p *program) rss() float64 {
 	p.t.Helper()
 	p.running()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", p.cmd.Process.Pid))
@@ -143,28 +141,4 @@ func (p *process) rss() float64 {
 		p.t.Fatal(err)
 	}
 	return float64(pages * os.Getpagesize())
-}
-
-// freeAddress picks a port below those that the kernel gives to outgoing connections, one of which could take it.
-func freeAddress(t *testing.T) string {
-	t.Helper()
-	for range 100 {
-		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 20_000+rand.IntN(10_000)))
-		if err == nil {
-			_ = listener.Close()
-			return listener.Addr().String()
-		}
-	}
-	t.Fatal("no free port")
-	return ""
-}
-
-func eventually(t *testing.T, what string, condition func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(time.Minute); !condition(); {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within a minute: %s", what)
-		}
-		<-time.After(5 * time.Millisecond)
-	}
 }
