@@ -3,6 +3,7 @@ package keystore
 import (
 	"context"
 	"embed"
+	"errors"
 	"fmt"
 	"io/fs"
 	"time"
@@ -22,6 +23,14 @@ const (
 	migrateLock = 7315026644159093
 
 	migrateConnectTimeout = 10 * time.Second
+
+	// lockWait is how long a migration may wait for a table that others use, such as pg_dump, before it lets go and tries again:
+	// all statements of gateways for that table wait behind it, and a request waits no longer than a second.
+	lockWait = 500 * time.Millisecond
+
+	// lockPause is the time between two tries, in which gateways catch up; lockPatience is that of all tries.
+	lockPause    = 2 * time.Second
+	lockPatience = time.Minute
 )
 
 // NewerSchemaError says that the database was migrated by a newer version of the gateway.
@@ -64,7 +73,7 @@ func MigrateAndGrant(ctx context.Context, url string, roles Roles) (from, to int
 	if err != nil {
 		return 0, 0, fmt.Errorf("migrate: %w", err)
 	}
-	if from, to, err = migrateTo(ctx, conn, files); err != nil {
+	if from, to, err = migrateTo(ctx, conn, files, lockPatience); err != nil {
 		return from, from, fmt.Errorf("migrate: %w", err)
 	}
 	if err = grantTo(ctx, conn, roles); err != nil {
@@ -145,7 +154,7 @@ func known(ctx context.Context) ([]Migration, error) {
 	return all, nil
 }
 
-func migrateTo(ctx context.Context, conn *pgx.Conn, files fs.FS) (from, to int32, err error) {
+func migrateTo(ctx context.Context, conn *pgx.Conn, files fs.FS, patience time.Duration) (from, to int32, err error) {
 	if _, err = conn.Exec(ctx, "select pg_advisory_lock($1)", migrateLock); err != nil {
 		return 0, 0, err
 	}
@@ -166,7 +175,52 @@ func migrateTo(ctx context.Context, conn *pgx.Conn, files fs.FS) (from, to int32
 	if from > to {
 		return from, to, &NewerSchemaError{Schema: from, Binary: to}
 	}
-	return from, to, migrator.Migrate(ctx)
+	var limitErr error
+	migrator.OnStart = func(int32, string, string, string) { // in the migration's transaction
+		_, limitErr = conn.Exec(ctx, fmt.Sprintf("set local lock_timeout = %d", lockWait.Milliseconds()))
+	}
+	for deadline := time.Now().Add(patience); ; {
+		err = migrator.Migrate(ctx)
+		if limitErr != nil {
+			return from, to, limitErr
+		}
+		if !locked(err) {
+			return from, to, err
+		}
+		if time.Now().After(deadline) {
+			return from, to, inUse(ctx, conn)
+		}
+		select {
+		case <-ctx.Done():
+			return from, to, ctx.Err()
+		case <-time.After(lockPause):
+		}
+	}
+}
+
+// locked reports whether a migration has waited for a lock as long as it may.
+func locked(err error) bool {
+	var failed interface{ SQLState() string }
+	return errors.As(err, &failed) && failed.SQLState() == lockNotAvailable
+}
+
+// lockNotAvailable is the SQLSTATE of a statement that lock_timeout has ended.
+const lockNotAvailable = "55P03"
+
+// inUse says who has used a table of ours longest.
+func inUse(ctx context.Context, conn *pgx.Conn) error {
+	var table, application string
+	var pid int
+	err := conn.QueryRow(ctx, `select l.relation::regclass::text, l.pid, coalesce(a.application_name, '')
+		from pg_locks l join pg_class c on c.oid = l.relation left join pg_stat_activity a on a.pid = l.pid
+		where c.relnamespace = 'rekall'::regnamespace and c.relkind = 'r' and l.granted and l.pid <> pg_backend_pid()
+			and l.database = (select oid from pg_database where datname = current_database())
+		order by a.xact_start limit 1`).Scan(&table, &pid, &application)
+	if err != nil {
+		return errors.New("a table was in use for too long: run migrate again when no long transaction, such as pg_dump's, uses it")
+	}
+	return fmt.Errorf("table %s is in use by Postgres process %d (%q): run migrate again when its transaction has ended, or end it with pg_terminate_backend(%[2]d)",
+		table, pid, application)
 }
 
 // createSchema looks before it creates: IF NOT EXISTS demands the right to create schemas even where there is nothing to

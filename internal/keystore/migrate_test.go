@@ -10,6 +10,7 @@ import (
 	"sync"
 	"testing"
 	"testing/fstest"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -72,7 +73,7 @@ func TestPlanShowsWhatMigrateRunsAndChangesNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 		some[m.Name] = &fstest.MapFile{Data: text}
-		if _, _, err := keystore.MigrateTo(t.Context(), conn, some); err != nil {
+		if _, _, err := keystore.MigrateTo(t.Context(), conn, some, 0); err != nil {
 			t.Fatal(err)
 		}
 		before := relations(t, databaseURL)
@@ -109,7 +110,7 @@ func TestMigrationsAtOnceRunOnce(t *testing.T) {
 		wg.Go(func() {
 			defer func() { _ = conn.Close(context.WithoutCancel(t.Context())) }()
 			<-start // connecting takes longer than migrating, and would put them in a row
-			from, _, err := keystore.MigrateTo(t.Context(), conn, files)
+			from, _, err := keystore.MigrateTo(t.Context(), conn, files, 0)
 			if err != nil {
 				t.Error(err)
 			}
@@ -164,7 +165,7 @@ func TestFailedMigrationLeavesNothingHalfDone(t *testing.T) {
 	}
 	pgtest.Exec(t, databaseURL, "drop table rekall.edges")
 	pgtest.Exec(t, databaseURL, "update rekall.schema_version set version = 1")
-	if _, _, err := keystore.MigrateTo(t.Context(), connect(t, databaseURL), files); err == nil {
+	if _, _, err := keystore.MigrateTo(t.Context(), connect(t, databaseURL), files, 0); err == nil {
 		t.Fatal("a broken migration succeeded")
 	}
 	var version, tables int
@@ -175,6 +176,65 @@ func TestFailedMigrationLeavesNothingHalfDone(t *testing.T) {
 	}
 	if version != 1 || tables != 0 {
 		t.Errorf("version %d, %d tables", version, tables)
+	}
+}
+
+// inUse begins a transaction that has read api_keys, as pg_dump's has, and returns what ends it. The schema is a version behind.
+func inUse(t *testing.T, databaseURL string) (files fs.FS, end func()) {
+	t.Helper()
+	files = fstest.MapFS{"001_column.sql": {Data: []byte(`alter table rekall.api_keys add column new_column int`)}}
+	pgtest.Exec(t, databaseURL, "update rekall.schema_version set version = 0")
+	tx, err := connect(t, databaseURL).Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tx.Exec(t.Context(), "select from rekall.api_keys"); err != nil {
+		t.Fatal(err)
+	}
+	return files, func() {
+		if err := tx.Rollback(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestMigrationThatWaitsForATableLetsGatewaysReadIt(t *testing.T) {
+	databaseURL := database(t)
+	files, end := inUse(t, databaseURL)
+	migrating, gateway := connect(t, databaseURL), connect(t, databaseURL)
+	migrated := make(chan error, 1)
+	go func() {
+		_, _, err := keystore.MigrateTo(t.Context(), migrating, files, time.Hour)
+		migrated <- err
+	}()
+	waits := `select exists (select from pg_locks where not granted and relation = 'rekall.api_keys'::regclass)`
+	for waiting := false; !waiting; {
+		if err := gateway.QueryRow(t.Context(), waits).Scan(&waiting); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if _, err := gateway.Exec(ctx, "select from rekall.api_keys"); err != nil {
+		t.Errorf("behind the migration: %v", err)
+	}
+	end()
+	if err := <-migrated; err != nil {
+		t.Errorf("when the table is free: %v", err)
+	}
+}
+
+func TestMigrationThatCannotHaveATableSaysWhoUsesItAndChangesNothing(t *testing.T) {
+	databaseURL := database(t)
+	files, end := inUse(t, databaseURL)
+	defer end()
+	_, _, err := keystore.MigrateTo(t.Context(), connect(t, databaseURL), files, 0)
+	if err == nil || !strings.Contains(err.Error(), "table rekall.api_keys is in use by Postgres process ") {
+		t.Errorf("the error is %v", err)
+	}
+	var version int
+	if err := connect(t, databaseURL).QueryRow(t.Context(), "select version from rekall.schema_version").Scan(&version); err != nil || version != 0 {
+		t.Errorf("version %d, %v", version, err)
 	}
 }
 
