@@ -269,8 +269,8 @@ func (l importLine) time(field, s string) (*time.Time, error) {
 		return nil, nil
 	}
 	t, err := parseTime(field, s)
-	if err == nil && (t.Before(time.Unix(0, 0)) || t.Year() > 9998) {
-		err = &InvalidError{field, "must be from 1970 to 9998"}
+	if err != nil {
+		return nil, err
 	}
-	return t, err
+	return t, checkYear(field, *t)
 }

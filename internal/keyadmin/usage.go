@@ -69,6 +69,14 @@ func (a *Admin) Usage(ctx context.Context, actor Actor, id string, from, to time
 	if from.IsZero() {
 		from = to.Add(-defaultUsageRange)
 	}
+	for _, bound := range []struct {
+		field string
+		t     time.Time
+	}{{"from", from}, {"to", to}} {
+		if err := checkYear(bound.field, bound.t); err != nil {
+			return Usage{}, err
+		}
+	}
 	from, to = from.UTC().Truncate(time.Hour), to.UTC()
 	switch {
 	case !from.Before(to):

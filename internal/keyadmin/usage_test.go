@@ -99,3 +99,20 @@ func TestUsageRefusesUnknownKeysAndBadRanges(t *testing.T) {
 		}
 	}
 }
+
+func TestUsageRefusesTimesThatJSONCannotTell(t *testing.T) {
+	admin, _, _ := newAdmin(t)
+	key := create(t, admin, request())
+	for _, test := range []struct{ field, from, to string }{
+		{"to", "9998-12-31T20:00:00Z", "9999-12-31T23:59:59-23:59"},
+		{"from", "0000-01-01T00:00:00+23:59", "0000-01-02T00:00:00Z"},
+	} {
+		from, err1 := time.Parse(time.RFC3339, test.from)
+		to, err2 := time.Parse(time.RFC3339, test.to)
+		_, err := admin.Usage(t.Context(), operator, key.ID, from, to)
+		var invalid *keyadmin.InvalidError
+		if err1 != nil || err2 != nil || !errors.As(err, &invalid) || invalid.Field != test.field {
+			t.Errorf("from %s to %s: %v", test.from, test.to, err)
+		}
+	}
+}

@@ -98,6 +98,14 @@ func parseTime(field, s string) (*time.Time, error) {
 	return &t, nil
 }
 
+// checkYear refuses a time that JSON or the database cannot tell: an offset may lie between it and another year.
+func checkYear(field string, t time.Time) error {
+	if t.Before(time.Unix(0, 0)) || t.Year() > 9998 {
+		return &InvalidError{field, "must be from 1970 to 9998"}
+	}
+	return nil
+}
+
 // checkFuture compares an expiry with Postgres's clock, which is what ends the key.
 func checkFuture(ctx context.Context, tx *keystore.Tx, expiresAt *time.Time) error {
 	if expiresAt == nil {

@@ -266,6 +266,7 @@ func TestUsageIsShownByHourAndDay(t *testing.T) {
 	pgtest.Exec(t, r.database, `insert into rekall.last_used values ($1, now(), now())`, key.ID)
 	r.call("GET", at+"?from=2020-01-01T00:00:00Z&to=2020-02-01T00:00:00Z", ann, "").decode(t, http.StatusOK, &empty)
 	r.call("GET", at, ann, "").decode(t, http.StatusOK, &used)
+	r.call("GET", at+"?from=9999-12-31T20:00:00Z&to=9999-12-31T23:59:59-23:59", ann, "").refused(t, 422, "VALIDATION_FAILED", "from") // the year 10000, by their offset
 	if u := used.Data; u.Total.Allowed != 2 || u.Total.DeniedByReason["scope_insufficient"] != 1 || len(u.Hourly) != 1 || !u.Hourly[0].Spike || len(u.Daily) != 1 || u.LastUsedAt == nil {
 		t.Errorf("used: %+v", u)
 	}
