@@ -107,10 +107,11 @@ func TestOneBadLineImportsNothingAndIsNamedWithoutBeingQuoted(t *testing.T) {
 			t.Errorf("the error shows a key: %v", err)
 		}
 	}
-	for _, line := range []string{`{"hash":`, `[]`, `{"key":"` + secret + `"`, `{"` + secret + `":1}`, `{} {}`, `{"scopes":1}`, strings.Repeat("x", 70_000)} {
+	for _, line := range []string{`{"hash":`, `[]`, `{"key":"` + secret + `"`, `{"` + secret + `":1}`, `{} {}`, `{"scopes":1}`,
+		`{"account":"acme","account":"other"}`, `{"Manage_Keys":true}`, `{"scopes":[],"\u0073copes":[]}`, strings.Repeat("x", 70_000)} {
 		_, err := importText(t, admin, "\n"+line+"\n", keyadmin.ImportOptions{Format: "jsonl", PlainKeys: true})
 		var bad *keyadmin.ImportError
-		if !errors.As(err, &bad) || bad.Lines[0].Line != 2 || apikey.ContainsKey(err.Error()) {
+		if !errors.As(err, &bad) || bad.Lines[0].Line != 2 || bad.Lines[0].Field != "" || apikey.ContainsKey(err.Error()) {
 			t.Errorf("%.60q: %v", apikey.Redact(line), err)
 		}
 	}
