@@ -21,6 +21,10 @@ const databaseVariable = "REKALL_DATABASE_URL"
 // maxStalenessLimit is the promise to users: a revocation holds within 60 seconds at every edge (REKALL.md, "Keys").
 const maxStalenessLimit = 60 * time.Second
 
+// maxCacheSize keeps a typing mistake in a reload from taking all memory, and the running gateway with it: the cache takes 50 bytes for
+// each key at once. 370 bytes for as many, when it is full, are 3.7 GB.
+const maxCacheSize = 10_000_000
+
 func init() { caddy.RegisterModule(App{}) }
 
 // App keeps this edge's copy of the key data true. Its handlers share it; it needs no configuration when
@@ -44,7 +48,7 @@ type App struct {
 	// Postgres does not answer. Must be longer than refresh and shorter than 60s. Default: 30s.
 	MaxStaleness caddy.Duration `json:"max_staleness,omitempty"`
 
-	// How many keys are kept in memory. Default: 100000.
+	// How many keys are kept in memory, 10000000 at most: some 370 bytes each when it is full, 50 at once. Default: 100000.
 	CacheSize int `json:"cache_size,omitempty"`
 
 	// How many keys are read into memory at the start, those first that are the likeliest to be used; cache_size at most.
@@ -55,10 +59,11 @@ type App struct {
 	// Default: false.
 	ListenOff bool `json:"listen_off,omitempty"`
 
-	// The name of this edge, in "rekall-gateway edges list" and in confirmations of a revocation. Default: the host name.
+	// The name of this edge, in "rekall-gateway edges list" and in confirmations of a revocation. May contain placeholders.
+	// Default: the host name.
 	EdgeName string `json:"edge_name,omitempty"`
 
-	// Where this edge is, for people. Default: none.
+	// Where this edge is, for people. May contain placeholders. Default: none.
 	EdgeRegion string `json:"edge_region,omitempty"`
 
 	// Whether this edge takes part in sending canaries: every minute one edge revokes a throw-away key of its own, and all
@@ -118,8 +123,6 @@ func (a *App) settings() (settings, error) {
 		cacheSize:    a.CacheSize,
 		warm:         a.Warm,
 		listen:       !a.ListenOff,
-		edgeName:     a.EdgeName,
-		edgeRegion:   a.EdgeRegion,
 		canary:       a.Canary,
 
 		usageFlush:     time.Duration(a.UsageFlush),
@@ -147,8 +150,8 @@ func (a *App) settings() (settings, error) {
 		return s, errors.New("max_staleness must be under 60s: revocations are promised within 60 seconds")
 	case s.maxStaleness <= s.refresh:
 		return s, errors.New("max_staleness must be longer than refresh, or no cached key is ever trusted")
-	case s.cacheSize < 0:
-		return s, errors.New("cache_size must be a positive number of keys")
+	case s.cacheSize < 0 || s.cacheSize > maxCacheSize:
+		return s, fmt.Errorf("cache_size must be a number of keys from 1 to %d", maxCacheSize)
 	case s.warm < 0 || s.warm > s.cacheSize:
 		return s, errors.New("warm must be a number of keys, at most cache_size")
 	case s.usageFlush < 100*time.Millisecond || s.usageFlush > 5*time.Minute:
@@ -156,25 +159,30 @@ func (a *App) settings() (settings, error) {
 	case s.usageRetention < 24*time.Hour:
 		return s, errors.New("usage_retention must be at least 1d")
 	}
+	database := a.Database
+	if database == "" {
+		database = os.Getenv(databaseVariable)
+	}
+	for _, option := range []struct {
+		name, value string
+		to          *string
+	}{
+		{"database", database, &s.database},
+		{"read_database", a.ReadDatabase, &s.readDatabase},
+		{"rate_limit_store", a.RateLimitStore, &s.rateLimitStore},
+		{"edge", a.EdgeName, &s.edgeName},
+		{"edge", a.EdgeRegion, &s.edgeRegion},
+	} {
+		var err error
+		if *option.to, err = caddy.NewReplacer().ReplaceOrErr(option.value, true, false); err != nil {
+			return s, fmt.Errorf("%s: %w", option.name, err)
+		}
+	}
 	if s.edgeName == "" {
 		var err error
 		if s.edgeName, err = os.Hostname(); err != nil {
 			return s, fmt.Errorf("find the host name: %w; set edge", err)
 		}
-	}
-	database := a.Database
-	if database == "" {
-		database = os.Getenv(databaseVariable)
-	}
-	var err error
-	if s.database, err = caddy.NewReplacer().ReplaceOrErr(database, true, false); err != nil {
-		return s, fmt.Errorf("database: %w", err)
-	}
-	if s.readDatabase, err = caddy.NewReplacer().ReplaceOrErr(a.ReadDatabase, true, false); err != nil {
-		return s, fmt.Errorf("read_database: %w", err)
-	}
-	if s.rateLimitStore, err = caddy.NewReplacer().ReplaceOrErr(a.RateLimitStore, true, false); err != nil {
-		return s, fmt.Errorf("rate_limit_store: %w", err)
 	}
 	if s.database == "" {
 		return s, errors.New("no database: set database in the rekall global option, or " + databaseVariable)

@@ -86,6 +86,8 @@ func TestContradictorySettingsAreRefusedWithTheReason(t *testing.T) {
 		"60 s":                          {"database postgres://h/d\nmax_staleness 60s", "60 seconds"},
 		"not longer than refresh":       {"database postgres://h/d\nrefresh 10s\nmax_staleness 10s", "longer than refresh"},
 		"a refresh that is too short":   {"database postgres://h/d\nrefresh 1ms", "at least 10ms"},
+		"a cache beyond all memory":     {"database postgres://h/d\ncache_size 99999999999", "from 1 to 10000000"},
+		"an edge that has no name":      {"database postgres://h/d\nedge {env.REKALL_NO_SUCH_VARIABLE}", "edge: "},
 	} {
 		t.Run(name, func(t *testing.T) {
 			err := validate(t, "{\nadmin off\nrekall {\n"+tc.options+"\n}\n}\n"+site)
