@@ -78,7 +78,7 @@ var addressLimited = newAnswer(http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDED"
 	"Too many requests without a valid API key came from your address. Check the key, and try again after the time in Retry-After.", "")
 
 var invalidKey = newAnswer(http.StatusUnauthorized, "API_KEY_INVALID",
-	"This API key is not valid. Check that it was copied completely.", invalidToken("the API key is not valid"))
+	"This API key is not valid. Check that it was copied completely. Programs send it as 'Authorization: Bearer rk_…' or 'x-api-key: rk_…'.", invalidToken("the API key is not valid"))
 
 // envelope is the body of every error (REKALL.md, "Answers").
 type envelope struct {

@@ -3,6 +3,7 @@ package caddymodule
 import (
 	"errors"
 	"net/http"
+	"strings"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/credential"
@@ -26,6 +27,7 @@ func (k *Keys) visitor(r *http.Request) (keyadmin.Actor, error) {
 // exist costs the database no more here.
 func (k *Keys) signIn(r *http.Request, key string) (keyadmin.Actor, error) {
 	cred := credential.Credential{Kind: credential.Malformed}
+	key = strings.TrimSpace(key) // what was copied along with it
 	if environment, err := apikey.Parse(key); err == nil {
 		cred = credential.Credential{Kind: credential.Key, Environment: environment, Digest: apikey.Hash(key)}
 	}

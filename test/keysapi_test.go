@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os/exec"
 	"strings"
 	"sync"
@@ -353,6 +354,17 @@ http://:PORT {
 	}
 }
 `
+
+func TestKeyThatWasPastedWithBlanksAroundItSignsIn(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	g := r.start(managedSite)
+	form := url.Values{"key": {" " + r.manager("acme").Key.Reveal() + "\r\n"}}.Encode()
+	answer := do(t, "POST", g.http+dashboard.Root+"/sign-in", http.Header{"Content-Type": {"application/x-www-form-urlencoded"}}, strings.NewReader(form))
+	if answer.StatusCode != http.StatusSeeOther || len(answer.Cookies()) == 0 {
+		t.Errorf("answered %d with %d cookies", answer.StatusCode, len(answer.Cookies()))
+	}
+}
 
 func TestPeopleWhomCaddyHasAuthenticatedManageTheKeysOfTheirAccount(t *testing.T) {
 	t.Parallel()
