@@ -22,8 +22,8 @@ func init() {
 With --plan it changes nothing, and shows the versions and the SQL that it would run. Gateways that run go on working while the
 schema goes forward, and with the new one: migrate first, then upgrade them one after another.
 
-With --edge-role and --admin-role it also gives two Postgres roles the least rights that work: the edge's reads keys and
-writes its own row in 'edges'; the admin's creates and revokes keys. A role that does not exist is created as a group
+With --edge-role and --admin-role it also gives two Postgres roles the least rights that work: the edge's reads keys, and
+writes what it counts and its own row in 'edges'; the admin's manages keys and their limits. A role that does not exist is created as a group
 that cannot log in; grant it to the users that do:
 
   rekall-gateway migrate --edge-role rekall_edge --admin-role rekall_admin

@@ -12,8 +12,8 @@ import (
 // Roles are the names of the Postgres roles with which the gateway's processes need no more rights than they use. Users log
 // in as members of them. An empty name: there is no such role, or it is to be left alone.
 type Roles struct {
-	Edge  string // of running gateways: read keys without their names, write their own row in edges
-	Admin string // of key management: create and revoke keys, look at edges
+	Edge  string // of running gateways: read keys without their names, write what they count and their own row in edges
+	Admin string // of key management: create, change and revoke keys, set limits, look at edges
 }
 
 // grant is an object of the schema, and what each role may do with it.
