@@ -224,7 +224,7 @@ func (a *Admin) SetKeyLimits(ctx context.Context, actor Actor, id string, change
 		return KeyLimits{}, err
 	}
 	err = a.changeLimits(ctx, actor, func(tx *keystore.Tx, actor Actor) error {
-		row, err := tx.Get(ctx, actor.reach(), id)
+		row, err := tx.Lock(ctx, actor.reach(), id) // a rotation at the same time hands down these limits, or comes before them
 		if err != nil {
 			return err
 		}
@@ -237,8 +237,7 @@ func (a *Admin) SetKeyLimits(ctx context.Context, actor Actor, id string, change
 			return err
 		}
 		if own != before.Own {
-			err = errors.Join(tx.SetKeyLimits(ctx, keystore.KeyLimits{KeyID: id, Own: own}),
-				tx.Audit(ctx, entry(actor, KeyLimitsChanged, row, limitsDetails(own))))
+			err = setKeyLimits(ctx, tx, actor, row, own)
 		}
 		if err == nil {
 			result, err = ofKey(ctx, tx.Keys, row, own)
@@ -249,6 +248,12 @@ func (a *Admin) SetKeyLimits(ctx context.Context, actor Actor, id string, change
 		return KeyLimits{}, notFound(err, id)
 	}
 	return result, nil
+}
+
+// setKeyLimits changes the limits of a key that are locked.
+func setKeyLimits(ctx context.Context, tx *keystore.Tx, actor Actor, row keystore.Row, own apikey.Limits) error {
+	return errors.Join(tx.SetKeyLimits(ctx, keystore.KeyLimits{KeyID: row.ID, Own: own}),
+		tx.Audit(ctx, entry(actor, KeyLimitsChanged, row, limitsDetails(own))))
 }
 
 // changeLimits is change for operators only: whoever manages the keys of an account does not say what the account may use.

@@ -62,8 +62,8 @@ func (o Overlap) String() string {
 	return FormatDuration(o.For)
 }
 
-// Rotate makes the successor of a key: a new key with the same name, account, environment, scopes and manage_keys, and with
-// the same time to live as the old one had when it was made. The answer is the successor, with the key itself; its
+// Rotate makes the successor of a key: a new key with the same name, account, environment, scopes, manage_keys and limits, and
+// with the same time to live as the old one had when it was made. The answer is the successor, with the key itself; its
 // Predecessor is the old key, which ends after the overlap. The error wraps ErrNotFound, ErrEnded or ErrAlreadyRotated, or is
 // a *ForbiddenError: whoever rotates a key holds its successor.
 func (a *Admin) Rotate(ctx context.Context, actor Actor, id string, overlap Overlap) (Key, error) {
@@ -142,9 +142,24 @@ func succeed(ctx context.Context, tx *keystore.Tx, actor Actor, old keystore.Row
 	if err := tx.Audit(ctx, entry(actor, KeyRotated, old, map[string]any{"successor": row.ID, "overlap": overlap.String()})); err != nil {
 		return Key{}, err
 	}
+	if err := handDownLimits(ctx, tx, actor, old.ID, row); err != nil {
+		return Key{}, err
+	}
 	successor := fromRow(row)
 	successor.Key = Secret(secret)
 	return successor, nil
+}
+
+// handDownLimits gives a successor the limits of the old key's own: whoever may rotate a key does not say how much it may be used.
+func handDownLimits(ctx context.Context, tx *keystore.Tx, actor Actor, oldID string, successor keystore.Row) error {
+	limits, err := tx.KeyLimits(ctx, oldID)
+	if err != nil || limits.Own == (apikey.Limits{}) {
+		return err
+	}
+	if _, err := tx.LockKeyLimits(ctx, successor.ID); err != nil {
+		return err
+	}
+	return setKeyLimits(ctx, tx, actor, successor, limits.Own)
 }
 
 func rotatedIf(has bool, old keystore.Row) error {

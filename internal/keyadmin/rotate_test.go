@@ -65,6 +65,74 @@ func TestSuccessorIsTheSameKeyWithAnotherSecret(t *testing.T) {
 	}
 }
 
+// A key that an operator throttled must not shed that by being rotated, nor one that was allowed more lose it.
+func TestSuccessorHasTheLimitsOfTheOldKeysOwn(t *testing.T) {
+	databaseURL := pgtest.URL(t)
+	role := pgtest.Role(t, databaseURL)
+	if _, _, err := keystore.MigrateAndGrant(t.Context(), databaseURL, keystore.Roles{Admin: role}); err != nil {
+		t.Fatal(err)
+	}
+	store, err := keystore.Open(pgtest.Login(t, databaseURL, role), keystore.Options{}) // with no more rights than key management has
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(store.Close)
+	admin := keyadmin.New(store)
+	owner, err := keyadmin.Person("owner", "acme")
+	if err != nil {
+		t.Fatal(err)
+	}
+	throttled, plain := create(t, admin, request()), create(t, admin, request())
+	limits, err := admin.SetKeyLimits(t.Context(), operator, throttled.ID, keyadmin.LimitsChange{PerMinute: number(2), Concurrent: number(1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for old, want := range map[string]keyadmin.Limits{throttled.ID: limits.Own, plain.ID: {}} {
+		next, err := admin.Rotate(t.Context(), owner, old, day(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := admin.KeyLimits(t.Context(), operator, next.ID); got.Own != want || err != nil {
+			t.Errorf("limits of the successor %+v, %v, want %+v", got, err, want)
+		}
+		page, err := admin.Audit(t.Context(), operator, keyadmin.AuditRequest{KeyID: next.ID, Action: string(keyadmin.KeyLimitsChanged)})
+		if told := len(page.Entries) == 1 && page.Entries[0].Actor == "user:owner"; told != (want != keyadmin.Limits{}) || err != nil {
+			t.Errorf("audit %+v, %v", page.Entries, err)
+		}
+	}
+}
+
+func TestLimitsThatAreSetDuringARotationReachTheSuccessor(t *testing.T) {
+	admin, store, databaseURL := newAdmin(t)
+	old := create(t, admin, request())
+	limited, rotated := make(chan error, 1), make(chan keyadmin.Key, 1)
+	err := store.Change(t.Context(), func(tx *keystore.Tx) error {
+		if _, err := tx.LockKeyLimits(t.Context(), old.ID); err != nil {
+			return err
+		}
+		go func() {
+			_, err := admin.SetKeyLimits(t.Context(), operator, old.ID, keyadmin.LimitsChange{Concurrent: number(1)})
+			limited <- err
+		}()
+		waitUntilBlocked(t, databaseURL, 1)
+		go func() {
+			next, err := admin.Rotate(t.Context(), operator, old.ID, day(t))
+			if err != nil {
+				t.Error(err)
+			}
+			rotated <- next
+		}()
+		waitUntilBlocked(t, databaseURL, 2)
+		return nil
+	})
+	if err := errors.Join(err, <-limited); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := admin.KeyLimits(t.Context(), operator, (<-rotated).ID); got.Own.Concurrent != 1 || err != nil {
+		t.Errorf("%+v, %v", got, err)
+	}
+}
+
 func TestRotationNeverMakesAKeyLiveLonger(t *testing.T) {
 	admin, _, _ := newAdmin(t)
 	r := request()
