@@ -199,6 +199,7 @@ var notices = map[string]string{
 	"revoked":    "The key is revoked, for good.",
 	"existing":   "That form was sent before: the key exists already, and was shown then. If you did not copy it, revoke it and create another.",
 	"rotated":    "This key is being rotated already. Its successor was shown when it was made.",
+	"awaited":    "This key was not used yet, and the older key that it replaces lives on until then. Use it first, or undo the rotation of the older key.",
 	"ended":      "This key has ended. Create a new one.",
 	"norotation": "This key is not being rotated: there is nothing to undo.",
 }

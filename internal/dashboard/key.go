@@ -221,6 +221,8 @@ func (d *Dashboard) rotate(v *visit) error {
 	switch {
 	case errors.Is(err, keyadmin.ErrAlreadyRotated):
 		return v.redirect(Root+"/"+id, "rotated")
+	case errors.Is(err, keyadmin.ErrAwaited):
+		return v.redirect(Root+"/"+id, "awaited")
 	case errors.Is(err, keyadmin.ErrEnded):
 		return v.redirect(Root+"/"+id, "ended")
 	case err != nil:

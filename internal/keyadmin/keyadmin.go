@@ -35,8 +35,11 @@ var (
 	// ErrEnded: the key is revoked or expired, and can neither be rotated nor have its rotation undone.
 	ErrEnded = errors.New("key has ended")
 
-	// ErrAlreadyRotated: the key has a successor that is not revoked.
+	// ErrAlreadyRotated: the key has a successor that has not ended.
 	ErrAlreadyRotated = errors.New("key is being rotated already")
+
+	// ErrAwaited: the key was not used yet, and the one that it replaces lives on until then.
+	ErrAwaited = errors.New("key was not used yet, and its predecessor waits for that")
 
 	// ErrNotRotated: there is no rotation to undo.
 	ErrNotRotated = errors.New("key is not being rotated")

@@ -64,8 +64,8 @@ func (o Overlap) String() string {
 
 // Rotate makes the successor of a key: a new key with the same name, account, environment, scopes, manage_keys and limits, and
 // with the same time to live as the old one had when it was made. The answer is the successor, with the key itself; its
-// Predecessor is the old key, which ends after the overlap. The error wraps ErrNotFound, ErrEnded or ErrAlreadyRotated, or is
-// a *ForbiddenError: whoever rotates a key holds its successor.
+// Predecessor is the old key, which ends after the overlap. The error wraps ErrNotFound, ErrEnded, ErrAlreadyRotated or
+// ErrAwaited, or is a *ForbiddenError: whoever rotates a key holds its successor.
 func (a *Admin) Rotate(ctx context.Context, actor Actor, id string, overlap Overlap) (Key, error) {
 	successor, _, err := a.RotateOnce(ctx, actor, id, overlap, "")
 	return successor, err
@@ -127,8 +127,11 @@ func succeed(ctx context.Context, tx *keystore.Tx, actor Actor, old keystore.Row
 	if err != nil {
 		return Key{}, err
 	}
-	if has, err := tx.HasSuccessor(ctx, old.ID); err != nil || has {
-		return Key{}, errors.Join(err, rotatedIf(has, old))
+	if err := mayBeRotated(ctx, tx, old); err != nil {
+		return Key{}, err
+	}
+	if err := tx.DetachExpired(ctx, old.ID); err != nil {
+		return Key{}, err
 	}
 	if err := setEnd(ctx, tx, old.ID, overlap); err != nil {
 		return Key{}, err
@@ -162,11 +165,20 @@ func handDownLimits(ctx context.Context, tx *keystore.Tx, actor Actor, oldID str
 	return setKeyLimits(ctx, tx, actor, successor, limits.Own)
 }
 
-func rotatedIf(has bool, old keystore.Row) error {
-	if !has {
-		return nil
+// mayBeRotated refuses a second successor. It also refuses one to a key whose predecessor waits for its first use: that
+// might end unused, and its predecessor would live for ever.
+func mayBeRotated(ctx context.Context, tx *keystore.Tx, old keystore.Row) error {
+	if has, err := tx.HasSuccessor(ctx, old.ID); err != nil {
+		return err
+	} else if has {
+		return fmt.Errorf("%w: %s has the successor %s", ErrAlreadyRotated, old.ID, old.Successor)
 	}
-	return fmt.Errorf("%w: %s has the successor %s", ErrAlreadyRotated, old.ID, old.Successor)
+	if awaited, err := tx.IsAwaited(ctx, old.ID); err != nil {
+		return err
+	} else if awaited {
+		return fmt.Errorf("%w: use %s first, or undo the rotation of %s", ErrAwaited, old.ID, old.Predecessor)
+	}
+	return nil
 }
 
 // successorOf returns the key that is to replace another, without what is random.
@@ -260,8 +272,8 @@ type RotateDueRequest struct {
 }
 
 // RotateDue rotates every key that is older than a given age, oldest first, each in a transaction of its own, and returns how
-// many. Keys that have ended, or have a successor that is not revoked, are passed over, so it can be run again after it was
-// interrupted. handOut gets each successor with the key itself, just before it is in force; its error ends the run and
+// many. Keys that have ended, have a successor that has not, or whose first use is awaited, are passed over, so it can be run
+// again after it was interrupted. handOut gets each successor with the key itself, just before it is in force; its error ends the run and
 // leaves that key as it was. With dryRun nothing is written and handOut gets the old keys.
 func (a *Admin) RotateDue(ctx context.Context, actor Actor, request RotateDueRequest, dryRun bool, handOut func(Key) error) (count int, err error) {
 	age, err := ParseDuration(request.OlderThan)
@@ -287,7 +299,7 @@ func (a *Admin) RotateDue(ctx context.Context, actor Actor, request RotateDueReq
 			} else {
 				_, _, err = a.rotate(ctx, actor, row.ID, request.Overlap, "", handOut)
 			}
-			if errors.Is(err, ErrEnded) || errors.Is(err, ErrAlreadyRotated) {
+			if errors.Is(err, ErrEnded) || errors.Is(err, ErrAlreadyRotated) || errors.Is(err, ErrAwaited) {
 				continue // meanwhile
 			}
 			if err != nil {

@@ -376,6 +376,67 @@ func TestFirstUseRevivesNoKeyThatHasEnded(t *testing.T) {
 	}
 }
 
+// Its successor might be used in its place, and its predecessor would wait for ever.
+func TestKeyWhoseFirstUseIsAwaitedIsNotRotated(t *testing.T) {
+	for name, resolve := range map[string]func(t *testing.T, admin *keyadmin.Admin, databaseURL string, old, next keyadmin.Key){
+		"until it is used": func(t *testing.T, admin *keyadmin.Admin, databaseURL string, old, next keyadmin.Key) {
+			firstUse(t, databaseURL, next.ID)
+			if got := get(t, admin, old.ID); time.Until(*got.ExpiresAt) > time.Hour {
+				t.Errorf("old key %+v", got)
+			}
+		},
+		"until nobody waits": func(t *testing.T, admin *keyadmin.Admin, _ string, old, _ keyadmin.Key) {
+			if _, err := admin.Revoke(t.Context(), operator, old.ID); err != nil {
+				t.Fatal(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			admin, _, databaseURL := newAdmin(t)
+			old := create(t, admin, request())
+			next := rotate(t, admin, old.ID, keyadmin.Overlap{For: time.Hour, OnFirstUse: true})
+			if _, err := admin.Rotate(t.Context(), operator, next.ID, keyadmin.Overlap{}); !errors.Is(err, keyadmin.ErrAwaited) || !strings.Contains(err.Error(), old.ID) {
+				t.Errorf("rotated: %v", err)
+			}
+			if due, err := rotateDue(t, admin, true); err != nil || len(due) != 0 {
+				t.Errorf("due: %+v, %v", due, err)
+			}
+			resolve(t, admin, databaseURL, old, next)
+			rotate(t, admin, next.ID, keyadmin.Overlap{})
+		})
+	}
+}
+
+func TestExpiredSuccessorDoesNotKeepTheOldKeyFromBeingRotated(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	old := create(t, admin, request())
+	expired := rotate(t, admin, old.ID, keyadmin.Overlap{For: time.Hour, OnFirstUse: true})
+	pgtest.Exec(t, databaseURL, `update rekall.api_keys set expires_at = now() - interval '1 second' where id = $1`, expired.ID)
+	if due, err := rotateDue(t, admin, true); err != nil || len(due) != 1 || due[0].ID != old.ID {
+		t.Errorf("due: %+v, %v", due, err)
+	}
+	due, err := rotateDue(t, admin, false)
+	if err != nil || len(due) != 1 || *due[0].Predecessor != old.ID {
+		t.Fatalf("rotated: %+v, %v", due, err)
+	}
+	if got := get(t, admin, old.ID); *got.Successor != due[0].ID || got.ExpiresAt.Sub(due[0].CreatedAt) != 24*time.Hour {
+		t.Errorf("old key %+v", got)
+	}
+	if got := get(t, admin, expired.ID); got.Predecessor != nil || got.OverlapOnFirstUse != nil {
+		t.Errorf("expired successor %+v", got)
+	}
+}
+
+// rotateDue rotates all keys, or only returns them.
+func rotateDue(t *testing.T, admin *keyadmin.Admin, dryRun bool) (handed []keyadmin.Key, err error) {
+	t.Helper()
+	_, err = admin.RotateDue(t.Context(), operator, keyadmin.RotateDueRequest{OlderThan: "0s", Overlap: day(t)}, dryRun, func(key keyadmin.Key) error {
+		handed = append(handed, key)
+		return nil
+	})
+	return handed, err
+}
+
 func TestOverlapIsReadAsItIsWritten(t *testing.T) {
 	for text, want := range map[string]keyadmin.Overlap{
 		"": {For: 24 * time.Hour}, "0": {}, "0s": {}, "36h": {For: 36 * time.Hour}, "P2D": {For: 48 * time.Hour},

@@ -137,6 +137,10 @@ var (
 		Status: http.StatusConflict, Code: "KEY_ALREADY_ROTATED",
 		Message: "This API key has a successor already. Undo its rotation or revoke the successor first.",
 	}
+	errAwaited = &Error{
+		Status: http.StatusConflict, Code: "KEY_AWAITED",
+		Message: "This API key was not used yet, and the one that it replaces lives on until then. Use it first, or undo that rotation.",
+	}
 	errNotRotated  = &Error{Status: http.StatusConflict, Code: "KEY_NOT_ROTATED", Message: "This API key is not being rotated: there is nothing to undo."}
 	errUnavailable = &Error{
 		Status: http.StatusServiceUnavailable, Code: "SERVICE_UNAVAILABLE", Message: "API keys cannot be managed right now. Try again shortly.",
@@ -191,6 +195,8 @@ func explain(err error) *Error {
 		return errEnded
 	case errors.Is(err, keyadmin.ErrAlreadyRotated):
 		return errAlreadyRotated
+	case errors.Is(err, keyadmin.ErrAwaited):
+		return errAwaited
 	case errors.Is(err, keyadmin.ErrNotRotated):
 		return errNotRotated
 	}

@@ -67,6 +67,7 @@ func TestOnFirstUseIsAnOverlap(t *testing.T) {
 	if successor.OverlapOnFirstUse == nil || *successor.OverlapOnFirstUse != "1d" {
 		t.Errorf("successor %+v", successor)
 	}
+	r.call("POST", path+"/"+successor.ID+"/rotate", by(manager), "").refused(t, http.StatusConflict, "KEY_AWAITED", "")
 }
 
 func TestWithoutEnvironmentTheKeyIsOfItsCreators(t *testing.T) {

@@ -27,13 +27,37 @@ func (t *Tx) Detach(ctx context.Context, id string) error {
 update rekall.api_keys k set predecessor = null, overlap_on_first_use = null where k.id = $1`, id)
 }
 
-// HasSuccessor reports whether a key has a successor that is not revoked.
-func (t *Tx) HasSuccessor(ctx context.Context, id string) (has bool, err error) {
-	err = t.tx.QueryRow(ctx, `select exists (select from rekall.api_keys where predecessor = $1 and revoked_at is null)`, id).Scan(&has)
-	if err != nil {
-		return false, failed("find successor", err)
+// DetachExpired makes the successors of a key that have expired nobody's.
+func (t *Tx) DetachExpired(ctx context.Context, predecessor string) error {
+	return t.exec(ctx, "detach expired successor", `
+update rekall.api_keys k set predecessor = null, overlap_on_first_use = null
+where k.predecessor = $1 and k.revoked_at is null and k.expires_at <= now()`, predecessor)
+}
+
+// What may keep a key k from being rotated.
+const (
+	hasSuccessor = `exists (select from rekall.api_keys s
+	where s.predecessor = k.id and s.revoked_at is null and (s.expires_at is null or s.expires_at > now()))`
+
+	isAwaited = `k.overlap_on_first_use is not null and exists (select from rekall.api_keys p
+	where p.id = k.predecessor and p.revoked_at is null and (p.expires_at is null or p.expires_at > now()))`
+)
+
+// HasSuccessor reports whether a key has a successor that has not ended.
+func (t *Tx) HasSuccessor(ctx context.Context, id string) (bool, error) {
+	return t.holds(ctx, "find successor", hasSuccessor, id)
+}
+
+// IsAwaited reports whether a key has a predecessor that has not ended and waits for the key's first use.
+func (t *Tx) IsAwaited(ctx context.Context, id string) (bool, error) {
+	return t.holds(ctx, "find predecessor", isAwaited, id)
+}
+
+func (t *Tx) holds(ctx context.Context, doing, condition, id string) (holds bool, err error) {
+	if err := t.tx.QueryRow(ctx, `select `+condition+` from rekall.api_keys k where k.id = $1`, id).Scan(&holds); err != nil {
+		return false, failed(doing, err)
 	}
-	return has, nil
+	return holds, nil
 }
 
 func (t *Tx) exec(ctx context.Context, doing, sql string, args ...any) error {
@@ -44,14 +68,14 @@ func (t *Tx) exec(ctx context.Context, doing, sql string, args ...any) error {
 }
 
 // ListDue returns up to limit keys that follow a position, oldest first: those that were created before a moment, have not
-// ended, and have no successor that is not revoked.
+// ended, have no successor that has not ended, and whose first use no predecessor awaits.
 func (s *Store) ListDue(ctx context.Context, reach Reach, createdBefore time.Time, after Position, limit int) ([]Row, error) {
 	q := new(conditions)
 	q.reach(reach)
 	q.add("k.created_at < ?", createdBefore)
 	q.add("(k.created_at, k.id) > (?, ?)", after.CreatedAt, after.ID)
 	q.add("k.revoked_at is null and (k.expires_at is null or k.expires_at > now())")
-	q.add("not exists (select from rekall.api_keys s where s.predecessor = k.id and s.revoked_at is null)")
+	q.add("not (" + hasSuccessor + ") and not (" + isAwaited + ")")
 	q.args = append(q.args, limit)
 	rows, _ := s.pool.Query(ctx, `select `+rowColumns+` from rekall.api_keys k where `+q.where()+`
 order by k.created_at, k.id limit `+placeholder(len(q.args)), q.args...) // CollectRows returns its error
