@@ -407,6 +407,36 @@ func TestMarksAndChartSayWhatNeedsALook(t *testing.T) {
 	}
 }
 
+func TestPageOfAKeyWhoseSuccessorIsRevokedOffersToRotateItAgain(t *testing.T) {
+	r := newRig(t)
+	b := r.browser("ann@acme")
+	for overlap, texts := range map[string][]string{"1d": {"Nothing takes over", "Undo rotation"}, "on-first-use": {"Was to be replaced by"}} {
+		old := r.key("acme", "Old", false)
+		shown := b.do("/"+old.ID+"/rotate", url.Values{"overlap": {overlap}})
+		shown.want(t, http.StatusCreated)
+		rotateLink := dashboard.Root + "/" + old.ID + `/rotate"`
+		if page := b.do("/"+old.ID, nil); strings.Contains(page.body, rotateLink) || !strings.Contains(page.body, "Being rotated") {
+			t.Errorf("%s: rotation is offered twice", overlap)
+		}
+		rotated, err := r.admin.Get(t.Context(), operator, old.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		successor := *rotated.Successor
+		if _, err := r.admin.Revoke(t.Context(), operator, successor); err != nil {
+			t.Fatal(err)
+		}
+		page := b.do("/"+old.ID, nil)
+		page.want(t, http.StatusOK, append(texts, rotateLink, successor)...)
+		for _, text := range []string{"Being rotated", "takes over.", "Was replaced by", "data-live"} {
+			if strings.Contains(page.body, text) {
+				t.Errorf("%s: the page says %q", overlap, text)
+			}
+		}
+		b.do("/"+old.ID+"/rotate", url.Values{"overlap": {overlap}}).want(t, http.StatusCreated)
+	}
+}
+
 func TestPageWeighsLessThan100KiBWithAllThatItLoads(t *testing.T) {
 	r := newRig(t)
 	for i := range 25 {

@@ -109,13 +109,13 @@ func (d *Dashboard) addUsage(v *visit, data *keyData) error {
 	return nil
 }
 
-// rotationOf is the rotation that a key is the old key of; nil: none, or it has ended.
+// rotationOf is the rotation that a key is the old key of; nil: none, or one of its keys has ended.
 func (d *Dashboard) rotationOf(ctx context.Context, actor keyadmin.Actor, old keyadmin.Key) (*rotation, error) {
 	if old.Successor == nil || old.Status != keyadmin.Active {
 		return nil, nil
 	}
 	successor, err := d.Admin.Get(ctx, actor, *old.Successor)
-	if err != nil {
+	if err != nil || successor.Status != keyadmin.Active {
 		return nil, err
 	}
 	since := successor.CreatedAt.Truncate(time.Hour)

@@ -42,6 +42,9 @@ type Key struct {
 	// OverlapOnFirstUse is not null while the predecessor waits for this key's first use: so long it lives on from then,
 	// as ParseDuration reads it.
 	OverlapOnFirstUse *string `json:"overlap_on_first_use"`
+
+	// GraceStarted says that ExpiresAt was set by the key's rotation. Undoing that restores the expiry that it had before.
+	GraceStarted bool `json:"-"`
 }
 
 // Secret is a key. Only Reveal and JSON show it: a log line or an error made from it, or from what contains it, does not.
@@ -59,6 +62,7 @@ func fromRow(row keystore.Row) Key {
 		Status: status(row), CreatedBy: optional(row.CreatedBy),
 		CreatedAt: row.CreatedAt.UTC(), ExpiresAt: utc(row.ExpiresAt), RevokedAt: utc(row.RevokedAt), LastUsedAt: utc(row.LastUsedAt),
 		Predecessor: optional(row.Predecessor), Successor: optional(row.Successor),
+		GraceStarted: row.GraceStartedAt != nil,
 	}
 	if environment, err := apikey.ParseEnvironment(row.Environment); err == nil {
 		key.Masked = apikey.Mask(environment, row.Hint)

@@ -231,7 +231,12 @@ func (a *Admin) UndoRotation(ctx context.Context, actor Actor, id string) (Key, 
 		if err != nil {
 			return old, err
 		}
-		if old.Successor == "" {
+		// A revoked successor stays one, and where it never set the key's end there is nothing to take back.
+		has, err := tx.HasSuccessor(ctx, id)
+		if err != nil {
+			return old, err
+		}
+		if !has && old.GraceStartedAt == nil {
 			return old, fmt.Errorf("%w: %s", ErrNotRotated, id)
 		}
 		if s := status(old); s != Active {

@@ -227,6 +227,35 @@ func TestRotationAfterTheSuccessorWasRevokedStartsAfresh(t *testing.T) {
 	}
 }
 
+// An undone rotation leaves the successors of earlier ones, which were revoked: they are not undone in their turn.
+func TestRevokedSuccessorIsNoRotationToUndo(t *testing.T) {
+	for _, overlap := range []keyadmin.Overlap{{For: time.Hour}, {For: time.Hour, OnFirstUse: true}} {
+		t.Run(overlap.String(), func(t *testing.T) {
+			admin, _, _ := newAdmin(t)
+			old := create(t, admin, request())
+			lost := rotate(t, admin, old.ID, overlap)
+			if _, err := admin.Revoke(t.Context(), operator, lost.ID); err != nil {
+				t.Fatal(err)
+			}
+			_, err := admin.UndoRotation(t.Context(), operator, old.ID)
+			if set := !overlap.OnFirstUse; set != (err == nil) || !set && !errors.Is(err, keyadmin.ErrNotRotated) {
+				t.Errorf("the end of the key was set: %v; undone: %v", set, err)
+			}
+			lost = rotate(t, admin, old.ID, overlap)
+			if _, err := admin.Revoke(t.Context(), operator, lost.ID); err != nil {
+				t.Fatal(err)
+			}
+			rotate(t, admin, old.ID, overlap)
+			if restored, err := admin.UndoRotation(t.Context(), operator, old.ID); err != nil || !restored.ExpiresAt.Equal(*old.ExpiresAt) {
+				t.Errorf("undone %+v, %v", restored, err)
+			}
+			if _, err := admin.UndoRotation(t.Context(), operator, old.ID); !errors.Is(err, keyadmin.ErrNotRotated) {
+				t.Errorf("undone again: %v", err)
+			}
+		})
+	}
+}
+
 // Of two that wait for the same key, the second must not act on what was before the first.
 func TestRotationIsUndoneOnce(t *testing.T) {
 	admin, store, databaseURL := newAdmin(t)
