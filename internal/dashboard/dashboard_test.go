@@ -351,6 +351,25 @@ func TestSessionEndsWithItsKeyWithTimeAndBySigningOut(t *testing.T) {
 	}
 }
 
+func TestPageThatPollsKeepsNoIdleSession(t *testing.T) {
+	r := newRig(t)
+	now := time.Now()
+	r.state.SetClock(func() time.Time { return now })
+	b := r.browser("")
+	b.do("/sign-in", url.Values{"key": {r.key("acme", "Manager", true).Key.Reveal()}}).want(t, http.StatusSeeOther)
+	now = now.Add(29 * time.Minute)
+	b.do("", nil).want(t, http.StatusOK) // by a person: half an hour from here
+	b.header.Set("X-Rekall-Poll", "1")
+	for range 29 {
+		now = now.Add(time.Minute)
+		b.do("", nil).want(t, http.StatusOK)
+	}
+	now = now.Add(2 * time.Minute)
+	b.do("", nil).want(t, http.StatusUnauthorized, "<h1>Sign in</h1>")
+	b.header.Del("X-Rekall-Poll")
+	b.do("", nil).want(t, http.StatusUnauthorized)
+}
+
 func TestNobodyButAManagingKeySignsIn(t *testing.T) {
 	r := newRig(t)
 	b := r.browser("")

@@ -22,6 +22,9 @@ const (
 	maxSessions = 10000
 )
 
+// pollHeader is on what a page asks by itself, which is no use by a person. Whoever sends it can only shorten a session.
+const pollHeader = "X-Rekall-Poll"
+
 var errSignedOut = errors.New("signed out")
 
 // sessions are those who signed in with a key. The cookie is random and says nothing; here stand only its hash and the id of
@@ -79,8 +82,8 @@ func (s *sessions) end(id string) {
 	delete(s.byID, sha256.Sum256([]byte(id)))
 }
 
-// keyID returns the key that a session was begun with.
-func (s *sessions) keyID(id string) (string, bool) {
+// keyID returns the key that a session was begun with. The session is used, unless it is polled.
+func (s *sessions) keyID(id string, polled bool) (string, bool) {
 	hash, now := sha256.Sum256([]byte(id)), s.now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -92,7 +95,9 @@ func (s *sessions) keyID(id string) (string, bool) {
 		delete(s.byID, hash)
 		return "", false
 	}
-	session.lastUse = now
+	if !polled {
+		session.lastUse = now
+	}
 	return session.keyID, true
 }
 
@@ -100,7 +105,7 @@ func (s *sessions) keyID(id string) (string, bool) {
 // out at once, also where the edge has not heard of it.
 func (s *sessions) actor(r *http.Request, admin *keyadmin.Admin) (keyadmin.Actor, error) {
 	id := sessionID(r)
-	keyID, ok := s.keyID(id)
+	keyID, ok := s.keyID(id, r.Header.Get(pollHeader) != "")
 	if !ok {
 		return keyadmin.Actor{}, errSignedOut
 	}

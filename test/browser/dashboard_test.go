@@ -8,8 +8,10 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/chromedp/cdproto/emulation"
+	"github.com/chromedp/cdproto/network"
 	"github.com/chromedp/chromedp"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
@@ -23,6 +25,7 @@ func TestDashboard(t *testing.T) {
 		for name, walk := range map[string]func(*testing.T){
 			"a key is created, copied and never shown again":   createAndCopy,
 			"a key is used, rotated and revoked at every edge": useRotateRevoke,
+			"a live page is no use of its session":             livePage,
 			"another account sees nothing":                     anotherAccount,
 			"errors say what to do":                            errorStates,
 			"the policy stops an injected script":              injectedScript,
@@ -130,6 +133,39 @@ func useRotateRevoke(t *testing.T) {
 	b.see("p", "You signed in with this key")
 	b.fill("#name", manager.ID)
 	b.click("button", "Revoke")
+	b.see("h1", "Sign in")
+}
+
+// livePage leaves a page open that shows what changes by itself.
+func livePage(t *testing.T) {
+	b := newTab(t)
+	manager, old := key(t, "idle", "Manager", true), key(t, "idle", "Old", false)
+	if _, err := world.admin.Rotate(t.Context(), keyadmin.Operator("test"), old.ID, keyadmin.Overlap{For: time.Hour}); err != nil {
+		t.Fatal(err)
+	}
+	polls := make(chan network.Headers, 1)
+	chromedp.ListenTarget(b.ctx, func(event any) {
+		if sent, ok := event.(*network.EventRequestWillBeSent); ok && sent.Type == network.ResourceTypeXHR {
+			select {
+			case polls <- sent.Request.Headers:
+			default:
+			}
+		}
+	})
+	b.run(network.Enable())
+	b.signIn(manager)
+	b.open("/" + old.ID)
+	select {
+	case headers := <-polls:
+		if headers["X-Rekall-Poll"] != "1" {
+			t.Errorf("the page asks as a person would: %v", headers)
+		}
+	case <-time.After(patience):
+		t.Fatal("the page is not live")
+	}
+	if _, err := world.admin.Revoke(t.Context(), keyadmin.Operator("test"), manager.ID); err != nil {
+		t.Fatal(err)
+	}
 	b.see("h1", "Sign in")
 }
 

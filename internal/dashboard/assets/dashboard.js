@@ -50,13 +50,16 @@ addEventListener("pageshow", (event) => {
   if (event.persisted) location.reload();
 });
 
-// Live parts are taken from the page itself, read again. An XMLHttpRequest parses it without running anything.
+// Live parts are taken from the page itself, read again. An XMLHttpRequest parses it without running anything. It keeps no
+// session alive, and shows the sign-in form when the session has ended.
 const partsOf = (doc) => doc.querySelectorAll("[data-part]");
 const poll = () => {
   const request = new XMLHttpRequest();
   request.open("GET", location.href);
+  request.setRequestHeader("X-Rekall-Poll", "1");
   request.responseType = "document";
   request.onloadend = () => {
+    if (request.status === 401) return location.reload();
     const next = request.status === 200 ? request.response : null;
     for (const part of next ? partsOf(document) : []) {
       const fresh = next.getElementById(part.id);
