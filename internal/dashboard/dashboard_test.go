@@ -2,13 +2,16 @@ package dashboard_test
 
 import (
 	"bytes"
+	"encoding/base64"
 	"fmt"
+	"html"
 	"io"
 	"net/http"
 	"net/http/cookiejar"
 	"net/http/httptest"
 	"net/url"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -397,11 +400,7 @@ func TestListFiltersSortsAndPages(t *testing.T) {
 	if strings.Contains(first.body, "Key 25") || strings.Index(first.body, "Key 00") > strings.Index(first.body, "Key 01") {
 		t.Error("the first page is not the first 25 by name")
 	}
-	next := regexp.MustCompile(`href="` + dashboard.Root + `(\?[^"]*cursor[^"]*)"`).FindStringSubmatch(first.body)
-	if next == nil {
-		t.Fatal("there is no next page")
-	}
-	second := b.do(strings.ReplaceAll(next[1], "&amp;", "&"), nil)
+	second := b.do(first.next(t), nil)
 	second.want(t, http.StatusOK, "Key 25", "Key 29")
 	if strings.Contains(second.body, "Key 24") {
 		t.Error("the second page repeats the first")
@@ -410,7 +409,55 @@ func TestListFiltersSortsAndPages(t *testing.T) {
 	b.do("?q=absent", nil).want(t, http.StatusOK, "No key matches")
 	b.do("?status=revoked", nil).want(t, http.StatusOK, "No key matches")
 	b.do("?environment=sandbox", nil).want(t, http.StatusOK, "No sandbox keys yet")
-	b.do("?cursor=nonsense", nil).want(t, http.StatusBadRequest)
+	for _, sort := range []string{"", "name", "last-used", "expires"} {
+		for _, cursor := range []string{"nonsense", "%21", base64.RawURLEncoding.EncodeToString([]byte("x key_ y"))} {
+			b.do("?sort="+sort+"&cursor="+cursor, nil).want(t, http.StatusBadRequest, "Cursor must be")
+		}
+	}
+}
+
+// next is the path to the next page of a list.
+func (r reply) next(t *testing.T) string {
+	t.Helper()
+	next := regexp.MustCompile(`href="` + dashboard.Root + `(\?[^"]*cursor[^"]*)"`).FindStringSubmatch(r.body)
+	if next == nil {
+		t.Fatal("there is no next page")
+	}
+	return html.UnescapeString(next[1])
+}
+
+func TestNextPageGoesOnThoughThePagesLastKeyHasLeftTheList(t *testing.T) {
+	r := newRig(t)
+	for i := range 30 {
+		key := r.key("acme", fmt.Sprintf("Key %02d", i%10), false)
+		if i%2 == 0 {
+			pgtest.Exec(t, r.database, `update rekall.api_keys set expires_at = now() + make_interval(hours => 1000 - $2) where id = $1`, key.ID, i)
+			pgtest.Exec(t, r.database, `insert into rekall.last_used (key_id, first_used_at, last_used_at) values ($1, now(), now() - make_interval(mins => $2))`, key.ID, i)
+		}
+	}
+	b := r.browser("ann@acme")
+	rows := func(page reply) (ids []string) {
+		for _, row := range regexp.MustCompile(`<td[^>]* class="name"><a href="`+dashboard.Root+`/(key_[0-9A-Za-z]{22})"`).FindAllStringSubmatch(page.body, -1) {
+			ids = append(ids, row[1])
+		}
+		return ids
+	}
+	for i, sort := range []string{"", "name", "last-used", "expires"} {
+		first := b.do("?status=active&sort="+sort, nil)
+		shown := rows(first)
+		if len(shown) != 25 {
+			t.Fatalf("%q: %d keys on the first page", sort, len(shown))
+		}
+		if _, err := r.admin.Revoke(t.Context(), operator, shown[24]); err != nil {
+			t.Fatal(err)
+		}
+		all := append(shown, rows(b.do(first.next(t), nil))...)
+		listed := len(all)
+		slices.Sort(all)
+		if different, want := len(slices.Compact(all)), 30-i; listed != want || different != want {
+			t.Errorf("%q: the pages have %d keys, %d different ones, want %d", sort, listed, different, want)
+		}
+	}
 }
 
 func TestMarksAndChartSayWhatNeedsALook(t *testing.T) {

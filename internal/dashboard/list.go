@@ -3,9 +3,12 @@ package dashboard
 import (
 	"cmp"
 	"context"
+	"encoding/base64"
+	"fmt"
 	"net/http"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -42,24 +45,48 @@ type listRow struct {
 // mark is something to see about a key at a glance.
 type mark struct{ Class, Text, Title string }
 
-// orders sort a list by something else than the newest first.
-var orders = map[string]func(a, b keyadmin.Key) int{
-	"name":      func(a, b keyadmin.Key) int { return strings.Compare(strings.ToLower(a.Name), strings.ToLower(b.Name)) },
-	"last-used": func(a, b keyadmin.Key) int { return -compareTimes(a.LastUsedAt, b.LastUsedAt, -1) },
-	"expires":   func(a, b keyadmin.Key) int { return compareTimes(a.ExpiresAt, b.ExpiresAt, 1) },
+// orders sort a list by something else than the newest first: by a text of each key.
+var orders = map[string]func(keyadmin.Key) string{
+	"name":      func(k keyadmin.Key) string { return strings.ToLower(k.Name) },
+	"last-used": func(k keyadmin.Key) string { return timeOrder(k.LastUsedAt, -1) },
+	"expires":   func(k keyadmin.Key) string { return timeOrder(k.ExpiresAt, 1) },
 }
 
-// compareTimes puts times that are not known before (-1) or after (1) all others.
-func compareTimes(a, b *time.Time, unknown int) int {
-	switch {
-	case a == nil && b == nil:
-		return 0
-	case a == nil:
-		return unknown
-	case b == nil:
-		return -unknown
+// timeOrder is a text that sorts as times do, or (-1) the other way round. Times that are not known come last.
+func timeOrder(t *time.Time, sign int64) string {
+	if t == nil {
+		return "~"
 	}
-	return a.Compare(*b)
+	return fmt.Sprintf("%019d", 1<<62+sign*t.UnixMicro())
+}
+
+// place is where a key stands in a sorted list. Among equals the newest comes first.
+type place struct {
+	value   string // by which the list is sorted
+	created int64
+	id      string
+}
+
+func (p place) compare(other place) int {
+	return cmp.Or(strings.Compare(p.value, other.value), cmp.Compare(other.created, p.created), strings.Compare(other.id, p.id))
+}
+
+// cursor writes a place down: the key that stood there may leave the list before the next page is asked for.
+func (p place) cursor() string {
+	return base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, "%d %s %s", p.created, p.id, p.value))
+}
+
+func parsePlace(cursor string) (p place, err error) {
+	text, err := base64.RawURLEncoding.DecodeString(cursor)
+	parts := strings.SplitN(string(text), " ", 3)
+	if err == nil && len(parts) == 3 {
+		p.id, p.value = parts[1], parts[2]
+		p.created, err = strconv.ParseInt(parts[0], 10, 64)
+	}
+	if err != nil || p.id == "" {
+		return place{}, &keyadmin.InvalidError{Field: "cursor", Reason: "must be the cursor that came with the page before"}
+	}
+	return p, nil
 }
 
 // selection is what the list's form says. What cannot be is as if it were not said, but for the cursor.
@@ -134,19 +161,25 @@ func (d *Dashboard) find(v *visit, data *listData, cursor string) (keys []keyadm
 			break
 		}
 	}
-	slices.SortStableFunc(keys, order)
 	data.Cut = data.Total > int64(len(keys))
-	return sortedPage(keys, cursor)
+	return sortedPage(keys, order, cursor)
 }
 
-// sortedPage is the page of a sorted list that begins after the key with the id in cursor.
-func sortedPage(keys []keyadmin.Key, cursor string) ([]keyadmin.Key, string, error) {
-	begin := slices.IndexFunc(keys, func(k keyadmin.Key) bool { return k.ID == cursor }) + 1
-	keys = keys[begin:]
+// sortedPage is the page of a sorted list that begins after the place in cursor, or with the first key.
+func sortedPage(keys []keyadmin.Key, order func(keyadmin.Key) string, cursor string) ([]keyadmin.Key, string, error) {
+	placeOf := func(k keyadmin.Key) place { return place{order(k), k.CreatedAt.UnixMicro(), k.ID} }
+	slices.SortFunc(keys, func(a, b keyadmin.Key) int { return placeOf(a).compare(placeOf(b)) })
+	if cursor != "" {
+		last, err := parsePlace(cursor)
+		if err != nil {
+			return nil, "", err
+		}
+		keys = slices.DeleteFunc(keys, func(k keyadmin.Key) bool { return placeOf(k).compare(last) <= 0 })
+	}
 	if len(keys) <= pageSize {
 		return keys, "", nil
 	}
-	return keys[:pageSize], keys[pageSize-1].ID, nil
+	return keys[:pageSize], placeOf(keys[pageSize-1]).cursor(), nil
 }
 
 func (d *Dashboard) row(ctx context.Context, actor keyadmin.Actor, key keyadmin.Key) (listRow, error) {
