@@ -23,12 +23,36 @@ const defaultDrain = caddy.Duration(500 * time.Millisecond)
 // takes no more connections, and gateways end those that clients keep with the next answer. New ones meet the next configuration,
 // or another program on the same port, as during an upgrade.
 type Drain struct {
-	// How long clients have to send the requests that are under way before the shutdown. Default: 500ms.
+	// How long clients have to send the requests that are under way before the shutdown. All servers wait once, for the
+	// longest delay of any. Default: 500ms.
 	Delay caddy.Duration `json:"delay,omitempty"`
 
+	drains *drains
+}
+
+// drains is what the Drains of a configuration share. Caddy calls the handlers of an event one after another: with one each, their
+// delays would add up, and servers would go on listening while another waits.
+type drains struct {
 	ctx       caddy.Context
 	mu        sync.Mutex
+	delay     time.Duration // the longest
 	listeners []net.Listener
+}
+
+// drainsOf returns those of the configuration that has these events.
+func drainsOf(ctx caddy.Context, events *caddyevents.App) *drains {
+	for _, subscription := range events.Subscriptions {
+		for _, handler := range subscription.Handlers {
+			if shared, ok := handler.(*drains); ok {
+				return shared
+			}
+		}
+	}
+	shared := &drains{ctx: ctx}
+	events.Subscriptions = append(events.Subscriptions, &caddyevents.Subscription{
+		Events: []string{"stopping"}, Handlers: []caddyevents.Handler{shared},
+	})
+	return shared
 }
 
 // CaddyModule returns the Caddy module information.
@@ -38,7 +62,6 @@ func (*Drain) CaddyModule() caddy.ModuleInfo {
 
 // Provision has Caddy tell when it stops this configuration.
 func (d *Drain) Provision(ctx caddy.Context) error {
-	d.ctx = ctx
 	switch {
 	case d.Delay < 0:
 		return errors.New("rekall_drain: delay is negative")
@@ -55,20 +78,24 @@ func (d *Drain) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
-	return events.(*caddyevents.App).On("stopping", d)
+	d.drains = drainsOf(ctx, events.(*caddyevents.App))
+	d.drains.mu.Lock()
+	defer d.drains.mu.Unlock()
+	d.drains.delay = max(d.drains.delay, time.Duration(d.Delay))
+	return nil
 }
 
 // WrapListener wraps a listener of the server.
 func (d *Drain) WrapListener(inner net.Listener) net.Listener {
 	l := &drained{Listener: inner, once: sync.OnceValue(inner.Close)}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.listeners = append(d.listeners, l)
+	d.drains.mu.Lock()
+	defer d.drains.mu.Unlock()
+	d.drains.listeners = append(d.drains.listeners, l)
 	return l
 }
 
-// Handle closes the listeners and waits. Caddy stops the servers when it returns.
-func (d *Drain) Handle(ctx context.Context, _ caddy.Event) error {
+// Handle closes the listeners of all servers and waits. Caddy stops the servers when it returns.
+func (d *drains) Handle(ctx context.Context, _ caddy.Event) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if len(d.listeners) == 0 { // a configuration that never started
@@ -81,7 +108,7 @@ func (d *Drain) Handle(ctx context.Context, _ caddy.Event) error {
 		app.(*App).draining.Store(true)
 	}
 	select {
-	case <-time.After(time.Duration(d.Delay)):
+	case <-time.After(d.delay):
 	case <-ctx.Done():
 	}
 	return nil
@@ -117,6 +144,6 @@ func (l *drained) Close() error { return l.once() }
 var (
 	_ caddy.Provisioner     = (*Drain)(nil)
 	_ caddy.ListenerWrapper = (*Drain)(nil)
-	_ caddyevents.Handler   = (*Drain)(nil)
+	_ caddyevents.Handler   = (*drains)(nil)
 	_ caddyfile.Unmarshaler = (*Drain)(nil)
 )
