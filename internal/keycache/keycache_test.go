@@ -404,6 +404,33 @@ func TestManyChangesMoveTheHorizonAndLoseNone(t *testing.T) {
 	want(t, c, quiet.digest, apikey.Allowed)
 }
 
+func TestEntryInUseNeverFallsBehindTheHorizon(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	store, changed := &hookedStore{Store: db.store}, 0
+	c, s := newCache(t, store, nil), new(syncer)
+	tick(t, s, c)
+	key := db.create(t)
+	want(t, c, key.digest, apikey.Allowed)
+	c.known.Wait()
+	read := c.state.Load().epoch
+	store.change = func(snap *keystore.Snapshot) {
+		for range maxChanges / 2 {
+			changed++
+			snap.Changes = append(snap.Changes, keystore.Change{Record: &apikey.Record{Digest: numbered(changed)}})
+		}
+	}
+	for range 4 {
+		tick(t, s, c)
+		want(t, c, key.digest, apikey.Allowed)
+	}
+	if horizon := c.state.Load().horizon; horizon <= read {
+		t.Fatalf("the horizon is %d, and the key was read in epoch %d: the test shows nothing", horizon, read)
+	}
+	if n := c.Status().Lookups; n != 1 {
+		t.Errorf("%d lookups of a key that is in use, want 1", n)
+	}
+}
+
 func TestRowsThatALongTransactionMakesTheFeedRepeatAreAppliedOnce(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	c, s := newCache(t, db.store, nil), new(syncer)
