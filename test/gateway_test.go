@@ -207,6 +207,25 @@ func TestSiteOfOneEnvironmentRefusesTheOther(t *testing.T) {
 	g.do("GET", "/v1/memories", bearer(r.key("production", "memories:read"))).wantCode(t, 200, "")
 }
 
+// TestRowOfTheOtherEnvironmentIsNotBelieved: the prefix of a key decides, whatever was written into its row.
+func TestRowOfTheOtherEnvironmentIsNotBelieved(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	g := r.start(managedSite)
+	for n, environment := range []apikey.Environment{apikey.Production, apikey.Sandbox} {
+		secret, other := apikey.Generate(environment), map[apikey.Environment]string{apikey.Production: "sandbox", apikey.Sandbox: "production"}[environment]
+		digest := apikey.Hash(secret)
+		pgtest.Exec(t, r.database, `insert into rekall.api_keys (id, account, name, environment, key_hash, scopes, manage_keys)
+			values ($1, 'acme', 'n', $2, $3, array['memories:read'], true)`, fmt.Sprintf("key_%022d", n), other, digest[:])
+		for _, path := range []string{"/v1/memories", keysPath} {
+			g.do("GET", path, http.Header{"X-Api-Key": {secret}}).wantCode(t, 403, "SANDBOX_PRODUCTION_MISMATCH")
+		}
+	}
+	if n := r.production.Requests() + r.sandbox.Requests(); n > 0 {
+		t.Errorf("%d requests reached a backend", n)
+	}
+}
+
 func TestUnreachableBackendIsSaidInTheEnvelope(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
