@@ -15,6 +15,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
 func TestFreshnessEndsOnTheClockThatShowsMoreTime(t *testing.T) {
@@ -275,6 +276,39 @@ func TestTickWithoutNewsAsksForNoReport(t *testing.T) {
 	if reports != 2 {
 		t.Errorf("%d reports were asked for after a change, want two", reports)
 	}
+}
+
+// frozenStore is one that the process asks, and then stands still before it has the answer. Later Postgres refuses.
+type frozenStore struct {
+	Store
+	asked int
+}
+
+func (s *frozenStore) Snapshot(ctx context.Context, _ string) (keystore.Snapshot, error) {
+	if s.asked++; s.asked == 1 {
+		<-time.After(syncTimeout + 2*leapNoticed)
+		return keystore.Snapshot{}, ctx.Err()
+	}
+	return keystore.Snapshot{}, errors.New("connection refused")
+}
+
+func TestPostgresIsNotBlamedForASyncDuringWhichTheProcessStoodStill(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		logged, lines := observer.New(zap.ErrorLevel)
+		store := new(frozenStore)
+		c := newCache(t, store, func(cfg *Config) { cfg.Logger = func() *zap.Logger { return zap.New(logged) } })
+		defer c.Close()
+		ctx, stop := context.WithCancel(t.Context())
+		var syncing sync.WaitGroup
+		syncing.Go(func() { c.syncLoop(ctx) })
+		<-time.After(syncTimeout + 3*leapNoticed)
+		stop()
+		syncing.Wait()
+		all := lines.All()
+		if len(all) != 1 || all[0].ContextMap()["error"] != "read changes: connection refused" {
+			t.Errorf("the log says %v, want one line of the sync that Postgres refused", all)
+		}
+	})
 }
 
 // TestLogTellsOfTheShortestDistrust: requests that were refused in it have no other explanation.

@@ -242,6 +242,42 @@ func TestLookupThatNobodyWaitsForIsNotMade(t *testing.T) {
 	}
 }
 
+// TestScanAndLookupsTogetherLeaveTheSyncItsConnection: the pool has one more than maxLookups.
+func TestScanAndLookupsTogetherLeaveTheSyncItsConnection(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	release := make(chan struct{})
+	store := &hookedStore{Store: db.store, afterLookup: func() { <-release }}
+	c, s := newCache(t, store, nil), new(syncer)
+	db.create(t) // for the scan
+	tick(t, s, c)
+	var held sync.WaitGroup
+	store.afterScan = func() {
+		for n := range maxLookups {
+			held.Go(func() {
+				if _, err := c.loader.load(t.Context(), unknownKey(), 0); err != nil {
+					t.Error(err)
+				}
+			})
+			eventually(t, "the key is asked for, and not together with another", func() bool {
+				c.loader.mu.Lock()
+				defer c.loader.mu.Unlock()
+				return len(c.loader.calls) == n+1 && !c.loader.gathering
+			})
+		}
+		c.loader.mu.Lock()
+		defer c.loader.mu.Unlock()
+		if c.loader.running != maxLookups-1 {
+			t.Errorf("%d lookups run beside a scan, want %d", c.loader.running, maxLookups-1)
+		}
+	}
+	fill(t, c)
+	close(release)
+	held.Wait()
+	if n := store.lookups.Load(); n != maxLookups {
+		t.Errorf("%d lookups, want %d: the scan has given its connection back", n, maxLookups)
+	}
+}
+
 func TestLookupsBeyondTheBoundOfThoseThatWaitAreRefused(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	c := newCache(t, db.store, nil)
