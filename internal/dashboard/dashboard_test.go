@@ -373,6 +373,18 @@ func TestPageThatPollsKeepsNoIdleSession(t *testing.T) {
 	b.do("", nil).want(t, http.StatusUnauthorized)
 }
 
+func TestSigningInEndsTheFormerSession(t *testing.T) {
+	r := newRig(t)
+	b, former := r.browser(""), r.browser("")
+	form := url.Values{"key": {r.key("acme", "Manager", true).Key.Reveal()}}
+	cookie, _, _ := strings.Cut(b.do("/sign-in", form).Header.Get("Set-Cookie"), ";")
+	former.header.Set("Cookie", cookie)
+	former.do("", nil).want(t, http.StatusOK)
+	b.do("/sign-in", form).want(t, http.StatusSeeOther)
+	b.do("", nil).want(t, http.StatusOK)
+	former.do("", nil).want(t, http.StatusUnauthorized, "<h1>Sign in</h1>")
+}
+
 func TestNobodyButAManagingKeySignsIn(t *testing.T) {
 	r := newRig(t)
 	b := r.browser("")
