@@ -2,6 +2,7 @@ package caddymodule
 
 import (
 	"context"
+	"errors"
 	"net/http"
 	"net/http/httptest"
 	"sync/atomic"
@@ -131,5 +132,35 @@ func TestRequestThatWasCutIsNotSentThoughItsKeyIsFoundGoodAgain(t *testing.T) {
 	w := g.serve(t, bearerRequest(apikey.Generate(apikey.Production)))
 	if w.Code != http.StatusServiceUnavailable || w.Header().Get("Retry-After") == "" || sent {
 		t.Errorf("answer %d with Retry-After %q; sent to the backend: %v", w.Code, w.Header().Get("Retry-After"), sent)
+	}
+}
+
+// followed finds every key good and keeps what the sync would cut.
+type followed struct {
+	cutWhileTracking
+	request keycache.Request
+}
+
+func (f *followed) Track(_ *keycache.Flight, _ keycache.Found, request keycache.Request) bool {
+	f.request = request
+	return true
+}
+
+// TestHandlerThatDoesNotHeedTheCutWritesNothingMore: a proxy's round trip is cancelled, other handlers may look only at what they write.
+func TestHandlerThatDoesNotHeedTheCutWritesNothingMore(t *testing.T) {
+	cache := &followed{cutWhileTracking: cutWhileTracking{record: apikey.Record{Environment: apikey.Production, Scopes: apikey.MemoriesRead}}}
+	cut := &keycache.Cut{Outcome: apikey.Revoked}
+	g := gatewayOn(t, cache, caddyhttp.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) error {
+		if _, err := w.Write([]byte("before")); err != nil {
+			t.Error(err)
+		}
+		cache.request.Cut(cut)
+		if n, err := w.Write([]byte("after")); n != 0 || !errors.Is(err, cut) {
+			t.Errorf("wrote %d bytes, error %v, want that of the cut", n, err)
+		}
+		return nil
+	}))
+	if w := g.serve(t, bearerRequest(apikey.Generate(apikey.Production))); w.Body.String() != "before" {
+		t.Errorf("the client received %q", w.Body)
 	}
 }
