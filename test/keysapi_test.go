@@ -266,6 +266,19 @@ func TestProductPageFromTopToBottom(t *testing.T) {
 	}
 }
 
+// TestRequestToManageKeysCountsAsUseOfTheKey: its holder looks there whether it may be revoked.
+func TestRequestToManageKeysCountsAsUseOfTheKey(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	g := r.start(managedSite, "usage_flush 100ms")
+	manager, plain, revoked := r.manager("acme"), r.key("production", "memories:read"), r.key("production", "memories:read")
+	r.revoke(revoked.ID)
+	for outcome, key := range map[string]keyadmin.Key{"allowed": manager, "scope_insufficient": plain, "revoked": revoked} {
+		g.do("GET", keysPath, bearer(key))
+		eventually(t, "the request is counted as "+outcome, func() bool { return r.usage(key)[outcome] == 1 })
+	}
+}
+
 func TestKeyManagementTakesCredentialsAsTheGatewayDoes(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
