@@ -256,7 +256,7 @@ const statusClientClosed = 499
 func (x *exchange) WriteHeader(status int) {
 	if status == statusClientClosed && !x.wroteHeader {
 		if cut := x.cutBy.Load(); cut != nil {
-			x.refuseCut(cut)
+			x.refuseCut(cut, true)
 			return
 		}
 		if unread := x.body.failed.Load(); unread != nil {
@@ -303,19 +303,26 @@ func (x *exchange) FlushError() error {
 	return http.NewResponseController(x.ResponseWriter).Flush()
 }
 
-func (x *exchange) refuseCut(cut *keycache.Cut) {
+// refuseCut answers a request that was cut. If it was sent, nobody knows what the backend made of it.
+func (x *exchange) refuseCut(cut *keycache.Cut, sent bool) {
 	x.wroteHeader = true
 	if x.closing {
 		x.Header()["Connection"] = []string{"close"}
 	}
-	x.answer(x.ResponseWriter, answers[cut.Outcome], nil)
+	a := answers[cut.Outcome]
+	var details map[string]any
+	if sent {
+		a.message += " The request may have been carried out."
+		details = map[string]any{"may_have_been_carried_out": true}
+	}
+	x.answer(x.ResponseWriter, a, details)
 }
 
 // finish turns what the environment's handlers returned into the gateway's own answer, where there is none yet.
 func (x *exchange) finish(err error) error {
 	if cut := x.cutBy.Load(); cut != nil {
 		if !x.wroteHeader {
-			x.refuseCut(cut)
+			x.refuseCut(cut, true)
 		}
 		return nil
 	}

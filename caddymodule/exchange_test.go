@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -132,6 +133,9 @@ func TestRequestThatWasCutIsNotSentThoughItsKeyIsFoundGoodAgain(t *testing.T) {
 	w := g.serve(t, bearerRequest(apikey.Generate(apikey.Production)))
 	if w.Code != http.StatusServiceUnavailable || w.Header().Get("Retry-After") == "" || sent {
 		t.Errorf("answer %d with Retry-After %q; sent to the backend: %v", w.Code, w.Header().Get("Retry-After"), sent)
+	}
+	if strings.Contains(w.Body.String(), "carried") {
+		t.Errorf("it was not sent, and may have been carried out: %s", w.Body)
 	}
 }
 

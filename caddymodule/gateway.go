@@ -311,7 +311,8 @@ func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential
 		}
 		x.outcome = cut.Outcome // its context is cancelled: nothing can be found with it
 		x.count()
-		return true, x.finish(nil)
+		x.refuseCut(cut, false)
+		return true, nil
 	}
 	defer x.gateway.cache.Untrack(&x.flight)
 	if err := x.signIdentity(found); err != nil {

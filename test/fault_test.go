@@ -170,6 +170,35 @@ func TestOutageNeverTurnsAGoodKeyAwayAsBadNorLetsARevokedOneIn(t *testing.T) {
 	}
 }
 
+// TestAnswerToARequestThatWasCutSaysThatItMayHaveBeenCarriedOut: whoever repeats a request that was refused must not do it twice.
+func TestAnswerToARequestThatWasCutSaysThatItMayHaveBeenCarriedOut(t *testing.T) {
+	t.Parallel()
+	f := newFaultRig(t)
+	const says = `"may_have_been_carried_out":true`
+	for _, cut := range []struct {
+		status int
+		code   string
+		end    func(keyadmin.Key)
+	}{
+		{401, "API_KEY_REVOKED", func(key keyadmin.Key) { f.revoke(key.ID) }},
+		{503, "AUTH_UNAVAILABLE", func(keyadmin.Key) { f.server.Pause() }},
+	} {
+		key := f.rig.key("production", "memories:write")
+		before := f.production.Requests()
+		waiting := async(t, "POST", f.g.http+"/v1/memories", demo(key, "hang"), strings.NewReader("{}"))
+		eventually(t, "the backend has the request", func() bool { return f.production.Requests() == before+1 })
+		cut.end(key)
+		answer := waiting()
+		if answer.wantCode(t, cut.status, cut.code); !strings.Contains(answer.body, says) {
+			t.Errorf("it may have been carried out: %s", answer.body)
+		}
+	}
+	cold := f.g.do("GET", "/v1/memories", bearer(f.cold))
+	if cold.wantCode(t, 503, "AUTH_UNAVAILABLE"); strings.Contains(cold.body, says) {
+		t.Errorf("it was not sent, and may have been carried out: %s", cold.body)
+	}
+}
+
 // TestRestartOfPostgresWithinTheBoundEndsNoStreamOfAGoodKey: the feed starts over, and the keys in flight are read again.
 func TestRestartOfPostgresWithinTheBoundEndsNoStreamOfAGoodKey(t *testing.T) {
 	t.Parallel()
