@@ -106,6 +106,60 @@ func TestStalledPostgresStopsTrustAtTheBound(t *testing.T) {
 	}
 }
 
+// silentStore is a Postgres that hangs.
+type silentStore struct{ Store }
+
+func (silentStore) Lookup(ctx context.Context, _ []apikey.Digest) (keystore.Found, error) {
+	<-ctx.Done()
+	return keystore.Found{}, ctx.Err()
+}
+
+func TestFindEndsWithinASecondThoughPostgresHangs(t *testing.T) {
+	synced := func(c *Cache, origin uint64) {
+		s := newState()
+		s.origin, s.syncedAt = origin, time.Now()
+		c.state.Store(s)
+	}
+	filtered := func(c *Cache, budget pace) {
+		synced(c, 0)
+		c.unknown.filter.Store(newFilter(0, 0))
+		c.unknown.asking = budget
+	}
+	spent := func() pace { return pace{gap: time.Hour, next: time.Now().Add(time.Hour)} }
+	for name, begin := range map[string]func(*Cache){
+		"before the first sync":                   func(*Cache) {},
+		"a key that is not in memory":             func(c *Cache) { synced(c, 0) },
+		"an unknown key that is asked for":        func(c *Cache) { filtered(c, pace{}) },
+		"an unknown key that waits for its proof": func(c *Cache) { filtered(c, spent()) },
+		"an unknown key while the feed starts over": func(c *Cache) {
+			filtered(c, spent())
+			time.AfterFunc(800*time.Millisecond, func() { synced(c, 1) })
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := newCache(t, silentStore{}, nil)
+				check := func(when string) {
+					t.Helper()
+					begin(c)
+					began := time.Now()
+					_, err := c.Find(t.Context(), unknownKey())
+					if took := time.Since(began); !errors.Is(err, ErrUnavailable) || took >= time.Second {
+						t.Errorf("%s: %v after %v", when, err, took)
+					}
+				}
+				check("alone")
+				for range maxLookups {
+					go func() { _, _ = c.ask(t.Context(), unknownKey()) }()
+				}
+				synctest.Wait()
+				check("while every lookup is stuck")
+				<-time.After(time.Minute) // until all lookups have ended
+			})
+		})
+	}
+}
+
 func TestPostgresThatWasKilledIsTrustedAgainAfterItsRestart(t *testing.T) {
 	server := pgtest.Server(t)
 	db := newDatabase(t, server.URL())
