@@ -106,6 +106,41 @@ func TestLateCutNeverTouchesAFinishedWriter(t *testing.T) {
 	}
 }
 
+// stuckWriter is the server's writer of a connection whose client does not read: writes end with the deadline.
+type stuckWriter struct {
+	*httptest.ResponseRecorder
+	deadline chan struct{}
+}
+
+func (w *stuckWriter) SetWriteDeadline(time.Time) error {
+	close(w.deadline)
+	return nil
+}
+
+// TestCutEndsARequestWithinASecond: the round trip at once, and then a write to a client that does not read.
+func TestCutEndsARequestWithinASecond(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &stuckWriter{httptest.NewRecorder(), make(chan struct{})}
+		var cancelled, unblocked time.Time
+		record := apikey.Record{Environment: apikey.Production, Scopes: apikey.MemoriesRead}
+		g := gatewayOn(t, &cutWhileTracking{record: record, tracked: true},
+			caddyhttp.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) error {
+				<-r.Context().Done()
+				cancelled = time.Now()
+				<-w.deadline
+				unblocked = time.Now()
+				return nil
+			}))
+		began := time.Now()
+		if err := g.ServeHTTP(w, bearerRequest(apikey.Generate(apikey.Production)), nil); err != nil {
+			t.Fatal(err)
+		}
+		if a, b := cancelled.Sub(began), unblocked.Sub(began); a > 0 || b > time.Second {
+			t.Errorf("cancelled after %v, and free of the write after %v", a, b)
+		}
+	})
+}
+
 // cutBeforeTracked finds every key good, and cuts a request before it is one in flight, once.
 type cutBeforeTracked struct {
 	cutWhileTracking

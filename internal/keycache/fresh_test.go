@@ -393,6 +393,53 @@ func TestLogTellsOfTheShortestDistrust(t *testing.T) {
 	})
 }
 
+// cutAt notes when and why a request is cut.
+type cutAt struct {
+	at  time.Time
+	why apikey.Outcome
+}
+
+func (c *cutAt) Cut(cut *Cut) { c.at, c.why = time.Now(), cut.Outcome }
+
+// TestWatchCutsRequestsInTime: what the sync does meanwhile does not matter.
+func TestWatchCutsRequestsInTime(t *testing.T) {
+	const bound = 30 * time.Second
+	for name, tc := range map[string]struct {
+		age       time.Duration // of the key data when the watch begins
+		expiresIn time.Duration
+		why       apikey.Outcome
+		from, to  time.Duration
+	}{
+		"the key expires":               {0, 10*time.Second + time.Millisecond, apikey.Expired, 10*time.Second + time.Millisecond, 10*time.Second + 250*time.Millisecond},
+		"the key data becomes too old":  {0, time.Hour, apikey.Unavailable, bound - 500*time.Millisecond, bound},
+		"it became too old in one leap": {bound, time.Hour, apikey.Unavailable, 0, 1500 * time.Millisecond},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := &Cache{wake: make(chan struct{}, 1), cfg: Config{Refresh: time.Second, MaxStaleness: bound, Logger: zap.NewNop}}
+				began, s := time.Now(), newState()
+				s.syncedAt, s.readAt, s.pgNow = began.Add(-tc.age), began, began
+				c.state.Store(s)
+				e := newEntry(apikey.Record{ExpiresAt: apikey.TimeOf(began.Add(tc.expiresIn))}, s.epoch)
+				var f Flight
+				var request cutAt
+				if !c.Track(&f, found(e, s, began, s.syncedAt), &request) {
+					t.Fatal("not tracked")
+				}
+				ctx, stop := context.WithCancel(t.Context())
+				var watching sync.WaitGroup
+				watching.Go(func() { c.watch(ctx) })
+				<-time.After(2 * bound)
+				stop()
+				watching.Wait()
+				if after := request.at.Sub(began); request.why != tc.why || after < tc.from || after > tc.to {
+					t.Errorf("cut as %v after %v, want %v after %v to %v", request.why, after, tc.why, tc.from, tc.to)
+				}
+			})
+		})
+	}
+}
+
 // track puts a request with the key in flight and returns the context that the cache cancels.
 func track(t *testing.T, c *Cache, key testKey) context.Context {
 	t.Helper()
@@ -435,6 +482,9 @@ func TestRequestInFlightIsCutWhenItsKeyIsRevoked(t *testing.T) {
 	cutMe, spareMe := track(t, c, key), track(t, c, other)
 	db.revoke(t, key)
 	tick(t, s, c)
+	if cutMe.Err() == nil {
+		t.Error("the revocation counts as applied before the request is cut")
+	}
 	wantCut(t, cutMe, apikey.Revoked)
 	if spareMe.Err() != nil {
 		t.Error("the request of another key was cut")
