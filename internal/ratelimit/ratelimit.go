@@ -139,18 +139,24 @@ func New() *Limiter {
 func (l *Limiter) Acquire(d apikey.Digest, limit Limit) (*Bucket, Verdict) {
 	for {
 		b := l.bucket(d)
-		if running := b.concurrent.Add(1); limit.Concurrent > 0 && running > int64(limit.Concurrent) {
-			b.Release()
-			return b, b.tooMany(limit, int64(time.Since(l.start)))
-		}
-		verdict, ok := l.take(b, limit, int64(time.Since(l.start)))
-		if !verdict.Allowed {
-			b.Release()
-		}
-		if ok {
+		if verdict, ok := l.acquire(b, limit); ok {
 			return b, verdict
 		}
 	}
+}
+
+// acquire asks a bucket for one request. It reports false if the bucket was given back. No place may be held there then: giveBack
+// keeps a bucket in which it sees one.
+func (l *Limiter) acquire(b *Bucket, limit Limit) (Verdict, bool) {
+	if running := b.concurrent.Add(1); limit.Concurrent > 0 && running > int64(limit.Concurrent) {
+		b.Release()
+		return b.tooMany(limit, int64(time.Since(l.start))), true
+	}
+	verdict, ok := l.take(b, limit, int64(time.Since(l.start)))
+	if !verdict.Allowed || !ok {
+		b.Release()
+	}
+	return verdict, ok
 }
 
 func (l *Limiter) take(b *Bucket, limit Limit, now int64) (Verdict, bool) {

@@ -220,6 +220,29 @@ func TestNothingIsForgottenWhenABucketIsGivenBackInTheMiddleOfARequest(t *testin
 	sweeping.Wait()
 }
 
+func TestNoPlaceIsHeldByARequestThatHasEnded(t *testing.T) {
+	shared, _ := openStore(t, "redis://127.0.0.1:1", 1) // and nobody runs it
+	for name, l := range map[string]*Limiter{"alone": New(), "shared": NewShared(shared)} {
+		for kind, limit := range map[string]Limit{
+			"unlimited": {}, "at a time": {Concurrent: 1}, "rate": {PerMinute: int(time.Minute / time.Nanosecond), Burst: 1 << 40, Concurrent: 1},
+		} {
+			t.Run(name+", "+kind, func(t *testing.T) {
+				d := digest(1)
+				b := l.bucket(d)
+				// It is given back once it is looked up, and then kept: giveBack has seen the request.
+				b.emptyAt.Store(givenBack)
+				if _, ok := l.acquire(b, limit); ok {
+					t.Error("a bucket that was given back has answered")
+				}
+				b.emptyAt.Store(0)
+				if n := b.concurrent.Load(); n != 0 {
+					t.Errorf("%d places are held by nobody", n)
+				}
+			})
+		}
+	}
+}
+
 func TestAcquireAllocatesNothingForAKeyInUse(t *testing.T) {
 	l, d := New(), digest(1)
 	limit := tiers[2]
