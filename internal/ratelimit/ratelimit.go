@@ -82,19 +82,16 @@ func (b *Bucket) takeAt(interval, depth, now int64) (Verdict, bool) {
 	}
 }
 
-// tooMany refuses a request for the number of those at a time. When it will pass nobody knows, but not before its rate allows
-// it.
-func (b *Bucket) tooMany(l Limit, now int64) Verdict {
-	v := Verdict{RetryAfter: concurrencyRetry, Concurrent: true}
-	emptyAt := b.emptyAt.Load()
-	if l.PerMinute <= 0 || emptyAt == givenBack { // only an idle bucket is, or was about to be
-		return v
+// peekAt tells what is left, and takes nothing.
+func (b *Bucket) peekAt(interval, depth, now int64) Verdict {
+	owed := int64(0)
+	if emptyAt := b.emptyAt.Load(); emptyAt != givenBack { // only an idle bucket is, or was about to be
+		owed = max(emptyAt-now, 0)
 	}
-	interval, depth, owed := l.interval(), l.depth(), max(emptyAt-now, 0)
-	v.Remaining = int(max(0, depth-(owed+interval-1)/interval))
-	v.ResetAfter = time.Duration(owed)
-	v.RetryAfter = max(v.RetryAfter, time.Duration(owed-(depth-1)*interval))
-	return v
+	return Verdict{
+		Remaining:  int(max(0, depth-(owed+interval-1)/interval)),
+		ResetAfter: time.Duration(owed), RetryAfter: time.Duration(max(0, owed-(depth-1)*interval)),
+	}
 }
 
 // giveBack gives the bucket back if it knows nothing that a new one would not. The mark comes before the look at the requests:
@@ -150,7 +147,7 @@ func (l *Limiter) Acquire(d apikey.Digest, limit Limit) (*Bucket, Verdict) {
 func (l *Limiter) acquire(b *Bucket, limit Limit) (Verdict, bool) {
 	if running := b.concurrent.Add(1); limit.Concurrent > 0 && running > int64(limit.Concurrent) {
 		b.Release()
-		return b.tooMany(limit, int64(time.Since(l.start))), true
+		return l.tooMany(b, limit, int64(time.Since(l.start))), true
 	}
 	verdict, ok := l.take(b, limit, int64(time.Since(l.start)))
 	if !verdict.Allowed || !ok {
@@ -164,6 +161,25 @@ func (l *Limiter) take(b *Bucket, limit Limit, now int64) (Verdict, bool) {
 		return l.store.take(b, limit, now)
 	}
 	return b.take(limit, now)
+}
+
+// tooMany refuses a request for the number of those at a time. When it will pass nobody knows, but not before its rate allows
+// it.
+func (l *Limiter) tooMany(b *Bucket, limit Limit, now int64) Verdict {
+	v := Verdict{RetryAfter: concurrencyRetry, Concurrent: true}
+	if limit.PerMinute <= 0 {
+		return v
+	}
+	rate := l.peek(b, limit, now)
+	v.Remaining, v.ResetAfter, v.RetryAfter = rate.Remaining, rate.ResetAfter, max(v.RetryAfter, rate.RetryAfter)
+	return v
+}
+
+func (l *Limiter) peek(b *Bucket, limit Limit, now int64) Verdict {
+	if l.store != nil {
+		return l.store.peek(b, limit, now)
+	}
+	return b.peekAt(limit.interval(), limit.depth(), now)
 }
 
 // Release says that a request that was allowed has ended.

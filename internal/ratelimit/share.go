@@ -88,7 +88,7 @@ func (s *Store) take(b *Bucket, limit Limit, now int64) (Verdict, bool) {
 		}
 		if l.held.CompareAndSwap(held, held-1) {
 			l.ask(held - 1)
-			return l.allowance(limit, held-1), b.noteShare(limit, edges, now)
+			return allowance(limit, l.remaining(limit, held, now)-1), b.noteShare(limit, edges, now)
 		}
 	}
 }
@@ -109,10 +109,37 @@ func (l *lease) ask(held int64) {
 	}
 }
 
-func (l *lease) allowance(limit Limit, held int64) Verdict {
-	remaining := min(limit.depth(), max(0, held+l.left.Load()))
+// peek tells what is left, and takes nothing.
+func (s *Store) peek(b *Bucket, limit Limit, now int64) Verdict {
+	l, edges := b.lease, s.edges.Load()
+	if s.fallback.Load() {
+		interval, depth := limit.share(edges)
+		return b.peekAt(interval, depth, now)
+	}
+	held := l.held.Load()
+	v := allowance(limit, l.remaining(limit, held, now))
+	if ahead := l.ahead(limit, edges, now); held <= -ahead {
+		v.RetryAfter = l.refusal(limit, edges, ahead, held, now).RetryAfter
+	}
+	return v
+}
+
+// remaining is how many requests would pass, as far as this edge knows: what it holds, what Redis had left and what has come
+// since. A key that Redis was never asked about is as one that nobody has used.
+func (l *lease) remaining(limit Limit, held, now int64) int64 {
+	left, next := l.left.Load(), l.next.Load()
+	switch {
+	case next == 0:
+		left = limit.depth()
+	case next <= now:
+		left = max(left, 1) + (now-next)/limit.interval()
+	}
+	return min(limit.depth(), held+left)
+}
+
+func allowance(limit Limit, remaining int64) Verdict {
 	return Verdict{
-		Allowed: true, Remaining: int(remaining), ResetAfter: time.Duration((limit.depth() - remaining) * limit.interval()),
+		Allowed: true, Remaining: int(max(0, remaining)), ResetAfter: time.Duration((limit.depth() - remaining) * limit.interval()),
 	}
 }
 
@@ -127,16 +154,22 @@ func (l *lease) refusal(limit Limit, edges, ahead, held, now int64) Verdict {
 	}
 }
 
+// share is this edge's part of the limit.
+func (l Limit) share(edges int64) (interval, depth int64) {
+	return l.interval() * edges, max(1, l.depth()/edges)
+}
+
 // takeShare asks this edge's part of the limit for one request: what holds while Redis does not answer.
 func (b *Bucket) takeShare(limit Limit, edges, now int64) (Verdict, bool) {
-	return b.takeAt(limit.interval()*edges, max(1, limit.depth()/edges), now)
+	interval, depth := limit.share(edges)
+	return b.takeAt(interval, depth, now)
 }
 
 // noteShare counts a request in this edge's part of the limit, so that nobody begins an outage with a full one. It reports
 // false if the bucket was given back.
 func (b *Bucket) noteShare(limit Limit, edges, now int64) bool {
-	interval := limit.interval() * edges
-	full := now + max(1, limit.depth()/edges)*interval
+	interval, depth := limit.share(edges)
+	full := now + depth*interval
 	for {
 		old := b.emptyAt.Load()
 		if old == givenBack {

@@ -196,6 +196,47 @@ func connect(t testing.TB, url string) *redis.Client {
 	return client
 }
 
+// TestEdgesThatShareTellWhatIsLeftAsOneAloneDoes settles by itself: nobody runs the store, and nothing refills within a minute.
+func TestEdgesThatShareTellWhatIsLeftAsOneAloneDoes(t *testing.T) {
+	redis := redistest.Server(t, devenv.RedisOptions{})
+	for _, edges := range []int{1, 3} {
+		store, _ := openStore(t, redis.URL(), edges)
+		l, limit := NewShared(store), Limit{PerMinute: 1, Burst: 100, Concurrent: 1}
+		b := l.bucket(digest(edges))
+		depth, now := int(limit.depth()), func() int64 { return int64(time.Since(store.start)) }
+		want := func(what string, v Verdict, remaining int) {
+			t.Helper()
+			if v.Remaining != remaining || v.ResetAfter != time.Duration(depth-remaining)*time.Minute {
+				t.Errorf("%d edges, %s: %d remain and all in %s, want %d", edges, what, v.Remaining, v.ResetAfter, remaining)
+			}
+		}
+		settle := func() {
+			t.Helper()
+			for _, lease := range store.follow() {
+				lease.due = 0
+			}
+			if !store.settle(t.Context(), store.followed) {
+				t.Fatal("no answer of Redis")
+			}
+		}
+		for i := range depth {
+			v, _ := store.take(b, limit, now())
+			want(fmt.Sprintf("request %d", i+1), v, depth-1-i)
+			want(fmt.Sprintf("one too many at a time after %d", i+1), l.tooMany(b, limit, now()), depth-1-i)
+			settle()
+		}
+		if v, _ := store.take(b, limit, now()); v.Allowed || v.Remaining != 0 {
+			t.Errorf("%d edges: beyond the limit %+v", edges, v)
+		}
+		settle()
+		later := b.lease.next.Load() + 20*limit.interval() // with the one that came then
+		want("one too many at a time, 20 minutes later", l.tooMany(b, limit, later), 21)
+		v, _ := store.take(b, limit, later)
+		want("20 minutes later", v, 20)
+		want("one too many at a time, a day later", l.tooMany(b, limit, later+int64(24*time.Hour)), depth)
+	}
+}
+
 func TestNoRequestCallsRedis(t *testing.T) {
 	server := redistest.Server(t, devenv.RedisOptions{})
 	store, _ := openStore(t, server.URL(), 3) // and nobody runs it
