@@ -361,14 +361,15 @@ func (s *Store) fall(err error) {
 // part: else those of before would be refused for what was let through meanwhile. A Redis that was emptied is told of all keys,
 // and leased from when the other edges have told it as well.
 func (s *Store) probe(ctx context.Context) {
-	began := time.Now()
 	probe, cancel := context.WithTimeout(ctx, exchangeTimeout)
 	defer cancel()
+	slow := time.AfterFunc(patience, func() { s.fall(errSlow) })
 	data, err := s.nameOfData(probe)
+	inTime := slow.Stop()
 	switch {
 	case ctx.Err() != nil:
 		return
-	case err == nil && time.Since(began) > patience:
+	case err == nil && !inTime:
 		err = errSlow
 	}
 	if err != nil {

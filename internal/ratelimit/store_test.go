@@ -320,6 +320,17 @@ func TestWithoutRedisEachEdgeAllowsItsPartAndSaysSoOnce(t *testing.T) {
 	}
 }
 
+func TestAnEdgeGoesOnWithoutARedisThatHangsBeforeItsProbeIsOver(t *testing.T) {
+	server := redistest.Server(t, devenv.RedisOptions{})
+	server.Pause()
+	t.Cleanup(server.Resume)
+	e := startEdges(t, server.URL(), 1)[0] // with nothing to exchange
+	eventually(t, "the fallback begins", func() bool { return e.log.lines(begins) == 1 })
+	if e.log.lines(errSlow.Error()) != 1 {
+		t.Errorf("it began for another reason:\n%s", e.log)
+	}
+}
+
 func TestARestartOfRedisGivesNoKeyItsBurstAgain(t *testing.T) {
 	server := redistest.Server(t, devenv.RedisOptions{})
 	edges := startEdges(t, server.URL(), 3)
