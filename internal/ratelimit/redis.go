@@ -15,8 +15,12 @@ import (
 // exchangeScript settles with the bucket of one key and leases from it: GCRA in microseconds of Redis's own clock, the only one that
 // all edges share. What was spent counts whatever the bucket holds; more is leased only from what it has left.
 //
-// A bucket further ahead than all edges could have spent comes from a clock that was set back: it is cut to that.
+// A bucket further ahead than all edges could have spent comes from a clock that was set back: it is cut to that. Where the data has
+// another name than this edge knows, Redis was emptied: nothing is leased of a bucket that is whole because it was forgotten.
 var exchangeScript = redis.NewScript(`
+if redis.call('GET', KEYS[2]) ~= ARGV[5] then
+	return redis.error_reply('EMPTIED redis was emptied')
+end
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local interval, depth = tonumber(ARGV[1]), tonumber(ARGV[2])
@@ -72,6 +76,7 @@ func (silent) Printf(context.Context, string, ...any) {}
 // settlement is what one exchange says of a lease, and Redis's answer.
 type settlement struct {
 	lease *lease
+	epoch uint64 // that Redis knows of with the answer
 
 	spent int64 // without Redis's knowledge; below zero: given back
 	want  int64
@@ -103,7 +108,8 @@ func (s *Store) send(ctx context.Context, batch []settlement) {
 	for i := range batch {
 		b := &batch[i]
 		interval := strconv.FormatFloat(float64(time.Minute/time.Microsecond)/float64(b.lease.minute.Load()), 'g', -1, 64)
-		b.answer = pipe.EvalSha(ctx, exchangeScript.Hash(), []string{b.lease.key}, interval, b.lease.depth.Load(), b.spent, b.want)
+		b.answer = pipe.EvalSha(ctx, exchangeScript.Hash(), []string{b.lease.key, dataKey},
+			interval, b.lease.depth.Load(), b.spent, b.want, s.data)
 	}
 	s.exchanges.Add(1)
 	s.commands.Add(uint64(len(batch)))

@@ -38,11 +38,11 @@ type lease struct {
 	at       int64  // of the last exchange
 	looked   bool   // again, after the last one for a request
 	due      int64  // of the next one, unless the lease asks for it earlier
-	outages  uint64 // after which Redis was told what this edge had let through
+	told     uint64 // the epoch in which Redis was told what this edge had let through before
 }
 
 func newLease(s *Store, d apikey.Digest, b *Bucket) *lease {
-	l := &lease{key: "rekall:rl:{" + hex.EncodeToString(d[:16]) + "}", bucket: b, store: s, outages: s.outages.Load()}
+	l := &lease{key: "rekall:rl:{" + hex.EncodeToString(d[:16]) + "}", bucket: b, store: s, told: s.epoch.Load()}
 	l.low.Store(math.MaxInt64)
 	return l
 }

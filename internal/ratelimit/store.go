@@ -45,13 +45,14 @@ type Store struct {
 	edges    atomic.Int64
 	fallback atomic.Bool
 	outages  atomic.Uint64
+	epoch    atomic.Uint64         // rises with each outage, and each time that Redis was emptied
 	asking   atomic.Pointer[lease] // a list, to which requests add without a lock
 	wake     chan struct{}
 
 	all      func(each func(*lease))
 	followed []*lease // that hold or owe something
 	data     string   // names what Redis has: a new name tells that it was emptied
-	emptied  uint64   // the last outage in which it was
+	emptied  uint64   // the epoch that began with that, the last time
 
 	exchanges, commands, failures atomic.Uint64
 }
@@ -94,6 +95,7 @@ func (s *Store) Status() StoreStatus {
 
 var (
 	errConnectionLost = errors.New("the connection was lost")
+	errEmptied        = errors.New("redis was emptied")
 	errSlow           = fmt.Errorf("no answer within %s", patience)
 )
 
@@ -196,8 +198,8 @@ func (s *Store) settle(ctx context.Context, leases []*lease) bool {
 func (s *Store) plan(l *lease, now int64) (settlement, bool) {
 	edges := s.edges.Load()
 	asks, held := l.asks.Swap(0), l.held.Load()
-	b := settlement{lease: l, want: s.wanted(l, asks, edges, now)}
-	if asks == 0 && held == 0 && l.outages >= s.emptied {
+	b := settlement{lease: l, epoch: l.told, want: s.wanted(l, asks, edges, now)}
+	if asks == 0 && held == 0 && l.told >= s.emptied {
 		again := l.at + int64(lookAgainAfter)
 		switch {
 		case l.looked || l.next.Load() < again:
@@ -210,15 +212,15 @@ func (s *Store) plan(l *lease, now int64) (settlement, bool) {
 		return b, true
 	}
 	l.looked, l.due = false, now+int64(settleEvery)
-	switch outages := s.outages.Load(); {
-	case l.outages != outages:
+	switch epoch := s.epoch.Load(); {
+	case l.told != epoch:
 		// What was let through in the outage beyond this edge's part was nobody's to give: only what that still remembers counts.
 		b.owed = max(0, -held)
 		b.spent = l.outstanding(edges, now)
-		if l.outages >= s.emptied { // Redis knows what was let through before
+		if l.told >= s.emptied { // Redis knows what was let through before
 			b.spent = min(b.spent, b.owed)
 		}
-		l.outages = outages
+		b.epoch = epoch
 	case held < 0:
 		b.owed, b.spent = -held, -held
 	case held > b.want+b.want/2:
@@ -236,6 +238,7 @@ func (s *Store) plan(l *lease, now int64) (settlement, bool) {
 		b.want = 0
 	}
 	if b.spent == 0 && b.want == 0 && b.owed == 0 {
+		l.told = b.epoch
 		l.low.Store((held + 1) / 2)
 		return b, false
 	}
@@ -312,7 +315,7 @@ func (s *Store) book(b settlement) error {
 		return err
 	}
 	now := int64(time.Since(s.start))
-	l.at = now
+	l.at, l.told = now, b.epoch
 	l.left.Store(left)
 	l.next.Store(now + int64(wait))
 	l.held.Add(b.owed + leased)
@@ -352,6 +355,7 @@ func (s *Store) unfollow() {
 func (s *Store) fall(err error) {
 	if s.fallback.CompareAndSwap(false, true) {
 		s.outages.Add(1)
+		s.epoch.Add(1)
 		s.logger().Warn("rate limit store does not answer; this edge holds keys to its part of their limits until it does",
 			zap.Int64("edges", s.edges.Load()), zap.Error(err))
 	}
@@ -380,7 +384,11 @@ func (s *Store) probe(ctx context.Context) {
 	}
 	emptied := s.data != data
 	if emptied {
-		s.data, s.emptied = data, s.outages.Load()
+		if s.data != "" {
+			s.fall(errEmptied)
+			s.epoch.Add(1) // in an outage too: it may have been emptied twice
+		}
+		s.data, s.emptied = data, s.epoch.Load()
 	}
 	if !s.fallback.Load() {
 		return

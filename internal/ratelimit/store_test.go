@@ -203,6 +203,7 @@ func TestEdgesThatShareTellWhatIsLeftAsOneAloneDoes(t *testing.T) {
 		store, _ := openStore(t, redis.URL(), edges)
 		l, limit := NewShared(store), Limit{PerMinute: 1, Burst: 100, Concurrent: 1}
 		b := l.bucket(digest(edges))
+		store.probe(t.Context())
 		depth, now := int(limit.depth()), func() int64 { return int64(time.Since(store.start)) }
 		want := func(what string, v Verdict, remaining int) {
 			t.Helper()
@@ -331,34 +332,55 @@ func TestAnEdgeGoesOnWithoutARedisThatHangsBeforeItsProbeIsOver(t *testing.T) {
 	}
 }
 
-func TestARestartOfRedisGivesNoKeyItsBurstAgain(t *testing.T) {
-	server := redistest.Server(t, devenv.RedisOptions{})
-	edges := startEdges(t, server.URL(), 3)
-	d, limit := digest(1), Limit{PerMinute: 60, Burst: 90}
-	use := func() (allowed int64) { // in turns: an edge remembers no more than its part of the burst
-		for refused, i := 0, 0; refused < 30; i++ {
-			if edges[i%3].ask(d, limit).Allowed {
-				allowed++
-			} else {
-				refused++
-				<-time.After(10 * time.Millisecond)
+func TestARedisThatIsEmptiedGivesNoKeyItsBurstAgain(t *testing.T) {
+	limit := Limit{PerMinute: 6, Burst: 76} // 75 at once, and hardly more
+	for name, fault := range map[string]func(server *devenv.Redis, told func() bool) error{
+		"restarted": func(server *devenv.Redis, _ func() bool) error { return server.Restart(t.Context()) },
+		"restarted again before the edges trust it": func(server *devenv.Redis, told func() bool) error {
+			if err := server.Restart(t.Context()); err != nil {
+				return err
 			}
-		}
-		return allowed
-	}
-	before := use()
-	if err := server.Restart(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	for _, e := range edges {
-		eventually(t, "the fallback begins and ends", func() bool {
-			status := e.store.Status()
-			return status.Outages == 1 && !status.Fallback
+			eventually(t, "it is told what was let through", told)
+			return server.Restart(t.Context())
+		},
+		"flushed while it is in use": func(server *devenv.Redis, _ func() bool) error {
+			return connect(t, server.URL()).FlushAll(t.Context()).Err()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			server := redistest.Server(t, devenv.RedisOptions{})
+			edges := startEdges(t, server.URL(), 3)
+			d := digest(1)
+			use := func() (allowed int64) { // in turns: an edge remembers no more than its part of the burst
+				for refused, i := 0, 0; refused < 30; i++ {
+					if refused++; edges[i%3].ask(d, limit).Allowed {
+						allowed++
+						refused = 0
+						continue
+					}
+					<-time.After(10 * time.Millisecond)
+				}
+				return allowed
+			}
+			client := connect(t, server.URL())
+			told := func() bool { // by all edges
+				empty, _ := client.Get(t.Context(), edges[0].bucket(d).lease.key).Float64()
+				return empty-float64(time.Now().UnixMicro()) > 0.7*float64(limit.depth()*limit.interval()/1000)
+			}
+			before := use()
+			if err := fault(server, told); err != nil {
+				t.Fatal(err)
+			}
+			after := use()
+			eventually(t, "it is told what was let through", told)
+			for _, e := range edges {
+				eventually(t, "the fallback ends", func() bool { return e.store.Status().Outages > 0 && !e.store.Status().Fallback })
+			}
+			after += use()
+			if most := limit.depth() / 4; before < limit.depth() || after > most {
+				t.Errorf("%d were let through before and %d after, want at least %d and at most %d", before, after, limit.depth(), most)
+			}
 		})
-	}
-	after := use()
-	if most := limit.depth() / 4; before < limit.depth() || after > most {
-		t.Errorf("%d were let through before and %d after, want at least %d and at most %d", before, after, limit.depth(), most)
 	}
 }
 
