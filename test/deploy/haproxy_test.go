@@ -136,30 +136,69 @@ func TestUpgradeOfEdgesOneByOneBehindHAProxyLosesNoRequest(t *testing.T) {
 	requests.mustHaveLostNone()
 }
 
+// login returns the URL of an edge's user of its own, and what cuts it off from Postgres and lets it in again.
+func (r *rig) login() (database string, cutOff, letIn func()) {
+	r.t.Helper()
+	role := pgtest.Role(r.t, r.database)
+	command(r.t, program, r.database, "migrate", "--edge-role", role)
+	database = pgtest.Login(r.t, r.database, role)
+	u, err := url.Parse(database)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	user := u.User.Username()
+	return database, func() {
+			r.t.Helper()
+			pgtest.Exec(r.t, r.database, "alter role "+user+" nologin; select pg_terminate_backend(pid) from pg_stat_activity where usename = '"+user+"'")
+		}, func() {
+			r.t.Helper()
+			pgtest.Exec(r.t, r.database, "alter role "+user+" login")
+		}
+}
+
 func TestEdgeThatIsNotReadyGetsNoRequestsBehindHAProxyUntilItIs(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	r.migrate()
-	role := pgtest.Role(t, r.database)
-	command(t, program, r.database, "migrate", "--edge-role", role)
-	cutOff := pgtest.Login(t, r.database, role)
-	b := startBalanced(t, r, cutOff, r.database)
+	database, cutOff, letIn := r.login()
+	b := startBalanced(t, r, database, r.database)
 	key := r.key("production", "memories:read").Key.Reveal()
 
-	user, err := url.Parse(cutOff)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pgtest.Exec(t, r.database, "alter role "+user.User.Username()+" nologin; "+
-		"select pg_terminate_backend(pid) from pg_stat_activity where usename = '"+user.User.Username()+"'")
+	cutOff()
 	b.waitFor(0, "DOWN")
 	for range 20 {
 		if got, err := ask("GET", "http://"+b.front+"/v1/memories", key); err != nil || got.status != http.StatusOK {
 			t.Fatalf("%+v, %v", got, err)
 		}
 	}
-	pgtest.Exec(t, r.database, "alter role "+user.User.Username()+" login")
+	letIn()
 	b.waitFor(0, "UP")
+}
+
+func TestWhileNoEdgeIsReadyClientsBehindHAProxyGetTheEdgesAnswerAndNoReset(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.migrate()
+	database, cutOff, letIn := r.login()
+	b := startBalanced(t, r, database, database)
+	key := r.key("production", "memories:read").Key.Reveal()
+
+	cutOff()
+	b.waitFor(0, "DOWN")
+	b.waitFor(1, "DOWN")
+	if got, err := ask("GET", "http://"+b.front+"/v1/memories", key); err != nil || got.code != "AUTH_UNAVAILABLE" {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if got, err := ask("GET", "http://"+b.plain+"/v1/memories", ""); err != nil || got.code != "TLS_REQUIRED" {
+		t.Errorf("over plain HTTP: %+v, %v", got, err)
+	}
+
+	letIn()
+	b.waitFor(0, "UP")
+	b.waitFor(1, "UP")
+	if got, err := ask("GET", "http://"+b.front+"/v1/memories", key); err != nil || got.status != http.StatusOK {
+		t.Errorf("%+v, %v", got, err)
+	}
 }
 
 func TestEdgesBehindHAProxySeeTheClientsAddressAndRefusePlainHTTP(t *testing.T) {
