@@ -341,14 +341,15 @@ func (x *exchange) finish(err error) error {
 	if !errors.As(err, &failed) {
 		return err
 	}
-	a := upstreamUnavailable
+	a, reason := upstreamUnavailable, upstreamUnavailableReason
 	switch failed.StatusCode {
 	case http.StatusGatewayTimeout:
-		a = upstreamTimeout
+		a, reason = upstreamTimeout, upstreamTimeoutReason
 	case http.StatusBadGateway, http.StatusServiceUnavailable:
 	default:
 		return err
 	}
+	x.gateway.metrics.upstreamErrors.WithLabelValues(x.environment.String(), reason).Inc()
 	x.gateway.logger.Error("upstream unavailable", zap.String("request_id", x.requestID),
 		zap.Stringer("environment", x.environment), zap.Error(failed.Err))
 	x.answer(x.ResponseWriter, a, nil)
@@ -356,6 +357,12 @@ func (x *exchange) finish(err error) error {
 }
 
 const upstreamMessage = "The API could not be reached. Try again shortly."
+
+// Reasons in rekall_upstream_errors_total.
+const (
+	upstreamUnavailableReason = "unavailable"
+	upstreamTimeoutReason     = "timeout"
+)
 
 var (
 	upstreamUnavailable = newAnswer(http.StatusBadGateway, "UPSTREAM_UNAVAILABLE", upstreamMessage, "")

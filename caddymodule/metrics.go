@@ -22,6 +22,7 @@ type metrics struct {
 	latencies       prometheus.Histogram
 	revocationDelay prometheus.Histogram
 	reportOnly      *prometheus.CounterVec
+	upstreamErrors  *prometheus.CounterVec
 	limited         [len(limitNames)]prometheus.Counter // by limitKind
 	collectors      []prometheus.Collector
 }
@@ -58,6 +59,10 @@ func newMetrics() *metrics {
 			Name: "rekall_scope_report_only_total",
 			Help: "Requests let pass in report-only mode that scope rules would have refused.",
 		}, []string{"outcome"}),
+		upstreamErrors: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "rekall_upstream_errors_total",
+			Help: "Allowed requests that no backend answered: it could not be reached, or not in time.",
+		}, []string{"environment", "reason"}),
 	}
 	for outcome := range m.decisions {
 		for environment := range m.decisions[outcome] {
@@ -68,6 +73,11 @@ func newMetrics() *metrics {
 	for _, outcome := range []apikey.Outcome{apikey.NotCovered, apikey.Insufficient} { // from 0, or the first ones are no increase
 		m.reportOnly.WithLabelValues(outcome.String())
 	}
+	for _, environment := range []apikey.Environment{apikey.Production, apikey.Sandbox} {
+		for _, reason := range []string{upstreamUnavailableReason, upstreamTimeoutReason} {
+			m.upstreamErrors.WithLabelValues(environment.String(), reason)
+		}
+	}
 	limited := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "rekall_rate_limited_total",
 		Help: "Requests beyond a limit: the rate of their key, its number of requests at a time, or what an address may send without a good key.",
@@ -75,7 +85,7 @@ func newMetrics() *metrics {
 	for kind, name := range limitNames {
 		m.limited[kind] = limited.WithLabelValues(name)
 	}
-	m.collectors = []prometheus.Collector{decisions, m.latencies, m.revocationDelay, m.reportOnly, limited}
+	m.collectors = []prometheus.Collector{decisions, m.latencies, m.revocationDelay, m.reportOnly, m.upstreamErrors, limited}
 	return m
 }
 

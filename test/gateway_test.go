@@ -226,7 +226,7 @@ func TestRowOfTheOtherEnvironmentIsNotBelieved(t *testing.T) {
 	}
 }
 
-func TestUnreachableBackendIsSaidInTheEnvelope(t *testing.T) {
+func TestUnreachableBackendIsSaidInTheEnvelopeAndCounted(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	g := r.start(strings.NewReplacer("reverse_proxy PRODUCTION", fmt.Sprintf("reverse_proxy 127.0.0.1:%d", process.FreePort(t)),
@@ -235,6 +235,14 @@ func TestUnreachableBackendIsSaidInTheEnvelope(t *testing.T) {
 	hang := bearer(r.key("sandbox", "memories:read"))
 	hang.Set("X-Demo", "hang")
 	g.do("GET", "/v1/memories", hang).wantCode(t, 504, "UPSTREAM_UNAVAILABLE")
+	for labels, want := range map[string]float64{
+		`environment="production",reason="unavailable"`: 1, `environment="production",reason="timeout"`: 0,
+		`environment="sandbox",reason="unavailable"`: 0, `environment="sandbox",reason="timeout"`: 1,
+	} {
+		if got := g.series(t, "rekall_upstream_errors_total{"+labels+"}"); got != want {
+			t.Errorf("%s: %v, want %v", labels, got, want)
+		}
+	}
 }
 
 func TestClientsIdentityHeadersDoNotReachTheBackend(t *testing.T) {

@@ -61,7 +61,7 @@ var disasters = []disaster{
 		[]string{"RekallLimitsApart"}},
 	{"Redis is killed, and comes back empty", 16 * time.Second, func(f *fleet) { f.redis.Kill() }, func(f *fleet) { f.must(f.redis.Restart(context.Background())) },
 		[]string{"RekallLimitsApart"}},
-	{"the backend is away", 12 * time.Second, (*fleet).stopBackend, (*fleet).startBackend, nil},
+	{"the backend is away", 12 * time.Second, (*fleet).stopBackend, func(f *fleet) { f.startBackend(f.backend.Address()) }, []string{"RekallUpstreamUnavailable"}},
 	{"a flood of keys that nobody has", 16 * time.Second, (*fleet).beginFlood, func(f *fleet) { f.endFlood() }, []string{"RekallUnknownKeys"}},
 	{"each edge is reloaded", 12 * time.Second, func(f *fleet) {
 		for _, g := range f.edges {
@@ -82,7 +82,6 @@ type fleet struct {
 	prometheus       *prometheus
 	good, revoked    keyadmin.Key
 	clients          *http.Client
-	backendAddress   string
 	endFlood         func()
 
 	mu      sync.Mutex
@@ -149,7 +148,6 @@ func newGame(t *testing.T) *fleet {
 		t.Fatal(err)
 	}
 	f.good, f.revoked = f.key(), f.key()
-	f.backendAddress = f.backend.Address()
 	f.gateway = "rate_limits"
 	f.database = f.anyPrimary()
 	for i := range atEdges {
@@ -219,13 +217,6 @@ func (f *fleet) signal(edge int, signal syscall.Signal) {
 func (f *fleet) restartPostgres() { f.must(f.primary.Restart(context.Background())) }
 
 func (f *fleet) stopBackend() { f.must(f.backend.Stop(context.Background())) }
-
-func (f *fleet) startBackend() {
-	backend, err := devenv.StartBackend(context.Background(), "production", f.backendAddress)
-	f.must(err)
-	f.backend = backend
-	f.t.Cleanup(func() { _ = backend.Stop(context.Background()) })
-}
 
 func (f *fleet) beginFlood() {
 	f.endFlood = load(byClients, func() { f.edges[0].ask(apikey.Generate(apikey.Production)) })

@@ -49,12 +49,20 @@ func newRig(t *testing.T, database string) *rig {
 		t.Fatal(err)
 	}
 	t.Cleanup(store.Close)
-	backend, err := devenv.StartBackend(t.Context(), "production", "127.0.0.1:0")
+	r := &rig{t: t, database: database, admin: keyadmin.New(store)}
+	r.startBackend("127.0.0.1:0")
+	return r
+}
+
+// startBackend starts the backend, for the first time or again.
+func (r *rig) startBackend(address string) {
+	r.t.Helper()
+	backend, err := devenv.StartBackend(context.Background(), "production", address)
 	if err != nil {
-		t.Fatal(err)
+		r.t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = backend.Stop(context.Background()) })
-	return &rig{t: t, database: database, admin: keyadmin.New(store), backend: backend}
+	r.backend = backend
+	r.t.Cleanup(func() { _ = backend.Stop(context.Background()) })
 }
 
 func (r *rig) key() keyadmin.Key {

@@ -113,6 +113,13 @@ func TestEveryQueryReturnsDataAndEachAlertFiresWhenItsFaultIsMade(t *testing.T) 
 	p.waitFiring("RekallUnknownKeys", "RekallEdgeDown", "RekallEdgeSilent")
 	end()
 
+	fault("RekallUpstreamUnavailable")
+	if err := r.backend.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	p.waitFiring("RekallUpstreamUnavailable")
+	r.startBackend(r.backend.Address())
+
 	fault("RekallLimitsApart")
 	redis.Kill()
 	p.waitFiring("RekallLimitsApart")
