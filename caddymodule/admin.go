@@ -38,11 +38,11 @@ func serveLive(w http.ResponseWriter, r *http.Request) error {
 	return reply(w, r, http.StatusOK, map[string]bool{"live": true})
 }
 
-// serveReady answers 200 while the key data of every runtime is fresh: an outage shorter than max_staleness drains nobody.
+// serveReady answers 200 while every runtime is ready: an outage shorter than max_staleness drains nobody.
 func serveReady(w http.ResponseWriter, r *http.Request) error {
 	all := running()
-	stale := slices.ContainsFunc(all, func(rt *runtime) bool { return !rt.cache.Status().Fresh })
-	return replyReady(w, r, len(all) > 0 && !stale)
+	unready := slices.ContainsFunc(all, func(rt *runtime) bool { return !rt.ready(*rt.issuers.Load()) })
+	return replyReady(w, r, len(all) > 0 && !unready)
 }
 
 func replyReady(w http.ResponseWriter, r *http.Request, ready bool) error {

@@ -13,6 +13,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/rekall-ai/gateway/internal/garbage"
+	"github.com/rekall-ai/gateway/internal/identitytoken"
 )
 
 // databaseVariable names the database where the configuration and the command line do not.
@@ -87,8 +88,8 @@ type App struct {
 	ctx     caddy.Context
 	runtime *runtime
 	poolKey string
-	signs   bool // a gateway of this configuration sends identity tokens
-	limits  bool // a gateway of this configuration holds keys to their limits
+	issuers []*identitytoken.Issuer // of the gateways of this configuration that send identity tokens
+	limits  bool                    // a gateway of this configuration holds keys to their limits
 
 	draining *atomic.Bool // Caddy is about to stop this configuration
 }
@@ -199,7 +200,8 @@ func (a *App) Start() error {
 	}
 	garbage.Tune()
 	a.runtime.start(a.ctx.Logger(a))
-	if a.signs {
+	a.runtime.issuers.Store(&a.issuers)
+	if len(a.issuers) > 0 {
 		a.runtime.startSigner()
 	}
 	if a.limits {

@@ -12,20 +12,20 @@ func init() { caddy.RegisterModule(Health{}) }
 
 // Health answers /rekall/live and /rekall/ready on a site, for load balancers that cannot reach the admin endpoint. It tells
 // no more than yes or no, so that anybody may ask. Every other request passes. During Caddy's shutdown_delay it is not ready.
-type Health struct{ runtime *runtime }
+type Health struct{ app *App }
 
 // CaddyModule returns the Caddy module information.
 func (Health) CaddyModule() caddy.ModuleInfo {
 	return caddy.ModuleInfo{ID: "http.handlers.rekall_health", New: func() caddy.Module { return new(Health) }}
 }
 
-// Provision finds the data whose freshness is asked for, and guards the server's door.
+// Provision finds what is asked for, and guards the server's door.
 func (h *Health) Provision(ctx caddy.Context) error {
 	app, err := app(ctx)
 	if err != nil {
 		return err
 	}
-	h.runtime = app.runtime
+	h.app = app
 	if err := guardDoor(ctx); err != nil {
 		return fmt.Errorf("rekall_health: %w", err)
 	}
@@ -38,7 +38,7 @@ func (h *Health) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhtt
 	case livePath:
 		return serveLive(w, r)
 	case readyPath:
-		return replyReady(w, r, h.runtime.cache.Status().Fresh && !shuttingDown(r))
+		return replyReady(w, r, h.app.runtime.ready(h.app.issuers) && !shuttingDown(r))
 	}
 	return next.ServeHTTP(w, r)
 }

@@ -36,7 +36,7 @@ func (g *Gateway) provisionIdentityToken(app *App) error {
 	g.issuer, err = identitytoken.NewIssuer(app.runtime.signer, app.runtime.tokens, identitytoken.Options{
 		Issuer: g.IdentityToken.Issuer, Audience: g.IdentityToken.Audience, Lifetime: time.Duration(g.IdentityToken.Lifetime),
 	})
-	app.signs = true
+	app.issuers = append(app.issuers, g.issuer)
 	return err
 }
 

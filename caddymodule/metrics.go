@@ -91,7 +91,7 @@ func newMetrics() *metrics {
 
 // watch adds what is read from the runtime's parts at each scrape.
 func (m *metrics) watch(rt *runtime) {
-	m.collectors = append(m.collectors, &observer{rt.cache, rt.usage, rt.reporter, rt.limiter})
+	m.collectors = append(m.collectors, &observer{rt.cache, rt.usage, rt.reporter, rt.limiter, func() bool { return canSign(*rt.issuers.Load()) }})
 }
 
 func (m *metrics) register(registry *prometheus.Registry) error {
@@ -132,13 +132,15 @@ type observer struct {
 	usage    *usage.Counter
 	reporter *edge.Reporter
 	limiter  *ratelimit.Limiter
+	canSign  func() bool
 }
 
 // observation is that moment.
 type observation struct {
 	keycache.Status
-	usage  usage.Status
-	limits ratelimit.Status
+	usage   usage.Status
+	limits  ratelimit.Status
+	canSign bool
 }
 
 // series is a metric that is one number of an observation.
@@ -157,14 +159,18 @@ func counter(name, help string, value func(*observation) uint64) series {
 		func(o *observation) float64 { return float64(value(o)) }}
 }
 
+func truth(is bool) float64 {
+	if is {
+		return 1
+	}
+	return 0
+}
+
 var observed = []series{
 	gauge("rekall_ready", "1 while cached keys are trusted; 0 once the last good sync is older than max_staleness: fail-closed.",
-		func(o *observation) float64 {
-			if o.Fresh {
-				return 1
-			}
-			return 0
-		}),
+		func(o *observation) float64 { return truth(o.Fresh) }),
+	gauge("rekall_identity_token_ready", "1 while identity tokens can be signed, or none are asked for; 0: good keys are answered 503.",
+		func(o *observation) float64 { return truth(o.canSign) }),
 	gauge("rekall_sync_age_seconds", "Time since the start of the last good sync; key data is refused beyond max_staleness.",
 		func(o *observation) float64 { return o.Age.Seconds() }),
 	gauge("rekall_sync_lag_seconds", "How far the data was behind when it was last read; 0 unless a standby is read.",
@@ -214,12 +220,7 @@ var observed = []series{
 
 	gauge("rekall_rate_limit_keys", "Keys whose requests are remembered for their limits.", func(o *observation) float64 { return float64(o.limits.Keys) }),
 	gauge("rekall_rate_limit_fallback", "1 while this edge holds keys to its part of their limits, because rate_limit_store does not answer.",
-		func(o *observation) float64 {
-			if o.limits.Fallback {
-				return 1
-			}
-			return 0
-		}),
+		func(o *observation) float64 { return truth(o.limits.Fallback) }),
 	counter("rekall_rate_limit_store_outages_total", "Times that rate_limit_store did not answer.", func(o *observation) uint64 { return o.limits.Outages }),
 	counter("rekall_rate_limit_store_exchanges_total", "Round trips to rate_limit_store, for which no request waits.",
 		func(o *observation) uint64 { return o.limits.Exchanges }),
@@ -240,7 +241,7 @@ func (*observer) Describe(descs chan<- *prometheus.Desc) {
 
 // Collect implements prometheus.Collector.
 func (w *observer) Collect(collected chan<- prometheus.Metric) {
-	o := &observation{Status: w.cache.Status(), usage: w.usage.Status(), limits: w.limiter.Status()}
+	o := &observation{Status: w.cache.Status(), usage: w.usage.Status(), limits: w.limiter.Status(), canSign: w.canSign()}
 	for _, s := range observed {
 		collected <- prometheus.MustNewConstMetric(s.desc, s.kind, s.value(o))
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -59,7 +60,8 @@ type runtime struct {
 
 	signer   *identitytoken.Signer // runs once a configuration asks for identity tokens
 	signOnce sync.Once
-	tokens   int // kept at most: one for each key in the cache
+	issuers  atomic.Pointer[[]*identitytoken.Issuer] // of the newest configuration
+	tokens   int                                     // kept at most: one for each key in the cache
 
 	limiter    *ratelimit.Limiter // runs once a configuration limits keys
 	limitStore *ratelimit.Store   // that the limiter shares; nil: none
@@ -77,6 +79,7 @@ func newRuntime(s settings) (*runtime, error) {
 		rt.canary = edge.NewCanary(store, rt.logger.Load)
 	}
 	rt.logger.Store(zap.NewNop())
+	rt.issuers.Store(new([]*identitytoken.Issuer))
 	rt.signer, rt.tokens = identitytoken.NewSigner(store, instance, rt.logger.Load), s.cacheSize
 	rt.identity = edge.Identity{
 		Instance: instance, Name: s.edgeName, Region: s.edgeRegion, Version: version(), MaxStaleness: s.maxStaleness,
@@ -165,6 +168,16 @@ func (rt *runtime) startSigner() {
 	rt.signOnce.Do(func() {
 		rt.running.Go(func() { rt.signer.Run(rt.ctx) })
 	})
+}
+
+// ready reports whether requests can be answered: cached keys are trusted, and each of the issuers can sign. An edge that cannot sign
+// would answer every good key 503, and a rolling update would go on to the next.
+func (rt *runtime) ready(issuers []*identitytoken.Issuer) bool {
+	return rt.cache.Status().Fresh && canSign(issuers)
+}
+
+func canSign(issuers []*identitytoken.Issuer) bool {
+	return !slices.ContainsFunc(issuers, func(i *identitytoken.Issuer) bool { return !i.Ready() })
 }
 
 func (rt *runtime) openLimiter(store string) (err error) {

@@ -9,6 +9,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
@@ -114,7 +115,7 @@ func serveStatus(w http.ResponseWriter, r *http.Request) error {
 func (rt *runtime) status(ctx context.Context) runtimeStatus {
 	c := rt.cache.Status()
 	s := runtimeStatus{
-		Ready: c.Fresh,
+		Ready: c.Fresh && canSign(*rt.issuers.Load()),
 		Edge:  edgeIdentity{Name: rt.identity.Name, Region: rt.identity.Region, Instance: rt.identity.Instance},
 		Sync: syncStatus{
 			Epoch: c.Epoch, AgeSeconds: c.Age.Seconds(), MaxStaleness: c.MaxStaleness.Seconds(), LagSeconds: c.Lag.Seconds(),
@@ -132,7 +133,11 @@ func (rt *runtime) status(ctx context.Context) runtimeStatus {
 		at := c.SyncedAt.UTC()
 		s.Sync.LastGoodAt = &at
 	}
-	if failure := rt.cache.LastFailure(); failure != nil {
+	failure := rt.cache.LastFailure()
+	if f := rt.signer.LastFailure(); f != nil && (failure == nil || f.At.After(failure.At)) {
+		failure = &keycache.Failure{At: f.At, Err: f.Err}
+	}
+	if failure != nil {
 		s.LastError = &lastError{At: failure.At.UTC(), Message: apikey.Redact(failure.Err.Error())}
 	}
 	if n, counted := rt.reporter.Edges(); counted {

@@ -177,6 +177,16 @@ func (g *gateway) waitReady() {
 	})
 }
 
+// waitSynced is for a gateway that does not become ready: it has read the feed.
+func (g *gateway) waitSynced() {
+	g.t.Helper()
+	eventually(g.t, "the gateway has synced", func() bool {
+		g.process.MustRun(g.t)
+		answer, err := send("GET", g.admin+"/rekall/live", nil, nil)
+		return err == nil && answer.StatusCode == http.StatusOK && g.status().Epoch > 0
+	})
+}
+
 func eventually(t testing.TB, what string, condition func() bool) {
 	t.Helper()
 	process.Within(t, 30*time.Second, what, condition)

@@ -28,6 +28,7 @@ http://:PORT {
 	handle /.well-known/jwks.json {
 		rekall_jwks
 	}
+	rekall_health
 	handle {
 		rekall_gateway {
 			identity_token {
@@ -219,7 +220,9 @@ func TestRequestForWhichNoTokenCanBeSignedIsNotPassedOn(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	pgtest.Exec(t, r.database, "alter table rekall.signing_keys rename to hidden")
-	g := r.start(signingSite)
+	g := r.prepare(signingSite)
+	g.run(r.database)
+	g.waitSynced()
 	key := r.key("production", "memories:read")
 	answer := g.do("GET", "/v1/memories", bearer(key))
 	answer.wantCode(t, 503, "AUTH_UNAVAILABLE")
@@ -236,6 +239,36 @@ func TestRequestForWhichNoTokenCanBeSignedIsNotPassedOn(t *testing.T) {
 	pgtest.Exec(t, r.database, "alter table rekall.hidden rename to signing_keys")
 	eventually(t, "tokens are signed", func() bool { return g.ask(key) == "" })
 	verified(t, g.token(key, nil), g.jwks())
+}
+
+// TestEdgeThatCannotSignIsNotReady: else a rolling update would end with a fleet that answers every good key 503.
+func TestEdgeThatCannotSignIsNotReady(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	pgtest.Exec(t, r.database, "alter table rekall.signing_keys rename to hidden")
+	g := r.prepare(signingSite)
+	g.run(r.database)
+	g.waitSynced()
+	probes := []string{g.admin + "/rekall/ready", g.http + "/rekall/ready"}
+	for _, probe := range probes {
+		if answer := do(t, "GET", probe, nil, nil); answer.StatusCode != http.StatusServiceUnavailable {
+			t.Errorf("%s: %d", probe, answer.StatusCode)
+		}
+	}
+	eventually(t, "the status says why", func() bool {
+		status := do(t, "GET", g.admin+"/rekall/status", nil, nil).body
+		return strings.Contains(status, `"ready":false`) && strings.Contains(status, "publish signing key")
+	})
+	if ready, signs := g.series(t, "rekall_ready"), g.series(t, "rekall_identity_token_ready"); ready != 1 || signs != 0 {
+		t.Errorf("rekall_ready %v, rekall_identity_token_ready %v", ready, signs)
+	}
+	pgtest.Exec(t, r.database, "alter table rekall.hidden rename to signing_keys")
+	for _, probe := range probes {
+		eventually(t, "the edge is ready", func() bool { return do(t, "GET", probe, nil, nil).StatusCode == http.StatusOK })
+	}
+	if signs := g.series(t, "rekall_identity_token_ready"); signs != 1 {
+		t.Errorf("rekall_identity_token_ready %v", signs)
+	}
 }
 
 // manual returns the block in a language of the page for backend developers.

@@ -106,6 +106,9 @@ func short(d time.Duration) string {
 	return strings.TrimSuffix(strings.TrimSuffix(d.String(), "0s"), "0m")
 }
 
+// Ready reports whether tokens can be signed now.
+func (i *Issuer) Ready() bool { return i.signer.signs(i.signer.active.Load(), i.options.Lifetime) }
+
 // Token returns a token for a request that was allowed with that record at now, a reading of Postgres's clock, which all
 // edges share. Its only error wraps ErrUnpublished, within half a second.
 func (i *Issuer) Token(ctx context.Context, r *apikey.Record, now time.Time) (string, error) {

@@ -59,6 +59,7 @@ type Signer struct {
 	wake     chan struct{}
 	active   atomic.Pointer[active]
 	keySet   keySet
+	failure  atomic.Pointer[Failure]
 
 	current, next *key // of Run alone; next is published and waits for its lead
 }
@@ -69,6 +70,12 @@ type key struct {
 	sign        jose.Signer // safe for concurrent use: signing changes nothing in it
 	madeAt      time.Time
 	publishedAt time.Time // zero: not yet
+}
+
+// Failure is a key that could not be published, or keys that could not be read.
+type Failure struct {
+	At  time.Time // by this machine's clock
+	Err error
 }
 
 // active is the key to sign with. It is immutable and replaced as a whole.
@@ -105,7 +112,10 @@ func (s *Signer) Run(ctx context.Context) {
 		case err == nil && failing:
 			s.logger().Info("signing key is published again")
 		}
-		if failing = err != nil; !s.rest(ctx, failing) {
+		if failing = err != nil; failing {
+			s.failure.Store(&Failure{time.Now(), err})
+		}
+		if !s.rest(ctx, failing) {
 			return
 		}
 	}
@@ -186,6 +196,14 @@ func newKey() (*key, error) {
 	return k, nil
 }
 
+// LastFailure returns the last failure; nil: there was none.
+func (s *Signer) LastFailure() *Failure { return s.failure.Load() }
+
+// signs reports whether a's key stays published until a token of that lifetime, signed now, has expired.
+func (s *Signer) signs(a *active, lifetime time.Duration) bool {
+	return a.key != nil && age(a.renewedAt, time.Now())+lifetime <= s.schedule.lease
+}
+
 // signingKey returns a key that stays published until a token of that lifetime has expired. While there is none it waits a moment:
 // the gateway may be starting.
 func (s *Signer) signingKey(ctx context.Context, lifetime time.Duration) (*key, error) {
@@ -193,7 +211,7 @@ func (s *Signer) signingKey(ctx context.Context, lifetime time.Duration) (*key, 
 	defer cancel()
 	for {
 		a := s.active.Load()
-		if a.key != nil && age(a.renewedAt, time.Now())+lifetime <= s.schedule.lease {
+		if s.signs(a, lifetime) {
 			return a.key, nil
 		}
 		select { // after a suspension the lease may be over, and the next renewal half a minute away
