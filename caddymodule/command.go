@@ -73,7 +73,11 @@ func run(do func(context.Context, *cobra.Command, []string) error) func(*cobra.C
 }
 
 func databaseURL(cmd *cobra.Command) (string, error) {
-	url, _ := cmd.Flags().GetString("database")
+	// Passed over, it would be the other database that keys are revoked in.
+	if err := notEmpty(cmd, "database"); err != nil {
+		return "", err
+	}
+	url := text(cmd, "database")
 	if url == "" {
 		url = os.Getenv(databaseVariable)
 	}

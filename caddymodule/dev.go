@@ -38,6 +38,9 @@ func init() {
 			cmd.Flags().String("data", "", "Directory that keeps the database between runs (default: a temporary one)")
 			cmd.Flags().String("database", "", "URL of your own Postgres (default: a private one)")
 			cmd.RunE = run(func(ctx context.Context, cmd *cobra.Command, _ []string) error {
+				if err := notEmpty(cmd, "production", "sandbox", "data", "database"); err != nil {
+					return err
+				}
 				d := dev{out: cmd.OutOrStdout()}
 				d.listen, _ = cmd.Flags().GetString("listen")
 				d.production, _ = cmd.Flags().GetString("production")

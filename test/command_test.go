@@ -84,6 +84,25 @@ func TestKeysAreCreatedListedAndRevokedFromTheCommandLine(t *testing.T) {
 	}
 }
 
+// An unset variable of a script must not stand for another database.
+func TestEmptyDatabaseFlagStandsForNoDatabase(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	key := r.key("production", "memories:read")
+	for _, args := range [][]string{
+		{"keys", "revoke", key.ID}, {"keys", "revoke", "--account", "acme", "--yes"}, {"keys", "list"}, {"limits", "show"},
+		{"edges", "list"}, {"migrate"}, {"migrate", "--plan"}, {"dev", "--listen", "nowhere"},
+	} {
+		stdout, stderr, code := cli(t, r.database, append(args, "--database", "")...)
+		if code != 1 || stdout != "" || stderr != "Error: --database must not be empty\n" {
+			t.Errorf("%v: %d %q %q", args, code, stdout, stderr)
+		}
+	}
+	if got, err := r.admin.Get(t.Context(), keyadmin.Operator("test"), key.ID); err != nil || got.Status != keyadmin.Active {
+		t.Errorf("key %+v, %v", got, err)
+	}
+}
+
 func TestWrongInputIsOneLineAndChangesNothing(t *testing.T) {
 	t.Parallel()
 	database := pgtest.URL(t)

@@ -25,8 +25,8 @@ func TestConfigurationsOfTheGuideAreValid(t *testing.T) {
 	}
 }
 
-// TestCommandsOfTheGuideWork runs them from the first to the last, as they stand there but for addresses, and for the names of
-// roles and databases, which belong to the whole server.
+// TestCommandsOfTheGuideWork runs the blocks from the first to the last, as they stand there but for addresses, and for the names
+// of roles and databases, which belong to the whole server.
 func TestCommandsOfTheGuideWork(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
@@ -36,12 +36,12 @@ func TestCommandsOfTheGuideWork(t *testing.T) {
 	names := strings.NewReplacer(
 		"http://localhost:2019", g.admin, "validate --config /etc/rekall/Caddyfile", "validate --config "+g.file,
 		"reload --config /etc/rekall/Caddyfile", "reload --config "+g.file+" --address "+strings.TrimPrefix(g.admin, "http://"),
+		"postgres://owner:password@127.0.0.1:5432/rekall_restored", withDatabase(t, r.database, restored),
 		"edge_1_next", next, "edge_1", edge, "alice", pgtest.Role(t, r.database),
 		"rekall_edge", pgtest.Role(t, r.database), "rekall_admin", pgtest.Role(t, r.database), "rekall_restored", restored)
 	t.Cleanup(func() { pgtest.Exec(t, r.database, "drop database if exists "+restored+" with (force)") }) // before its roles
 	dir := t.TempDir()
-	env := append(os.Environ(), "REKALL_DATABASE_URL="+r.database, "RESTORED_DATABASE_URL="+withDatabase(t, r.database, restored),
-		"EDGE_PASSWORD="+password, "ADMIN_PASSWORD="+rand.Text(), "HOME="+dir, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
+	env := append(os.Environ(), "REKALL_DATABASE_URL="+r.database, "EDGE_PASSWORD="+password, "ADMIN_PASSWORD="+rand.Text(), "HOME="+dir, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
 
 	var outputs strings.Builder
 	commands := 0
@@ -49,16 +49,14 @@ func TestCommandsOfTheGuideWork(t *testing.T) {
 		if strings.Contains(block, "/rekall/ready") && g.process == nil {
 			g.startReady()
 		}
-		for line := range strings.Lines(block) {
-			commands++
-			cmd := exec.Command("bash", "-euo", "pipefail", "-c", names.Replace(line))
-			cmd.Dir, cmd.Env = dir, env
-			output, err := cmd.CombinedOutput()
-			if err != nil {
-				t.Fatalf("%s: %v\n%s", line, err, output)
-			}
-			outputs.Write(output)
+		commands += strings.Count(block, "\n")
+		cmd := exec.Command("bash", "-euo", "pipefail", "-c", names.Replace(block))
+		cmd.Dir, cmd.Env = dir, env
+		output, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("%s: %v\n%s", block, err, output)
 		}
+		outputs.Write(output)
 	}
 	if commands < 18 {
 		t.Errorf("only %d commands found", commands)
