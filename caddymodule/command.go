@@ -28,12 +28,17 @@ const (
 )
 
 func init() {
+	// Caddy's root command quotes what is no command of its: a key that was pasted alone.
+	if len(os.Args) > 1 {
+		os.Args[1] = apikey.Redact(os.Args[1])
+	}
 	caddycmd.RegisterCommand(caddycmd.Command{
 		Name:  "edges",
 		Usage: "list",
 		Short: "Shows the gateways that are running",
 		CobraFunc: func(cmd *cobra.Command) {
-			cmd.Args = cobra.NoArgs
+			cmd.Args = noArgs
+			quoteNoKey(cmd)
 			cmd.RunE = run(func(context.Context, *cobra.Command, []string) error {
 				return errors.New("say what to do with edges: list (see --help)")
 			})
@@ -45,6 +50,11 @@ func init() {
 func databaseFlags(cmd *cobra.Command) {
 	cmd.Flags().String("database", "", "Postgres connection URL (default: $"+databaseVariable+")")
 	cmd.Flags().Bool("json", false, "Print JSON")
+}
+
+// quoteNoKey keeps keys out of what cobra says of the flags of a command and its subcommands.
+func quoteNoKey(cmd *cobra.Command) {
+	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return errors.New(apikey.Redact(err.Error())) })
 }
 
 // run adapts a command: its context ends with an interrupt, its error is one line on stderr, and its exit code says what
@@ -104,9 +114,7 @@ func admin(do func(context.Context, *cobra.Command, []string, *keyadmin.Admin) e
 }
 
 func edgesListCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "list", Short: "Lists edges", Args: cobra.NoArgs}
-	databaseFlags(cmd)
-	cmd.RunE = admin(func(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
+	return keysCommand(&cobra.Command{Use: "list", Short: "Lists edges", Args: noArgs}, func(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
 		edges, err := admin.Edges(ctx)
 		if err != nil {
 			return err
@@ -124,7 +132,6 @@ func edgesListCommand() *cobra.Command {
 			_ = table.Flush()
 		})
 	})
-	return cmd
 }
 
 // show prints a result: JSON for programs, text for people. A key that could not be printed is lost, so it says if it failed.

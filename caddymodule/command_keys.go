@@ -34,6 +34,7 @@ func init() {
 Exit codes: 3 where there is no such key, 4 where it is revoked or expired already, 1 for whatever else failed.`,
 		CobraFunc: func(cmd *cobra.Command) {
 			cmd.Args = noArgs
+			quoteNoKey(cmd)
 			cmd.RunE = run(func(_ context.Context, cmd *cobra.Command, _ []string) error {
 				return errors.New("say what to do with keys: create, list, show, rename, rotate, revoke, usage, audit, import or check (see --help)")
 			})
@@ -47,7 +48,6 @@ Exit codes: 3 where there is no such key, 4 where it is revoked or expired alrea
 // history or a list of processes, and in no error either.
 func keysCommand(cmd *cobra.Command, do func(context.Context, *cobra.Command, []string, *keyadmin.Admin) error) *cobra.Command {
 	databaseFlags(cmd)
-	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return errors.New(apikey.Redact(err.Error())) })
 	cmd.RunE = admin(func(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
 		given := slices.Clone(args)
 		cmd.Flags().Visit(func(f *pflag.Flag) { given = append(given, f.Value.String()) })

@@ -25,6 +25,7 @@ A production key has the limits of its account's tier, free unless you say other
 sandbox. What an account has of its own comes before its tier, and what a key has of its own before both.`,
 		CobraFunc: func(cmd *cobra.Command) {
 			cmd.Args = noArgs
+			quoteNoKey(cmd)
 			cmd.RunE = run(func(context.Context, *cobra.Command, []string) error {
 				return errors.New("say what to do with limits: show, tier, account or key (see --help)")
 			})

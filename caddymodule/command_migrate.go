@@ -33,7 +33,8 @@ The rights become exactly these: what the roles, or everybody, could do besides 
 flags at every upgrade, or a new version may lack a right. Run it as the owner of the schema; creating roles needs
 CREATEROLE.`,
 		CobraFunc: func(cmd *cobra.Command) {
-			cmd.Args = cobra.NoArgs
+			cmd.Args = noArgs
+			quoteNoKey(cmd)
 			databaseFlags(cmd)
 			cmd.Flags().String("edge-role", "", "Postgres role of the gateways")
 			cmd.Flags().String("admin-role", "", "Postgres role of those who manage keys")

@@ -31,7 +31,8 @@ func init() {
 		Long: "Starts a private Postgres, makes a production key, a sandbox key and one for the dashboard, starts two demo backends that echo what they receive, " +
 			"and the gateway in front of them, on loopback and without TLS. Ctrl-C stops all and leaves nothing behind.",
 		CobraFunc: func(cmd *cobra.Command) {
-			cmd.Args = cobra.NoArgs
+			cmd.Args = noArgs
+			quoteNoKey(cmd)
 			cmd.Flags().String("listen", "127.0.0.1:8080", "Address of the gateway")
 			cmd.Flags().String("production", "", "URL of your own production backend (default: a demo backend)")
 			cmd.Flags().String("sandbox", "", "URL of your own sandbox backend (default: a demo backend)")

@@ -160,6 +160,19 @@ func TestExitCodesTellWhatWasFound(t *testing.T) {
 	}
 }
 
+func TestNoCommandShowsAKeyThatItIsGivenAsAnArgument(t *testing.T) {
+	t.Parallel()
+	key := apikey.Generate(apikey.Production)
+	for _, command := range []string{"", "keys", "keys create", "keys list", "limits", "limits show", "edges", "edges list", "migrate", "dev --listen nowhere"} {
+		for _, argument := range []string{key, "--" + key, "--json=" + key} {
+			stdout, stderr, code := cli(t, "", append(strings.Fields(command), argument)...)
+			if code == 0 || apikey.ContainsKey(stdout+stderr) || strings.Count(strings.TrimSpace(stderr), "\n") > 1 {
+				t.Errorf("%q: exit %d: %s", command, code, apikey.Redact(stdout+stderr))
+			}
+		}
+	}
+}
+
 func TestIncidentSwitchCountsBeforeItActs(t *testing.T) {
 	t.Parallel()
 	k := newKeysCLI(t)
