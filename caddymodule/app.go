@@ -6,8 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"sync/atomic"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -25,6 +28,9 @@ const maxStalenessLimit = 60 * time.Second
 // maxCacheSize keeps a typing mistake in a reload from taking all memory, and the running gateway with it: the cache takes 50 bytes for
 // each key at once. 370 bytes for as many, when it is full, are 3.7 GB.
 const maxCacheSize = 10_000_000
+
+// maxEdgeText is the most that Postgres takes of an edge's name and of its region, in characters.
+const maxEdgeText = 200
 
 func init() { caddy.RegisterModule(App{}) }
 
@@ -184,6 +190,13 @@ func (a *App) settings() (settings, error) {
 		if s.edgeName, err = os.Hostname(); err != nil {
 			return s, fmt.Errorf("find the host name: %w; set edge", err)
 		}
+	}
+	// An edge that Postgres does not take into its list would not be waited for by a revocation.
+	if n := utf8.RuneCountInString(s.edgeName); n < 1 || n > maxEdgeText || utf8.RuneCountInString(s.edgeRegion) > maxEdgeText {
+		return s, errors.New("edge must have a name of 1 to 200 characters, and a region of at most 200")
+	}
+	if text := s.edgeName + s.edgeRegion; !utf8.ValidString(text) || strings.ContainsFunc(text, unicode.IsControl) {
+		return s, errors.New("edge must have a name and a region in UTF-8 without control characters")
 	}
 	if s.database == "" {
 		return s, errors.New("no database: set database in the rekall global option, or " + databaseVariable)

@@ -26,7 +26,7 @@ Many are revoked only with --yes; without, it counts them.`,
   rekall-gateway keys revoke --hashes leaked.txt --yes --wait`,
 		Args: cobra.MaximumNArgs(1),
 	}, revokeKeys)
-	cmd.Flags().Bool("wait", false, "Wait until no edge allows the keys any longer, and show each with its delay")
+	cmd.Flags().Bool("wait", false, "Wait until no edge that reports allows the keys any longer, and show each with its delay; fail if none reports")
 	cmd.Flags().String("account", "", "Keys of this account")
 	cmd.Flags().String("created-by", "", "Keys that this actor made, e.g. cli:root or key:<id>")
 	cmd.Flags().String("created-after", "", "Keys created at or after this time, e.g. 2030-12-31T23:59:59Z")
@@ -71,7 +71,7 @@ func revokeKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 		keyadmin.Key
 		Edges []keyadmin.Confirmation `json:"edges"`
 	}{key, confirmations}, func(w io.Writer) {
-		fmt.Fprintf(w, "Revoked %s. No edge allows it (%d edges).\n", key.ID, len(confirmations))
+		fmt.Fprintf(w, "Revoked %s. No edge that reports allows it (%d edges).\n", key.ID, len(confirmations))
 	})
 }
 
@@ -89,8 +89,14 @@ func watch(cmd *cobra.Command, wait func(func(keyadmin.Confirmation)) error) ([]
 		}
 		fmt.Fprintf(cmd.OutOrStdout(), "%s %s: %s\n", c.Name, c.Region, how)
 	})
+	if err == nil && len(confirmations) == 0 {
+		err = errNoEdge
+	}
 	return confirmations, err
 }
+
+// errNoEdge: nobody has confirmed anything. Perhaps this is not the database of the edges, or none of them can write to it.
+var errNoEdge = errors.New("no edge reports to this database: check --database. Every edge refuses what is revoked within 60 seconds")
 
 // revokedMany is what JSON shows of the incident switch.
 type revokedMany struct {
@@ -127,7 +133,7 @@ func revokeMany(ctx context.Context, cmd *cobra.Command, admin *keyadmin.Admin) 
 		return fmt.Errorf("%d keys are revoked, but the edges could not be watched: %w", result.Count, err)
 	}
 	return show(cmd, result, func(w io.Writer) {
-		fmt.Fprintf(w, "Revoked %d keys. No edge allows them (%d edges).\n", result.Count, len(result.Edges))
+		fmt.Fprintf(w, "Revoked %d keys. No edge that reports allows them (%d edges).\n", result.Count, len(result.Edges))
 	})
 }
 

@@ -134,6 +134,9 @@ func (rt *runtime) status(ctx context.Context) runtimeStatus {
 		s.Sync.LastGoodAt = &at
 	}
 	failure := rt.cache.LastFailure()
+	if f := rt.reporter.LastFailure(); f != nil && (failure == nil || f.At.After(failure.At)) {
+		failure = f
+	}
 	if f := rt.signer.LastFailure(); f != nil && (failure == nil || f.At.After(failure.At)) {
 		failure = &keycache.Failure{At: f.At, Err: f.Err}
 	}

@@ -7,6 +7,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/test/process"
 )
@@ -77,6 +78,23 @@ func TestRevocationIsConfirmedByEveryEdgeAndTheSilentOneIsNamed(t *testing.T) {
 	})
 	silent.process.Signal(t, syscall.SIGTERM)
 	eventually(t, "an edge that stops drops out", func() bool { return len(r.edges()) == 2 })
+}
+
+func TestWaitPromisesNothingWhereNoEdgeReports(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	pgtest.Exec(t, r.database, `alter table rekall.edges add check (name <> 'mute')`)
+	mute := r.start(standardSite, "edge mute", "max_staleness 3s")
+	eventually(t, "the status says that the edge cannot report", func() bool {
+		return strings.Contains(mute.status().LastError, "report edge")
+	})
+	for _, args := range [][]string{{r.key("production", "memories:read").ID}, {"--account", "acme", "--yes"}} {
+		r.key("production", "memories:read")
+		stdout, stderr, code := cli(t, r.database, append([]string{"keys", "revoke", "--wait"}, args...)...)
+		if code != 1 || stdout != "" || !strings.Contains(stderr, "revoked, but") || !strings.Contains(stderr, "no edge reports to this database: check --database") {
+			t.Errorf("%v: %d %q %q", args, code, stdout, stderr)
+		}
+	}
 }
 
 func TestEveryEdgeMeasuresTheCanaryThatOneOfThemRevokes(t *testing.T) {

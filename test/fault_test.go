@@ -31,6 +31,7 @@ type edgeStatus struct {
 	LookupErrors   uint64
 	SyncErrors     uint64
 	Canary         float64
+	LastError      string // empty: there was none
 }
 
 func (g *gateway) status() edgeStatus {
@@ -50,7 +51,10 @@ func (g *gateway) status() edgeStatus {
 			Requests struct {
 				InFlight int `json:"in_flight"`
 			} `json:"requests"`
-			Canary float64 `json:"canary_revocation_seconds"`
+			Canary    float64 `json:"canary_revocation_seconds"`
+			LastError struct {
+				Message string `json:"message"`
+			} `json:"last_error"`
 		} `json:"runtimes"`
 	}
 	if err := json.Unmarshal([]byte(do(g.t, "GET", g.admin+"/rekall/status", nil, nil).body), &s); err != nil || len(s.Runtimes) != 1 {
@@ -59,7 +63,7 @@ func (g *gateway) status() edgeStatus {
 	rt := s.Runtimes[0]
 	return edgeStatus{
 		Ready: rt.Ready, Epoch: rt.Sync.Epoch, SyncAgeSeconds: rt.Sync.AgeSeconds, InFlight: rt.Requests.InFlight,
-		Lookups: rt.Lookups.Total, LookupErrors: rt.Lookups.Errors, SyncErrors: rt.Sync.Errors, Canary: rt.Canary,
+		Lookups: rt.Lookups.Total, LookupErrors: rt.Lookups.Errors, SyncErrors: rt.Sync.Errors, Canary: rt.Canary, LastError: rt.LastError.Message,
 	}
 }
 

@@ -7,8 +7,6 @@ import (
 	"regexp"
 	"strings"
 	"testing"
-
-	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 )
 
 // blocks returns the fenced blocks of a language in the README.
@@ -50,7 +48,7 @@ func TestConfigurationsInTheReadmeAreValid(t *testing.T) {
 	}
 }
 
-// TestCommandsInTheReadmeWork runs the lines of its rekall-gateway block, with the id of a real key where one stands.
+// TestCommandsInTheReadmeWork runs the lines of its rekall-gateway block beside a gateway, with the id of a real key where one stands.
 func TestCommandsInTheReadmeWork(t *testing.T) {
 	t.Parallel()
 	var lines []string
@@ -64,12 +62,14 @@ func TestCommandsInTheReadmeWork(t *testing.T) {
 	if len(lines) < 5 {
 		t.Fatalf("only %d commands found", len(lines))
 	}
-	database := pgtest.URL(t)
+	r := newRig(t)
+	r.start(standardSite)
+	eventually(t, "the edge is listed", func() bool { return len(r.edges()) == 1 })
 	id := ""
 	for _, line := range lines {
 		line = strings.ReplaceAll(line, "key_…", id)
 		cmd := exec.Command("sh", "-c", line)
-		cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+database, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
+		cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+r.database, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
 		output, err := cmd.CombinedOutput()
 		if err != nil {
 			t.Errorf("%s: %v\n%s", line, err, output)

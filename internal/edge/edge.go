@@ -64,6 +64,8 @@ type Reporter struct {
 	countAt time.Time                          // when to count the edges
 	count   atomic.Pointer[keystore.EdgeCount] // nil: not counted yet
 
+	failure atomic.Pointer[keycache.Failure] // nil: there was none
+
 	mu     sync.Mutex
 	sentAt map[uint64]time.Time // of the last reports
 }
@@ -97,11 +99,13 @@ func (r *Reporter) Run(ctx context.Context, applied func() keycache.Applied) {
 		err := r.report(context.WithoutCancel(ctx), applied())
 		switch {
 		case err != nil && ctx.Err() == nil && !failing:
-			r.logger().Warn("edge cannot report; others will call it fail-closed", zap.Error(err))
+			r.logger().Warn("edge cannot report; others will call it fail-closed, or not know of it if it never has", zap.Error(err))
 		case err == nil && failing:
 			r.logger().Info("edge reports again")
 		}
-		failing = err != nil
+		if failing = err != nil; failing {
+			r.failure.Store(&keycache.Failure{At: time.Now(), Err: err})
+		}
 		if !r.wait(ctx, ticker.C) {
 			r.remove(context.WithoutCancel(ctx))
 			return
@@ -198,6 +202,9 @@ func (r *Reporter) Edges() (keystore.EdgeCount, bool) {
 	}
 	return *n, true
 }
+
+// LastFailure returns the last failure to report; nil: there was none.
+func (r *Reporter) LastFailure() *keycache.Failure { return r.failure.Load() }
 
 // remove takes the edge off the list when it stops in good order. If that fails, the others forget it.
 func (r *Reporter) remove(ctx context.Context) {
