@@ -153,17 +153,17 @@ func createKey(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyad
 		return err
 	}
 	scopes, _ := cmd.Flags().GetStringSlice("scopes")
-	key, _, err := admin.Create(ctx, operator(), keyadmin.CreateRequest{
+	_, _, err := admin.Create(ctx, operator(), keyadmin.CreateRequest{
 		Name: text(cmd, "name"), Account: text(cmd, "account"), Environment: text(cmd, "environment"), Scopes: scopes,
 		ManageKeys: is(cmd, "manage-keys"), ExpiresIn: text(cmd, "expires-in"), ExpiresAt: text(cmd, "expires-at"),
+		HandOut: func(key keyadmin.Key) error {
+			return show(cmd, key, func(w io.Writer) {
+				fmt.Fprintf(w, "Created %s (%s, %s).\n\n  %s\n\nThis is the only time the key is shown. Store it now.\n",
+					key.ID, key.Environment, strings.Join(key.Scopes, " "), key.Key.Reveal())
+			})
+		},
 	})
-	if err != nil {
-		return err
-	}
-	return show(cmd, key, func(w io.Writer) {
-		fmt.Fprintf(w, "Created %s (%s, %s).\n\n  %s\n\nThis is the only time the key is shown. Store it now.\n",
-			key.ID, key.Environment, strings.Join(key.Scopes, " "), key.Key.Reveal())
-	})
+	return err
 }
 
 func keysListCommand() *cobra.Command {

@@ -143,7 +143,7 @@ func TestWrongInputIsOneLineAndChangesNothing(t *testing.T) {
 	}
 }
 
-func TestKeyThatCouldNotBePrintedIsAnError(t *testing.T) {
+func TestKeyThatCouldNotBePrintedIsAnErrorAndNoKey(t *testing.T) {
 	t.Parallel()
 	database := pgtest.URL(t)
 	if _, stderr, code := cli(t, database, "migrate"); code != 0 {
@@ -159,6 +159,9 @@ func TestKeyThatCouldNotBePrintedIsAnError(t *testing.T) {
 	cmd.Stdout = full
 	if err := cmd.Run(); err == nil {
 		t.Error("the only copy of a key was lost, and the command said that all was well")
+	}
+	if stdout, stderr, _ := cli(t, database, "keys", "list", "--json"); strings.TrimSpace(stdout) != "[]" {
+		t.Errorf("a key that nobody saw is in force: %s%s", stdout, stderr)
 	}
 }
 

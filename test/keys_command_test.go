@@ -244,14 +244,16 @@ func TestSuccessorThatCouldNotBePrintedIsNoSuccessor(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = full.Close() }()
-	cmd := exec.Command(program, "keys", "rotate", "--older-than", "0s", "--yes")
-	cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+k.database)
-	cmd.Stdout = full
-	if err := cmd.Run(); err == nil {
-		t.Error("all was well")
-	}
-	if got := k.show(key.ID); got.Successor != nil || got.ExpiresAt != nil {
-		t.Errorf("key %+v", got)
+	for _, args := range [][]string{{"--older-than", "0s", "--yes"}, {key.ID, "--overlap", "0"}, {key.ID, "--json"}} {
+		cmd := exec.Command(program, append([]string{"keys", "rotate"}, args...)...)
+		cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+k.database)
+		cmd.Stdout = full
+		if err := cmd.Run(); err == nil {
+			t.Errorf("%v: all was well", args)
+		}
+		if got := k.show(key.ID); got.Successor != nil || got.ExpiresAt != nil || got.Status != keyadmin.Active {
+			t.Errorf("%v: key %+v", args, got)
+		}
 	}
 }
 

@@ -67,6 +67,9 @@ type CreateRequest struct {
 	// IdempotencyKey makes a retry harmless: for 24 hours the actor's same request answers the key that it made, without
 	// the key itself. 1 to 255 printable ASCII characters; empty: every request makes a key.
 	IdempotencyKey string
+
+	// HandOut gets a key that is made, just before it is in force: a key that could not be handed out is none. Nil: nobody.
+	HandOut func(Key) error `json:"-"`
 }
 
 // Create makes a key. Only the answer holds the key itself; Postgres gets its SHA-256. replayed says that the answer is the
@@ -102,6 +105,9 @@ func (a *Admin) Create(ctx context.Context, actor Actor, request CreateRequest) 
 		}
 		created = fromRow(row)
 		created.Key = Secret(secret)
+		if request.HandOut != nil {
+			return request.HandOut(created)
+		}
 		return nil
 	})
 	if err != nil {

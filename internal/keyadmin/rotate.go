@@ -71,6 +71,13 @@ func (a *Admin) Rotate(ctx context.Context, actor Actor, id string, overlap Over
 	return successor, err
 }
 
+// RotateAndHandOut is Rotate, and hands the successor out just before it is in force. The error may be handOut's, and then the key
+// is as it was.
+func (a *Admin) RotateAndHandOut(ctx context.Context, actor Actor, id string, overlap Overlap, handOut func(Key) error) error {
+	_, _, err := a.rotate(ctx, actor, id, overlap, "", handOut)
+	return err
+}
+
 // RotateOnce is Rotate with an idempotency key, as CreateRequest has it: for 24 hours the actor's same request answers the
 // successor that it made, without the key itself, which replayed says. The error may also be an *InvalidError or wrap
 // ErrIdempotencyMismatch.
