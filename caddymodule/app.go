@@ -207,7 +207,7 @@ func (a *App) settings() (settings, error) {
 // Start begins to follow the change feed. HTTP may be serving already: until the first sync each request asks Postgres.
 func (a *App) Start() error {
 	if app, err := a.ctx.App("http"); err == nil {
-		if err := checkRoutes(app.(*caddyhttp.App)); err != nil {
+		if err := checkRoutes(app.(*caddyhttp.App), a.ctx.Logger(a)); err != nil {
 			return err
 		}
 	}

@@ -3,6 +3,7 @@ package caddymodule
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"sync/atomic"
@@ -10,12 +11,10 @@ import (
 	"go.uber.org/zap"
 )
 
-// clientBody is the body of a forwarded request. The proxy takes an error of it for the backend's failure: with passive
-// health checks one client that sends a malformed chunk would take the backend away from all others. So the error looks
-// like a request that was cancelled, which is nobody's failure, and the exchange answers it.
+// clientBody is the body of a forwarded request.
 type clientBody struct {
 	io.ReadCloser
-	failed atomic.Pointer[bodyError]
+	failed atomic.Pointer[clientError] // the request's, which may be of another part than its body
 }
 
 func (b *clientBody) Read(p []byte) (int, error) {
@@ -23,31 +22,41 @@ func (b *clientBody) Read(p []byte) (int, error) {
 	if err == nil || errors.Is(err, io.EOF) {
 		return n, err
 	}
-	failed := &bodyError{err}
+	failed := &clientError{bodyInvalid, fmt.Errorf("read the request's body: %w", err)}
+	var limit *http.MaxBytesError // set by Caddy's request_body, before the gateway
+	if errors.As(err, &limit) {
+		failed.answer = bodyTooLarge
+	}
 	b.failed.Store(failed)
 	return n, failed
 }
 
-// bodyError says that the client's body could not be read to its end.
-type bodyError struct{ err error }
+// clientError is an error that a client's request made. The proxy would take it for the backend's failure: with passive health
+// checks one client that sends a malformed chunk would take the backend away from all others. So it looks like a request that
+// was cancelled, which is nobody's failure and is not tried again, and the exchange answers it.
+type clientError struct {
+	answer answer
+	error
+}
 
-func (e *bodyError) Error() string        { return "read the request's body: " + e.err.Error() }
-func (e *bodyError) Unwrap() error        { return e.err }
-func (e *bodyError) Is(target error) bool { return target == context.Canceled }
+func (e *clientError) Unwrap() error        { return e.error }
+func (e *clientError) Is(target error) bool { return target == context.Canceled }
 
 var (
 	bodyInvalid  = newAnswer(http.StatusBadRequest, "BODY_INVALID", "The request body could not be read to its end.", "")
 	bodyTooLarge = newAnswer(http.StatusRequestEntityTooLarge, "BODY_TOO_LARGE", "The request body is larger than this address takes.", "")
+
+	headersTooLarge = newAnswer(http.StatusRequestHeaderFieldsTooLarge, "HEADERS_TOO_LARGE",
+		"The request's headers are larger than this address takes.", "")
 )
 
-// refuseBody answers a request whose body could not be read.
-func (x *exchange) refuseBody(unread *bodyError) {
+// refuseFailed answers a request that failed by its client's doing.
+func (x *exchange) refuseFailed(failed *clientError) {
 	x.wroteHeader = true
-	x.gateway.logger.Debug("request not passed on whole", zap.String("request_id", x.requestID), zap.Error(unread))
-	a := bodyInvalid
-	var limit *http.MaxBytesError // set by Caddy's request_body, before the gateway
-	if errors.As(unread, &limit) {
-		a = bodyTooLarge
+	if failed.answer.status >= http.StatusInternalServerError {
+		x.refuseUpstream(failed.answer, failed.error)
+		return
 	}
-	x.answer(x.ResponseWriter, a, nil)
+	x.gateway.logger.Debug("request not passed on whole", zap.String("request_id", x.requestID), zap.Error(failed))
+	x.answer(x.ResponseWriter, failed.answer, nil)
 }

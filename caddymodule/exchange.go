@@ -33,7 +33,6 @@ type exchange struct {
 	reason    string         // code of the error that the gateway answered with; empty: none
 	flight    keycache.Flight
 	decision  decision                                            // once allowed
-	body      clientBody                                          // of the forwarded request
 	cancel    context.CancelCauseFunc                             // of the decision's context, or of the connection's
 	cutBy     atomic.Pointer[keycache.Cut]                        // once cut, nothing more is to be written
 	values    [len(rateLimitHeaders) + firstRateLimitValue]string // of the headers that are set: one allocation with the exchange
@@ -251,16 +250,16 @@ func (x *exchange) end() {
 // statusClientClosed is what Caddy's reverse proxy answers when the request's context is cancelled.
 const statusClientClosed = 499
 
-// WriteHeader passes the answer's header on, unless the request was cut, or its body broke off, before there was an answer:
-// then the client gets the refusal and not a 499.
+// WriteHeader passes the answer's header on, unless the request was cut, or failed by its client's doing, before there was an
+// answer: then the client gets the refusal and not a 499.
 func (x *exchange) WriteHeader(status int) {
 	if status == statusClientClosed && !x.wroteHeader {
 		if cut := x.cutBy.Load(); cut != nil {
 			x.refuseCut(cut, true)
 			return
 		}
-		if unread := x.body.failed.Load(); unread != nil {
-			x.refuseBody(unread)
+		if failed := x.decision.body.failed.Load(); failed != nil {
+			x.refuseFailed(failed)
 			return
 		}
 	}
@@ -333,8 +332,8 @@ func (x *exchange) finish(err error) error {
 	if err == nil {
 		return nil
 	}
-	if unread := x.body.failed.Load(); unread != nil {
-		x.refuseBody(unread)
+	if failed := x.decision.body.failed.Load(); failed != nil {
+		x.refuseFailed(failed)
 		return nil
 	}
 	var failed caddyhttp.HandlerError
@@ -349,11 +348,16 @@ func (x *exchange) finish(err error) error {
 	default:
 		return err
 	}
-	x.gateway.metrics.upstreamErrors.WithLabelValues(x.environment.String(), reason).Inc()
-	x.gateway.logger.Error("upstream unavailable", zap.String("request_id", x.requestID),
-		zap.Stringer("environment", x.environment), zap.Error(failed.Err))
-	x.answer(x.ResponseWriter, a, nil)
+	x.gateway.metrics.upstreamErrors.WithLabelValues(x.environment.String(), reason).Inc() // not what a client can bring about
+	x.refuseUpstream(a, failed.Err)
 	return nil
+}
+
+// refuseUpstream answers a request that its backend did not.
+func (x *exchange) refuseUpstream(a answer, err error) {
+	x.gateway.logger.Error("upstream unavailable", zap.String("request_id", x.requestID),
+		zap.Stringer("environment", x.environment), zap.Error(err))
+	x.answer(x.ResponseWriter, a, nil)
 }
 
 const upstreamMessage = "The API could not be reached. Try again shortly."

@@ -112,10 +112,10 @@ func (g *Gateway) Provision(ctx caddy.Context) error {
 		return err
 	}
 	g.cache, g.metrics, g.usage, g.draining = app.runtime.cache, app.runtime.metrics, app.runtime.usage, app.draining
-	if g.production, err = loadBlock(ctx, g, "ProductionRaw", g.ProductionRaw); err != nil {
+	if g.production, err = loadBlock(ctx, g, "ProductionRaw", &g.ProductionRaw, apikey.Production); err != nil {
 		return err
 	}
-	if g.sandbox, err = loadBlock(ctx, g, "SandboxRaw", g.SandboxRaw); err != nil {
+	if g.sandbox, err = loadBlock(ctx, g, "SandboxRaw", &g.SandboxRaw, apikey.Sandbox); err != nil {
 		return err
 	}
 	if g.rules, err = g.scopeTable(); err != nil {
@@ -144,9 +144,13 @@ type block struct {
 	chain      caddyhttp.Handler
 }
 
-func loadBlock(ctx caddy.Context, g *Gateway, field string, raw json.RawMessage) (block, error) {
-	if raw == nil {
+func loadBlock(ctx caddy.Context, g *Gateway, field string, raw *json.RawMessage, environment apikey.Environment) (block, error) {
+	if *raw == nil {
 		return block{}, nil
+	}
+	var err error
+	if *raw, err = withTransport(*raw, environment); err != nil {
+		return block{}, fmt.Errorf("rekall_gateway: read handlers: %w", err)
 	}
 	module, err := ctx.LoadModule(g, field)
 	if err != nil {
@@ -297,7 +301,7 @@ func (g *Gateway) handler(environment apikey.Environment) caddyhttp.Handler {
 // route sends the request to the handlers of the key's environment, and follows it so that it ends with its key. It
 // reports false, having sent nothing, if the key has changed since it was found and the request was not cut for it.
 func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential.Credential) (bool, error) {
-	x.decision = decision{r.Context(), x.environment}
+	x.decision = decision{Context: r.Context(), environment: x.environment}
 	if c := connectionOf(r); c.ends(r) {
 		x.cancel, x.closing = c.cancel, true
 	} else {
@@ -322,8 +326,8 @@ func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential
 	forwarded := r.WithContext(&x.decision)
 	x.identify(forwarded)
 	if r.Body != nil && r.Body != http.NoBody {
-		x.body.ReadCloser = r.Body
-		forwarded.Body = &x.body
+		x.decision.body.ReadCloser = r.Body
+		forwarded.Body = &x.decision.body
 	}
 	if x.gateway.ForwardCredential {
 		forwarded.Header["Authorization"] = []string{"Bearer " + cred.Reveal()}

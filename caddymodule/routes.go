@@ -12,6 +12,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/intercept"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 )
@@ -21,8 +22,8 @@ import (
 //
 // It compares addresses as they are written, with the spellings of one address folded. Two names of one machine, and
 // handlers of third parties that hold routes of their own, are beyond it; the transport "rekall" is for those.
-func checkRoutes(app *caddyhttp.App) error {
-	c := routeCheck{dialled: map[string]dial{}}
+func checkRoutes(app *caddyhttp.App, logger *zap.Logger) error {
+	c := routeCheck{dialled: map[string]dial{}, logger: logger}
 	for name, server := range app.Servers {
 		c.named, c.invoked = server.NamedRoutes, map[invocation]bool{}
 		c.routes("server "+name, 0, server.Routes)
@@ -52,6 +53,7 @@ type routeCheck struct {
 	guarded bool // there is a gateway, or its transport
 	open    string
 	err     error
+	logger  *zap.Logger
 }
 
 // verdict returns the first error. An open proxy is one only where there is something to protect from it.
@@ -113,6 +115,9 @@ func (c *routeCheck) proxy(where string, env apikey.Environment, h *reverseproxy
 			c.err = fmt.Errorf("a reverse_proxy for %s stands where only requests of the other environment come (%s): move it", t.environment, where)
 		}
 		env = t.environment
+	} else if _, ok := h.Transport.(*reverseproxy.HTTPTransport); ok && env != 0 && countsFailures(h) {
+		c.logger.Warn("a reverse_proxy of a named route counts errors of clients as failures of its backends; give it the transport rekall",
+			zap.String("transport", "rekall "+env.String()), zap.String("where", where))
 	}
 	for _, upstream := range h.Upstreams {
 		c.add(upstream.Dial, dial{env, where})
@@ -128,6 +133,11 @@ func (c *routeCheck) proxy(where string, env apikey.Environment, h *reverseproxy
 			c.open = fmt.Sprintf("a reverse_proxy takes its upstreams from %T (%s)", source, where)
 		}
 	}
+}
+
+// countsFailures reports whether a proxy has passive health checks.
+func countsFailures(h *reverseproxy.Handler) bool {
+	return h.HealthChecks != nil && h.HealthChecks.Passive != nil && h.HealthChecks.Passive.FailDuration > 0
 }
 
 func (c *routeCheck) add(upstream string, d dial) {

@@ -3,10 +3,14 @@ package caddymodule
 import (
 	"bytes"
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
@@ -23,7 +27,8 @@ func init() { caddy.RegisterModule(Transport{}) }
 // every other request with 403, wherever the proxy stands, and does not contact the backend for it. Active health checks
 // pass.
 //
-// It keeps a proxy safe that is one day copied out of its rekall_gateway. It takes all options of the transport "http",
+// It keeps a proxy safe that is one day copied out of its rekall_gateway. What a client's request is to blame for does not count
+// against the backend in passive health checks. Proxies in a rekall_gateway's blocks have it in place of "http". It takes all options of the transport "http",
 // except that keepalive_idle_conns_per_host defaults to 512, and is configured like it:
 //
 //	reverse_proxy prod-1:8080 prod-2:8080 {
@@ -40,6 +45,8 @@ type Transport struct {
 	environment apikey.Environment
 	logger      *zap.Logger
 	debug       bool // whether the log shows requests in full
+
+	cannotUpgrade bool // net/http refuses an upgrade where it speaks no HTTP/1: an error, which would count against the backend
 }
 
 // CaddyModule returns the Caddy module information.
@@ -61,12 +68,51 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 	if t.KeepAlive.MaxIdleConnsPerHost == 0 {
 		t.KeepAlive.MaxIdleConnsPerHost = idleConnsPerHost
 	}
+	t.cannotUpgrade = slices.Contains(t.Versions, "h2c") || slices.Contains(t.Versions, "3")
 	return t.HTTPTransport.Provision(ctx)
 }
 
 // idleConnsPerHost is how many idle connections are kept to each backend unless the configuration says otherwise. With the
 // 32 of the transport "http" a busy edge dials again and again, a tenth of its time.
 const idleConnsPerHost = 512
+
+// withTransport returns a block's handlers with the transport "rekall" in each of their proxies that has the transport "http",
+// which is also what one without any has. It does so before they are loaded: the health checks of a proxy that is loaded read
+// its transport.
+func withTransport(handlers json.RawMessage, environment apikey.Environment) (json.RawMessage, error) {
+	var block any
+	decoder := json.NewDecoder(bytes.NewReader(handlers))
+	decoder.UseNumber()
+	if err := decoder.Decode(&block); err != nil {
+		return nil, err
+	}
+	setTransport(block, environment)
+	return json.Marshal(block)
+}
+
+func setTransport(config any, environment apikey.Environment) {
+	switch config := config.(type) {
+	case []any:
+		for _, item := range config {
+			setTransport(item, environment)
+		}
+	case map[string]any:
+		switch config["handler"] {
+		case "rekall_gateway": // has environments of its own
+			return
+		case "reverse_proxy":
+			if config["transport"] == nil {
+				config["transport"] = map[string]any{"protocol": "http"}
+			}
+			if transport, ok := config["transport"].(map[string]any); ok && transport["protocol"] == "http" {
+				transport["protocol"], transport["environment"] = "rekall", environment.String()
+			}
+		}
+		for _, value := range config {
+			setTransport(value, environment)
+		}
+	}
+}
 
 // UnmarshalCaddyfile reads the transport:
 //
@@ -91,7 +137,7 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	d, decided := r.Context().Value(decisionKey{}).(*decision)
 	switch {
 	case decided && d.environment == t.environment:
-		return t.roundTrip(r)
+		return t.roundTrip(r, d)
 	case isHealthCheck(r):
 		return t.HTTPTransport.RoundTrip(r)
 	case decided:
@@ -104,15 +150,41 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 // whether or not that log is on, which takes more time than the whole decision. Net/http may still be writing the request
 // when it returns, so it gets one of its own. What the proxy reads in the headers of a request that was answered stays: those
 // of an upgrade or a stream of HTTP/2, and those of an answer that may be tried again.
-func (t *Transport) roundTrip(r *http.Request) (*http.Response, error) {
-	if t.debug {
-		return t.HTTPTransport.RoundTrip(r)
+func (t *Transport) roundTrip(r *http.Request, d *decision) (*http.Response, error) {
+	if t.cannotUpgrade && r.Header["Upgrade"] != nil {
+		delete(r.Header, "Connection")
+		delete(r.Header, "Upgrade")
 	}
-	res, err := t.HTTPTransport.RoundTrip(r.WithContext(r.Context()))
-	if err == nil && res.StatusCode/100 == 2 && res.ProtoMajor == 1 {
+	sent := r
+	if !t.debug {
+		sent = r.WithContext(r.Context())
+	}
+	res, err := t.HTTPTransport.RoundTrip(sent)
+	if err != nil {
+		return nil, d.excuse(r, err)
+	}
+	if !t.debug && res.StatusCode/100 == 2 && res.ProtoMajor == 1 {
 		r.Header, r.TLS = nil, nil
 	}
-	return res, err
+	return res, nil
+}
+
+// excuse returns the error as the client's if it may be the client's: then it does not count against the backend.
+func (d *decision) excuse(r *http.Request, err error) error {
+	var dial reverseproxy.DialError
+	if errors.Is(err, context.Canceled) || errors.As(err, &dial) {
+		return err
+	}
+	failed := &clientError{upstreamUnavailable, err}
+	switch {
+	case strings.Contains(err.Error(), "larger than peer's advertised limit"): // net/http exports no error to compare with
+		failed.answer = headersTooLarge
+	case r.Header["Upgrade"] != nil: // a backend that speaks only HTTP/2 fails at it
+	default:
+		return err
+	}
+	d.body.failed.CompareAndSwap(nil, failed)
+	return failed
 }
 
 var gatewayRequired = newAnswer(http.StatusForbidden, "GATEWAY_REQUIRED", "This resource is not served here.", "")
@@ -156,6 +228,7 @@ func (r *refusal) Write(p []byte) (int, error) { return r.body.Write(p) }
 type decision struct {
 	context.Context
 	environment apikey.Environment
+	body        clientBody // of the forwarded request
 }
 
 type decisionKey struct{}

@@ -39,7 +39,7 @@ func TestTransportContactsItsBackendForNobodyButTheGatewayAndHealthChecks(t *tes
 	}
 	ofClient := context.WithValue(t.Context(), caddyhttp.VarsCtxKey, map[string]any{})
 	allowed := func(environment apikey.Environment) context.Context {
-		return context.WithValue(&decision{ofClient, environment}, caddyhttp.OriginalRequestCtxKey, http.Request{})
+		return context.WithValue(&decision{Context: ofClient, environment: environment}, caddyhttp.OriginalRequestCtxKey, http.Request{})
 	}
 	for name, tc := range map[string]struct {
 		ctx    context.Context
@@ -109,7 +109,7 @@ func TestTransportLeavesTheProxyTheHeadersThatItReads(t *testing.T) {
 			}
 			transport.debug = tc.debug
 			ofClient := context.WithValue(t.Context(), caddyhttp.VarsCtxKey, map[string]any{})
-			ctx := context.WithValue(&decision{ofClient, apikey.Production}, caddyhttp.OriginalRequestCtxKey, http.Request{})
+			ctx := context.WithValue(&decision{Context: ofClient, environment: apikey.Production}, caddyhttp.OriginalRequestCtxKey, http.Request{})
 			r, err := http.NewRequestWithContext(ctx, "GET", backend.URL+tc.path, nil)
 			if err != nil {
 				t.Fatal(err)

@@ -2,8 +2,10 @@ package test
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"strings"
 	"testing"
@@ -261,10 +263,78 @@ func TestClientsBrokenBodyDoesNotCountAgainstTheBackend(t *testing.T) {
 	}
 }
 
+func TestProxyOfANamedRouteThatCountsErrorsOfClientsIsWarnedOf(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	const warning = "counts errors of clients as failures of its backends"
+	for transport, warned := range map[string]bool{"http": true, "rekall production": false} {
+		g := r.start("&(proxy) {\n reverse_proxy PRODUCTION {\n fail_duration 1h\n transport " + transport + "\n}\n}\n" +
+			"http://:PORT {\nbind 127.0.0.1\n" + block("invoke proxy", "reverse_proxy SANDBOX {\n fail_duration 1h\n}") + "}\n")
+		if got := strings.Count(g.log.String(), warning); got > 1 || (got == 1) != warned {
+			t.Errorf("transport %s: %d warnings", transport, got)
+		}
+	}
+}
+
 func TestHealthChecksReachAGuardedBackend(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	g := r.start("http://:PORT {\nbind 127.0.0.1\n" + block("reverse_proxy PRODUCTION {\n health_uri /health\n health_interval 100ms\n transport rekall production\n}", "respond 418") + "}\n")
 	eventually(t, "the backend sees health checks", func() bool { return r.production.Requests() > 1 })
 	g.do("GET", "/v1/memories", bearer(r.key("production", "memories:read"))).wantCode(t, http.StatusOK, "")
+}
+
+// TestClientsUpgradeOrLongHeadersDoNotCountAgainstAnHTTP2Backend plays a customer who sends what net/http itself refuses to send
+// over HTTP/2: passive health checks must not take the backend away from the others.
+func TestClientsUpgradeOrLongHeadersDoNotCountAgainstAnHTTP2Backend(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	cleartext, secure := http2Backend(t, (*httptest.Server).Start), http2Backend(t, (*httptest.Server).StartTLS)
+	key := "Authorization: " + bearer(r.key("production", "memories:read")).Get("Authorization")
+	upgrade := lines("GET /v1/memories HTTP/1.1", key, "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13",
+		"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
+	for name, tc := range map[string]struct {
+		proxy, before string
+		upgraded      int // the answer to an upgrade, which is dropped where it cannot be
+	}{
+		"no transport":     {"h2c://" + cleartext + " {\n", "", http.StatusOK},
+		"transport http":   {cleartext + " {\n transport http {\n versions 1.1 h2c\n }\n", "", http.StatusOK},
+		"transport rekall": {cleartext + " {\n transport rekall production {\n versions h2c\n }\n", "", http.StatusOK},
+		"TLS":              {secure + " {\n transport http {\n tls_insecure_skip_verify\n }\n", "", http.StatusBadGateway},
+		"TLS, versions 2":  {secure + " {\n transport http {\n versions 2\n tls_insecure_skip_verify\n }\n", "", http.StatusBadGateway},
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := r.of(t).start("http://:PORT {\nbind 127.0.0.1\n" +
+				block("reverse_proxy "+tc.proxy+" fail_duration 1h\n max_fails 1\n lb_try_duration 1s\n}\n", "respond 418") + "}\n")
+			plain := lines("GET /v1/memories HTTP/1.1", key)
+			for _, request := range []struct {
+				head   string
+				status int
+			}{
+				{plain, http.StatusOK},
+				{upgrade, tc.upgraded},
+				{lines("GET /v1/memories HTTP/1.1", key, "X-A: "+strings.Repeat("a", 12_000)), http.StatusRequestHeaderFieldsTooLarge},
+				{plain, http.StatusOK},
+			} {
+				if answer, received := g.raw(request.head); answer.Response == nil || answer.StatusCode != request.status {
+					t.Errorf("the answer to %.120q is %q, want %d", request.head, received, request.status)
+				}
+			}
+			wantCalm(t, g)
+		})
+	}
+}
+
+// http2Backend is one that speaks nothing but HTTP/2, with headers of up to 4 KiB. It returns its address.
+func http2Backend(t *testing.T, start func(*httptest.Server)) string {
+	t.Helper()
+	backend := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "{}") }))
+	backend.Config.MaxHeaderBytes = 4 << 10
+	backend.Config.Protocols = new(http.Protocols)
+	backend.Config.Protocols.SetHTTP2(true)
+	backend.Config.Protocols.SetUnencryptedHTTP2(true)
+	backend.EnableHTTP2 = true
+	start(backend)
+	t.Cleanup(backend.Close)
+	return backend.Listener.Addr().String()
 }
