@@ -14,10 +14,12 @@ import (
 // clientBody is the body of a forwarded request.
 type clientBody struct {
 	io.ReadCloser
+	begun  atomic.Bool                 // to be read, which is when there is a connection to the backend
 	failed atomic.Pointer[clientError] // the request's, which may be of another part than its body
 }
 
 func (b *clientBody) Read(p []byte) (int, error) {
+	b.begun.Store(true)
 	n, err := b.ReadCloser.Read(p)
 	if err == nil || errors.Is(err, io.EOF) {
 		return n, err

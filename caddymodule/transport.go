@@ -7,7 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -27,9 +29,15 @@ func init() { caddy.RegisterModule(Transport{}) }
 // every other request with 403, wherever the proxy stands, and does not contact the backend for it. Active health checks
 // pass.
 //
-// It keeps a proxy safe that is one day copied out of its rekall_gateway. What a client's request is to blame for does not count
-// against the backend in passive health checks. Proxies in a rekall_gateway's blocks have it in place of "http". It takes all options of the transport "http",
-// except that keepalive_idle_conns_per_host defaults to 512, and is configured like it:
+// It keeps a proxy safe that is one day copied out of its rekall_gateway. Proxies in a rekall_gateway's blocks have it in place
+// of "http".
+//
+// What a client can bring about does not count against the backend in passive health checks, and is not tried again: how an
+// upgrade fails, or a request whose body is being passed on. That a backend cannot be dialled, or does not answer in time once
+// it has the whole request (response_header_timeout), counts always.
+//
+// It takes all options of the transport "http", except that keepalive_idle_conns_per_host defaults to 512, and is configured
+// like it:
 //
 //	reverse_proxy prod-1:8080 prod-2:8080 {
 //		transport rekall production {
@@ -169,18 +177,26 @@ func (t *Transport) roundTrip(r *http.Request, d *decision) (*http.Response, err
 	return res, nil
 }
 
-// excuse returns the error as the client's if it may be the client's: then it does not count against the backend.
+// excuse returns the error as the client's if it may be the client's: then it does not count against the backend. A client can
+// send a body so slowly that a connection's read_timeout or write_timeout passes, or one for which the backend answers early and
+// closes the connection: whether the answer or the broken pipe is seen first is chance.
 func (d *decision) excuse(r *http.Request, err error) error {
 	var dial reverseproxy.DialError
 	if errors.Is(err, context.Canceled) || errors.As(err, &dial) {
 		return err
 	}
+	var timeout net.Error
+	late := errors.As(err, &timeout) && timeout.Timeout()
 	failed := &clientError{upstreamUnavailable, err}
+	if late {
+		failed.answer = upstreamTimeout
+	}
 	switch {
 	case strings.Contains(err.Error(), "larger than peer's advertised limit"): // net/http exports no error to compare with
 		failed.answer = headersTooLarge
-	case r.Header["Upgrade"] != nil: // a backend that speaks only HTTP/2 fails at it
-	default:
+	case late && !errors.Is(err, os.ErrDeadlineExceeded): // no deadline of a connection: the backend had all that it waits for
+		return err
+	case r.Header["Upgrade"] == nil && !d.body.begun.Load(): // a backend that speaks only HTTP/2 fails at an upgrade
 		return err
 	}
 	d.body.failed.CompareAndSwap(nil, failed)
