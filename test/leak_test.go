@@ -1,8 +1,10 @@
 package test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/hex"
 	"fmt"
@@ -572,6 +574,56 @@ func TestNoKeyIsLoggedWhereCaddyRedirects(t *testing.T) {
 			}
 			hidden.want(t, "log", g.log.String())
 		})
+	}
+}
+
+// TestNoKeyIsLoggedAsTheServerNameOfTLS is about what Caddy logs of a request. At level DEBUG it logs handshakes as well, which are
+// none of ours.
+func TestNoKeyIsLoggedAsTheServerNameOfTLS(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	g := r.start(strings.Replace(standardSite, "http://:PORT {", "https://*.api.example:PORT {\ntls internal", 1))
+	address := strings.TrimPrefix(g.http, "http://")
+	key := r.key("production", "memories:read")
+	var hidden canaries
+	hidden.add("key", key.Key.Reveal())
+	dial := func(name string) (*tls.Conn, error) {
+		return tls.Dial("tcp", address, &tls.Config{InsecureSkipVerify: true, ServerName: name + ".api.example", NextProtos: []string{"http/1.1"}})
+	}
+	eventually(t, "the gateway has its certificate", func() bool {
+		conn, err := dial("a")
+		if err == nil {
+			_ = conn.Close()
+		}
+		return err == nil
+	})
+	for host, status := range map[string]int{"a": http.StatusOK, key.Key.Reveal(): http.StatusBadRequest} {
+		conn, err := dial(key.Key.Reveal())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = conn.Close() }()
+		if _, err := fmt.Fprintf(conn, "GET /v1/memories HTTP/1.1\r\nHost: %s.api.example\r\nX-Api-Key: %s\r\n\r\n", host, key.Key.Reveal()); err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if resp.StatusCode != status {
+			t.Errorf("answer %s, want %d", resp.Status, status)
+		}
+	}
+	g.process.Stop(g.t)
+	logged := 0
+	for line := range strings.Lines(g.log.String()) {
+		if strings.Contains(line, `"server_name":"`) && !strings.Contains(line, `"logger":"tls.`) && !strings.Contains(line, `"logger":"events"`) {
+			logged++
+			hidden.want(t, "log", line)
+		}
+	}
+	if logged == 0 {
+		t.Error("no server name was logged")
 	}
 }
 

@@ -181,6 +181,11 @@ func maskRest(r *http.Request) {
 		}
 	}
 	r.Host = maskText(r.Host)
+	if r.TLS != nil && holdsKey(r.TLS.ServerName) {
+		state := *r.TLS // the connection's: other requests on it read it
+		state.ServerName = maskText(state.ServerName)
+		r.TLS = &state
+	}
 	if (r.URL.User != nil && holdsKey(r.URL.User.String())) || holdsKey(r.URL.Host) {
 		r.URL.User, r.URL.Host = nil, maskText(r.URL.Host)
 		r.RequestURI = r.URL.RequestURI()
