@@ -124,7 +124,7 @@ func (x *exchange) identify(r *http.Request) {
 	h := r.Header
 	for name := range h {
 		switch {
-		case isIdentity(name), overrides(name), name == "Trailer":
+		case hasFolded(name, "x-") && (isIdentity(name) || overrides(name)), name == "Trailer":
 			delete(h, name)
 		case name == "Connection", name == "Upgrade":
 			restrictConnection(h)
@@ -148,18 +148,24 @@ func (x *exchange) set(h http.Header, name string, i int, value string) {
 	h[name] = x.values[i : i+1 : i+1]
 }
 
-// overrides reports whether a header of this name makes some frameworks take another method or path: the backend would serve another
-// request than the one that was decided on.
+// overrides reports whether a header of this name makes some backends take another method or path: they would serve another
+// request than the one that was decided on. Symfony, Laminas and IIS read the URLs so, and services made for nginx's auth_request
+// the URI.
 func overrides(name string) bool {
-	switch name {
-	case "X-Http-Method-Override", "X-Http-Method", "X-Method-Override", "X-Original-Url", "X-Rewrite-Url":
-		return true
+	switch len(name) {
+	case len("x-http-method"): // and of "x-rewrite-url"
+		return hasFolded(name, "x-http-method") || hasFolded(name, "x-rewrite-url")
+	case len("x-original-url"):
+		return hasFolded(name, "x-original-url") || hasFolded(name, "x-original-uri")
+	case len("x-method-override"):
+		return hasFolded(name, "x-method-override")
+	case len("x-http-method-override"):
+		return hasFolded(name, "x-http-method-override")
 	}
 	return false
 }
 
-// isIdentity reports whether a backend might read a header of this name as one of ours. Some frameworks fold '_' and '.'
-// into '-'.
+// isIdentity reports whether a backend might read a header of this name as one of ours.
 func isIdentity(name string) bool {
 	if name == "X-Rekall-Version" {
 		return false
@@ -167,7 +173,8 @@ func isIdentity(name string) bool {
 	return hasFolded(name, "x-rekall-") || len(name) == len("x-request-id") && hasFolded(name, "x-request-id")
 }
 
-// hasFolded reports whether name begins with a lower-case prefix, in any case and with any separator.
+// hasFolded reports whether name begins with a lower-case prefix, in any case and with any separators: some frameworks fold '_' and
+// '.' into '-', and servers that speak CGI fold all that is no letter or digit into '_'.
 func hasFolded(name, prefix string) bool {
 	if len(name) < len(prefix) {
 		return false
@@ -177,7 +184,8 @@ func hasFolded(name, prefix string) bool {
 		switch {
 		case 'A' <= c && c <= 'Z':
 			c += 'a' - 'A'
-		case c == '_' || c == '.':
+		case 'a' <= c && c <= 'z', '0' <= c && c <= '9':
+		default:
 			c = '-'
 		}
 		if c != prefix[i] {
