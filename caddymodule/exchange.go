@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -59,6 +60,9 @@ const (
 	tokenValue // empty: none is asked for
 	firstRateLimitValue
 )
+
+// Format keeps the digest of the key out of what a handler prints of its response writer, as in the value of a panic.
+func (x *exchange) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, x.requestID) }
 
 func (x *exchange) count() {
 	x.gateway.metrics.decisions[x.outcome][x.environment].Inc()

@@ -121,7 +121,7 @@ func TestOneLineOfTheAccessLogSaysWhyARequestWasRefused(t *testing.T) {
 	}
 	for _, key := range []string{good.Key.Reveal(), revoked.Key.Reveal(), sandbox.Key.Reveal(), unknown} {
 		var hidden canaries
-		hidden.add("key", key)
+		hidden.addKey("key", key)
 		hidden.want(t, "access log", string(text))
 	}
 }

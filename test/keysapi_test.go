@@ -521,8 +521,8 @@ func TestReportedKeyIsRefusedByEveryEdgeAndStandsInNoLog(t *testing.T) {
 	first, second := r.start(managedSite), r.start(managedSite)
 	var secrets canaries
 	existing, other := r.key("production", "memories:read"), apikey.Generate(apikey.Production)
-	secrets.add("existing key", existing.Key.Reveal())
-	secrets.add("other key", other)
+	secrets.addKey("existing key", existing.Key.Reveal())
+	secrets.addKey("other key", other)
 	second.do("GET", "/v1/memories", bearer(existing)).wantCode(t, http.StatusOK, "")
 	var answers []reply
 	for _, key := range []string{existing.Key.Reveal(), other, existing.Key.Reveal()} {

@@ -4,10 +4,13 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"encoding/base64"
 	"encoding/hex"
+	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/url"
 	"os"
@@ -42,13 +45,41 @@ func (c *canaries) add(name, secret string) {
 	}
 }
 
+// addKey registers a key and its digest.
+func (c *canaries) addKey(name, key string) {
+	c.add(name, key)
+	name += digestOf
+	digest := sha256.Sum256([]byte(key))
+	part := digest[len(digest)/4 : len(digest)*3/4]
+	c.needles[string(part)] = name
+	c.needles[hex.EncodeToString(part)] = name + " in hexadecimal"
+	c.needles[strings.Trim(fmt.Sprint(part), "[]")] = name + " in decimals"
+	c.needles[strings.ReplaceAll(strings.Trim(fmt.Sprint(part), "[]"), " ", ",")] = name + " in decimals of JSON"
+	for shift := range 3 {
+		for _, encoding := range []*base64.Encoding{base64.StdEncoding, base64.URLEncoding} {
+			encoded := encoding.EncodeToString(append(make([]byte, shift), part...))
+			c.needles[strings.ToLower(encoded[4:len(encoded)-4])] = name + " in base64"
+		}
+	}
+}
+
+// digestOf follows a key's name in that of its digest.
+const digestOf = "'s digest"
+
+// keys returns those of the canaries that may not even be where digests are kept.
+func (c *canaries) keys() *canaries {
+	kept := &canaries{maps.Clone(c.needles)}
+	maps.DeleteFunc(kept.needles, func(_, name string) bool { return strings.Contains(name, digestOf) })
+	return kept
+}
+
 // find returns whose canaries are in the text, written plainly or percent-encoded.
 func (c *canaries) find(text string) []string {
 	var found []string
 	for range 3 {
 		layer := strings.ToLower(text)
 		for needle, name := range c.needles {
-			if strings.Contains(layer, needle) && !slices.Contains(found, name) {
+			if (strings.Contains(layer, needle) || strings.Contains(text, needle)) && !slices.Contains(found, name) { // bytes have no case
 				found = append(found, name)
 			}
 		}
@@ -106,11 +137,18 @@ func TestSearchFindsADisguisedCanary(t *testing.T) {
 	t.Parallel()
 	var c canaries
 	key := apikey.Generate(apikey.Sandbox)
-	c.add("key", key)
+	c.addKey("key", key)
+	digest := sha256.Sum256([]byte(key))
+	inJSON, err := json.Marshal(digest) // as zap.Any writes it
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, text := range []string{
 		key, "x" + key + "y", strings.ToUpper(key), http.CanonicalHeaderKey(key), percentEncode(key), percentEncode(percentEncode(key)),
 		key[:40], key[8:], hex.EncodeToString([]byte(key)),
 		base64.StdEncoding.EncodeToString([]byte(key)), base64.URLEncoding.EncodeToString([]byte("u:" + key)), base64.StdEncoding.EncodeToString([]byte("user:" + key)),
+		string(digest[:]), hex.EncodeToString(digest[:]), fmt.Sprintf("%X", digest), fmt.Sprint(digest), string(inJSON),
+		base64.StdEncoding.EncodeToString(digest[:]), base64.RawURLEncoding.EncodeToString(append([]byte("a:"), digest[:]...)),
 	} {
 		if c.find(text) == nil {
 			t.Errorf("not found in %s", text)
@@ -310,7 +348,7 @@ func TestNoKeyIsInAnySink(t *testing.T) {
 		"unknown":    apikey.Generate(apikey.Production),
 	}
 	for name, key := range keys {
-		hidden.add(name+" key", key)
+		hidden.addKey(name+" key", key)
 	}
 	database, err := url.Parse(r.database)
 	if err != nil {
@@ -374,7 +412,7 @@ func TestNoKeyIsInAnySink(t *testing.T) {
 		}
 		hidden.want(t, "admin endpoint, "+path, answer.body)
 	}
-	hidden.want(t, "database", dump(t, r.database))
+	hidden.keys().want(t, "database", dump(t, r.database))
 	if inFlight := g.series(t, "rekall_requests_in_flight"); inFlight != 0 {
 		t.Errorf("%g requests are in flight: a panic left one behind", inFlight)
 	}
@@ -507,7 +545,7 @@ func TestNoKeyIsLoggedWhileNobodyCanTell(t *testing.T) {
 		return err == nil
 	})
 	key := apikey.Generate(apikey.Production)
-	hidden.add("key", key)
+	hidden.addKey("key", key)
 	for _, request := range []string{
 		lines("GET /v1/memories HTTP/1.1", "Authorization: Bearer "+key),
 		lines("GET /v1/memories HTTP/1.1", "X-Api-Key: "+key),
@@ -546,7 +584,7 @@ func TestNoKeyIsLoggedWhereCaddyRedirects(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			var hidden canaries
-			hidden.add("key", key)
+			hidden.addKey("key", key)
 			plain := fmt.Sprint(process.FreePort(t))
 			g := r.of(t).prepare(strings.ReplaceAll(tc.sites, "PLAIN", plain))
 			text, err := os.ReadFile(g.file)

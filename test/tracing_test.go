@@ -155,7 +155,7 @@ func TestTraceTellsTheDecisionAndTheWaitForPostgresAndNoKey(t *testing.T) {
 	}
 	var hidden canaries
 	for _, key := range []string{good.Key.Reveal(), revoked.Key.Reveal(), unknown} {
-		hidden.add("key", key)
+		hidden.addKey("key", key)
 	}
 	hidden.want(t, "traces", traces.spans.String())
 }

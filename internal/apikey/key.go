@@ -71,7 +71,7 @@ func (e Environment) prefix() string {
 	return ProductionPrefix
 }
 
-// Digest is the SHA-256 of a whole key: all that is ever stored, compared or logged as "the key". A key has over 200
+// Digest is the SHA-256 of a whole key: all that is ever stored or compared as "the key". A key has over 200
 // random bits, so a slow or salted hash would add cost to every request and nothing to an attacker's.
 type Digest [sha256.Size]byte
 
