@@ -342,9 +342,10 @@ func TestNoKeyIsInAnySink(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	var hidden canaries
+	production, sandbox := r.key("production", "memories:read", "memories:write"), r.key("sandbox", "memories:read")
 	keys := map[string]string{
-		"production": r.key("production", "memories:read", "memories:write").Key.Reveal(),
-		"sandbox":    r.key("sandbox", "memories:read").Key.Reveal(),
+		"production": production.Key.Reveal(),
+		"sandbox":    sandbox.Key.Reveal(),
 		"unknown":    apikey.Generate(apikey.Production),
 	}
 	for name, key := range keys {
@@ -411,6 +412,11 @@ func TestNoKeyIsInAnySink(t *testing.T) {
 			t.Errorf("%s: %d", path, answer.StatusCode)
 		}
 		hidden.want(t, "admin endpoint, "+path, answer.body)
+		for _, label := range []string{production.ID, sandbox.ID, production.Account} { // whose number has no bound
+			if path == "/metrics" && strings.Contains(answer.body, label) {
+				t.Errorf("the metrics name %s", label)
+			}
+		}
 	}
 	hidden.keys().want(t, "database", dump(t, r.database))
 	if inFlight := g.series(t, "rekall_requests_in_flight"); inFlight != 0 {
