@@ -2,7 +2,10 @@ package test
 
 import (
 	"fmt"
+	"io"
 	"net/http"
+	"net/http/httptest"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -241,6 +244,36 @@ func TestUnreachableBackendIsSaidInTheEnvelopeAndCounted(t *testing.T) {
 	} {
 		if got := g.series(t, "rekall_upstream_errors_total{"+labels+"}"); got != want {
 			t.Errorf("%s: %v, want %v", labels, got, want)
+		}
+	}
+}
+
+// TestAnswerOfTheBackendComesUnchangedButForItsRequestID, also one that looks like a refusal of the gateway.
+func TestAnswerOfTheBackendComesUnchangedButForItsRequestID(t *testing.T) {
+	t.Parallel()
+	const body, challenge = `{"error": {"code": "NOT_YOURS"}}` + "\n", `Basic realm="backend"`
+	received := make(chan string, 1)
+	backend := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		received <- r.Header.Get("X-Request-Id")
+		w.Header().Set("Content-Type", "application/problem+json")
+		w.Header().Set("WWW-Authenticate", challenge)
+		w.Header().Set("X-Request-Id", "the backend's")
+		status, _ := strconv.Atoi(r.URL.Query().Get("status"))
+		w.WriteHeader(status)
+		_, _ = io.WriteString(w, body)
+	}))
+	t.Cleanup(backend.Close)
+	r := newRig(t)
+	g := r.start(strings.Replace(standardSite, "PRODUCTION", backend.Listener.Addr().String(), 1))
+	key := bearer(r.key("production", "memories:read"))
+	for _, status := range []int{200, 401, 403, 404, 429, 500, 502, 503} {
+		answer := g.do("GET", "/v1/memories?status="+strconv.Itoa(status), key)
+		h := answer.Header
+		if answer.StatusCode != status || answer.body != body || h.Get("Www-Authenticate") != challenge || h.Get("Content-Type") != "application/problem+json" {
+			t.Errorf("%d: answer %d %v %s", status, answer.StatusCode, h, answer.body)
+		}
+		if id := <-received; !slices.Equal(h["X-Request-Id"], []string{id}) || !strings.HasPrefix(id, "req_") {
+			t.Errorf("%d: the backend received X-Request-Id %q, the client %q", status, id, h["X-Request-Id"])
 		}
 	}
 }
