@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -280,6 +281,9 @@ func (r reply) code(t testing.TB) string {
 	challenge := r.Header.Get("Www-Authenticate")
 	if wanted := r.StatusCode == 401 || e.Error.Code == "SCOPE_INSUFFICIENT"; wanted != strings.HasPrefix(challenge, `Bearer realm="rekall"`) {
 		t.Errorf("%s: WWW-Authenticate %q", e.Error.Code, challenge)
+	}
+	if allow, ok := r.Header["Allow"]; ok != (r.StatusCode == 405) || ok && slices.Contains(strings.Split(allow[0], ", "), r.Request.Method) {
+		t.Errorf("%s: %s is refused, with Allow %q", e.Error.Code, r.Request.Method, allow)
 	}
 	return e.Error.Code
 }
