@@ -118,6 +118,8 @@ type accessLine struct {
 	Decision    string `json:"decision"`
 	KeyID       string `json:"key_id"`
 	Environment string `json:"environment"`
+	Account     string `json:"account"`
+	Scopes      string `json:"scopes"`
 }
 
 // TestBackendReceivesWhatTheKeyInUseMayDo sends odd requests with keys of few scopes, and decides each that crossed the
@@ -128,7 +130,8 @@ func TestBackendReceivesWhatTheKeyInUseMayDo(t *testing.T) {
 	r := newRig(t)
 	wires := map[string]*wire{"production": newWire(t), "sandbox": newWire(t)}
 	site := strings.NewReplacer("PRODUCTION", wires["production"].listener.Addr().String(), "SANDBOX", wires["sandbox"].listener.Addr().String(),
-		"log\n", "log\nlog_append decision {rekall.decision}\nlog_append key_id {rekall.key_id}\nlog_append environment {rekall.environment}\n").Replace(standardSite)
+		"log\n", "log\nlog_append decision {rekall.decision}\nlog_append key_id {rekall.key_id}\nlog_append environment {rekall.environment}\n"+
+			"log_append account {rekall.account}\nlog_append scopes {rekall.scopes}\n").Replace(standardSite)
 	g := r.start(site)
 	keys := []keyadmin.Key{
 		r.key("production", "memories:read"), r.key("production", "memories:write", "memories:delete"),
@@ -200,6 +203,10 @@ func TestBackendReceivesWhatTheKeyInUseMayDo(t *testing.T) {
 		if decided.Decision != "allowed" || decided.KeyID != key.ID || decided.Environment != c.environment || key.Environment != c.environment {
 			t.Errorf("%s: %s received it for %+v, decided %+v", c.sent, c.environment, key, decided)
 		}
+		scopes := strings.Join(key.Scopes, " ")
+		if decided.Account != key.Account || decided.Scopes != scopes {
+			t.Errorf("%s: placeholders for %+v say account %q, scopes %q", c.sent, key, decided.Account, decided.Scopes)
+		}
 		required, covered := rules.Required(method, path)
 		if !covered || !scoperule.Canonical(path) || !slices.Contains(key.Scopes, required.String()) {
 			t.Errorf("%s: the backend received %q, which needs %s; its key has %v", c.sent, requestLine, required, key.Scopes)
@@ -210,9 +217,11 @@ func TestBackendReceivesWhatTheKeyInUseMayDo(t *testing.T) {
 		if _, sent, _ := strings.Cut(c.target, "?"); sent != query {
 			t.Errorf("%s: the backend received ?%s", c.sent, query)
 		}
-		c.field(t, "X-Rekall-Account")
-		c.field(t, "X-Rekall-Environment")
-		c.field(t, "X-Rekall-Scopes")
+		for name, value := range map[string]string{"X-Rekall-Account": key.Account, "X-Rekall-Environment": key.Environment, "X-Rekall-Scopes": scopes} {
+			if got := c.field(t, name); got != value {
+				t.Errorf("%s: the backend received %s %q, want %q", c.sent, name, got, value)
+			}
+		}
 		for _, line := range []string{"X-Odd: " + oddValue, "X-Rekall-Version: 2", "Cookie: a=1; b"} {
 			if !strings.Contains(c.head, "\r\n"+line+"\r\n") {
 				t.Errorf("%s: the backend did not receive %q", c.sent, line)
