@@ -183,32 +183,39 @@ func load(clients int, ask func()) (stop func()) {
 // prometheus is a running Prometheus.
 type prometheus struct {
 	t       *testing.T
+	dir     string
 	address string
+	process *process.Process
 }
 
 // startPrometheus scrapes the gateways as the job of the runbook, each second.
 func startPrometheus(t *testing.T, rules string, gateways ...*gateway) *prometheus {
 	t.Helper()
-	dir := t.TempDir()
+	p := &prometheus{t: t, dir: t.TempDir(), address: process.FreeAddress(t)}
+	process.Write(t, filepath.Join(p.dir, "rules.yml"), rules)
+	p.configure(gateways...)
+	p.process = process.Start(t, process.Options{}, "prometheus", "--config.file="+filepath.Join(p.dir, "prometheus.yml"),
+		"--storage.tsdb.path="+filepath.Join(p.dir, "data"), "--web.listen-address="+p.address, "--log.level=warn")
+	process.Eventually(t, "Prometheus is ready", func() bool { return status("http://"+p.address+"/-/ready") == http.StatusOK })
+	// Seconds later. What a counter shows at first is no increase of it.
+	process.Eventually(t, "Prometheus has scraped", func() bool { return len(p.query("rekall_ready")) == len(gateways) })
+	return p
+}
+
+// configure has it scrape these gateways, from its start or its next SIGHUP on.
+func (p *prometheus) configure(gateways ...*gateway) {
+	p.t.Helper()
 	var targets []string
 	for _, g := range gateways {
 		targets = append(targets, fmt.Sprintf("%q", g.metrics))
 	}
-	process.Write(t, filepath.Join(dir, "rules.yml"), rules)
-	process.Write(t, filepath.Join(dir, "prometheus.yml"), `
+	process.Write(p.t, filepath.Join(p.dir, "prometheus.yml"), `
 global: {scrape_interval: 1s, scrape_timeout: 1s, evaluation_interval: 500ms}
 rule_files: [rules.yml]
 scrape_configs:
   - job_name: rekall-gateway
     static_configs: [{targets: [`+strings.Join(targets, ", ")+`]}]
 `)
-	p := &prometheus{t, process.FreeAddress(t)}
-	process.Start(t, process.Options{}, "prometheus", "--config.file="+filepath.Join(dir, "prometheus.yml"), "--storage.tsdb.path="+filepath.Join(dir, "data"),
-		"--web.listen-address="+p.address, "--log.level=warn")
-	process.Eventually(t, "Prometheus is ready", func() bool { return status("http://"+p.address+"/-/ready") == http.StatusOK })
-	// Seconds later. What a counter shows at first is no increase of it.
-	process.Eventually(t, "Prometheus has scraped", func() bool { return len(p.query("rekall_ready")) == len(gateways) })
-	return p
 }
 
 // sample is one series of a query's answer.

@@ -2,6 +2,7 @@ package monitoring
 
 import (
 	"encoding/json"
+	"fmt"
 	"io"
 	"net/http"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
@@ -113,6 +115,16 @@ func TestEveryQueryReturnsDataAndEachAlertFiresWhenItsFaultIsMade(t *testing.T) 
 	p.waitFiring("RekallUnknownKeys", "RekallEdgeDown", "RekallEdgeSilent")
 	end()
 
+	fault("RekallEdgeRestarts")
+	for starts := range 3 {
+		other.run()
+		process.Eventually(t, "Prometheus has seen the start", func() bool {
+			return len(p.query(fmt.Sprintf("changes(process_start_time_seconds[15m]) > %d", starts))) == 1
+		})
+		other.process.Kill(t)
+	}
+	p.waitFiring("RekallEdgeRestarts")
+
 	fault("RekallUpstreamUnavailable")
 	if err := r.backend.Stop(t.Context()); err != nil {
 		t.Fatal(err)
@@ -130,6 +142,11 @@ func TestEveryQueryReturnsDataAndEachAlertFiresWhenItsFaultIsMade(t *testing.T) 
 	server.Kill()
 	g.allowed(second) // counted, and cannot be flushed
 	p.waitFiring("RekallSyncOld", "RekallFailClosed", "RekallUnavailable", "RekallUsageNotFlushed", "RekallUsageBuffer")
+
+	fault("RekallNoEdges")
+	p.configure()
+	p.process.Signal(t, syscall.SIGHUP)
+	p.waitFiring("RekallNoEdges")
 
 	if got, want := slices.Sorted(slices.Values(fired)), slices.Sorted(slices.Values(alerts(t))); !slices.Equal(got, want) {
 		t.Errorf("faults were made for %q, and there are alerts %q", got, want)
