@@ -171,7 +171,7 @@ var observed = []series{
 		func(o *observation) float64 { return truth(o.Fresh) }),
 	gauge("rekall_identity_token_ready", "1 while identity tokens can be signed, or none are asked for; 0: good keys are answered 503.",
 		func(o *observation) float64 { return truth(o.canSign) }),
-	gauge("rekall_sync_age_seconds", "Time since the start of the last good sync; key data is refused beyond max_staleness.",
+	gauge("rekall_sync_age_seconds", "Time since the start of the last good sync, or of the process until the first; key data is refused beyond max_staleness.",
 		func(o *observation) float64 { return o.Age.Seconds() }),
 	gauge("rekall_sync_lag_seconds", "How far the data was behind when it was last read; 0 unless a standby is read.",
 		func(o *observation) float64 { return o.Lag.Seconds() }),

@@ -54,7 +54,7 @@ type edgeCount struct {
 type syncStatus struct {
 	Epoch        uint64     `json:"epoch"`
 	LastGoodAt   *time.Time `json:"last_good_at"`
-	AgeSeconds   float64    `json:"age_seconds"`
+	AgeSeconds   *float64   `json:"age_seconds"`
 	MaxStaleness float64    `json:"max_staleness_seconds"`
 	LagSeconds   float64    `json:"lag_seconds"`
 	Position     uint64     `json:"position"`
@@ -118,7 +118,7 @@ func (rt *runtime) status(ctx context.Context) runtimeStatus {
 		Ready: c.Fresh && canSign(*rt.issuers.Load()),
 		Edge:  edgeIdentity{Name: rt.identity.Name, Region: rt.identity.Region, Instance: rt.identity.Instance},
 		Sync: syncStatus{
-			Epoch: c.Epoch, AgeSeconds: c.Age.Seconds(), MaxStaleness: c.MaxStaleness.Seconds(), LagSeconds: c.Lag.Seconds(),
+			Epoch: c.Epoch, MaxStaleness: c.MaxStaleness.Seconds(), LagSeconds: c.Lag.Seconds(),
 			Position: c.Watermark, Total: c.Syncs, Errors: c.SyncErrors,
 			Restarts: c.Restarts, Listens: c.Listens, ListenErrors: c.ListenErrors,
 		},
@@ -130,8 +130,8 @@ func (rt *runtime) status(ctx context.Context) runtimeStatus {
 		Canary:   c.Canary.Seconds(),
 	}
 	if !c.SyncedAt.IsZero() {
-		at := c.SyncedAt.UTC()
-		s.Sync.LastGoodAt = &at
+		at, age := c.SyncedAt.UTC(), c.Age.Seconds()
+		s.Sync.LastGoodAt, s.Sync.AgeSeconds = &at, &age
 	}
 	failure := rt.cache.LastFailure()
 	if f := rt.reporter.LastFailure(); f != nil && (failure == nil || f.At.After(failure.At)) {

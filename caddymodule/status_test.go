@@ -123,7 +123,7 @@ func TestStatusIsToldWhilePostgresIsAway(t *testing.T) {
 			t.Fatal("no failure is told")
 		}
 	}
-	if s.Ready || s.Schema != nil || s.Edges != nil || s.Sync.LastGoodAt != nil || time.Since(s.LastError.At) > time.Minute || s.LastError.Message == "" {
+	if s.Ready || s.Schema != nil || s.Edges != nil || s.Sync.LastGoodAt != nil || s.Sync.AgeSeconds != nil || time.Since(s.LastError.At) > time.Minute || s.LastError.Message == "" {
 		t.Errorf("status %+v, last error %+v", s, s.LastError)
 	}
 	if strings.Contains(s.LastError.Message, "hunter2") {

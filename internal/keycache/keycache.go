@@ -84,6 +84,7 @@ const (
 type Cache struct {
 	cfg     Config
 	store   Store
+	madeAt  time.Time // both clocks
 	state   atomic.Pointer[state]
 	known   *ristretto.Cache[uint64, *entry]
 	hot     [hotSlots]atomic.Pointer[entry]
@@ -152,7 +153,7 @@ func (f *Found) Limits() apikey.Limits { return f.state.tiers.Of(f.Record.Limits
 
 // New returns a cache that is empty and vouches for nothing until Run has synced once.
 func New(store Store, cfg Config) (*Cache, error) {
-	c := &Cache{cfg: cfg, store: store, unknown: newUnknowns(), wake: make(chan struct{}, 1), refill: make(chan struct{}, 1)}
+	c := &Cache{cfg: cfg, store: store, madeAt: time.Now(), unknown: newUnknowns(), wake: make(chan struct{}, 1), refill: make(chan struct{}, 1)}
 	known, err := ristretto.NewCache(&ristretto.Config[uint64, *entry]{
 		NumCounters: 10 * int64(cfg.Size), // ristretto's advice: ten per entry
 		MaxCost:     int64(cfg.Size),

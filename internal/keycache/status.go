@@ -34,7 +34,7 @@ func (s *striped) load() uint64 {
 type Status struct {
 	Epoch        uint64        // syncs that were published
 	SyncedAt     time.Time     // start of the last good sync; zero: never
-	Age          time.Duration // since then
+	Age          time.Duration // since then; since the cache was made, if never
 	Lag          time.Duration // by which the data was behind when it was read, which only a standby's is
 	Fresh        bool          // whether that sync still vouches for cached keys
 	MaxStaleness time.Duration // after which it does not
@@ -94,8 +94,10 @@ func (c *Cache) Status() Status {
 	if f := c.unknown.filter.Load(); f != nil && f.origin == s.origin {
 		st.FilterKeys, st.FilterBytes = int(f.keys.Load()), f.bytes()
 	}
-	if !s.syncedAt.IsZero() {
-		now := time.Now()
+	now := time.Now()
+	if s.syncedAt.IsZero() {
+		st.Age = age(c.madeAt, now) // an edge that never synced is no younger than one that did
+	} else {
 		st.Age, st.Lag, st.Fresh = age(s.syncedAt, now), age(s.syncedAt, s.readAt), s.fresh(now, c.cfg.MaxStaleness)
 	}
 	return st

@@ -1,11 +1,16 @@
 package keycache
 
 import (
+	"strings"
 	"testing"
 	"time"
 
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
+
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
 func TestDelayOfARevocationIsToldOnceAndOnlyOfKeysInMemory(t *testing.T) {
@@ -42,6 +47,26 @@ func TestDelayOfARevocationIsToldOnceAndOnlyOfKeysInMemory(t *testing.T) {
 	tick(t, s, c)
 	if len(delays) != 2 {
 		t.Errorf("delays %v, want that of the key that the feed brought too", delays)
+	}
+}
+
+// TestEdgeThatNeverSyncedAgesFromItsStartAndSaysThatNoKeyIsTrusted: at age 0, a restart in an outage of Postgres would end the alert.
+func TestEdgeThatNeverSyncedAgesFromItsStartAndSaysThatNoKeyIsTrusted(t *testing.T) {
+	store, err := keystore.Open("postgres://rekall@127.0.0.1:1/none?connect_timeout=1", keystore.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(store.Close)
+	core, logs := observer.New(zap.InfoLevel)
+	c := newCache(t, store, func(cfg *Config) { cfg.Logger = func() *zap.Logger { return zap.New(core) } })
+	c.madeAt = c.madeAt.Add(-time.Minute)
+	run(t, c)
+	eventually(t, "the first sync has failed", func() bool { return logs.FilterMessageSnippet("key sync failed").Len() > 0 })
+	if line := logs.FilterMessageSnippet("key sync failed").All()[0].Message; !strings.Contains(line, "no key is trusted yet") {
+		t.Errorf("the log says %q", line)
+	}
+	if s := c.Status(); s.Fresh || !s.SyncedAt.IsZero() || s.Age < time.Minute {
+		t.Errorf("status %+v", s)
 	}
 }
 

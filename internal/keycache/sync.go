@@ -58,7 +58,11 @@ func (c *Cache) syncLoop(ctx context.Context) {
 		case err != nil && took > syncTimeout+leapNoticed:
 			continue // it is not Postgres that took so long: the process stood still
 		case err != nil && !failing:
-			c.cfg.Logger().Error("key sync failed; cached keys are trusted until the data is too old",
+			message := "key sync failed; cached keys are trusted until the data is too old"
+			if c.state.Load().syncedAt.IsZero() {
+				message = "key sync failed; no key is trusted yet, each request asks Postgres"
+			}
+			c.cfg.Logger().Error(message,
 				zap.Duration("max_staleness", c.cfg.MaxStaleness), zap.Duration("took", took), zap.Error(err))
 		case err == nil && failing:
 			c.cfg.Logger().Info("key sync works again")
