@@ -70,6 +70,10 @@ func (b *Bucket) takeAt(interval, depth, now int64) (Verdict, bool) {
 		if old == givenBack {
 			return Verdict{}, false
 		}
+		if full := now + depth*interval; old > full { // what another limit left behind
+			b.emptyAt.CompareAndSwap(old, full)
+			continue
+		}
 		next := max(old, now) + interval
 		if early := next - now - depth*interval; early > 0 {
 			return Verdict{ResetAfter: time.Duration(old - now), RetryAfter: time.Duration(early)}, true
@@ -86,7 +90,7 @@ func (b *Bucket) takeAt(interval, depth, now int64) (Verdict, bool) {
 func (b *Bucket) peekAt(interval, depth, now int64) Verdict {
 	owed := int64(0)
 	if emptyAt := b.emptyAt.Load(); emptyAt != givenBack { // only an idle bucket is, or was about to be
-		owed = max(emptyAt-now, 0)
+		owed = min(max(emptyAt-now, 0), depth*interval)
 	}
 	return Verdict{
 		Remaining:  int(max(0, depth-(owed+interval-1)/interval)),

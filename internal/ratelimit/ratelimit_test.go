@@ -114,6 +114,30 @@ func TestWhoObeysRetryAfterIsServed(t *testing.T) {
 	}
 }
 
+func TestNobodyWaitsLongerAfterAChangeOfLimitsThanTheNewOnesTakeToRefill(t *testing.T) {
+	for _, before := range tiers {
+		for _, after := range tiers {
+			var bucket Bucket
+			for range before.depth() {
+				bucket.take(before, 0)
+			}
+			full := after.depth() * after.interval()
+			if v := bucket.peekAt(after.interval(), after.depth(), 0); int64(v.RetryAfter) > after.interval() || int64(v.ResetAfter) > full {
+				t.Errorf("from %+v to %+v: %+v", before, after, v)
+			}
+			v, _ := bucket.take(after, 0)
+			if int64(v.RetryAfter) > after.interval() || int64(v.ResetAfter) > full {
+				t.Errorf("from %+v to %+v: %+v", before, after, v)
+			}
+			for range after.depth() {
+				if v, _ := bucket.take(after, int64(v.ResetAfter)); !v.Allowed {
+					t.Fatalf("from %+v to %+v: the burst is not back: %+v", before, after, v)
+				}
+			}
+		}
+	}
+}
+
 func TestResetAfterIsWhenTheWholeBurstIsBack(t *testing.T) {
 	limit := tiers[0]
 	var bucket Bucket

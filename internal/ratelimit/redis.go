@@ -25,7 +25,11 @@ local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local interval, depth = tonumber(ARGV[1]), tonumber(ARGV[2])
 local spent, want = tonumber(ARGV[3]), tonumber(ARGV[4])
-local empty = math.max(now, tonumber(redis.call('GET', KEYS[1]) or '0')) + spent * interval
+local empty = tonumber(redis.call('GET', KEYS[1]) or '0')
+if ARGV[6] == '1' then
+	empty = math.min(empty, now + depth * interval)
+end
+empty = math.max(now, empty) + spent * interval
 empty = math.min(math.max(now, empty), now + 3 * depth * interval + 60000000)
 local left = math.max(0, math.floor((now + depth * interval - empty) / interval + 0.001))
 local leased = math.min(want, left)
@@ -81,6 +85,8 @@ type settlement struct {
 	spent int64 // without Redis's knowledge; below zero: given back
 	want  int64
 
+	changed bool // the limits: what the bucket has from others counts as no more than an empty one
+
 	owed   int64 // that is settled by this: what was spent, forgiven or not
 	answer *redis.Cmd
 }
@@ -109,7 +115,7 @@ func (s *Store) send(ctx context.Context, batch []settlement) {
 		b := &batch[i]
 		interval := strconv.FormatFloat(float64(time.Minute/time.Microsecond)/float64(b.lease.minute.Load()), 'g', -1, 64)
 		b.answer = pipe.EvalSha(ctx, exchangeScript.Hash(), []string{b.lease.key, dataKey},
-			interval, b.lease.depth.Load(), b.spent, b.want, s.data)
+			interval, b.lease.depth.Load(), b.spent, b.want, s.data, b.changed)
 	}
 	s.exchanges.Add(1)
 	s.commands.Add(uint64(len(batch)))

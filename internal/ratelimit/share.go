@@ -30,6 +30,8 @@ type lease struct {
 	minute atomic.Int64 // Limit.PerMinute of the last request
 	depth  atomic.Int64 // Limit.depth of the last request
 
+	changed atomic.Bool // minute or depth, since the last exchange
+
 	asked atomic.Bool // in Store.asking
 	after *lease      // the next one there
 
@@ -94,11 +96,11 @@ func (s *Store) take(b *Bucket, limit Limit, now int64) (Verdict, bool) {
 }
 
 func (l *lease) know(limit Limit) {
-	if minute := int64(limit.PerMinute); l.minute.Load() != minute {
-		l.minute.Store(minute)
-	}
-	if depth := limit.depth(); l.depth.Load() != depth {
+	minute, depth := int64(limit.PerMinute), limit.depth()
+	if known := l.minute.Load(); known != minute || l.depth.Load() != depth {
 		l.depth.Store(depth)
+		l.minute.Store(minute)
+		l.changed.Store(known != 0)
 	}
 }
 
@@ -175,7 +177,7 @@ func (b *Bucket) noteShare(limit Limit, edges, now int64) bool {
 		if old == givenBack {
 			return false
 		}
-		if next := min(max(old, now)+interval, max(full, old)); next == old || b.emptyAt.CompareAndSwap(old, next) {
+		if next := min(max(old, now)+interval, full); next == old || b.emptyAt.CompareAndSwap(old, next) {
 			return true
 		}
 	}
@@ -188,7 +190,7 @@ func (l *lease) outstanding(edges, now int64) int64 {
 		return 0
 	}
 	interval := l.interval() * edges
-	return (emptyAt - now + interval - 1) / interval
+	return min((emptyAt-now+interval-1)/interval, max(1, l.depth.Load()/edges))
 }
 
 func (l *lease) interval() int64 { return int64(time.Minute) / l.minute.Load() }

@@ -184,6 +184,7 @@ func (s *Store) settle(ctx context.Context, leases []*lease) bool {
 			continue
 		}
 		if b, needed := s.plan(l, now); needed {
+			b.changed = l.changed.Swap(false)
 			batch = append(batch, b)
 		}
 		if len(batch) == maxBatch {

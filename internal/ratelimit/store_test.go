@@ -196,12 +196,23 @@ func connect(t testing.TB, url string) *redis.Client {
 	return client
 }
 
-// TestEdgesThatShareTellWhatIsLeftAsOneAloneDoes settles by itself: nobody runs the store, and nothing refills within a minute.
+// settle exchanges all leases in use. Nobody else runs the store.
+func settle(t *testing.T, s *Store) {
+	t.Helper()
+	s.follow()
+	for _, l := range s.followed {
+		l.due = 0
+	}
+	if !s.settle(t.Context(), s.followed) {
+		t.Fatal("no answer of Redis")
+	}
+}
+
 func TestEdgesThatShareTellWhatIsLeftAsOneAloneDoes(t *testing.T) {
 	redis := redistest.Server(t, devenv.RedisOptions{})
 	for _, edges := range []int{1, 3} {
 		store, _ := openStore(t, redis.URL(), edges)
-		l, limit := NewShared(store), Limit{PerMinute: 1, Burst: 100, Concurrent: 1}
+		l, limit := NewShared(store), Limit{PerMinute: 1, Burst: 100, Concurrent: 1} // nothing refills within a minute
 		b := l.bucket(digest(edges))
 		store.probe(t.Context())
 		depth, now := int(limit.depth()), func() int64 { return int64(time.Since(store.start)) }
@@ -211,30 +222,49 @@ func TestEdgesThatShareTellWhatIsLeftAsOneAloneDoes(t *testing.T) {
 				t.Errorf("%d edges, %s: %d remain and all in %s, want %d", edges, what, v.Remaining, v.ResetAfter, remaining)
 			}
 		}
-		settle := func() {
-			t.Helper()
-			for _, lease := range store.follow() {
-				lease.due = 0
-			}
-			if !store.settle(t.Context(), store.followed) {
-				t.Fatal("no answer of Redis")
-			}
-		}
 		for i := range depth {
 			v, _ := store.take(b, limit, now())
 			want(fmt.Sprintf("request %d", i+1), v, depth-1-i)
 			want(fmt.Sprintf("one too many at a time after %d", i+1), l.tooMany(b, limit, now()), depth-1-i)
-			settle()
+			settle(t, store)
 		}
 		if v, _ := store.take(b, limit, now()); v.Allowed || v.Remaining != 0 {
 			t.Errorf("%d edges: beyond the limit %+v", edges, v)
 		}
-		settle()
+		settle(t, store)
 		later := b.lease.next.Load() + 20*limit.interval() // with the one that came then
 		want("one too many at a time, 20 minutes later", l.tooMany(b, limit, later), 21)
 		v, _ := store.take(b, limit, later)
 		want("20 minutes later", v, 20)
 		want("one too many at a time, a day later", l.tooMany(b, limit, later+int64(24*time.Hour)), depth)
+	}
+}
+
+func TestNobodyWaitsLongerAfterAChangeOfSharedLimitsThanTheNewOnesTakeToRefill(t *testing.T) {
+	redis := redistest.Server(t, devenv.RedisOptions{})
+	before, after := Limit{PerMinute: 1, Burst: 100}, Limit{PerMinute: 60, Burst: 90}
+	for _, edges := range []int64{1, 3} {
+		store, _ := openStore(t, redis.URL(), int(edges))
+		b := NewShared(store).bucket(digest(int(edges)))
+		store.probe(t.Context())
+		now := func() int64 { return int64(time.Since(store.start)) }
+		for allowed := true; allowed; settle(t, store) {
+			v, _ := store.take(b, before, now())
+			allowed = v.Allowed
+		}
+		store.take(b, after, now())
+		settle(t, store)
+		if wait := b.lease.next.Load() - now(); wait > after.interval() {
+			t.Errorf("%d edges: Redis has a request in %s, want %d at most", edges, time.Duration(wait), after.interval())
+		}
+		interval, depth := after.share(edges)
+		if n := b.lease.outstanding(edges, now()); n > depth {
+			t.Errorf("%d edges: Redis would be told of %d after an outage, want %d at most", edges, n, depth)
+		}
+		store.fallback.Store(true)
+		if v, _ := store.take(b, after, now()); int64(v.RetryAfter) > interval || int64(v.ResetAfter) > depth*interval {
+			t.Errorf("%d edges: without Redis %+v", edges, v)
+		}
 	}
 }
 
