@@ -93,7 +93,7 @@ type settlement struct {
 
 const (
 	dataKey = "rekall:rl:data"
-	dataFor = time.Minute // each probe prolongs it; longer than most buckets
+	dataFor = 24 * time.Hour // each probe prolongs it; longer than outages, after which it must not seem that Redis was emptied
 )
 
 // nameOfData returns a name that Redis keeps as long as it keeps the buckets, and gives it one if it has none: it is new, or was

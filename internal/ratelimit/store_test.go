@@ -414,6 +414,20 @@ func TestARedisThatIsEmptiedGivesNoKeyItsBurstAgain(t *testing.T) {
 	}
 }
 
+func TestAnOutageOfHoursDoesNotPassForARedisThatWasEmptied(t *testing.T) {
+	server := redistest.Server(t, devenv.RedisOptions{})
+	store, _ := openStore(t, server.URL(), 1)
+	const outage = 12 * time.Hour
+	client := connect(t, server.URL())
+	for range 2 { // the first names the data, each prolongs it
+		store.probe(t.Context())
+		if left := client.PTTL(t.Context(), dataKey).Val(); left < outage {
+			t.Errorf("the name of the data is forgotten after %s without an edge", left)
+		}
+		client.PExpire(t.Context(), dataKey, time.Minute)
+	}
+}
+
 func TestAnOutageIsLoggedOnceWhenItBeginsAndOnceWhenItEnds(t *testing.T) {
 	server := redistest.Server(t, devenv.RedisOptions{})
 	e := startEdges(t, server.URL(), 1)[0]
