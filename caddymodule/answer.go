@@ -62,7 +62,7 @@ var answers = [apikey.OutcomeCount]answer{
 	apikey.Ambiguous: newAnswer(http.StatusBadRequest, "API_KEY_AMBIGUOUS",
 		"The request carries different credentials in several places. Send one API key in one place.", ""),
 	apikey.PathInvalid: newAnswer(http.StatusBadRequest, "PATH_INVALID",
-		"The request path is not in canonical form. Send it without '.', '..', empty segments, needless percent-encoding or an API key.", ""),
+		"The request path is not in canonical form. Send it without '.', '..', empty segments, needless percent-encoding or an API key, and the query without spaces.", ""),
 	apikey.MethodInvalid: newAnswer(http.StatusMethodNotAllowed, "METHOD_NOT_ALLOWED", "This request method is not supported.", ""),
 	apikey.Mismatch: newAnswer(http.StatusForbidden, "SANDBOX_PRODUCTION_MISMATCH",
 		"This API key belongs to the other environment. Use a key of the environment that this address serves.", ""),

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"strings"
 	"sync/atomic"
 
 	"github.com/caddyserver/caddy/v2"
@@ -210,7 +211,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 		w.Header()["Connection"] = []string{"close"}
 	}
 	path := r.URL.EscapedPath()
-	if x.outcome = parse(r.Method, path, &cred); x.outcome != apikey.Allowed {
+	if x.outcome = parse(r.Method, path, r.URL.RawQuery, &cred); x.outcome != apikey.Allowed {
 		return x.refuseAddress(w, r)
 	}
 	if g.addresses != nil {
@@ -240,12 +241,13 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 
 var errKeyChanging = errors.New("the key changed each time it was found")
 
-// parse decides what can be decided on the request alone.
-func parse(method, path string, cred *credential.Credential) apikey.Outcome {
+// parse decides what can be decided on the request alone. A space ends the request's target in HTTP/1, which the backend may speak;
+// HTTP/2 has none that ends, and the server lets a space in the query pass, but no control character.
+func parse(method, path, query string, cred *credential.Credential) apikey.Outcome {
 	switch {
 	case !scoperule.KnownMethod(method):
 		return apikey.MethodInvalid
-	case cred.PathHeldKey || !scoperule.Canonical(path):
+	case cred.PathHeldKey || !scoperule.Canonical(path), strings.IndexByte(query, ' ') >= 0:
 		return apikey.PathInvalid
 	}
 	switch cred.Kind {

@@ -214,7 +214,7 @@ func isBelow(path, root string) bool {
 // *keysapi.Error, or one of keyadmin's. It takes the credential out of the request, so it can be asked once only.
 func (k *Keys) actor(r *http.Request) (keyadmin.Actor, error) {
 	cred := credential.Take(r)
-	outcome := parse(r.Method, r.URL.EscapedPath(), &cred)
+	outcome := parse(r.Method, r.URL.EscapedPath(), r.URL.RawQuery, &cred)
 	person, authenticated := k.person(r)
 	switch {
 	case !authenticated && outcome == apikey.Allowed:

@@ -120,7 +120,7 @@ func (e *Error) write(w http.ResponseWriter) {
 var (
 	errPath = &Error{
 		Status: http.StatusBadRequest, Code: "PATH_INVALID",
-		Message: "The request path is not in canonical form. Send it without '.', '..', empty segments, needless percent-encoding or an API key.",
+		Message: "The request path is not in canonical form. Send it without '.', '..', empty segments, needless percent-encoding or an API key, and the query without spaces.",
 	}
 	errNoPath   = &Error{Status: http.StatusNotFound, Code: "NOT_FOUND", Message: "There is nothing at this path."}
 	errNotFound = &Error{Status: http.StatusNotFound, Code: "NOT_FOUND", Message: "There is no such API key."}
