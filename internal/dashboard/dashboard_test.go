@@ -385,6 +385,28 @@ func TestSigningInEndsTheFormerSession(t *testing.T) {
 	former.do("", nil).want(t, http.StatusUnauthorized, "<h1>Sign in</h1>")
 }
 
+// TestNoKeySignsOthersOutBySigningInWithoutEnd plays holders of one key and of many: there are places for 10,000 sessions.
+func TestNoKeySignsOthersOutBySigningInWithoutEnd(t *testing.T) {
+	r := newRig(t)
+	state := r.state
+	victim, first, second := state.SignIn("victim"), state.SignIn("attacker"), state.SignIn("attacker")
+	for range 19 {
+		state.SignIn("attacker")
+	}
+	if state.SignedIn(first) || !state.SignedIn(second) {
+		t.Error("it is not the key's own oldest session that makes room")
+	}
+	for i := range 10_100 {
+		state.SignIn(fmt.Sprint("attacker", i/20))
+	}
+	if n := state.Sessions(); n != 10_000 {
+		t.Errorf("%d sessions", n)
+	}
+	if !state.SignedIn(victim) || !state.SignedIn(state.SignIn("newcomer")) {
+		t.Error("a key with one session was signed out")
+	}
+}
+
 func TestNobodyButAManagingKeySignsIn(t *testing.T) {
 	r := newRig(t)
 	b := r.browser("")

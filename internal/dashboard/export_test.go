@@ -5,6 +5,15 @@ import "time"
 // SetClock replaces the clock of the sessions.
 func (s *State) SetClock(now func() time.Time) { s.sessions.now = now }
 
+// SignIn begins a session.
+func (s *State) SignIn(keyID string) (id string) { return s.sessions.begin(keyID) }
+
+// SignedIn reports whether a session goes on.
+func (s *State) SignedIn(id string) bool {
+	_, ok := s.sessions.keyID(id, true)
+	return ok
+}
+
 // Sessions counts the sessions.
 func (s *State) Sessions() int {
 	s.sessions.mu.Lock()

@@ -18,8 +18,9 @@ const (
 	maxSession = 8 * time.Hour
 	maxIdle    = 30 * time.Minute
 
-	// maxSessions bounds memory against a holder of a key who signs in without end.
+	// maxSessions bounds memory, and maxOfKey what the holder of a key who signs in without end takes of it.
 	maxSessions = 10000
+	maxOfKey    = 20
 )
 
 // pollHeader is on what a page asks by itself, which is no use by a person. Whoever sends it can only shorten a session.
@@ -34,8 +35,9 @@ var errSignedOut = errors.New("signed out")
 type sessions struct {
 	now func() time.Time
 
-	mu   sync.Mutex
-	byID map[[sha256.Size]byte]*session
+	mu    sync.Mutex
+	byID  map[[sha256.Size]byte]*session
+	ofKey map[string]map[[sha256.Size]byte]*session // the same by the keys that they were begun with
 }
 
 type session struct {
@@ -52,26 +54,59 @@ func (s *sessions) begin(keyID string) string {
 	id, now := rand.Text(), s.now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.byID) >= maxSessions {
+	if len(s.ofKey[keyID]) >= maxOfKey {
+		s.removeIdlest(keyID, now)
+	} else if len(s.byID) >= maxSessions {
 		s.makeRoom(now)
 	}
-	s.byID[sha256.Sum256([]byte(id))] = &session{keyID, now, now}
+	hash, began := sha256.Sum256([]byte(id)), &session{keyID, now, now}
+	if s.ofKey[keyID] == nil {
+		s.ofKey[keyID] = map[[sha256.Size]byte]*session{}
+	}
+	s.byID[hash], s.ofKey[keyID][hash] = began, began
 	return id
 }
 
-// makeRoom removes the sessions that ended, else the one that was idle longest.
+// makeRoom removes the sessions that ended, else one of the key that has most.
 func (s *sessions) makeRoom(now time.Time) {
-	var idlest [sha256.Size]byte
-	oldest := now
 	for id, session := range s.byID {
 		if session.ended(now) {
-			delete(s.byID, id)
-		} else if !session.lastUse.After(oldest) {
+			s.remove(id)
+		}
+	}
+	if len(s.byID) < maxSessions {
+		return
+	}
+	var most string
+	for keyID := range s.ofKey {
+		if len(s.ofKey[keyID]) > len(s.ofKey[most]) {
+			most = keyID
+		}
+	}
+	s.removeIdlest(most, now)
+}
+
+// removeIdlest removes the session of a key that was idle longest.
+func (s *sessions) removeIdlest(keyID string, now time.Time) {
+	var idlest [sha256.Size]byte
+	oldest := now
+	for id, session := range s.ofKey[keyID] {
+		if !session.lastUse.After(oldest) {
 			idlest, oldest = id, session.lastUse
 		}
 	}
-	if len(s.byID) >= maxSessions {
-		delete(s.byID, idlest)
+	s.remove(idlest)
+}
+
+func (s *sessions) remove(id [sha256.Size]byte) {
+	session, ok := s.byID[id]
+	if !ok {
+		return
+	}
+	delete(s.byID, id)
+	delete(s.ofKey[session.keyID], id)
+	if len(s.ofKey[session.keyID]) == 0 {
+		delete(s.ofKey, session.keyID)
 	}
 }
 
@@ -79,7 +114,7 @@ func (s *sessions) makeRoom(now time.Time) {
 func (s *sessions) end(id string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.byID, sha256.Sum256([]byte(id)))
+	s.remove(sha256.Sum256([]byte(id)))
 }
 
 // keyID returns the key that a session was begun with. The session is used, unless it is polled.
@@ -92,7 +127,7 @@ func (s *sessions) keyID(id string, polled bool) (string, bool) {
 		return "", false
 	}
 	if session.ended(now) {
-		delete(s.byID, hash)
+		s.remove(hash)
 		return "", false
 	}
 	if !polled {

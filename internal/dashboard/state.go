@@ -33,7 +33,7 @@ type State struct {
 // NewState returns a State, to be closed.
 func NewState(admin *keyadmin.Admin) *State {
 	s := &State{admin: admin, watches: map[string]*watch{}}
-	s.sessions = sessions{now: time.Now, byID: map[[sha256.Size]byte]*session{}}
+	s.sessions = sessions{now: time.Now, byID: map[[sha256.Size]byte]*session{}, ofKey: map[string]map[[sha256.Size]byte]*session{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
 }
