@@ -193,7 +193,12 @@ func (t *Table) Required(method, path string) (apikey.Scopes, bool) {
 		return 0, false
 	}
 	if root, ok := t.methods[method]; ok {
-		if scope := root.find(path[1:]); scope != 0 {
+		scope, star := root.find(path[1:])
+		// Many backends serve /V1/Memories/ as /v1/memories: no spelling may escape a rule for a star's other scope.
+		if star && root.findFolded(strings.TrimSuffix(path[1:], "/")) != scope {
+			return 0, false
+		}
+		if scope != 0 {
 			return scope, true
 		}
 	}
@@ -203,22 +208,51 @@ func (t *Table) Required(method, path string) (apikey.Scopes, bool) {
 	return 0, false
 }
 
-// find returns the scope of the most specific pattern that matches, or 0.
-func (n *node) find(path string) apikey.Scopes {
+// find returns the scope of the most specific pattern that matches, or 0, and whether a star in it does.
+func (n *node) find(path string) (scope apikey.Scopes, star bool) {
 	segment, rest, more := strings.Cut(path, "/")
 	for _, child := range [...]*node{n.literal[segment], n.parameter} {
 		switch {
 		case child == nil || child == n.parameter && segment == "":
 		case !more && child.scope != 0:
-			return child.scope
+			return child.scope, false
 		case more:
-			if scope := child.find(rest); scope != 0 {
-				return scope
+			if scope, star = child.find(rest); scope != 0 {
+				return scope, star
 			}
 		}
 	}
 	if path != "" {
-		return n.rest
+		return n.rest, n.rest != 0
 	}
-	return 0
+	return 0, false
+}
+
+// findFolded is find for a path without its final slash, where neither case nor that slash counts. Of fixed segments that are one
+// then, it returns the scopes of all.
+func (n *node) findFolded(path string) apikey.Scopes {
+	segment, rest, more := strings.Cut(path, "/")
+	after := func(child *node) apikey.Scopes {
+		if more {
+			return child.findFolded(rest)
+		}
+		scope := child.scope
+		if slash := child.literal[""]; slash != nil {
+			scope |= slash.scope
+		}
+		return scope
+	}
+	var scope apikey.Scopes
+	for literal, child := range n.literal {
+		if strings.EqualFold(literal, segment) {
+			scope |= after(child)
+		}
+	}
+	if scope == 0 && n.parameter != nil && segment != "" {
+		scope = after(n.parameter)
+	}
+	if scope == 0 && path != "" {
+		scope = n.rest
+	}
+	return scope
 }
