@@ -177,6 +177,20 @@ exec setpriv --no-new-privs chroot --userspec=` + im.user + ` "$root" /usr/local
 	if got, err := askBy(secure, "GET", site, allowed); err != nil || got.status != http.StatusOK {
 		t.Errorf("%+v, %v", got, err)
 	}
+	renewed, key := selfSigned(t, "api.rekall.ai")
+	publish(t, "", filepath.Join(root, "run/secrets/tls/tls.crt"), 0o644, renewed)
+	publish(t, "", filepath.Join(root, "run/secrets/tls/tls.key"), 0o644, key)
+	reload := regexp.MustCompile(`(?m)^#   kubectl exec POD -- /usr/local/bin/rekall-gateway (reload .*)$`).FindStringSubmatch(process.Read(t, shipped+"kubernetes.yaml"))
+	if reload == nil {
+		t.Fatal("the manifest does not say how an edge reads a renewed certificate")
+	}
+	caddyfile := strings.ReplaceAll(reload[1], "/etc/rekall", filepath.Join(root, "etc/rekall"))
+	command(t, program, r.database, append(strings.Fields(caddyfile), "--address", admin)...)
+	secure.Transport.(*http.Transport).TLSClientConfig = &tls.Config{RootCAs: pool(t, renewed), MinVersion: tls.VersionTLS12}
+	process.Eventually(t, "the renewed certificate is served", func() bool {
+		got, err := askBy(secure, "GET", site, allowed)
+		return err == nil && got.status == http.StatusOK
+	})
 	plain := &http.Client{Transport: &http.Transport{DialContext: dialLoopback, DisableKeepAlives: true}}
 	if got, err := askBy(plain, "GET", "http://api.rekall.ai:"+httpPort+"/v1/memories", allowed); err != nil || got.code != "TLS_REQUIRED" {
 		t.Errorf("%+v, %v", got, err)
