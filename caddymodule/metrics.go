@@ -91,7 +91,7 @@ func newMetrics() *metrics {
 
 // watch adds what is read from the runtime's parts at each scrape.
 func (m *metrics) watch(rt *runtime) {
-	m.collectors = append(m.collectors, &observer{rt.cache, rt.usage, rt.reporter, rt.limiter, func() bool { return canSign(*rt.issuers.Load()) }})
+	m.collectors = append(m.collectors, &observer{rt.cache, rt.usage, rt.reporter, rt.limiter, func() bool { return canSign(*rt.issuers.Load()) }, rt.canary != nil})
 }
 
 func (m *metrics) register(registry *prometheus.Registry) error {
@@ -133,6 +133,7 @@ type observer struct {
 	reporter *edge.Reporter
 	limiter  *ratelimit.Limiter
 	canSign  func() bool
+	canary   bool // whether this edge sends them
 }
 
 // observation is that moment.
@@ -231,12 +232,17 @@ var edgesDesc = prometheus.NewDesc("rekall_edges",
 	"Edges in Postgres's list when this edge last counted them, live or fail-closed: silent for longer than their max_staleness.",
 	[]string{"status"}, nil)
 
+// canaryDesc is of edges that send canaries: at others nobody expects any.
+var canaryDesc = prometheus.NewDesc("rekall_canary_timestamp_seconds",
+	"When the last canary was refused here, or the process started; only with canary.", nil, nil)
+
 // Describe implements prometheus.Collector.
 func (*observer) Describe(descs chan<- *prometheus.Desc) {
 	for _, s := range observed {
 		descs <- s.desc
 	}
 	descs <- edgesDesc
+	descs <- canaryDesc
 }
 
 // Collect implements prometheus.Collector.
@@ -244,6 +250,9 @@ func (w *observer) Collect(collected chan<- prometheus.Metric) {
 	o := &observation{Status: w.cache.Status(), usage: w.usage.Status(), limits: w.limiter.Status(), canSign: w.canSign()}
 	for _, s := range observed {
 		collected <- prometheus.MustNewConstMetric(s.desc, s.kind, s.value(o))
+	}
+	if w.canary {
+		collected <- prometheus.MustNewConstMetric(canaryDesc, prometheus.GaugeValue, float64(o.CanaryAt.UnixMilli())/1000)
 	}
 	edges, counted := w.reporter.Edges()
 	if !counted {

@@ -63,7 +63,7 @@ type Config struct {
 	SentAt  func(beat uint64) (time.Time, bool)
 	Changed func() // called after changes were applied; must not block; may be nil
 	// Revoked is called when a key that was in memory is found to be revoked, with the time for which it stayed allowed after
-	// its revocation, by Postgres's clock. It must not block; it may be nil.
+	// its revocation, by Postgres's clock, MaxStaleness at most where nobody could tell. It must not block; it may be nil.
 	Revoked func(delay time.Duration)
 	Logger  func() *zap.Logger // asked at each line: a config reload closes the old logger's writers
 }
@@ -97,6 +97,8 @@ type Cache struct {
 	applied atomic.Pointer[Applied]
 	failure atomic.Pointer[Failure] // the last
 	canary  atomic.Int64            // nanoseconds that the last canary stayed allowed after its revocation; 0: none yet
+
+	canaryAt atomic.Int64 // when that was told, in nanoseconds since 1970
 
 	closing sync.RWMutex // ristretto panics when Set races Close
 	closed  bool
@@ -171,6 +173,7 @@ func New(store Store, cfg Config) (*Cache, error) {
 	c.loader = newLoader(c)
 	c.state.Store(newState())
 	c.applied.Store(new(Applied))
+	c.canaryAt.Store(c.madeAt.UnixNano())
 	return c, nil
 }
 

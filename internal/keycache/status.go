@@ -40,6 +40,7 @@ type Status struct {
 	MaxStaleness time.Duration // after which it does not
 	InFlight     int           // requests being tracked
 	Canary       time.Duration // from the last canary's revocation to its refusal here; 0: none yet
+	CanaryAt     time.Time     // when that was; until the first, when the cache was made
 
 	Keys, Size       int    // in memory, and at most
 	Evictions, Drops uint64 // of keys that others took the place of, and of those that were not taken into memory
@@ -82,7 +83,7 @@ func (c *Cache) Applied() Applied { return *c.applied.Load() }
 func (c *Cache) Status() Status {
 	s := c.state.Load()
 	st := Status{
-		Epoch: s.epoch, SyncedAt: s.syncedAt, InFlight: c.InFlight(), Canary: time.Duration(c.canary.Load()), Watermark: s.watermark,
+		Epoch: s.epoch, SyncedAt: s.syncedAt, InFlight: c.InFlight(), Canary: time.Duration(c.canary.Load()), CanaryAt: time.Unix(0, c.canaryAt.Load()), Watermark: s.watermark,
 		Hits: c.counts.hits.load(), Misses: c.counts.misses.Load(), Proofs: c.counts.proofs.Load(), Refused: c.counts.refused.Load(),
 		Lookups: c.counts.lookups.Load(), LookupErrors: c.counts.lookupErrors.Load(),
 		Keys: int(c.known.MaxCost() - c.known.RemainingCost()), Size: c.cfg.Size, MaxStaleness: c.cfg.MaxStaleness,

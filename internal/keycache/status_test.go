@@ -1,6 +1,7 @@
 package keycache
 
 import (
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -47,6 +48,39 @@ func TestDelayOfARevocationIsToldOnceAndOnlyOfKeysInMemory(t *testing.T) {
 	tick(t, s, c)
 	if len(delays) != 2 {
 		t.Errorf("delays %v, want that of the key that the feed brought too", delays)
+	}
+}
+
+// TestDelayOfARevocationEndsWhenTheEdgeTrustedNothing takes Postgres away for ten minutes: keys that were revoked meanwhile did not stay
+// allowed until the feed brought their revocation.
+func TestDelayOfARevocationEndsWhenTheEdgeTrustedNothing(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	var delays []time.Duration
+	c, s := newCache(t, db.store, func(cfg *Config) {
+		cfg.Revoked = func(delay time.Duration) { delays = append(delays, delay.Round(time.Second)) }
+	}), new(syncer)
+	tick(t, s, c)
+	soon, late := db.create(t), db.create(t)
+	canary, err := db.store.CreateCanary(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	tick(t, s, c) // brings them all
+	const outage = 10 * time.Minute
+	before := *c.state.Load()
+	before.syncedAt, before.readAt, before.pgNow = before.syncedAt.Add(-outage), before.readAt.Add(-outage), before.pgNow.Add(-outage)
+	c.state.Store(&before)
+	c.canaryAt.Store(0)
+	for id, ago := range map[string]string{soon.id: "590s", late.id: "60s", canary: "580s"} { // 10, 540 and 20 s after the last sync
+		db.exec(t, "update rekall.api_keys set revoked_at = now() - $2::interval where id = $1", id, ago)
+	}
+	tick(t, s, c)
+	slices.Sort(delays)
+	if !slices.Equal(delays, []time.Duration{0, 10 * time.Second, 20 * time.Second}) {
+		t.Errorf("delays %v", delays)
+	}
+	if got := c.Status(); got.Canary.Round(time.Second) != 10*time.Second || time.Since(got.CanaryAt) > time.Minute {
+		t.Errorf("the canary stayed allowed for %s, told at %s", got.Canary, got.CanaryAt)
 	}
 }
 

@@ -160,7 +160,7 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 			if ch, ok := old.changes[e.record.Digest]; ok { // which is found without the cache
 				was = ch.entry
 			}
-			c.tellOfRevocation(was, e)
+			c.tellOfRevocation(old, was, e)
 			c.apply(&e.record.Digest, &e.record, snap.Now)
 		}
 	}
@@ -170,7 +170,8 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 	}
 	for _, e := range changed {
 		if e.record.Account == keystore.CanaryAccount && !e.record.RevokedAt.IsZero() {
-			c.canary.Store(int64(c.sinceRevoked(e)))
+			c.canary.Store(int64(c.stayedAllowed(old, e)))
+			c.canaryAt.Store(time.Now().UnixNano())
 		}
 	}
 	// Only now: a confirmed change has also reached the requests in flight.
@@ -212,16 +213,19 @@ func (c *Cache) carryOver(ctx context.Context, old, n *state) {
 
 // tellOfRevocation reports how long a key stayed allowed after its revocation. was is what memory held, or nil: only a key that
 // could have been allowed here counts, and it counts once.
-func (c *Cache) tellOfRevocation(was, e *entry) {
+func (c *Cache) tellOfRevocation(old *state, was, e *entry) {
 	if c.cfg.Revoked == nil || e.record.RevokedAt.IsZero() || was == nil || was.record.Digest != e.record.Digest || !was.record.RevokedAt.IsZero() {
 		return
 	}
-	c.cfg.Revoked(c.sinceRevoked(e))
+	c.cfg.Revoked(c.stayedAllowed(old, e))
 }
 
-// sinceRevoked is the time since the revocation of e, by Postgres's clock.
-func (c *Cache) sinceRevoked(e *entry) time.Duration {
-	return c.state.Load().pgTime(time.Now()).Sub(e.record.RevokedAt.Time())
+// stayedAllowed is how long e could still be allowed after its revocation, by Postgres's clock: until now, or until old, the state before
+// the one that brought the revocation, vouched for nothing.
+func (c *Cache) stayedAllowed(old *state, e *entry) time.Duration {
+	revokedAt := e.record.RevokedAt.Time()
+	trusted := old.pgNow.Add(old.syncedAt.Sub(old.readAt) + c.cfg.MaxStaleness).Sub(revokedAt)
+	return max(0, min(c.state.Load().pgTime(time.Now()).Sub(revokedAt), trusted))
 }
 
 // vouchedAt returns the moment up to which a reading shows all changes. A primary shows them all when the reading starts. A

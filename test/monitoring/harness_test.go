@@ -192,7 +192,7 @@ type prometheus struct {
 func startPrometheus(t *testing.T, rules string, gateways ...*gateway) *prometheus {
 	t.Helper()
 	p := &prometheus{t: t, dir: t.TempDir(), address: process.FreeAddress(t)}
-	process.Write(t, filepath.Join(p.dir, "rules.yml"), rules)
+	p.rules(rules)
 	p.configure(gateways...)
 	p.process = process.Start(t, process.Options{}, "prometheus", "--config.file="+filepath.Join(p.dir, "prometheus.yml"),
 		"--storage.tsdb.path="+filepath.Join(p.dir, "data"), "--web.listen-address="+p.address, "--log.level=warn")
@@ -200,6 +200,11 @@ func startPrometheus(t *testing.T, rules string, gateways ...*gateway) *promethe
 	// Seconds later. What a counter shows at first is no increase of it.
 	process.Eventually(t, "Prometheus has scraped", func() bool { return len(p.query("rekall_ready")) == len(gateways) })
 	return p
+}
+
+// rules has it follow these rules, from its start or its next SIGHUP on.
+func (p *prometheus) rules(rules string) {
+	process.Write(p.t, filepath.Join(p.dir, "rules.yml"), rules)
 }
 
 // configure has it scrape these gateways, from its start or its next SIGHUP on.
