@@ -31,7 +31,7 @@ func init() {
 		Short: "Manages API keys",
 		Long: `Manages API keys in Postgres, those of all accounts. Edges follow on their own.
 
-Exit codes: 3 where there is no such key, 4 where it is revoked or expired already, 1 for whatever else failed.`,
+Exit codes: 3 where there is no such key or none to revoke, 4 where it is revoked or expired already, 1 for whatever else failed.`,
 		CobraFunc: func(cmd *cobra.Command) {
 			cmd.Args = noArgs
 			quoteNoKey(cmd)
@@ -325,6 +325,11 @@ func showAudit(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyad
 	limit, err := limitFlag(cmd)
 	if err != nil {
 		return err
+	}
+	if request.KeyID != "" {
+		if _, err := admin.Get(ctx, operator(), request.KeyID); err != nil {
+			return err
+		}
 	}
 	entries := []keyadmin.AuditEntry{}
 	for {

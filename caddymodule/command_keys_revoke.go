@@ -116,6 +116,9 @@ func revokeMany(ctx context.Context, cmd *cobra.Command, admin *keyadmin.Admin) 
 	if err != nil {
 		return err
 	}
+	if revocation.Count == 0 {
+		return errNoneSelected
+	}
 	result := revokedMany{DryRun: dryRun, Count: revocation.Count}
 	if dryRun {
 		return show(cmd, result, func(w io.Writer) {
@@ -136,6 +139,9 @@ func revokeMany(ctx context.Context, cmd *cobra.Command, admin *keyadmin.Admin) 
 		fmt.Fprintf(w, "Revoked %d keys. No edge that reports allows them (%d edges).\n", result.Count, len(result.Edges))
 	})
 }
+
+// errNoneSelected: in an incident a mistyped selection must not look like success.
+var errNoneSelected = fmt.Errorf("%w: nothing was revoked, since no key matches that is not revoked already", keyadmin.ErrNotFound)
 
 func selectionOf(cmd *cobra.Command) (keyadmin.Selection, error) {
 	if err := notEmpty(cmd, selectionFlags...); err != nil {

@@ -142,6 +142,12 @@ func TestExitCodesTellWhatWasFound(t *testing.T) {
 		{1, []string{"revoke", "--created-by", "", "--account", "default", "--yes"}}, {1, []string{"revoke", "--account", "default", "--yes", "--dry-run"}},
 		{1, []string{"revoke", "--hashes", "/nonexistent"}}, {1, []string{"import", "/nonexistent.csv"}}, {1, []string{"list", "--status", "gone"}},
 		{1, []string{"list", "--limit", "-1"}}, {1, []string{"audit", "--since", "yesterday"}}, {1, []string{"rename", key.ID, "a\nb"}},
+		// What selects nothing, as if there were nothing.
+		{3, []string{"revoke", "--account", "globex", "--yes"}}, {3, []string{"revoke", "--account", "globex"}},
+		{3, []string{"revoke", "--created-by", "key:" + missing, "--yes", "--json"}}, {1, []string{"revoke", "--created-by", missing, "--yes"}},
+		{1, []string{"revoke", "--created-by", "key:key_0123", "--yes"}}, {1, []string{"list", "--created-by", "root"}},
+		{3, []string{"audit", "--key-id", "nope"}}, {3, []string{"audit", "--key-id", missing}},
+		{1, []string{"audit", "--action", "key.foo"}}, {1, []string{"audit", "--actor", "root"}},
 		// What would do more than was meant.
 		{1, []string{"revoke", active.ID, "--dry-run"}}, {1, []string{"rotate", active.ID, "--dry-run"}},
 		{1, []string{"rotate", active.ID, "--account", "other"}}, {1, []string{"rotate", active.ID, "--overlap", ""}},

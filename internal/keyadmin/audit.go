@@ -2,7 +2,9 @@ package keyadmin
 
 import (
 	"context"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/keystore"
@@ -27,6 +29,19 @@ const (
 	AccountLimitsChanged Action = "limits.account_changed"
 	KeyLimitsChanged     Action = "limits.key_changed"
 )
+
+var actions = []Action{
+	KeyCreated, KeyRenamed, KeyRevoked, KeyRotated, KeyRotationUndone, KeyGraceStarted, KeysRevoked, KeysImported, LeakReported,
+	TierLimitsChanged, AccountLimitsChanged, KeyLimitsChanged,
+}
+
+func joined(actions []Action) string {
+	names := make([]string, len(actions))
+	for i, action := range actions {
+		names[i] = string(action)
+	}
+	return strings.Join(names, ", ")
+}
 
 // AuditEntry says who did what to which key and when. Times are Postgres's, in UTC.
 type AuditEntry struct {
@@ -84,12 +99,20 @@ func (a *Admin) Audit(ctx context.Context, actor Actor, request AuditRequest) (A
 
 func (r AuditRequest) validate() (filter keystore.AuditFilter, limit int, err error) {
 	filter = keystore.AuditFilter{KeyID: r.KeyID, Actor: r.Actor, Action: r.Action}
-	for field, text := range map[string]string{"account": r.Account, "key_id": r.KeyID, "actor": r.Actor, "action": r.Action} {
+	for field, text := range map[string]string{"account": r.Account, "key_id": r.KeyID} {
 		if text != "" {
 			if err = checkText(field, text); err != nil {
 				return filter, 0, err
 			}
 		}
+	}
+	if r.Actor != "" {
+		if err = checkActor("actor", r.Actor); err != nil {
+			return filter, 0, err
+		}
+	}
+	if r.Action != "" && !slices.Contains(actions, Action(r.Action)) {
+		return filter, 0, &InvalidError{"action", "must be one of " + joined(actions)}
 	}
 	if r.Since != "" {
 		if filter.Since, err = parseTime("since", r.Since); err != nil {

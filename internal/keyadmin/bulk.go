@@ -76,7 +76,7 @@ func (s Selection) validate() (selected keystore.Selection, err error) {
 		}
 	}
 	if s.CreatedBy != "" {
-		if err = checkText("created_by", s.CreatedBy); err != nil {
+		if err = checkActor("created_by", s.CreatedBy); err != nil {
 			return selected, err
 		}
 	}

@@ -1,12 +1,15 @@
 package keyadmin_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/jackc/pgx/v5"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
@@ -147,7 +150,7 @@ func TestListFindsByEveryFilter(t *testing.T) {
 			t.Errorf("%+v: total %v", test.request, page.Total)
 		}
 	}
-	for _, r := range []keyadmin.ListRequest{{Status: "gone"}, {Environment: "live"}, {Name: "a\x00"}, {CreatedBy: "a\xff"}} {
+	for _, r := range []keyadmin.ListRequest{{Status: "gone"}, {Environment: "live"}, {Name: "a\x00"}, {CreatedBy: "cli:a\xff"}, {CreatedBy: "bob"}, {CreatedBy: "key:bob"}} {
 		var invalid *keyadmin.InvalidError
 		if _, err := admin.List(t.Context(), operator, r); !errors.As(err, &invalid) {
 			t.Errorf("%+v: %v", r, err)
@@ -217,10 +220,42 @@ func TestAuditTellsTheWholeLifeNewestFirst(t *testing.T) {
 			t.Errorf("%+v: %s, want %s", test.request, got, test.want)
 		}
 	}
-	for _, r := range []keyadmin.AuditRequest{{Since: "x"}, {Until: "x"}, {Cursor: "x"}, {Cursor: "0"}, {Limit: 101}, {KeyID: "a\n"}, {Actor: apikey.Generate(apikey.Sandbox)}} {
+	for _, r := range []keyadmin.AuditRequest{
+		{Since: "x"}, {Until: "x"}, {Cursor: "x"}, {Cursor: "0"}, {Limit: 101}, {KeyID: "a\n"}, {Actor: apikey.Generate(apikey.Sandbox)},
+		{Actor: "bob"}, {Actor: "key:bob"}, {Actor: "cli:"}, {Action: "key.foo"},
+	} {
 		var invalid *keyadmin.InvalidError
 		if _, err := admin.Audit(t.Context(), operator, r); !errors.As(err, &invalid) || apikey.ContainsKey(err.Error()) {
 			t.Errorf("%v", err)
+		}
+	}
+}
+
+func TestEveryActionAndActorThatTheDatabaseTakesCanBeAskedFor(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	conn, err := pgx.Connect(t.Context(), databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close(context.Background()) }()
+	allowed := func(constraint string) []string {
+		t.Helper()
+		rows, _ := conn.Query(t.Context(), `select name[1] from pg_constraint,
+			regexp_matches(substring(pg_get_constraintdef(oid) from 'ARRAY\[(.*?)\]'), '''([a-z._]+)''', 'g') name where conname = $1`, constraint)
+		names, err := pgx.CollectRows(rows, pgx.RowTo[string])
+		if err != nil || len(names) < 5 {
+			t.Fatalf("%s: %q %v", constraint, names, err)
+		}
+		return names
+	}
+	for _, action := range allowed("audit_action_check") {
+		if _, err := admin.Audit(t.Context(), operator, keyadmin.AuditRequest{Action: action}); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, kind := range allowed("api_keys_created_by_check") {
+		if _, err := admin.List(t.Context(), operator, keyadmin.ListRequest{CreatedBy: kind + ":key_0123456789abcdefABCDEF"}); err != nil {
+			t.Error(err)
 		}
 	}
 }

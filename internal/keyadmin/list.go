@@ -66,11 +66,14 @@ func (a *Admin) List(ctx context.Context, actor Actor, request ListRequest) (Pag
 // validate returns what to look for, where the page begins and how long it is.
 func (r ListRequest) validate() (filter keystore.Filter, after keystore.Position, limit int, err error) {
 	filter = keystore.Filter{Environment: r.Environment, CreatedBy: r.CreatedBy, Name: r.Name, ExpiringWithin: expiringWithin}
-	for field, text := range map[string]string{"account": r.Account, "created_by": r.CreatedBy} {
-		if text != "" {
-			if err = checkText(field, text); err != nil {
-				return filter, after, 0, err
-			}
+	if r.Account != "" {
+		if err = checkText("account", r.Account); err != nil {
+			return filter, after, 0, err
+		}
+	}
+	if r.CreatedBy != "" {
+		if err = checkActor("created_by", r.CreatedBy); err != nil {
+			return filter, after, 0, err
 		}
 	}
 	if r.Name != "" {

@@ -2,6 +2,7 @@ package keyadmin
 
 import (
 	"context"
+	"slices"
 	"strings"
 	"time"
 	"unicode"
@@ -153,6 +154,23 @@ func checkText(field, s string) error {
 		return &InvalidError{field, "must not contain an API key"}
 	}
 	return nil
+}
+
+// actorKinds are what an actor begins with, as the database checks it.
+var actorKinds = []string{"key", "user", "cli", "leak", "system"}
+
+// checkActor accepts what can have done something. Anything else would select nothing, which looks as if nothing had been done.
+func checkActor(field, s string) error {
+	kind, name, _ := strings.Cut(s, ":")
+	switch {
+	case apikey.ContainsKey(s):
+		return &InvalidError{field, "must not contain an API key"}
+	case !slices.Contains(actorKinds, kind):
+		return &InvalidError{field, "must be key:<id>, user:<name>, cli:<user>, leak:<source> or system:<what>"}
+	case kind == "key" && !idPattern.MatchString(name):
+		return &InvalidError{field, "must be key: and the id of a key, which is key_ and 22 letters or digits"}
+	}
+	return checkText(field, name)
 }
 
 // checkSearch accepts a part of a text that checkText accepts.
