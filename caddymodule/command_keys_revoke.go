@@ -20,7 +20,10 @@ func keysRevokeCommand() *cobra.Command {
 		Long: `Revokes a key for good, or in one transaction all keys to which everything applies that is given: an account, the actor
 who made them (a key's own keys and what those made, too), a time of creation, or a list of SHA-256 hashes.
 
-Many are revoked only with --yes; without, it counts them.`,
+Many are revoked only with --yes; without, it counts them.
+
+With --wait and the id of a key that is revoked already it waits all the same, and exits with 0: so a wait that was
+interrupted is taken up again. Without --wait it exits with 4.`,
 		Example: `  rekall-gateway keys revoke key_0123456789abcdefABCDEF --wait
   rekall-gateway keys revoke --created-by key:key_0123456789abcdefABCDEF --created-after 2030-01-01T00:00:00Z
   rekall-gateway keys revoke --hashes leaked.txt --yes --wait`,
@@ -55,7 +58,8 @@ func revokeKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 		return err
 	}
 	key, err := admin.Revoke(ctx, operator(), args[0])
-	if err != nil {
+	already := is(cmd, "wait") && errors.Is(err, keyadmin.ErrAlreadyRevoked)
+	if err != nil && !already {
 		return err
 	}
 	if !is(cmd, "wait") {
@@ -63,7 +67,14 @@ func revokeKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 			fmt.Fprintf(w, "Revoked %s. Every edge refuses it within 60 seconds.\n", key.ID)
 		})
 	}
-	confirmations, err := watch(cmd, func(progress func(keyadmin.Confirmation)) error { return admin.WaitRevoked(ctx, key.ID, progress) })
+	confirmations, err := watch(cmd, func(progress func(keyadmin.Confirmation)) error {
+		return admin.WaitRevoked(ctx, key.ID, func(c keyadmin.Confirmation) {
+			if already { // the edge may have reported it long before its last report
+				c.DelaySeconds = 0
+			}
+			progress(c)
+		})
+	})
 	if err != nil {
 		return fmt.Errorf("key %s is revoked, but the edges could not be watched: %w", key.ID, err)
 	}
@@ -71,7 +82,11 @@ func revokeKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 		keyadmin.Key
 		Edges []keyadmin.Confirmation `json:"edges"`
 	}{key, confirmations}, func(w io.Writer) {
-		fmt.Fprintf(w, "Revoked %s. No edge that reports allows it (%d edges).\n", key.ID, len(confirmations))
+		how := "Revoked %s."
+		if already {
+			how = "%s was revoked already."
+		}
+		fmt.Fprintf(w, how+" No edge that reports allows it (%d edges).\n", key.ID, len(confirmations))
 	})
 }
 
@@ -84,8 +99,11 @@ func watch(cmd *cobra.Command, wait func(func(keyadmin.Confirmation)) error) ([]
 			return
 		}
 		how := fmt.Sprintf("confirmed after %.3fs", c.DelaySeconds)
-		if !c.Confirmed {
+		switch {
+		case !c.Confirmed:
 			how = "did not confirm: fail-closed, it trusts no key that it has not asked about"
+		case c.DelaySeconds == 0:
+			how = "confirmed"
 		}
 		fmt.Fprintf(cmd.OutOrStdout(), "%s %s: %s\n", c.Name, c.Region, how)
 	})

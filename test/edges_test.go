@@ -60,6 +60,14 @@ func TestRevocationIsConfirmedByEveryEdgeAndTheSilentOneIsNamed(t *testing.T) {
 		}
 	}
 
+	// A wait that was interrupted is taken up again.
+	stdout, stderr, code = cli(t, r.database, "keys", "revoke", key.ID, "--wait")
+	for _, line := range []string{`(?m)^north eu: confirmed$`, `(?m)^south eu: confirmed$`, `(?m)^silent us: did not confirm`, key.ID + ` was revoked already\. No edge that reports allows it \(3 edges\)\.`} {
+		if code != 0 || !regexp.MustCompile(line).MatchString(stdout) {
+			t.Errorf("again: %d %s%s: no line %s", code, stdout, stderr, line)
+		}
+	}
+
 	stdout, stderr, code = cli(t, r.database, "edges", "list")
 	if code != 0 || !strings.Contains(stdout, "fail-closed") || strings.Count(stdout, " live ") != 2 {
 		t.Errorf("edges list: %d %s %s", code, stdout, stderr)
