@@ -66,6 +66,45 @@ func TestTwoRolesSufficeForAllThatTheGatewayAndItsCommandsDo(t *testing.T) {
 	}
 }
 
+func TestWhoLacksARightIsToldWhichRoleHasIt(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	edgeRole, adminRole := pgtest.Role(t, r.database), pgtest.Role(t, r.database)
+	if _, stderr, code := cli(t, r.database, "migrate", "--edge-role", edgeRole, "--admin-role", adminRole); code != 0 {
+		t.Fatal(stderr)
+	}
+	rightless := pgtest.Role(t, r.database)
+	pgtest.Exec(t, r.database, "create role "+rightless)
+	edge, nobody := pgtest.Login(t, r.database, edgeRole), pgtest.Login(t, r.database, rightless)
+	owner, one := "as the owner of the schema, or as a user that may create schemas and roles", r.key("production", "memories:read").ID
+	want := func(user, args, remedy string) {
+		t.Helper()
+		_, stderr, code := cli(t, user, strings.Fields(args)...)
+		if code != 1 || !strings.Contains(stderr, remedy) || !strings.Contains(stderr, "permission denied") || strings.Contains(stderr, "--edge-role") {
+			t.Errorf("%s: %d %s", args, code, stderr)
+		}
+	}
+	for _, args := range []string{
+		"keys list", "keys show " + one, "keys revoke " + one, "keys usage " + one, "keys audit", "edges list", "limits account acme --tier pro",
+	} {
+		want(edge, args, "--admin-role")
+		want(nobody, args, "--admin-role")
+	}
+	for _, args := range []string{"migrate", "migrate --plan", "migrate --edge-role " + edgeRole} {
+		want(nobody, args, owner)
+	}
+	want(edge, "migrate --edge-role "+edgeRole, owner)
+	g := r.prepare(standardSite)
+	g.run(nobody)
+	eventually(t, "the log names the edges' role", func() bool {
+		log := g.log.String()
+		return strings.Contains(log, "read change feed") && strings.Contains(log, "report edge") && strings.Contains(log, "--edge-role")
+	})
+	if strings.Contains(g.log.String(), "--admin-role") {
+		t.Error("the gateway asks for the administrators' role")
+	}
+}
+
 // wantWoken requires that changes wake the gateway, whose refresh is 20s: ticks alone make fewer syncs before the deadline.
 func (g *gateway) wantWoken(database string) {
 	g.t.Helper()

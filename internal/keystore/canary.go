@@ -9,7 +9,7 @@ const CanaryAccount = "rekall:canary"
 // that were revoked more than an hour ago. It returns "" if it made none. It needs no right to write keys.
 func (s *Store) CreateCanary(ctx context.Context) (id string, err error) {
 	if err := s.pool.QueryRow(ctx, `select coalesce(rekall.create_canary(), '')`).Scan(&id); err != nil {
-		return "", failed("create canary", err)
+		return "", failedAtEdge("create canary", err)
 	}
 	return id, nil
 }
@@ -17,7 +17,7 @@ func (s *Store) CreateCanary(ctx context.Context) (id string, err error) {
 // RevokeCanary revokes a canary, and leaves every other key alone.
 func (s *Store) RevokeCanary(ctx context.Context, id string) error {
 	if _, err := s.pool.Exec(ctx, `select rekall.revoke_canary($1)`, id); err != nil {
-		return failed("revoke canary", err)
+		return failedAtEdge("revoke canary", err)
 	}
 	return nil
 }

@@ -33,7 +33,7 @@ on conflict (instance) do update set synced_at = excluded.synced_at, applied = e
 	seen_at = excluded.seen_at`,
 		e.Instance, e.Name, e.Region, e.Version, e.MaxStaleness, e.StartedAt, syncedAt, e.Applied, e.Beat)
 	if err != nil {
-		return failed("report edge", err)
+		return failedAtEdge("report edge", err)
 	}
 	return nil
 }
@@ -41,7 +41,7 @@ on conflict (instance) do update set synced_at = excluded.synced_at, applied = e
 // ForgetEdges removes the rows of edges that have not reported for so long.
 func (s *Store) ForgetEdges(ctx context.Context, silence time.Duration) error {
 	if _, err := s.pool.Exec(ctx, `delete from rekall.edges where seen_at < now() - $1::interval`, silence); err != nil {
-		return failed("forget edges", err)
+		return failedAtEdge("forget edges", err)
 	}
 	return nil
 }
@@ -50,7 +50,7 @@ func (s *Store) ForgetEdges(ctx context.Context, silence time.Duration) error {
 // silent for longer than their max_staleness.
 func (s *Store) ForgetReplacedEdges(ctx context.Context, instance string) error {
 	if _, err := s.pool.Exec(ctx, `select rekall.forget_replaced_edges($1)`, instance); err != nil {
-		return failed("forget replaced edges", err)
+		return failedAtEdge("forget replaced edges", err)
 	}
 	return nil
 }
@@ -58,7 +58,7 @@ func (s *Store) ForgetReplacedEdges(ctx context.Context, instance string) error 
 // RemoveEdge removes the row of an edge that stops.
 func (s *Store) RemoveEdge(ctx context.Context, instance string) error {
 	if _, err := s.pool.Exec(ctx, `delete from rekall.edges where instance = $1`, instance); err != nil {
-		return failed("remove edge", err)
+		return failedAtEdge("remove edge", err)
 	}
 	return nil
 }
@@ -76,7 +76,7 @@ func (s *Store) CountEdges(ctx context.Context) (EdgeCount, error) {
 select count(*) filter (where not silent), count(*) filter (where silent)
 from (select clock_timestamp() - seen_at > max_staleness as silent from rekall.edges) edges`).Scan(&n.Live, &n.FailClosed)
 	if err != nil {
-		return EdgeCount{}, failed("count edges", err)
+		return EdgeCount{}, failedAtEdge("count edges", err)
 	}
 	return n, nil
 }

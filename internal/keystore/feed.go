@@ -149,7 +149,7 @@ func (s *Store) Snapshot(ctx context.Context, since string) (Snapshot, error) {
 		return nil
 	})
 	if err != nil {
-		return Snapshot{}, failed("read change feed", err)
+		return Snapshot{}, failedAtEdge("read change feed", err)
 	}
 	if snap.Overrun = len(snap.Changes) > MaxChanges; snap.Overrun {
 		snap.Changes = nil
@@ -209,7 +209,7 @@ func (s *Store) Lookup(ctx context.Context, digests []apikey.Digest) (Found, err
 		return nil
 	})
 	if err != nil {
-		return Found{}, failed("look up keys", err)
+		return Found{}, failedAtEdge("look up keys", err)
 	}
 	found.StartedAt = started.UnixMicro()
 	return found, nil

@@ -17,9 +17,14 @@ import (
 // ErrNotMigrated says that the database lacks tables, columns or functions that this binary needs.
 var ErrNotMigrated = errors.New(`database has no schema rekall, or an older one: run "rekall-gateway migrate"`)
 
-// errNotGranted stands before Postgres's own words, which name the table.
-var errNotGranted = errors.New(`database user lacks a right: make it a member of the role of "rekall-gateway migrate --edge-role" ` +
-	`or "--admin-role", and run that again after an upgrade`)
+// What stands before Postgres's own words, which name the table, where the database user lacks a right.
+var (
+	errNotEdge = errors.New(`database user lacks a right: make it a member of the role of "rekall-gateway migrate --edge-role", ` +
+		`and run that again after an upgrade`)
+	errNotAdmin = errors.New(`database user lacks a right: make it a member of the role of "rekall-gateway migrate --admin-role", ` +
+		`and run that again after an upgrade`)
+	errNotOwner = errors.New("database user lacks a right: migrate as the owner of the schema, or as a user that may create schemas and roles")
+)
 
 // errBadURL replaces pgx's errors, which quote the URL and mask passwords on a best-effort basis only.
 var errBadURL = errors.New("database URL is not usable: write it as postgres://user:password@host:5432/database, " +
@@ -113,15 +118,22 @@ func parse(url string, defaultConnectTimeout time.Duration) (*pgxpool.Config, er
 // Close closes all connections, when the calls in flight have returned.
 func (s *Store) Close() { s.pool.Close() }
 
-// failed wraps an error of pgx with what was being done.
-func failed(doing string, err error) error {
+// failed wraps an error of pgx with what was being done to manage keys.
+func failed(doing string, err error) error { return failedAs(errNotAdmin, doing, err) }
+
+// failedAtEdge is failed for what gateways do.
+func failedAtEdge(doing string, err error) error { return failedAs(errNotEdge, doing, err) }
+
+const insufficientPrivilege = "42501"
+
+func failedAs(notGranted error, doing string, err error) error {
 	var pgErr *pgconn.PgError
 	if errors.As(err, &pgErr) {
 		switch pgErr.Code {
 		case "42P01", "42703", "42883", "3F000": // undefined table, column, function, schema
 			return fmt.Errorf("%s: %w (SQLSTATE %s)", doing, ErrNotMigrated, pgErr.Code)
-		case "42501": // insufficient privilege
-			return fmt.Errorf("%s: %w: %w", doing, errNotGranted, err)
+		case insufficientPrivilege:
+			return fmt.Errorf("%s: %w: %w", doing, notGranted, err)
 		}
 	}
 	var connectErr *pgconn.ConnectError
@@ -129,6 +141,15 @@ func failed(doing string, err error) error {
 		err = oneLine{err}
 	}
 	return fmt.Errorf("%s: %w", doing, err)
+}
+
+// byOwner adds to the error of a migration who may do what was denied.
+func byOwner(err error) error {
+	var pgErr *pgconn.PgError
+	if errors.As(err, &pgErr) && pgErr.Code == insufficientPrivilege {
+		return fmt.Errorf("%w: %w", errNotOwner, err)
+	}
+	return err
 }
 
 // oneLine is an error of connecting, which has a line for every address that was tried.

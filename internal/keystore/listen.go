@@ -45,7 +45,7 @@ func listenError(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	return failed("listen for changes", err)
+	return failedAtEdge("listen for changes", err)
 }
 
 func (s *Store) startListening(ctx context.Context) (*pgx.Conn, error) {

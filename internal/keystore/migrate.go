@@ -74,10 +74,10 @@ func MigrateAndGrant(ctx context.Context, url string, roles Roles) (from, to int
 		return 0, 0, fmt.Errorf("migrate: %w", err)
 	}
 	if from, to, err = migrateTo(ctx, conn, files, lockPatience); err != nil {
-		return from, from, fmt.Errorf("migrate: %w", err)
+		return from, from, fmt.Errorf("migrate: %w", byOwner(err))
 	}
 	if err = grantTo(ctx, conn, roles); err != nil {
-		return from, to, fmt.Errorf("grant rights: %w", err)
+		return from, to, fmt.Errorf("grant rights: %w", byOwner(err))
 	}
 	return from, to, nil
 }
@@ -110,7 +110,7 @@ func Plan(ctx context.Context, url string) (from int32, pending []Migration, err
 		return 0, nil, failed("plan migrations", err)
 	}
 	if from, err = schemaVersion(ctx, tx); err != nil {
-		return 0, nil, failed("plan migrations", err)
+		return 0, nil, failedAs(errNotOwner, "plan migrations", err)
 	}
 	if err = tx.Rollback(ctx); err != nil {
 		return 0, nil, failed("plan migrations", err)

@@ -135,7 +135,7 @@ func (s *Store) scan(ctx context.Context, doing string, do func(pgx.Tx, Server) 
 		return do(tx, server)
 	})
 	if err != nil {
-		return failed(doing, err)
+		return failedAtEdge(doing, err)
 	}
 	return nil
 }

@@ -29,7 +29,7 @@ insert into rekall.signing_keys (id, public_key, instance, expires_at)
 select id, public_key, $1, now() + $4::interval from unnest($2::text[], $3::bytea[]) as k (id, public_key)
 on conflict (id) do update set expires_at = excluded.expires_at`, instance, ids, publicKeys, lease)
 	if err != nil {
-		return failed("publish signing keys", err)
+		return failedAtEdge("publish signing keys", err)
 	}
 	return nil
 }
@@ -50,7 +50,7 @@ select id, public_key from rekall.signing_keys where expires_at > now() order by
 		return key, nil
 	})
 	if err != nil {
-		return nil, failed("read signing keys", err)
+		return nil, failedAtEdge("read signing keys", err)
 	}
 	return keys, nil
 }

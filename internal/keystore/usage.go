@@ -81,7 +81,7 @@ func (s *Store) FlushUsage(ctx context.Context, f UsageFlush) error {
 			keys.parameter(), counts.parameter(), usedAt.parameter(), deniedKeys.parameter(), outcomes.parameter(), deniedCounts.parameter())
 	})
 	if err != nil {
-		return failed("flush usage", err)
+		return failedAtEdge("flush usage", err)
 	}
 	return nil
 }
@@ -160,7 +160,7 @@ func (s *Store) ClaimChore(ctx context.Context, name string, period time.Duratio
 insert into rekall.usage_chores as c (name) values ($1)
 on conflict (name) do update set claimed_at = excluded.claimed_at where c.claimed_at <= excluded.claimed_at - $2::interval`, name, period)
 	if err != nil {
-		return false, failed("claim "+name, err)
+		return false, failedAtEdge("claim "+name, err)
 	}
 	return tag.RowsAffected() == 1, nil
 }
@@ -185,7 +185,7 @@ group by u.key_id, u.hour having sum(u.count) >= $1`, floor) // ForEachRow retur
 		each(total)
 		return nil
 	}); err != nil {
-		return failed("read busy keys", err)
+		return failedAtEdge("read busy keys", err)
 	}
 	return nil
 }
@@ -201,7 +201,7 @@ group by key_id, hour`, keyIDs, before, window) // ForEachRow returns its error
 		each(total)
 		return nil
 	}); err != nil {
-		return failed("read usage history", err)
+		return failedAtEdge("read usage history", err)
 	}
 	return nil
 }
@@ -211,7 +211,7 @@ func (s *Store) AddSpike(ctx context.Context, spike Spike) (bool, error) {
 	tag, err := s.pool.Exec(ctx, `
 insert into rekall.spikes (key_id, hour, threshold) values ($1, $2, $3) on conflict do nothing`, spike.KeyID, spike.Hour, spike.Threshold)
 	if err != nil {
-		return false, failed("add spike", err)
+		return false, failedAtEdge("add spike", err)
 	}
 	return tag.RowsAffected() == 1, nil
 }
@@ -235,7 +235,7 @@ with spikes as (delete from rekall.spikes where hour < now() - $1::interval),
 		where l.key_id = g.key_id and l.last_used_at < g.used_at)
 select count(*) from gone`, retention, limit, silentEdge).Scan(&removed)
 	if err != nil {
-		return 0, failed("forget usage", err)
+		return 0, failedAtEdge("forget usage", err)
 	}
 	return removed, nil
 }

@@ -9,7 +9,7 @@ import (
 func (s *Store) SchemaVersion(ctx context.Context) (int32, error) {
 	var version int32
 	if err := s.pool.QueryRow(ctx, "select version from "+versionTable).Scan(&version); err != nil {
-		return 0, failed("read the schema's version", err)
+		return 0, failedAtEdge("read the schema's version", err)
 	}
 	return version, nil
 }
