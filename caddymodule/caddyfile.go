@@ -1,6 +1,7 @@
 package caddymodule
 
 import (
+	"errors"
 	"strconv"
 
 	"github.com/caddyserver/caddy/v2"
@@ -94,13 +95,9 @@ func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 		case "max_staleness":
 			app.MaxStaleness, err = parseDuration(value)
 		case "cache_size":
-			if app.CacheSize, err = strconv.Atoi(value); err == nil && app.CacheSize <= 0 {
-				err = strconv.ErrRange
-			}
+			app.CacheSize, err = parseCount(value)
 		case "warm":
-			if app.Warm, err = strconv.Atoi(value); err == nil && app.Warm <= 0 {
-				err = strconv.ErrRange
-			}
+			app.Warm, err = parseCount(value)
 		case "usage_flush":
 			app.UsageFlush, err = parseDuration(value)
 		case "usage_retention":
@@ -122,12 +119,28 @@ func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 	return httpcaddyfile.App{Name: "rekall", Value: caddyconfig.JSON(app, nil)}, nil
 }
 
+var errNotPositive = errors.New("must be more than 0")
+
 func parseDuration(s string) (caddy.Duration, error) {
 	d, err := caddy.ParseDuration(s)
-	if err == nil && d <= 0 {
-		err = strconv.ErrRange
+	switch {
+	case err != nil:
+		return 0, errors.New("must be a duration, such as 30s or 1h30m")
+	case d <= 0:
+		return 0, errNotPositive
 	}
-	return caddy.Duration(d), err
+	return caddy.Duration(d), nil
+}
+
+func parseCount(s string) (int, error) {
+	n, err := strconv.Atoi(s)
+	switch {
+	case err != nil:
+		return 0, errors.New("must be a whole number")
+	case n <= 0:
+		return 0, errNotPositive
+	}
+	return n, nil
 }
 
 // parseGateway reads the directive:

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/user"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -54,7 +55,7 @@ func keysCommand(cmd *cobra.Command, do func(context.Context, *cobra.Command, []
 		if apikey.ContainsKey(strings.Join(given, "\n")) {
 			return errKeyAsArgument
 		}
-		return flagNames(do(ctx, cmd, args, admin))
+		return flagNames(cmd, do(ctx, cmd, args, admin))
 	})
 	return cmd
 }
@@ -83,13 +84,54 @@ func operator() keyadmin.Actor {
 	return keyadmin.Operator(account.Username)
 }
 
-// flagNames makes an error about a field of the API speak of the flag instead.
-func flagNames(err error) error {
+// flagNames makes an error about a field of the API speak of the flag instead, and of the other flags that it names.
+func flagNames(cmd *cobra.Command, err error) error {
 	var invalid *keyadmin.InvalidError
-	if errors.As(err, &invalid) {
-		return fmt.Errorf("--%s %s", strings.ReplaceAll(invalid.Field, "_", "-"), invalid.Reason)
+	if !errors.As(err, &invalid) {
+		return err
 	}
-	return err
+	reason := fieldPattern.ReplaceAllStringFunc(invalid.Reason, func(field string) string {
+		if flag := strings.ReplaceAll(field, "_", "-"); cmd.Flags().Lookup(flag) != nil {
+			return "--" + flag
+		}
+		return field
+	})
+	return fmt.Errorf("--%s %s", strings.ReplaceAll(invalid.Field, "_", "-"), reason)
+}
+
+var fieldPattern = regexp.MustCompile(`[a-z]+(_[a-z]+)+`)
+
+// arguments is cobra.ExactArgs, which only counts, for what each argument is.
+func arguments(each ...string) cobra.PositionalArgs {
+	return func(_ *cobra.Command, args []string) error {
+		if len(args) != len(each) {
+			return fmt.Errorf("give %s, and nothing besides (see --help)", strings.Join(each, " and "))
+		}
+		return nil
+	}
+}
+
+// oneKeyAtMost is the same for what takes flags in place of an id.
+func oneKeyAtMost(_ *cobra.Command, args []string) error {
+	if len(args) > 1 {
+		return errors.New("give the id of one key, and nothing besides (see --help)")
+	}
+	return nil
+}
+
+// exclusive declares two flags that exclude each other: to the shell's completion, and in words.
+func exclusive(cmd *cobra.Command, one, other string) {
+	cmd.MarkFlagsMutuallyExclusive(one, other)
+	before := cmd.PreRunE
+	cmd.PreRunE = func(cmd *cobra.Command, args []string) error {
+		if cmd.Flags().Changed(one) && cmd.Flags().Changed(other) {
+			return fmt.Errorf("--%s and --%s exclude each other: leave out one of them", one, other)
+		}
+		if before == nil {
+			return nil
+		}
+		return before(cmd, args)
+	}
 }
 
 func text(cmd *cobra.Command, flag string) string {
@@ -145,6 +187,7 @@ func keysCreateCommand() *cobra.Command {
 	cmd.Flags().Bool("manage-keys", false, "Let the key manage the keys of its account")
 	choices(cmd, "scopes", apikey.ScopeNames()...)
 	choices(cmd, "environment", "production", "sandbox")
+	exclusive(cmd, "expires-in", "expires-at")
 	return cmd
 }
 
@@ -257,7 +300,7 @@ func permissions(key keyadmin.Key) string {
 }
 
 func keysShowCommand() *cobra.Command {
-	return keysCommand(&cobra.Command{Use: "show <id>", Short: "Shows a key, but for the key itself", Args: cobra.ExactArgs(1)}, showKey)
+	return keysCommand(&cobra.Command{Use: "show <id>", Short: "Shows a key, but for the key itself", Args: arguments("the id of a key")}, showKey)
 }
 
 func showKey(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
@@ -291,7 +334,7 @@ func describe(w io.Writer, key keyadmin.Key) {
 }
 
 func keysRenameCommand() *cobra.Command {
-	return keysCommand(&cobra.Command{Use: "rename <id> <name>", Short: "Gives a key another name", Args: cobra.ExactArgs(2)}, renameKey)
+	return keysCommand(&cobra.Command{Use: "rename <id> <name>", Short: "Gives a key another name", Args: arguments("the id of a key", "its new name")}, renameKey)
 }
 
 func renameKey(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {

@@ -33,7 +33,7 @@ Everything is validated before anything is written. Keys that are there already 
 an import can be repeated.`,
 		Example: `  rekall-gateway keys import keys.csv --dry-run
   pg_dump-to-jsonl | rekall-gateway keys import - --format jsonl`,
-		Args: cobra.ExactArgs(1),
+		Args: arguments("a file, or - for standard input"),
 	}, importKeys)
 	cmd.Flags().String("format", "", "csv or jsonl (default: as the file's name ends)")
 	cmd.Flags().Bool("plain-keys", false, "Accept keys themselves in a column key")

@@ -27,7 +27,7 @@ interrupted is taken up again. Without --wait it exits with 4.`,
 		Example: `  rekall-gateway keys revoke key_0123456789abcdefABCDEF --wait
   rekall-gateway keys revoke --created-by key:key_0123456789abcdefABCDEF --created-after 2030-01-01T00:00:00Z
   rekall-gateway keys revoke --hashes leaked.txt --yes --wait`,
-		Args: cobra.MaximumNArgs(1),
+		Args: oneKeyAtMost,
 	}, revokeKeys)
 	cmd.Flags().Bool("wait", false, "Wait until no edge that reports allows the keys any longer, and show each with its delay; fail if none reports")
 	cmd.Flags().String("account", "", "Keys of this account")
@@ -37,7 +37,7 @@ interrupted is taken up again. Without --wait it exits with 4.`,
 	cmd.Flags().String("hashes", "", "Keys whose SHA-256 is in this file, one a line in hexadecimal; -: standard input")
 	cmd.Flags().Bool("yes", false, "Act: revoke the keys that were selected")
 	cmd.Flags().Bool("dry-run", false, "Only count the keys that were selected")
-	cmd.MarkFlagsMutuallyExclusive("yes", "dry-run")
+	exclusive(cmd, "yes", "dry-run")
 	return cmd
 }
 

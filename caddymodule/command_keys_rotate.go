@@ -26,7 +26,7 @@ passed over. It acts only with --yes; without, it shows what it would rotate.`,
 		Example: `  rekall-gateway keys rotate key_0123456789abcdefABCDEF --overlap 48h
   rekall-gateway keys rotate key_0123456789abcdefABCDEF --overlap on-first-use
   rekall-gateway keys rotate --older-than 90d --yes --json >> successors.jsonl`,
-		Args: cobra.MaximumNArgs(1),
+		Args: oneKeyAtMost,
 	}, rotateKeys)
 	cmd.Flags().String("overlap", "", "How long the old key works on: e.g. 48h, 0, or on-first-use[:48h] from the first use of the new one (default 24h)")
 	cmd.Flags().Bool("undo", false, "Restore the key and revoke its successor")
@@ -35,9 +35,9 @@ passed over. It acts only with --yes; without, it shows what it would rotate.`,
 	cmd.Flags().Bool("yes", false, "With --older-than, act")
 	cmd.Flags().Bool("dry-run", false, "With --older-than, only show what would be rotated")
 	choices(cmd, "overlap", "0", "24h", "48h", "on-first-use")
-	cmd.MarkFlagsMutuallyExclusive("yes", "dry-run")
-	cmd.MarkFlagsMutuallyExclusive("undo", "older-than")
-	cmd.MarkFlagsMutuallyExclusive("undo", "overlap")
+	exclusive(cmd, "yes", "dry-run")
+	exclusive(cmd, "undo", "older-than")
+	exclusive(cmd, "undo", "overlap")
 	return cmd
 }
 

@@ -40,7 +40,7 @@ func limitsShowCommand() *cobra.Command {
 	}, showLimits)
 	cmd.Flags().String("account", "", "The account")
 	cmd.Flags().String("key", "", "The id of the key")
-	cmd.MarkFlagsMutuallyExclusive("account", "key")
+	exclusive(cmd, "account", "key")
 	return cmd
 }
 
@@ -99,7 +99,7 @@ var errNoLimit = errors.New("say what to change: --requests-per-minute, --burst,
 
 func limitsTierCommand() *cobra.Command {
 	cmd := keysCommand(&cobra.Command{
-		Use: "tier <tier> [flags]", Short: "Sets the limits of a tier", Args: cobra.ExactArgs(1),
+		Use: "tier <tier> [flags]", Short: "Sets the limits of a tier", Args: arguments("a tier"),
 		Example:           "  rekall-gateway limits tier free --requests-per-minute 200 --burst 300",
 		ValidArgsFunction: cobra.FixedCompletions([]string{"free", "pro", "team", "enterprise", "sandbox"}, cobra.ShellCompDirectiveNoFileComp),
 	}, func(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
@@ -119,7 +119,7 @@ func limitsTierCommand() *cobra.Command {
 
 func limitsAccountCommand() *cobra.Command {
 	cmd := keysCommand(&cobra.Command{
-		Use: "account <account> [--tier <tier>] [flags]", Short: "Sets the tier and the limits of an account", Args: cobra.ExactArgs(1),
+		Use: "account <account> [--tier <tier>] [flags]", Short: "Sets the tier and the limits of an account", Args: arguments("an account"),
 		Example: `  rekall-gateway limits account acme --tier pro
   rekall-gateway limits account globex --tier enterprise --requests-per-minute 20000 --concurrent-requests 400`,
 	}, func(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
@@ -144,7 +144,7 @@ func limitsAccountCommand() *cobra.Command {
 
 func limitsKeyCommand() *cobra.Command {
 	cmd := keysCommand(&cobra.Command{
-		Use: "key <id> [flags]", Short: "Sets the limits of a key", Args: cobra.ExactArgs(1),
+		Use: "key <id> [flags]", Short: "Sets the limits of a key", Args: arguments("the id of a key"),
 		Example: "  rekall-gateway limits key key_0123456789abcdefABCDEF --concurrent-requests 1",
 	}, func(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
 		change := limitsChange(cmd)

@@ -21,7 +21,7 @@ func keysUsageCommand() *cobra.Command {
 		Short:   "Shows what a key was used for",
 		Long:    "Shows how many requests with a key were allowed, and denied for which reasons, by day or by hour (UTC).",
 		Example: "  rekall-gateway keys usage key_4fK2mQ9xT1bV7nR3sY8wZ0 --last 7d --hourly",
-		Args:    cobra.ExactArgs(1),
+		Args:    arguments("the id of a key"),
 	}, showUsage)
 	cmd.Flags().String("last", "30d", "How far to look back, e.g. 90d, 2w or 12h")
 	cmd.Flags().Bool("hourly", false, "Show hours instead of days (--json has both)")

@@ -1,12 +1,17 @@
 package test
 
 import (
+	"encoding/json"
+	"html"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
+	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
@@ -69,4 +74,26 @@ func TestCommandsInTheGuidesWork(t *testing.T) {
 			t.Errorf("no command printed %s", part)
 		}
 	}
+}
+
+func TestCommandOnTheSignInPageMakesAKeyThatManagesKeys(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	g := r.start(managedSite)
+	page := g.do("GET", "/settings/api-keys/sign-in", nil).body
+	found := regexp.MustCompile(`<code>(rekall-gateway [^<]*)</code>`).FindStringSubmatch(page)
+	if found == nil {
+		t.Fatalf("no command in %s", page)
+	}
+	cmd := exec.Command("bash", "-c", html.UnescapeString(found[1])+" --json")
+	cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+r.database, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
+	output, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%s: %v", found[1], err)
+	}
+	var key keyadmin.Key
+	if err := json.Unmarshal(output, &key); err != nil || !key.ManageKeys {
+		t.Errorf("%v, %s", err, apikey.Redact(string(output)))
+	}
+	g.manage("GET", keysPath, bearer(key), "", http.StatusOK)
 }

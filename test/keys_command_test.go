@@ -179,6 +179,40 @@ func TestNoCommandShowsAKeyThatItIsGivenAsAnArgument(t *testing.T) {
 	}
 }
 
+func TestWrongUseOfACommandIsToldInItsOwnWords(t *testing.T) {
+	t.Parallel()
+	const id = "key_0000000000000000000000"
+	create := "keys create --name n --scopes memories:read --environment sandbox "
+	for args, want := range map[string]string{
+		"keys show":                             "give the id of a key, and nothing besides",
+		"keys rename " + id:                     "give the id of a key and its new name",
+		"keys usage a b":                        "give the id of a key",
+		"keys import":                           "give a file, or - for standard input",
+		"keys revoke a b":                       "give the id of one key",
+		"keys rotate a b":                       "give the id of one key",
+		"limits account":                        "give an account",
+		"limits tier":                           "give a tier",
+		"keys rotate a --undo --overlap 1h":     "--undo and --overlap exclude each other",
+		"keys revoke a --yes --dry-run":         "--yes and --dry-run exclude each other",
+		"limits show --account a --key b":       "--account and --key exclude each other",
+		create + "--expires-in 1d --expires-at": "flag needs an argument: --expires-at",
+		create + "--expires-in 1d --expires-at 2030-12-31T23:59:59Z": "--expires-in and --expires-at exclude each other",
+		"bogus":      `unknown command "bogus" for "rekall-gateway"`,
+		"keys bogus": `unknown command "bogus" for "rekall-gateway keys"`,
+	} {
+		stdout, stderr, code := cli(t, "postgres://nobody@127.0.0.1:1/none", strings.Fields(args)...)
+		if code != 1 || stdout != "" || !strings.Contains(stderr, "Error: "+want) {
+			t.Errorf("%s: %d %s%s", args, code, stdout, stderr)
+		}
+	}
+	if stdout, _, _ := cli(t, "", "keys", "create", "--help"); !strings.Contains(stdout, "  rekall-gateway keys create --name <name>") || strings.Contains(stdout, " caddy ") {
+		t.Errorf("help: %s", stdout)
+	}
+	if stdout, _, _ := cli(t, "", "--help"); !strings.Contains(stdout, "Rekall's API-key gateway") {
+		t.Errorf("help: %s", stdout)
+	}
+}
+
 func TestIncidentSwitchCountsBeforeItActs(t *testing.T) {
 	t.Parallel()
 	k := newKeysCLI(t)
@@ -292,7 +326,7 @@ func TestFileOfKeysIsImportedOnceAndWhole(t *testing.T) {
 		t.Errorf("bad lines: %d %s", code, stderr)
 	}
 	plain := fmt.Sprintf(`{"key":%q,"account":"acme","name":"n","scopes":["memories:read"]}`, apikey.Generate(apikey.Production))
-	if _, stderr, code := k.try(plain, "import", "-", "--format", "jsonl"); code != 1 || !strings.Contains(stderr, "plain keys") {
+	if _, stderr, code := k.try(plain, "import", "-", "--format", "jsonl"); code != 1 || !strings.Contains(stderr, "--plain-keys") {
 		t.Errorf("plain keys: %d %s", code, stderr)
 	}
 	if stdout, stderr, code := k.try(plain, "import", "-", "--format", "jsonl", "--plain-keys"); code != 0 {

@@ -56,7 +56,8 @@ func TestLimitsAreSetAndShownByCommand(t *testing.T) {
 		"tier free --burst 5":              "Error: --burst must be at least a quarter of the requests per minute, and at most 10000000\n",
 		"show --key " + key.Key.Reveal():   "an argument is a key itself",
 		"key " + key.Key.Reveal():          "an argument is a key itself",
-		"show --account a --key " + key.ID: "none of the others can be",
+		"show --account a --key " + key.ID: "--account and --key exclude each other",
+		"account initech --burst 100":      "--burst needs --requests-per-minute beside it",
 	} {
 		if out, ok := k.limits(strings.Fields(args)...); ok || !strings.Contains(out, want) {
 			t.Errorf("limits %s:\n%s", args, out)

@@ -88,7 +88,7 @@ const (
 	maxLine = 64 << 10 // bytes of a JSON line: 14 scopes and two names of 200 characters take a few thousand
 )
 
-const plainKeysRefused = "must not be there: give hash, or allow plain keys"
+const plainKeysRefused = "must not be there: give hash, or allow plain keys with --plain-keys"
 
 type csvReader struct {
 	csv     *csv.Reader
