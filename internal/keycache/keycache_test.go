@@ -267,6 +267,7 @@ type hookedStore struct {
 	change      func(*keystore.Snapshot)
 	afterScan   func() // after the first hash of a scan has been read
 	failing     error  // of each sync
+	unreadable  error  // of each lookup
 }
 
 func (s *hookedStore) Lookup(ctx context.Context, digests []apikey.Digest) (keystore.Found, error) {
@@ -274,6 +275,9 @@ func (s *hookedStore) Lookup(ctx context.Context, digests []apikey.Digest) (keys
 	found, err := s.Store.Lookup(ctx, digests)
 	if s.afterLookup != nil {
 		s.afterLookup()
+	}
+	if s.unreadable != nil {
+		err = s.unreadable
 	}
 	return found, err
 }

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
 const (
@@ -220,21 +221,29 @@ func (l *loader) lookup(batch []*call) {
 	}
 }
 
-// read returns an answer for each digest, as of an epoch that the caller loaded before.
-func (c *Cache) read(ctx context.Context, digests []apikey.Digest, epoch uint64) ([]answer, error) {
-	readAt := time.Now()
+// query reads rows, and counts that.
+func (c *Cache) query(ctx context.Context, digests []apikey.Digest) (keystore.Found, error) {
 	c.counts.lookups.Add(1)
 	found, err := c.store.Lookup(ctx, digests)
 	if err != nil {
 		c.counts.lookupErrors.Add(1)
 		c.failed(err)
+	}
+	return found, err
+}
+
+// read returns an answer for each digest, as of an epoch that the caller loaded before.
+func (c *Cache) read(ctx context.Context, digests []apikey.Digest, epoch uint64) ([]answer, error) {
+	readAt := time.Now()
+	found, err := c.query(ctx, digests)
+	if err != nil {
 		return nil, err
 	}
 	if found.InRecovery && c.cfg.SentAt == nil {
 		return nil, errStandby
 	}
 	s := c.state.Load()
-	if !s.syncedAt.IsZero() && (found.StartedAt != s.server.StartedAt || found.InRecovery != s.server.InRecovery) {
+	if !s.syncedAt.IsZero() && !s.foundHere(found) {
 		return nil, errOtherServer
 	}
 	records := make(map[apikey.Digest]*apikey.Record, len(found.Records))

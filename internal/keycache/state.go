@@ -104,6 +104,11 @@ func (s *state) sameServer(snap keystore.Snapshot) bool {
 	return s.server == snap.Server && snap.Xmax >= s.xmax
 }
 
+// foundHere reports whether rows were found on the server that the feed of s is read from.
+func (s *state) foundHere(found keystore.Found) bool {
+	return found.StartedAt == s.server.StartedAt && found.InRecovery == s.server.InRecovery
+}
+
 // restart returns the state after a sync that has nothing in common with s: no entry read before it is usable.
 func (s *state) restart(snap keystore.Snapshot, readAt, vouchedAt time.Time) *state {
 	return &state{

@@ -1,6 +1,7 @@
 package keycache
 
 import (
+	"errors"
 	"slices"
 	"strings"
 	"testing"
@@ -123,6 +124,28 @@ func TestStatusCountsWhatMemoryHoldsAndWhatItDoesNotTake(t *testing.T) {
 	c.keep(newEntry(apikey.Record{Digest: apikey.Digest{2}}, 0))
 	if c.Status().Drops != s.Drops {
 		t.Error("a key that came after the end counts as dropped")
+	}
+}
+
+func TestStatusCountsALookupThatFailsWhileTheFeedStartsOver(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	store := &hookedStore{Store: db.store}
+	c, s := newCache(t, store, nil), new(syncer)
+	key := db.create(t)
+	tick(t, s, c)
+	found, err := c.Find(t.Context(), key.digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.hot[place(&key.digest)%hotSlots].Store(found.entry)
+	store.change = func(snap *keystore.Snapshot) { snap.Server.StartedAt++ }
+	store.unreadable = errors.New("connection reset by peer")
+	tick(t, s, c)
+	if st := c.Status(); st.Lookups != 2 || st.LookupErrors != 1 {
+		t.Errorf("%d lookups and %d errors, want 2 and 1", st.Lookups, st.LookupErrors)
+	}
+	if failure := c.LastFailure(); failure == nil || !errors.Is(failure.Err, store.unreadable) {
+		t.Errorf("the last failure is %v", failure)
 	}
 }
 

@@ -198,9 +198,8 @@ func (c *Cache) carryOver(ctx context.Context, old, n *state) {
 		}
 	}
 	for batch := range slices.Chunk(digests, lookupBatch) {
-		c.counts.lookups.Add(1)
-		found, err := c.store.Lookup(ctx, batch)
-		if err != nil || found.StartedAt != n.server.StartedAt || found.InRecovery != n.server.InRecovery {
+		found, err := c.query(ctx, batch)
+		if err != nil || !n.foundHere(found) {
 			return // they are looked up when they are asked for
 		}
 		for _, record := range found.Records {
