@@ -8,7 +8,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -192,17 +191,14 @@ func (b *bench) fill(name, address, admin string) string {
 	return filled
 }
 
-// startBackend runs nginx. Where there is none, a smoke run makes do with a Go server.
+// startBackend runs nginx.
 func (b *bench) startBackend() {
 	b.t.Helper()
 	for range *upstreams {
 		b.backends = append(b.backends, process.FreeAddress(b.t))
 	}
 	b.h2c = process.FreeAddress(b.t)
-	if !installed(b.t, "nginx") {
-		b.startGoBackend()
-		return
-	}
+	need(b.t, "nginx")
 	b.fill("nginx-common.conf", "", "")
 	p := b.startNginx("backend", b.fill("backend.conf", "", ""))
 	for _, address := range b.backends {
@@ -211,29 +207,6 @@ func (b *bench) startBackend() {
 			status, body, err := b.ask("http://"+address, "")
 			return err == nil && status == http.StatusOK && body == answer
 		})
-	}
-}
-
-func (b *bench) startGoBackend() {
-	b.t.Helper()
-	protocols := new(http.Protocols)
-	protocols.SetHTTP1(true)
-	protocols.SetUnencryptedHTTP2(true)
-	for _, address := range append(b.backends, b.h2c) {
-		listener, err := net.Listen("tcp", address)
-		if err != nil {
-			b.t.Fatal(err)
-		}
-		server := &http.Server{
-			Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-				w.Header().Set("Content-Type", "application/json")
-				_, _ = io.WriteString(w, answer)
-			}),
-			ReadHeaderTimeout: time.Minute,
-			Protocols:         protocols,
-		}
-		go func() { _ = server.Serve(listener) }()
-		b.t.Cleanup(func() { _ = server.Close() })
 	}
 }
 
@@ -263,18 +236,12 @@ func (b *bench) startAuth() *program {
 	return b.auth
 }
 
-// installed reports whether there is a program. A smoke run leaves out what is missing, unless all is required; any other run
-// needs it.
-func installed(t *testing.T, program string) bool {
+// need fails the test where there is no such program.
+func need(t *testing.T, program string) {
 	t.Helper()
-	_, err := exec.LookPath(program)
-	if err != nil && (!testing.Short() || os.Getenv("REKALL_TEST_REQUIRE_ALL") != "") {
+	if _, err := exec.LookPath(program); err != nil {
 		t.Fatalf("there is no %s: test/load/run installs what is needed", program)
 	}
-	if err != nil {
-		t.Logf("left out, since it is not installed: %s", program)
-	}
-	return err == nil
 }
 
 // ask sends one request, with a key unless that is empty.

@@ -33,9 +33,7 @@ func TestComparison(t *testing.T) {
 // warms everything.
 func (b *bench) measure(groups [][]*system, rounds int) measurements {
 	b.t.Helper()
-	if !installed(b.t, "wrk") {
-		b.t.Fatal("there is no wrk to make requests with: test/load/run installs it")
-	}
+	need(b.t, "wrk")
 	results := make(measurements)
 	for round := range rounds + 1 {
 		for _, s := range shuffled(groups) {

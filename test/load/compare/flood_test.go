@@ -171,9 +171,7 @@ type flood struct {
 // attacker has CPUs of its own, and what this one takes from the gateway and from the good keys' client says nothing of the gateway.
 func (f *flood) prepare(span time.Duration) {
 	f.b.t.Helper()
-	if !installed(f.b.t, "wrk") {
-		f.b.t.Fatal("there is no wrk to make requests with: test/load/run installs it")
-	}
+	need(f.b.t, "wrk")
 	const threads = 2
 	for thread := range threads {
 		var keys strings.Builder

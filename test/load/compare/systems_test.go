@@ -59,7 +59,7 @@ func (b *bench) startSystems() (groups [][]*system) {
 	example := exampleFile(b.t)
 	quiet := without(b.t, example, "\tlog\n")
 	unlimited := without(b.t, quiet, "\t\trate_limits\n")
-	groups = append(groups, []*system{
+	groups = [][]*system{{
 		b.startGateway(checked, gatewayProgram, unlimited),
 		b.startGateway(overH2C, gatewayProgram, replaced(b.t, replaced(b.t, unlimited, "# versions h2c\n", "versions h2c\n"), "@BACKENDS@", b.h2c)),
 		b.startGateway(limited, gatewayProgram, quiet),
@@ -67,27 +67,18 @@ func (b *bench) startSystems() (groups [][]*system) {
 		b.startGateway(shipped, gatewayProgram, example),
 		b.startCaddy(stock, "stock.Caddyfile"),
 		b.startCaddy(stockLog, "stock-log.Caddyfile"),
-	}, []*system{
+	}, {
 		b.startCaddy(forward, "forward-auth.Caddyfile"),
 		b.startCaddy(tunedAuth, "forward-auth-tuned.Caddyfile", "GOGC=400"),
-	})
-	if installed(b.t, "nginx") {
-		group := []*system{
-			b.startNginxSystem(plainNginx, "nginx-plain.conf"),
-			b.startNginxSystem(authNginx, "nginx-auth_request.conf"),
-		}
-		if hasLua(b.t) {
-			group = append(group, b.startNginxSystem(luaNginx, "nginx-lua.conf"))
-		}
-		groups = append(groups, group)
-	}
-	if installed(b.t, "haproxy") {
-		groups = append(groups, []*system{
-			b.startHAProxy(haproxy, "haproxy-plain.cfg"),
-			b.startHAProxy(mapHAProxy, "haproxy-map.cfg"),
-			b.startHAProxy(shaHAProxy, "haproxy-sha256.cfg"),
-		})
-	}
+	}, {
+		b.startNginxSystem(plainNginx, "nginx-plain.conf"),
+		b.startNginxSystem(authNginx, "nginx-auth_request.conf"),
+		b.startNginxSystem(luaNginx, "nginx-lua.conf"),
+	}, {
+		b.startHAProxy(haproxy, "haproxy-plain.cfg"),
+		b.startHAProxy(mapHAProxy, "haproxy-map.cfg"),
+		b.startHAProxy(shaHAProxy, "haproxy-sha256.cfg"),
+	}}
 	for _, s := range slices.Concat(groups...) {
 		b.prove(s)
 	}
@@ -227,16 +218,6 @@ func (b *bench) startNginxSystem(name, file string) *system {
 		name: name, authenticates: asks || strings.Contains(file, "lua"), url: "http://" + address,
 		own: p, processes: append([]*program{p}, auth...),
 	}
-}
-
-// hasLua tells whether nginx has the module, as Debian packages it.
-func hasLua(t *testing.T) bool {
-	t.Helper()
-	_, err := os.Stat("/etc/nginx/modules-enabled/50-mod-http-lua.conf")
-	if err != nil && (!testing.Short() || os.Getenv("REKALL_TEST_REQUIRE_ALL") != "") {
-		t.Fatal("nginx has no Lua: test/load/run installs libnginx-mod-http-lua")
-	}
-	return err == nil
 }
 
 func (b *bench) startHAProxy(name, file string) *system {
