@@ -12,7 +12,7 @@
 // before.
 //
 // The tests take long and most of a machine, so they have a build tag; test/long runs a small fleet. The full size, whose
-// tables stand in README.md:
+// tables stand in README.md, and for the limits of keys in limits.md:
 //
 //	REKALL_FLEET=full go test -tags fleet -v -count 1 -timeout 30m ./test/fleet
 package fleet

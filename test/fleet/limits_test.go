@@ -107,7 +107,7 @@ func TestEdgesHoldKeysToTheirLimits(t *testing.T) {
 		time.Now().UTC().Format(time.DateOnly))
 	t.Log("\n" + table)
 	if full() && !t.Failed() {
-		if err := os.WriteFile("../load/limits.md", []byte(table), 0o644); err != nil {
+		if err := os.WriteFile("limits.md", []byte(table), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
