@@ -3,8 +3,13 @@ package ratelimit
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
+	"encoding/pem"
 	"fmt"
 	"math/rand/v2"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -71,17 +76,22 @@ func startEdges(t testing.TB, url string, n int) []*edgeUnderTest {
 	var edges []*edgeUnderTest
 	for range n {
 		store, log := openStore(t, url, n)
-		ctx, cancel := context.WithCancel(context.Background())
-		var running sync.WaitGroup
-		running.Go(func() { store.Run(ctx) })
-		stop := sync.OnceFunc(func() {
-			cancel()
-			running.Wait()
-		})
-		t.Cleanup(stop)
-		edges = append(edges, &edgeUnderTest{NewShared(store), store, log, stop})
+		edges = append(edges, startEdge(t, store, log))
 	}
 	return edges
+}
+
+func startEdge(t testing.TB, store *Store, log *logBuffer) *edgeUnderTest {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() { store.Run(ctx) })
+	stop := sync.OnceFunc(func() {
+		cancel()
+		running.Wait()
+	})
+	t.Cleanup(stop)
+	return &edgeUnderTest{NewShared(store), store, log, stop}
 }
 
 func (e *edgeUnderTest) ask(d apikey.Digest, limit Limit) Verdict {
@@ -561,5 +571,36 @@ func BenchmarkSharedAcquire(b *testing.B) {
 			})
 			b.ReportMetric(float64(e.store.Status().Commands)/float64(b.N), "commands/op")
 		})
+	}
+}
+
+// TestStoreOverTLSIsUsedOnlyIfItsCertificateIsGood: whoever answers in its place would learn the password and decide on limits.
+func TestStoreOverTLSIsUsedOnlyIfItsCertificateIsGood(t *testing.T) {
+	page := httptest.NewTLSServer(nil) // for its certificate
+	defer page.Close()
+	key, err := x509.MarshalPKCS8PrivateKey(page.TLS.Certificates[0].PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	files := devenv.RedisTLS{CertificateFile: filepath.Join(dir, "cert.pem"), KeyFile: filepath.Join(dir, "key.pem")}
+	for file, block := range map[string]*pem.Block{
+		files.CertificateFile: {Type: "CERTIFICATE", Bytes: page.Certificate().Raw}, files.KeyFile: {Type: "PRIVATE KEY", Bytes: key},
+	} {
+		if err := os.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	server := redistest.Server(t, devenv.RedisOptions{Password: "secret", TLS: &files})
+	store, log := openStore(t, server.URL(), 2)
+	store.client.Options().TLSConfig.RootCAs = x509.NewCertPool()
+	store.client.Options().TLSConfig.RootCAs.AddCert(page.Certificate())
+	trusting, doubting := startEdge(t, store, log), startEdges(t, server.URL(), 1)[0]
+	trusting.ask(digest(1), fast)
+	eventually(t, "it holds a lease", func() bool { return trusting.bucket(digest(1)).lease.held.Load() > 0 })
+	doubting.ask(digest(1), fast)
+	eventually(t, "nobody vouches for the certificate, and the log says so", func() bool { return doubting.log.lines("x509: certificate signed by unknown authority") > 0 })
+	if doubting.store.connected.Load() {
+		t.Error("the store was used")
 	}
 }
