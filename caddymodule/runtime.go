@@ -63,9 +63,8 @@ type runtime struct {
 	issuers  atomic.Pointer[[]*identitytoken.Issuer] // of the newest configuration
 	tokens   int                                     // kept at most: one for each key in the cache
 
-	limiter    *ratelimit.Limiter // runs once a configuration limits keys
-	limitStore *ratelimit.Store   // that the limiter shares; nil: none
-	limitOnce  sync.Once
+	limiter   *ratelimit.Limiter // runs once a configuration limits keys
+	limitOnce sync.Once
 }
 
 func newRuntime(s settings) (*runtime, error) {
@@ -180,15 +179,16 @@ func canSign(issuers []*identitytoken.Issuer) bool {
 	return !slices.ContainsFunc(issuers, func(i *identitytoken.Issuer) bool { return !i.Ready() })
 }
 
-func (rt *runtime) openLimiter(store string) (err error) {
-	if store == "" {
+func (rt *runtime) openLimiter(url string) error {
+	if url == "" {
 		rt.limiter = ratelimit.New()
 		return nil
 	}
-	if rt.limitStore, err = ratelimit.OpenStore(store, rt.liveEdges, rt.logger.Load); err != nil {
+	store, err := ratelimit.OpenStore(url, rt.liveEdges, rt.logger.Load)
+	if err != nil {
 		return err
 	}
-	rt.limiter = ratelimit.NewShared(rt.limitStore)
+	rt.limiter = ratelimit.NewShared(store)
 	return nil
 }
 

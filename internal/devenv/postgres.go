@@ -27,9 +27,6 @@ type PostgresOptions struct {
 	Settings map[string]string
 	// Files to put into a throw-away server's data directory, by the relative names under which Settings know them.
 	Files map[string][]byte
-	// Durable makes a throw-away server wait for the disk, as a kept one always does. Without it a crash of the machine, but
-	// not of the server, loses data.
-	Durable bool
 }
 
 // Postgres is a private server, reached over loopback with a password of its own. On Linux it dies with this process;
@@ -252,7 +249,7 @@ func (p *Postgres) arguments() []string {
 		// In the data directory rather than /dev/shm, where a killed server's segments would outlive it.
 		"dynamic_shared_memory_type": "mmap",
 	}
-	if p.kept == nil && !p.options.Durable {
+	if p.kept == nil {
 		// Not synchronous_commit: with it off, Kill would lose what was committed.
 		settings["fsync"], settings["full_page_writes"] = "off", "off"
 	}

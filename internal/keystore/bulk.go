@@ -10,7 +10,6 @@ import (
 
 // Selection is a set of keys within a reach: those to which all that is set applies.
 type Selection struct {
-	Environment   string          // empty: both
 	CreatedBy     string          // an actor, who made them or a key that made them, and so on; empty: any
 	CreatedAfter  *time.Time      // at or after it; nil: no bound
 	CreatedBefore *time.Time      // before it; nil: no bound
@@ -21,9 +20,6 @@ func (s Selection) conditions(reach Reach) *conditions {
 	q := new(conditions)
 	q.reach(reach)
 	q.add("k.revoked_at is null")
-	if s.Environment != "" {
-		q.add("k.environment = ?", s.Environment)
-	}
 	if s.CreatedBy != "" {
 		q.add(`k.created_by in (
 			with recursive maker (actor) as (

@@ -78,7 +78,6 @@ func NewShared(s *Store) *Limiter {
 // StoreStatus is what a store has done since it was opened.
 type StoreStatus struct {
 	Fallback  bool   // whether this edge holds keys to its part of their limits, because Redis does not answer
-	Edges     int    // that share the limits
 	Outages   uint64 // times that Redis did not answer
 	Exchanges uint64 // round trips
 	Commands  uint64 // keys settled in them
@@ -88,7 +87,7 @@ type StoreStatus struct {
 // Status returns what the store has done.
 func (s *Store) Status() StoreStatus {
 	return StoreStatus{
-		Fallback: s.fallback.Load(), Edges: int(s.edges.Load()), Outages: s.outages.Load(),
+		Fallback: s.fallback.Load(), Outages: s.outages.Load(),
 		Exchanges: s.exchanges.Load(), Commands: s.commands.Load(), Failures: s.failures.Load(),
 	}
 }
