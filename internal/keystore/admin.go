@@ -159,9 +159,9 @@ func (k Keys) Revoke(ctx context.Context, reach Reach, id string) (row Row, revo
 	return row, err == nil, err
 }
 
-// Now returns the time that the transaction began, which is "now" in all its statements.
-func (t *Tx) Now(ctx context.Context) (now time.Time, err error) {
-	if err := t.tx.QueryRow(ctx, `select now()`).Scan(&now); err != nil {
+// Now returns Postgres's clock: in a Tx, when it began, which is "now" in all its statements.
+func (k Keys) Now(ctx context.Context) (now time.Time, err error) {
+	if err := k.db.QueryRow(ctx, `select now()`).Scan(&now); err != nil {
 		return now, failed("read the clock", err)
 	}
 	return now, nil

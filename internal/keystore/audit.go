@@ -30,14 +30,10 @@ func (t *Tx) Audit(ctx context.Context, entry AuditEntry) error {
 	if err != nil {
 		return failed("write audit", err)
 	}
-	_, err = t.db.Exec(ctx, `
+	return t.exec(ctx, "write audit", `
 insert into rekall.audit (actor, action, key_id, account, environment, details)
 values ($1, $2, nullif($3, ''), nullif($4, ''), nullif($5, ''), $6::jsonb)`,
 		entry.Actor, entry.Action, entry.KeyID, entry.Account, entry.Environment, string(text))
-	if err != nil {
-		return failed("write audit", err)
-	}
-	return nil
 }
 
 // AuditFilter selects entries of the audit. The zero value selects all.

@@ -38,12 +38,8 @@ type FirstRequest struct {
 
 // forgetIdempotencyKeys removes some that are old. It skips those that another transaction is removing.
 func (t *Tx) forgetIdempotencyKeys(ctx context.Context) error {
-	_, err := t.db.Exec(ctx, `
+	return t.exec(ctx, "forget idempotency keys", `
 delete from rekall.idempotency_keys where (account, actor, idempotency_key) in (
 	select account, actor, idempotency_key from rekall.idempotency_keys
 	where created_at < now() - interval '24 hours' order by created_at limit 100 for update skip locked)`)
-	if err != nil {
-		return failed("forget idempotency keys", err)
-	}
-	return nil
 }

@@ -85,11 +85,3 @@ order by k.created_at, k.id limit `+placeholder(len(q.args)), q.args...) // Coll
 	}
 	return due, nil
 }
-
-// Now returns Postgres's clock.
-func (s *Store) Now(ctx context.Context) (now time.Time, err error) {
-	if err := s.pool.QueryRow(ctx, `select now()`).Scan(&now); err != nil {
-		return now, failed("read the clock", err)
-	}
-	return now, nil
-}
