@@ -19,7 +19,7 @@ func TestBadInputIsRefusedWithTheFieldNamedAndNothingChanged(t *testing.T) {
 	before, audited := r.call("GET", one, by(manager), "").body, len(r.call("GET", path+"/audit", by(manager), "").audit(t).Data)
 	pasted := apikey.Generate(apikey.Production)
 	const invalid, unacceptable, denied, large, media, missing = "400 INVALID_REQUEST", "422 VALIDATION_FAILED", "403 PERMISSION_DENIED",
-		"413 PAYLOAD_TOO_LARGE", "415 UNSUPPORTED_MEDIA_TYPE", "404 NOT_FOUND"
+		"413 BODY_TOO_LARGE", "415 UNSUPPORTED_MEDIA_TYPE", "404 NOT_FOUND"
 	plain := http.Header{}
 	for _, test := range []struct {
 		method, path, body string
@@ -210,7 +210,7 @@ func TestLongestNameAndOddSpacingAreAcceptable(t *testing.T) {
 func TestBodyThatEndsEarlyIsRefused(t *testing.T) {
 	r := newRig(t)
 	request := "POST " + path + " HTTP/1.1\r\nHost: a\r\nX-Person: ann@acme\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{\"name\": \"a\""
-	if answer := raw(t, r.server.Listener.Addr().String(), request); !strings.HasPrefix(answer, "HTTP/1.1 400 ") || !strings.Contains(answer, "INVALID_REQUEST") {
+	if answer := raw(t, r.server.Listener.Addr().String(), request); !strings.HasPrefix(answer, "HTTP/1.1 400 ") || !strings.Contains(answer, "BODY_INVALID") {
 		t.Errorf("answer %q", answer)
 	}
 }

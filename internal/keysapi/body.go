@@ -24,8 +24,8 @@ var (
 		Status: http.StatusUnsupportedMediaType, Code: "UNSUPPORTED_MEDIA_TYPE",
 		Message: "The body must be JSON in UTF-8 and not compressed: send it with 'Content-Type: application/json'.",
 	}
-	errTooLarge   = &Error{Status: http.StatusRequestEntityTooLarge, Code: "PAYLOAD_TOO_LARGE", Message: "The body is too large."}
-	errIncomplete = invalid("", "The body could not be read to its end.")
+	errTooLarge   = &Error{Status: http.StatusRequestEntityTooLarge, Code: "BODY_TOO_LARGE", Message: "The body is too large."}
+	errIncomplete = &Error{Status: http.StatusBadRequest, Code: "BODY_INVALID", Message: "The body could not be read to its end."}
 	errNotUTF8    = invalid("", "The body is not UTF-8.")
 	errSyntax     = invalid("", "The body must be one JSON object, and nothing after it.")
 	errQuery      = invalid("", "The query could not be read: percent-encode special characters.")

@@ -122,7 +122,7 @@ func TestUnreadableReportIsRefusedAndNotAudited(t *testing.T) {
 		{secret, "400 INVALID_REQUEST", ""},
 		{`{"keys": ["` + secret + `"]`, "400 INVALID_REQUEST", ""},
 		{`{"keys": ["` + secret + `"], "` + secret + `": 1}`, "400 INVALID_REQUEST", "rk_…"},
-		{`{"keys": ["` + strings.Repeat("a", 128<<10) + `"]}`, "413 PAYLOAD_TOO_LARGE", ""},
+		{`{"keys": ["` + strings.Repeat("a", 128<<10) + `"]}`, "413 BODY_TOO_LARGE", ""},
 	} {
 		status, code, _ := strings.Cut(test.want, " ")
 		answer := r.bad("POST", leaked, from(fmt.Sprintf("192.0.2.%d", i)), test.body)
