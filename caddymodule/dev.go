@@ -104,7 +104,7 @@ func (d *dev) check() error {
 	// A taken port is the usual mistake; find it before a database is made.
 	listener, err := net.Listen("tcp", d.listen)
 	if err != nil {
-		return fmt.Errorf("cannot listen on %s: is another program using it? choose another with --listen", d.listen)
+		return fmt.Errorf("cannot listen on %s, choose another with --listen: %w", d.listen, err)
 	}
 	return listener.Close()
 }

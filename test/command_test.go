@@ -243,10 +243,8 @@ func TestDevPrintsLinesThatWorkAndLeavesNothing(t *testing.T) {
 
 func TestDevRefusesWrongFlagsBeforeItStartsAnything(t *testing.T) {
 	t.Parallel()
-	taken := newRig(t).production.Address()
 	for name, args := range map[string][]string{
 		"not an address":      {"--listen", "nowhere"},
-		"a taken port":        {"--listen", taken},
 		"not a URL":           {"--production", "localhost:3000"},
 		"a URL with a path":   {"--sandbox", "http://127.0.0.1:3000/v1"},
 		"two databases":       {"--data", "x", "--database", "postgres://127.0.0.1/x"},
@@ -259,6 +257,19 @@ func TestDevRefusesWrongFlagsBeforeItStartsAnything(t *testing.T) {
 				t.Errorf("exit %d, %q", code, stderr)
 			}
 		})
+	}
+}
+
+func TestDevSaysWhyItCannotListen(t *testing.T) {
+	t.Parallel()
+	for address, why := range map[string]string{
+		newRig(t).production.Address(): "address already in use",
+		"192.0.2.1:8080":               "cannot assign requested address", // of no machine: RFC 5737
+	} {
+		_, stderr, code := cli(t, "", "dev", "--listen", address)
+		if code == 0 || !strings.Contains(stderr, why) || !strings.Contains(stderr, "choose another with --listen") {
+			t.Errorf("exit %d, %q, want %q", code, stderr, why)
+		}
 	}
 }
 
