@@ -1,4 +1,4 @@
-// Package caddymodule puts the gateway into Caddy: the rekall app, the rekall_gateway and rekall_tls_only handlers, their
+// Package caddymodule puts the gateway into Caddy: the rekall app, its handlers and what goes with them in a server, their
 // Caddyfile directives, admin routes, metrics and commands. It is a thin adapter; what it adapts lives in internal/.
 package caddymodule
 

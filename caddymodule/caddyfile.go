@@ -43,8 +43,9 @@ func init() {
 //		listen        on|off
 //		edge          <name> [<region>]
 //		canary
-//		usage_flush     <duration>
-//		usage_retention <duration>
+//		usage_flush      <duration>
+//		usage_retention  <duration>
+//		rate_limit_store <url>
 //	}
 func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 	if existing != nil {

@@ -1,3 +1,3 @@
-// Package devenv runs the parts around the gateway on one machine: a private Postgres and demo backends. The dev command
-// and the tests use it.
+// Package devenv runs the parts around the gateway on one machine: a private Postgres, a private Redis and demo backends. The
+// dev command and the tests use it.
 package devenv

@@ -22,7 +22,7 @@ type State uint8
 const (
 	AnyState State = iota
 	Active
-	Expiring // within expiringWithin
+	Expiring // within the filter's ExpiringWithin
 	Expired  // and not revoked
 	Revoked
 )
