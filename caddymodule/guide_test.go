@@ -91,3 +91,51 @@ func TestGuideSaysOfEachErrorWhatToDo(t *testing.T) {
 		t.Errorf("errors, sorted (-code +page)\n%s", diff)
 	}
 }
+
+// TestDefaultsAreThoseOfTheReadme, which is where operators look for them.
+func TestDefaultsAreThoseOfTheReadme(t *testing.T) {
+	page, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, table, _ := strings.Cut(string(page), "\n| in `rekall` |")
+	table, _, _ = strings.Cut(table, "\n\n")
+	documented := map[string]string{}
+	for _, row := range regexp.MustCompile("(?m)^\\| (`.*?) \\| .* \\| (.*?) \\|$").FindAllStringSubmatch(table, -1) {
+		options, defaults := strings.Split(row[1], ", "), strings.Split(row[2], ", ")
+		for i, option := range options {
+			documented[strings.Trim(option, "`")] = strings.Trim(defaults[i], "`")
+		}
+	}
+	t.Setenv(databaseVariable, "postgres://example")
+	host, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := new(App).settings()
+	if err != nil {
+		t.Fatal(err)
+	}
+	inWords := func(value, instead any, words string) string {
+		if value == instead {
+			return words
+		}
+		return fmt.Sprint(value)
+	}
+	if diff := cmp.Diff(documented, map[string]string{
+		"database":         inWords(s.database, "postgres://example", "{env."+databaseVariable+"}"),
+		"refresh":          s.refresh.String(),
+		"max_staleness":    s.maxStaleness.String(),
+		"cache_size":       strconv.Itoa(s.cacheSize),
+		"warm":             inWords(s.warm, 0, "none"),
+		"usage_flush":      s.usageFlush.String(),
+		"usage_retention":  fmt.Sprintf("%gd", s.usageRetention.Hours()/24),
+		"read_database":    inWords(s.readDatabase, "", "database"),
+		"edge":             inWords(s.edgeName, host, "the host name"),
+		"rate_limit_store": inWords(s.rateLimitStore, "", "none"),
+		"canary":           inWords(s.canary, false, "off"),
+		"listen":           inWords(s.listen, true, "on"),
+	}); diff != "" {
+		t.Errorf("defaults (-README +settings)\n%s", diff)
+	}
+}
