@@ -54,7 +54,20 @@ func TestSameIdempotencyKeyMakesOneKey(t *testing.T) {
 	if _, replayed, err := admin.Create(t.Context(), keyadmin.Operator("other"), r); err != nil || replayed {
 		t.Errorf("another actor: %v, %v", replayed, err)
 	}
-	pgtest.Exec(t, databaseURL, `update rekall.idempotency_keys set created_at = created_at - interval '25 hours'`)
+	age := func(by string) {
+		t.Helper()
+		pgtest.Exec(t, databaseURL, "update rekall.idempotency_keys set created_at = now() - interval '"+by+"'")
+		another := r
+		another.IdempotencyKey += by // which makes room for itself
+		if _, _, err := admin.Create(t.Context(), operator, another); err != nil {
+			t.Fatal(err)
+		}
+	}
+	age("23:59")
+	if key, replayed, err := admin.Create(t.Context(), operator, r); err != nil || !replayed || ids[key.ID] == 0 {
+		t.Errorf("almost a day later: %v, %v", replayed, err)
+	}
+	age("24:01")
 	if key, replayed, err := admin.Create(t.Context(), operator, r); err != nil || replayed || ids[key.ID] > 0 {
 		t.Errorf("a day later: %v, %v", replayed, err)
 	}
