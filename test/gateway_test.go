@@ -141,11 +141,11 @@ func TestPrefixDecidesTheEnvironmentInEachWayOfPassingAKey(t *testing.T) {
 func TestEveryRefusalHasItsCode(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
-	g := r.start(standardSite, "refresh 50ms")
 	good, revoked, expired := r.key("production", "memories:read"), r.key("production", "memories:read"), r.key("production", "memories:read")
 	sandbox := r.key("sandbox", "memories:read")
 	r.revoke(revoked.ID)
 	pgtest.Exec(t, r.database, "update rekall.api_keys set expires_at = now() where id = $1", expired.ID)
+	g := r.start(standardSite) // which so knows of both
 	unknown := apikey.Generate(apikey.Production)
 	header := func(pairs ...string) http.Header {
 		h := http.Header{}
