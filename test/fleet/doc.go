@@ -11,8 +11,8 @@
 // that was sent to a stopped process counts from the moment at which the process went on, since it cannot have been decided
 // before.
 //
-// The tests take long and most of a machine, so they have a build tag; test/long runs a small fleet. The full size, whose
-// tables stand in README.md, and for the limits of keys in limits.md:
+// The tests take long and most of a machine, so they have a build tag; test/long runs a small fleet, and one of the full
+// size, whose tables stand in README.md, and for the limits of keys in limits.md:
 //
 //	REKALL_FLEET=full go test -tags fleet -v -count 1 -timeout 30m ./test/fleet
 package fleet
