@@ -50,11 +50,12 @@ func (c *canaries) addKey(name, key string) {
 	c.add(name, key)
 	name += digestOf
 	digest := sha256.Sum256([]byte(key))
-	part := digest[len(digest)/4 : len(digest)*3/4]
+	middle := [len(digest) / 2]byte(digest[len(digest)/4:])
+	part, decimals := middle[:], strings.Trim(fmt.Sprint(middle), "[]")
 	c.needles[string(part)] = name
 	c.needles[hex.EncodeToString(part)] = name + " in hexadecimal"
-	c.needles[strings.Trim(fmt.Sprint(part), "[]")] = name + " in decimals"
-	c.needles[strings.ReplaceAll(strings.Trim(fmt.Sprint(part), "[]"), " ", ",")] = name + " in decimals of JSON"
+	c.needles[decimals] = name + " in decimals"
+	c.needles[strings.ReplaceAll(decimals, " ", ",")] = name + " in decimals of JSON"
 	for shift := range 3 {
 		for _, encoding := range []*base64.Encoding{base64.StdEncoding, base64.URLEncoding} {
 			encoded := encoding.EncodeToString(append(make([]byte, shift), part...))

@@ -38,7 +38,7 @@ func TestLongRunHasEveryTestThatABuildTagKeepsFromTheDailyOne(t *testing.T) {
 	}
 	for part := range wanted {
 		if !strings.Contains(scripts, part) {
-			t.Errorf("test/long does not run%s", part)
+			t.Errorf("test/long does not run %s", strings.TrimSpace(part))
 		}
 	}
 }
