@@ -61,7 +61,7 @@ func (c *Counter) waitForFlush(ctx context.Context) bool {
 }
 
 // flush sends what an earlier flush could not, and then what was counted since. While the first does not succeed, counts
-// stay where they are and grow, instead of taking memory a second time.
+// stay where they are and grow, instead of taking memory a third time.
 func (c *Counter) flush(ctx context.Context) error {
 	if err := c.send(ctx); err != nil {
 		return err
@@ -89,6 +89,8 @@ func (c *Counter) take() {
 		if len(counts) > 0 { // as large as before: growing step by step costs more
 			s.index, s.counts = make(map[uint64]int32, len(counts)), make([]entry, 0, len(counts))
 		}
+		c.sending.Add(int64(len(counts)))
+		c.buffered.Add(-int64(len(counts)))
 		s.mu.Unlock()
 		for j := range counts {
 			all = append(all, taken{&counts[j], counts[j].hour, prefix(counts[j].KeyID)})
@@ -123,7 +125,7 @@ func (c *Counter) send(ctx context.Context) error {
 		}
 		c.sequence++
 		c.taken = c.taken[len(batch.Keys):]
-		c.buffered.Add(-int64(len(batch.Keys)))
+		c.sending.Add(-int64(len(batch.Keys)))
 		for _, k := range batch.Keys {
 			c.flushed.Add(requests(k))
 		}

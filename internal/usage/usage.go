@@ -4,7 +4,7 @@
 // its outcome is not known, and Postgres adds each number once. What a process that is killed had not flushed is lost: the
 // requests of one interval at most. What memory can hold during an outage is bounded. Beyond it keys that have counts
 // in this hour already are counted on, since that takes no more memory, and others are dropped, which a metric and the log
-// tell.
+// tell. What a flush has taken needs none of that room: else keys that were counted before it would find it full.
 //
 // Hours are those of Postgres's clock. A use, as in "last used", is a request that was allowed.
 package usage
@@ -32,7 +32,7 @@ type Store interface {
 	ForgetUsage(ctx context.Context, retention time.Duration, limit int) (int64, error)
 }
 
-// DefaultMaxBuffered takes about 100 MB: a busy hour of half a million keys.
+// DefaultMaxBuffered takes about 100 MB, and during an outage as much again: a busy hour of half a million keys.
 const DefaultMaxBuffered = 500_000
 
 // Config of a Counter.
@@ -40,7 +40,7 @@ type Config struct {
 	Instance    string             // edge.NewInstance's; a second counter must not have it
 	Flush       time.Duration      // between two flushes
 	Retention   time.Duration      // after which counts are removed from Postgres; the shortest of all edges wins
-	MaxBuffered int                // keys and hours counted in memory, at most; 0: DefaultMaxBuffered
+	MaxBuffered int                // keys and hours counted in memory, at most, besides those that a flush has taken; 0: DefaultMaxBuffered
 	Logger      func() *zap.Logger // asked at each line: a config reload closes the old logger's writers
 }
 
@@ -51,7 +51,7 @@ type Counter struct {
 	wake   chan struct{}
 	shards [shardCount]shard
 
-	buffered                              atomic.Int64 // keys and hours, taken ones included
+	buffered, sending                     atomic.Int64 // keys and hours: in the shards, and taken
 	flushed, flushErrors, dropped, spikes atomic.Uint64
 
 	// Of the flush loop.
@@ -161,7 +161,7 @@ func (c *Counter) Wake() {
 // Status is what an operator may want to know of a counter at one moment.
 type Status struct {
 	Buffered    int64  // keys and hours that wait for a flush
-	MaxBuffered int    // of them
+	MaxBuffered int    // of them, besides those that a flush has taken
 	Flushed     uint64 // requests added to Postgres
 	FlushErrors uint64 // flushes that failed, or whose outcome was not known; each is repeated
 	Dropped     uint64 // requests that are not counted, since the buffer was full
@@ -171,7 +171,7 @@ type Status struct {
 // Status returns the counter's state.
 func (c *Counter) Status() Status {
 	return Status{
-		Buffered: c.buffered.Load(), MaxBuffered: c.cfg.MaxBuffered, Flushed: c.flushed.Load(), FlushErrors: c.flushErrors.Load(),
-		Dropped: c.dropped.Load(), Spikes: c.spikes.Load(),
+		Buffered: c.buffered.Load() + c.sending.Load(), MaxBuffered: c.cfg.MaxBuffered, Flushed: c.flushed.Load(),
+		FlushErrors: c.flushErrors.Load(), Dropped: c.dropped.Load(), Spikes: c.spikes.Load(),
 	}
 }
