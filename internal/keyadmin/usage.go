@@ -81,7 +81,7 @@ func (a *Admin) Usage(ctx context.Context, actor Actor, id string, from, to time
 	switch {
 	case !from.Before(to):
 		return Usage{}, &InvalidError{"from", "must be before to"}
-	case to.Sub(from) > maxUsageRange:
+	case to.Sub(from) >= maxUsageRange+time.Hour: // the first hour may have begun before
 		return Usage{}, &InvalidError{"from", "must be at most 366 days before to"}
 	}
 	counted, err := a.store.Usage(ctx, id, from, to)

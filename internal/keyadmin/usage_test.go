@@ -83,6 +83,21 @@ func TestUsageOfAnUnusedKeyIsEmpty(t *testing.T) {
 	}
 }
 
+func TestUsageReachesBack366Days(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	key := create(t, admin, request())
+	to := time.Date(2026, 3, 2, 5, 30, 0, 0, time.UTC)
+	from := to.Add(-366 * 24 * time.Hour)
+	pgtest.Exec(t, databaseURL, `insert into rekall.usage (key_id, hour, outcome, count) values ($1, date_trunc('hour', $2::timestamptz), 'allowed', 7)`, key.ID, from)
+	got, err := admin.Usage(t.Context(), operator, key.ID, from, to)
+	if err != nil || got.Total.Allowed != 7 {
+		t.Errorf("%d requests, want 7: %v", got.Total.Allowed, err)
+	}
+	if _, err := admin.Usage(t.Context(), operator, key.ID, from.Add(-time.Hour), to); err == nil {
+		t.Error("an hour more was not refused")
+	}
+}
+
 func TestUsageRefusesUnknownKeysAndBadRanges(t *testing.T) {
 	admin, _, _ := newAdmin(t)
 	key := create(t, admin, request())
