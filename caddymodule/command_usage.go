@@ -33,7 +33,7 @@ func showUsage(ctx context.Context, cmd *cobra.Command, args []string, admin *ke
 	if err != nil {
 		return fmt.Errorf("--last %w", err)
 	}
-	usage, err := admin.Usage(ctx, operator(), args[0], time.Now().Add(-back), time.Time{})
+	usage, err := admin.RecentUsage(ctx, operator(), args[0], back)
 	if err != nil {
 		return usageFlagNames(err)
 	}

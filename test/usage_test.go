@@ -3,6 +3,7 @@ package test
 import (
 	"encoding/json"
 	"net/http"
+	"net/url"
 	"os"
 	"strings"
 	"sync"
@@ -304,5 +305,31 @@ func TestUsageIsShownFromTheCommandLineAndInMetrics(t *testing.T) {
 		if !strings.Contains(resp.body, line+"\n") {
 			t.Errorf("the metrics lack %q", line)
 		}
+	}
+}
+
+func TestLastHoursOfUsageAreThoseOfPostgresClock(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	key := r.key("production", "memories:read")
+	pgtest.Exec(t, r.database, "create schema slow") // that is searched before Postgres's own
+	pgtest.Exec(t, r.database, "create function slow.now() returns timestamptz language sql as $$ select pg_catalog.now() - interval '2 days' $$")
+	slow, err := url.Parse(r.database)
+	if err != nil {
+		t.Fatal(err)
+	}
+	query := slow.Query()
+	query.Set("search_path", "slow,pg_catalog,public")
+	slow.RawQuery = query.Encode()
+	stdout, stderr, code := cli(t, slow.String(), "keys", "usage", key.ID, "--last", "3h", "--json")
+	if code != 0 {
+		t.Fatal(stderr)
+	}
+	var used keyadmin.Usage
+	if err := json.Unmarshal([]byte(stdout), &used); err != nil {
+		t.Fatal(err)
+	}
+	if length := used.To.Sub(used.From); length < 3*time.Hour || length >= 4*time.Hour {
+		t.Errorf("from %s to %s, want 3 hours, from the beginning of the first on", used.From, used.To)
 	}
 }

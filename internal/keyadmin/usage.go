@@ -91,6 +91,15 @@ func (a *Admin) Usage(ctx context.Context, actor Actor, id string, from, to time
 	return newUsage(id, from, to, counted), nil
 }
 
+// RecentUsage returns what a key was used for in the last hours or days of Postgres's clock, as Usage does.
+func (a *Admin) RecentUsage(ctx context.Context, actor Actor, id string, last time.Duration) (Usage, error) {
+	now, err := a.store.Now(ctx)
+	if err != nil {
+		return Usage{}, err
+	}
+	return a.Usage(ctx, actor, id, now.Add(-last), now)
+}
+
 func newUsage(id string, from, to time.Time, counted keystore.KeyUsage) Usage {
 	u := Usage{ID: id, From: from, To: to, Total: newCounts(), Hourly: []UsageHour{}, Daily: []UsageDay{}}
 	if !counted.FirstUsedAt.IsZero() {
