@@ -52,8 +52,8 @@ type phase struct {
 	edges  int
 	store  bool
 	during func(r *devenv.Redis) // after a fifth of it
-	end    func(r *devenv.Redis)
-	most   float64 // of what may be admitted
+	end    func(r *devenv.Redis) // nil: Redis is there again, or always was
+	most   float64               // of what may be admitted
 }
 
 var phases = []phase{
@@ -231,8 +231,19 @@ func (l *limitLoad) run(redis *devenv.Redis, length time.Duration) {
 	clients.Wait()
 	if l.phase.end != nil {
 		l.phase.end(redis)
-		process.Eventually(l.t, "all edges share the limits again", func() bool { return !slices.ContainsFunc(l.edges, (*gateway).fallsBack) })
 	}
+	process.Eventually(l.t, "all edges share the limits again, and have said so", func() bool {
+		return !slices.ContainsFunc(l.edges, func(g *gateway) bool {
+			begun, ended := g.outages()
+			return begun != ended || g.fallsBack()
+		})
+	})
+}
+
+// outages is how many the log of a gateway says have begun, and ended.
+func (g *gateway) outages() (begun, ended int) {
+	log := g.log.String()
+	return strings.Count(log, "rate limit store does not answer"), strings.Count(log, "rate limit store answers again")
 }
 
 func (l *limitLoad) client(stop <-chan struct{}) {
@@ -301,11 +312,18 @@ func (l *limitLoad) judge(length time.Duration) {
 			l.t.Errorf("%s: %d requests failed: %v", key.name, l.failed[k], slices.SortedFunc(maps.Keys(l.detail), cmp.Compare))
 		}
 	}
-	for _, g := range l.edges {
-		begins := strings.Count(g.log.String(), "rate limit store does not answer")
-		ends := strings.Count(g.log.String(), "rate limit store answers again")
-		if outage := l.phase.during != nil; begins != ends || outage != (begins > 0) {
-			l.t.Errorf("%d lines say that the store is away, and %d that it is back", begins, ends)
+	if l.phase.end != nil && l.fallbacks != len(l.edges) {
+		l.t.Errorf("%d of %d edges did without a Redis that was away", l.fallbacks, len(l.edges))
+	}
+	for i, g := range l.edges {
+		// While nothing is done to Redis, a deadline of 100 ms may be missed on a busy machine: an edge then does without it for a while.
+		switch begun, _ := g.outages(); {
+		case !l.phase.store && begun > 0:
+			l.t.Errorf("edge %d has no store, and says %d times that it does not answer", i, begun)
+		case l.phase.during != nil && begun == 0:
+			l.t.Errorf("edge %d does not say that the store was away", i)
+		case l.phase.during == nil && begun > 0:
+			l.t.Logf("edge %d missed an answer %d times", i, begun)
 		}
 	}
 }
