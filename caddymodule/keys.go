@@ -1,6 +1,7 @@
 package caddymodule
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/http"
@@ -51,6 +52,7 @@ type Keys struct {
 
 	api         *keysapi.API
 	dashboard   *dashboard.Dashboard
+	app         *App
 	cache       keys
 	metrics     *metrics
 	usage       *usage.Counter
@@ -95,7 +97,7 @@ func (k *Keys) provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
-	k.cache, k.metrics, k.usage = app.runtime.cache, app.runtime.metrics, app.runtime.usage
+	k.app, k.cache, k.metrics, k.usage = app, app.runtime.cache, app.runtime.metrics, app.runtime.usage
 	if err := k.checkPerson(); err != nil {
 		return err
 	}
@@ -197,7 +199,9 @@ func (k *Keys) Cleanup() error {
 func (k *Keys) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 	switch {
 	case isBelow(r.URL.Path, keysapi.Root):
-		k.api.ServeHTTP(w, r)
+		m := &managing{header: w.Header()}
+		defer m.release()
+		k.api.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), managingKey{}, m)))
 	case isBelow(r.URL.Path, dashboard.Root):
 		k.dashboard.ServeHTTP(w, r)
 	default:
@@ -261,6 +265,13 @@ func (k *Keys) holder(r *http.Request, cred *credential.Credential) (keyadmin.Ac
 	outcome := found.Record.Validity(found.Now)
 	if outcome == apikey.Allowed && found.Record.Environment != cred.Environment {
 		outcome = apikey.Mismatch // imported wrongly, and not to be believed
+	}
+	if outcome == apikey.Allowed || outcome == apikey.Mismatch {
+		if err := k.hold(r, &found); err != nil {
+			k.count(found, apikey.RateLimited)
+			k.metrics.decisions[apikey.RateLimited][cred.Environment].Inc()
+			return keyadmin.Actor{}, err
+		}
 	}
 	if outcome != apikey.Allowed {
 		k.count(found, outcome)

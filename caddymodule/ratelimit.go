@@ -46,8 +46,8 @@ func (a *allowance) release() {
 func (a *allowance) remaining() int { return min(a.verdict.Remaining, a.limits.PerMinute) }
 
 // resetAt is when everything is available again, in Unix seconds by Postgres's clock, rounded up.
-func (x *exchange) resetAt() int64 {
-	return x.now.Time().Add(x.allowance.verdict.ResetAfter + time.Second - 1).Unix()
+func (a *allowance) resetAt(now time.Time) int64 {
+	return now.Add(a.verdict.ResetAfter + time.Second - 1).Unix()
 }
 
 // rateLimitHeaders are the names of REKALL.md, "Rate limits", as Go writes them.
@@ -65,6 +65,13 @@ func (x *exchange) tellLimits(h http.Header) {
 		}
 		return
 	}
+	for i, value := range a.told(x.now.Time()) {
+		x.set(h, rateLimitHeaders[i], firstRateLimitValue+i, value)
+	}
+}
+
+// told are the values of rateLimitHeaders.
+func (a *allowance) told(now time.Time) [len(rateLimitHeaders)]string {
 	var buffer [80]byte
 	text := strconv.AppendInt(buffer[:0], int64(a.limits.PerMinute), 10)
 	limit := len(text)
@@ -72,11 +79,9 @@ func (x *exchange) tellLimits(h http.Header) {
 	policy := len(text)
 	text = strconv.AppendInt(text, int64(a.remaining()), 10)
 	remaining := len(text)
-	text = strconv.AppendInt(text, x.resetAt(), 10)
+	text = strconv.AppendInt(text, a.resetAt(now), 10)
 	all := string(text) // one piece of memory for the four
-	for i, value := range [...]string{all[:limit], all[policy:remaining], all[remaining:], all[:policy]} {
-		x.set(h, rateLimitHeaders[i], firstRateLimitValue+i, value)
-	}
+	return [...]string{all[:limit], all[policy:remaining], all[remaining:], all[:policy]}
 }
 
 // limitKind is which limit a request was beyond.
@@ -99,7 +104,7 @@ func (x *exchange) refuseLimited(w http.ResponseWriter) error {
 		})
 	}
 	return x.limit(w, rateLimit, answers[apikey.RateLimited], verdict.RetryAfter, map[string]any{
-		"limit": x.allowance.limits.PerMinute, "remaining": x.allowance.remaining(), "reset_at": x.resetAt(),
+		"limit": x.allowance.limits.PerMinute, "remaining": x.allowance.remaining(), "reset_at": x.allowance.resetAt(x.now.Time()),
 	})
 }
 
@@ -112,8 +117,49 @@ func (x *exchange) limit(w http.ResponseWriter, kind limitKind, a answer, retryA
 	x.outcome = apikey.RateLimited
 	x.count()
 	x.gateway.metrics.limited[kind].Inc()
-	seconds := (retryAfter + time.Second - 1) / time.Second // rounded up: who obeys it is not refused again
-	w.Header()["Retry-After"] = []string{strconv.FormatInt(int64(seconds), 10)}
+	w.Header()["Retry-After"] = []string{inSeconds(retryAfter)}
 	x.answer(w, a, details)
 	return nil
+}
+
+// inSeconds is what Retry-After says, rounded up: who obeys it is not refused again.
+func inSeconds(retryAfter time.Duration) string {
+	return strconv.FormatInt(int64((retryAfter+time.Second-1)/time.Second), 10)
+}
+
+// managing is what a request to the API of keys holds while it runs. It is in the request's context: who asks is found out below.
+type managing struct {
+	allowance
+	header http.Header // of the answer
+}
+
+type managingKey struct{}
+
+// hold counts a request to the API against the limits of its key, as the gateway does, and tells them. It returns what is answered
+// beyond them.
+func (k *Keys) hold(r *http.Request, found *keycache.Found) error {
+	m, ok := r.Context().Value(managingKey{}).(*managing)
+	if !ok || !k.app.limits { // somebody signs in to the dashboard, or no gateway limits keys
+		return nil
+	}
+	m.limits = found.Limits()
+	bucket, verdict := k.app.runtime.limiter.Acquire(found.Record.Digest, ratelimit.Limit(m.limits))
+	m.verdict = verdict
+	if m.limits.PerMinute > 0 {
+		for i, value := range m.told(found.Now) {
+			m.header.Set(rateLimitHeaders[i], value)
+		}
+	}
+	if verdict.Allowed {
+		m.bucket = bucket
+		return nil
+	}
+	kind, answer := rateLimit, answers[apikey.RateLimited]
+	if verdict.Concurrent {
+		kind, answer = concurrencyLimit, tooManyAtOnce
+	}
+	k.metrics.limited[kind].Inc()
+	refusal := answer.asError()
+	refusal.Header["Retry-After"] = inSeconds(verdict.RetryAfter)
+	return refusal
 }

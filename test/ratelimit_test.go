@@ -461,3 +461,31 @@ func TestPasswordOfTheRateLimitStoreIsShownNowhere(t *testing.T) {
 		})
 	}
 }
+
+func TestKeysAreLimitedWhereTheyAreManagedToo(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.limitAccount("free", 4, 13, 2) // 12 at once
+	g := r.start(strings.Replace(managedSite, "rekall_gateway {", "rekall_gateway {\n\t\trate_limits", 1))
+	key, busy := r.manager("acme"), r.manager("acme")
+	var limited reply
+	eventually(t, "the key is limited", func() bool {
+		limited = g.do("GET", keysPath, bearer(key))
+		wantLimits(t, "managing", limited.Header, 4)
+		return limited.StatusCode != http.StatusOK
+	})
+	limited.wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
+	if limited.Header.Get("Retry-After") == "" {
+		t.Error("no Retry-After")
+	}
+	g.get(key).wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
+
+	for range 2 {
+		g.open("GET", "/v1/memories", demo(busy, "sse"), nil)
+	}
+	crowded := g.do("GET", keysPath, bearer(busy))
+	crowded.wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
+	if !strings.Contains(crowded.body, "at the same time") {
+		t.Errorf("%s", crowded.body)
+	}
+}
