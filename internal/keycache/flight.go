@@ -2,6 +2,8 @@ package keycache
 
 import (
 	"context"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -27,6 +29,7 @@ type Flight struct {
 	expiresAt  apikey.Time
 	vouchedAt  time.Time
 	request    Request // nil once cut
+	unverified bool    // the feed has started over since vouchedAt, and the key's row was not read again
 }
 
 // Request is one in flight.
@@ -50,7 +53,7 @@ type flights [flightShards]struct {
 // must follow.
 func (c *Cache) Track(f *Flight, found Found, request Request) bool {
 	f.digest, f.expiresAt = found.Record.Digest, found.Record.ExpiresAt
-	f.vouchedAt, f.request = found.vouchedAt, request
+	f.vouchedAt, f.request, f.unverified = found.vouchedAt, request, false
 	c.flight.add(f)
 	// The sync publishes a state and then walks the flights. Either that walk meets this flight, or the state is here
 	// already.
@@ -112,17 +115,20 @@ func (fs *flights) each(shard int, do func(*Flight)) {
 	}
 }
 
-// digests returns the keys in flight, each once.
-func (fs *flights) digests() []apikey.Digest {
+// doubt makes all flights unverified, for which a state vouched last that was synced at syncedAt, and returns their keys, each
+// once. What was unverified before, that state never vouched for.
+func (fs *flights) doubt(syncedAt time.Time) []apikey.Digest {
 	seen := make(map[apikey.Digest]struct{})
 	for shard := range fs {
-		fs.each(shard, func(f *Flight) { seen[f.digest] = struct{}{} })
+		fs.each(shard, func(f *Flight) {
+			if !f.unverified && syncedAt.After(f.vouchedAt) {
+				f.vouchedAt = syncedAt
+			}
+			f.unverified = true
+			seen[f.digest] = struct{}{}
+		})
 	}
-	digests := make([]apikey.Digest, 0, len(seen))
-	for d := range seen {
-		digests = append(digests, d)
-	}
-	return digests
+	return slices.Collect(maps.Keys(seen))
 }
 
 // apply tells the flights of a key that its row is now record; nil if there is none.
@@ -134,7 +140,7 @@ func (c *Cache) apply(d *apikey.Digest, record *apikey.Record, pgNow time.Time) 
 		case outcome != apikey.Allowed:
 			c.cut(f, outcome)
 		default:
-			f.expiresAt = record.ExpiresAt
+			f.expiresAt, f.unverified = record.ExpiresAt, false
 		}
 	})
 }
@@ -149,12 +155,16 @@ func (c *Cache) cut(f *Flight, outcome apikey.Outcome) {
 	f.request = nil
 }
 
-// expire cuts the flights whose key has reached its expiry.
-func (c *Cache) expire(pgNow time.Time) {
+// cutEnded cuts the flights whose key has reached its expiry by pgNow, and the unverified ones for which nobody vouches any longer
+// at now. The others are vouched for by the state.
+func (c *Cache) cutEnded(pgNow, now time.Time) {
 	for shard := range c.flight {
 		c.flight.each(shard, func(f *Flight) {
-			if f.expiresAt.Reached(pgNow) {
+			switch {
+			case f.expiresAt.Reached(pgNow):
 				c.cut(f, apikey.Expired)
+			case f.unverified && age(f.vouchedAt, now) >= c.cfg.MaxStaleness:
+				c.cut(f, apikey.Unavailable)
 			}
 		})
 	}

@@ -531,6 +531,56 @@ func TestRequestInFlightOfAKeyRevokedWhileTheFeedStartsOverIsCut(t *testing.T) {
 	}
 }
 
+// TestRequestInFlightThatCannotBeVerifiedIsCutAtTheBoundHoweverOftenTheFeedStartsOver: the state is fresh then, and says nothing of
+// requests that were in flight before.
+func TestRequestInFlightThatCannotBeVerifiedIsCutAtTheBoundHoweverOftenTheFeedStartsOver(t *testing.T) {
+	for _, times := range []int{1, 3} {
+		db := newDatabase(t, pgtest.URL(t))
+		store := &hookedStore{Store: db.store}
+		c, s := newCache(t, store, nil), new(syncer)
+		tick(t, s, c)
+		ctx := track(t, c, db.create(t))
+		old := *c.state.Load()
+		old.syncedAt = old.syncedAt.Add(2*time.Second - c.cfg.MaxStaleness) // time for the syncs below
+		old.superseded = make(chan struct{})
+		c.state.Store(&old)
+		for shard := range c.flight {
+			c.flight.each(shard, func(f *Flight) { f.vouchedAt = old.syncedAt })
+		}
+		restarted := int64(0)
+		store.change = func(snap *keystore.Snapshot) { restarted++; snap.Server.StartedAt += restarted }
+		for range times { // rows come from another server than the feed
+			if err := s.sync(t.Context(), c); !errors.Is(err, errOtherServer) {
+				t.Fatalf("sync: %v, want errOtherServer", err)
+			}
+		}
+		store.failing = errors.New("down") // and no sync comes as far as the rows any more
+		if err := s.sync(t.Context(), c); !errors.Is(err, store.failing) {
+			t.Fatal(err)
+		}
+		watching, stop := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() { c.watch(watching) })
+		wantCut(t, ctx, apikey.Unavailable) // long before the state is too old
+		stop()
+		wg.Wait()
+	}
+}
+
+func TestRequestInFlightThatWasVerifiedAfterTheFeedStartedOverGoesOn(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	store := &hookedStore{Store: db.store}
+	c, s := newCache(t, store, nil), new(syncer)
+	tick(t, s, c)
+	ctx := track(t, c, db.create(t))
+	store.change = func(snap *keystore.Snapshot) { snap.Server.SystemID++ }
+	tick(t, s, c)
+	c.cutEnded(c.state.Load().pgNow, time.Now().Add(c.cfg.MaxStaleness)) // as if watch looked for the first time after the bound
+	if ctx.Err() != nil {
+		t.Errorf("the request of a good key was cut: %v", context.Cause(ctx))
+	}
+}
+
 func TestKeyThatChangedBetweenFindAndTrackIsFoundAgain(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	c, s := newCache(t, db.store, nil), new(syncer)

@@ -112,9 +112,8 @@ const carryOverTimeout = 500 * time.Millisecond
 // syncer holds what one sync leaves to the next besides the published state.
 type syncer struct {
 	// unverified are the keys that were in flight when the feed started over: changes to them may have been missed, so
-	// their rows must be read again. vouchedAt is the last sync that vouched for them.
+	// their rows must be read again.
 	unverified []apikey.Digest
-	vouchedAt  time.Time
 }
 
 // sync reads the feed once and publishes what it says.
@@ -142,7 +141,7 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 		c.publish(old, n)
 		c.cfg.Logger().Info("key sync starts over", zap.Bool("first", old.syncedAt.IsZero()), zap.Bool("too_many_changes", snap.Overrun))
 		// Flights that begin from here on are checked against the new state by Track.
-		s.unverified, s.vouchedAt = c.flight.digests(), old.syncedAt
+		s.unverified = c.flight.doubt(old.syncedAt)
 		c.wantFill()
 	} else {
 		var n *state
@@ -248,18 +247,14 @@ func (c *Cache) publish(old, n *state) {
 	close(old.superseded)
 }
 
-// verify reads the rows of the unverified keys and cuts the requests of those that ended. While that fails, they are cut
-// at the latest when the sync that last vouched for them is too old.
+// verify reads the rows of the unverified keys and cuts the requests of those that ended. While that fails, watch cuts those for
+// which nobody vouches any longer.
 func (s *syncer) verify(ctx context.Context, c *Cache) error {
 	for len(s.unverified) > 0 {
 		n := min(len(s.unverified), lookupBatch)
 		state := c.state.Load()
 		answers, err := c.read(ctx, s.unverified[:n], state.epoch)
 		if err != nil {
-			if age(s.vouchedAt, time.Now()) >= c.cfg.MaxStaleness {
-				c.cutKeys(s.unverified)
-				s.unverified = nil
-			}
 			return err
 		}
 		for i := range answers {
@@ -269,16 +264,6 @@ func (s *syncer) verify(ctx context.Context, c *Cache) error {
 		s.unverified = s.unverified[n:]
 	}
 	return nil
-}
-
-func (c *Cache) cutKeys(digests []apikey.Digest) {
-	for _, d := range digests {
-		c.flight.each(shardOf(&d), func(f *Flight) {
-			if f.digest == d {
-				c.cut(f, apikey.Unavailable)
-			}
-		})
-	}
 }
 
 const (
@@ -304,7 +289,7 @@ func (c *Cache) watch(ctx context.Context) {
 		s := c.state.Load()
 		fresh := s.fresh(now, c.cfg.MaxStaleness)
 		if fresh {
-			c.expire(s.steadyPgTime(now)) // the next sync tells of a suspended machine
+			c.cutEnded(s.steadyPgTime(now), now.Add(interval)) // the next sync tells of a suspended machine
 		}
 		distrusted = c.tellOfTrust(s, now, distrusted)
 		// Looking two intervals ahead, the next look still comes within the bound.
