@@ -180,7 +180,7 @@ var observed = []series{
 		func(o *observation) float64 { return o.MaxStaleness.Seconds() }),
 	counter("rekall_syncs_total", "Reads of the change feed.", func(o *observation) uint64 { return o.Syncs }),
 	counter("rekall_sync_errors_total", "Reads of the change feed that failed.", func(o *observation) uint64 { return o.SyncErrors }),
-	counter("rekall_sync_restarts_total", "Times the change feed started over, the first included: after a restart or a failover of Postgres.",
+	counter("rekall_sync_restarts_total", "Times the change feed started over, the first included: after a restart, a crash or a failover of Postgres.",
 		func(o *observation) uint64 { return o.Restarts }),
 	counter("rekall_listen_connections_total", "LISTEN connections made to Postgres; each after the first is a reconnect.",
 		func(o *observation) uint64 { return o.Listens }),

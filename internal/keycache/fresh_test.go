@@ -6,10 +6,12 @@ import (
 	"math/rand/v2"
 	"strconv"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 
@@ -579,6 +581,70 @@ func TestRequestInFlightThatWasVerifiedAfterTheFeedStartedOverGoesOn(t *testing.
 	if ctx.Err() != nil {
 		t.Errorf("the request of a good key was cut: %v", context.Cause(ctx))
 	}
+}
+
+// TestRevocationAfterACrashThatThePostmasterOutlivedIsNotMissed: when a backend is killed, Postgres recovers, and gives transaction ids
+// again whose end had not reached the disk. The feed has seen them, and would take the revocation for seen.
+func TestRevocationAfterACrashThatThePostmasterOutlivedIsNotMissed(t *testing.T) {
+	server := pgtest.Server(t)
+	db := newDatabase(t, server.URL())
+	db.exec(t, "alter system set wal_writer_delay = '10s'") // else it may bring the end to the disk
+	db.exec(t, "select pg_reload_conf()")
+	c, s := newCache(t, db.store, nil), new(syncer)
+	for attempt := 1; ; attempt++ {
+		key := db.create(t)
+		tick(t, s, c)
+		want(t, c, key.digest, apikey.Allowed)
+		c.known.Wait()
+		ctx := track(t, c, key)
+		lost := crashWithLostID(t, server.URL(), func() { tick(t, s, c) })
+		var given uint64
+		eventually(t, "Postgres has recovered and the key is revoked", func() bool {
+			return db.pool.QueryRow(t.Context(),
+				"update rekall.api_keys set revoked_at = now() where id = $1 returning change_xid::text::bigint", key.id).Scan(&given) == nil
+		})
+		eventually(t, "a sync", func() bool { return s.sync(t.Context(), c) == nil })
+		want(t, c, key.digest, apikey.Revoked)
+		wantCut(t, ctx, apikey.Revoked)
+		if given <= lost {
+			return
+		}
+		if attempt == 5 {
+			t.Fatalf("transaction id %d was not given again: the test shows nothing", lost)
+		}
+	}
+}
+
+// crashWithLostID kills a backend when seen has returned, right after a transaction ended without a trace on the disk, and
+// returns its id.
+func crashWithLostID(t *testing.T, url string, seen func()) (id uint64) {
+	t.Helper()
+	victim, witness := connect(t, url), connect(t, url)
+	err := pgx.BeginFunc(t.Context(), victim, func(tx pgx.Tx) error {
+		if err := tx.QueryRow(t.Context(), "select pg_current_xact_id()::text::bigint").Scan(&id); err != nil {
+			return err
+		}
+		return errors.New("roll back")
+	})
+	if id == 0 {
+		t.Fatal(err)
+	}
+	seen()
+	if err := syscall.Kill(int(victim.PgConn().PID()), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the postmaster ends all connections", func() bool { return witness.Ping(t.Context()) != nil })
+	return id
+}
+
+func connect(t *testing.T, url string) *pgx.Conn {
+	t.Helper()
+	conn, err := pgx.Connect(t.Context(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close(context.Background()) })
+	return conn
 }
 
 func TestKeyThatChangedBetweenFindAndTrackIsFoundAgain(t *testing.T) {

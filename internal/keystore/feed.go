@@ -14,10 +14,34 @@ import (
 
 // Server identifies what the feed is read from. A change of any field means that the past is not to be relied on.
 type Server struct {
-	SystemID   int64  // of the cluster
-	StartedAt  int64  // of the postmaster, in microseconds since 1970: catches a rewind that left all else as it was
-	InRecovery bool   // a standby, whose replay may be paused while it looks healthy
-	Database   uint32 // oid
+	SystemID    int64  // of the cluster
+	StartedAt   int64  // of the postmaster, in microseconds since 1970: catches a rewind that left all else as it was
+	RecoveredAt int64  // from a crash that the postmaster outlived, after which transaction ids are given again; as StartedAt
+	InRecovery  bool   // a standby, whose replay may be paused while it looks healthy
+	Database    uint32 // oid
+}
+
+// serverColumns is a Server. Postgres counts anew after it has recovered from a crash, and tells everybody since when. Whoever
+// resets the counters makes the feed start over once.
+const serverColumns = `
+	(select system_identifier from pg_control_system()) as system_id, pg_postmaster_start_time() as started_at,
+	coalesce(pg_stat_get_bgwriter_stat_reset_time(), 'epoch') as recovered_at, pg_is_in_recovery() as in_recovery,
+	(select oid::bigint from pg_database where datname = current_database()) as database`
+
+// serverRow is a row of serverColumns, as JSON.
+type serverRow struct {
+	SystemID    int64     `json:"system_id"`
+	StartedAt   time.Time `json:"started_at"`
+	RecoveredAt time.Time `json:"recovered_at"`
+	InRecovery  bool      `json:"in_recovery"`
+	Database    uint32
+}
+
+func (r serverRow) server() Server {
+	return Server{
+		SystemID: r.SystemID, StartedAt: r.StartedAt.UnixMicro(), RecoveredAt: r.RecoveredAt.UnixMicro(), InRecovery: r.InRecovery,
+		Database: r.Database,
+	}
 }
 
 // Change is a key whose row changed, and the transaction that stamped it.
@@ -82,9 +106,7 @@ with s as materialized (
 	select pg_snapshot_xmin(pg_current_snapshot()) as xmin, pg_snapshot_xmax(pg_current_snapshot()) as xmax,
 		case when pg_is_in_recovery() then format('%s:%s:', pg_snapshot_xmin(pg_current_snapshot()), pg_snapshot_xmin(pg_current_snapshot()))
 			else pg_current_snapshot()::text end as snapshot,
-		coalesce((select beat from rekall.edges where instance = $2), 0) as beat, clock_timestamp() as now, (select system_identifier from pg_control_system()) as system_id,
-		pg_postmaster_start_time() as started_at, pg_is_in_recovery() as in_recovery,
-		(select oid::bigint from pg_database where datname = current_database()) as database,
+		coalesce((select beat from rekall.edges where instance = $2), 0) as beat, clock_timestamp() as now,` + serverColumns + `,
 		(select json_agg(t) from rekall.tiers t) as tiers
 )
 select row_to_json(s)::text, null` + strings.Repeat(", null", len(new(row).targets())) + ` from s
@@ -111,16 +133,13 @@ func stampedSince(table string) string {
 
 // reading is what belongs to a whole reading of the feed.
 type reading struct {
-	Xmin       uint64 `json:",string"`
-	Xmax       uint64 `json:",string"`
-	Snapshot   string
-	Beat       uint64
-	Now        time.Time
-	SystemID   int64     `json:"system_id"`
-	StartedAt  time.Time `json:"started_at"`
-	InRecovery bool      `json:"in_recovery"`
-	Database   uint32
-	Tiers      []tierRow
+	serverRow
+	Xmin     uint64 `json:",string"`
+	Xmax     uint64 `json:",string"`
+	Snapshot string
+	Beat     uint64
+	Now      time.Time
+	Tiers    []tierRow
 }
 
 // Snapshot reads the feed: every row that has changed since a snapshot, which is the Text of an earlier one of the same
@@ -163,8 +182,7 @@ func (snap *Snapshot) begin(header []byte) (err error) {
 	if err := json.Unmarshal(header, &r); err != nil {
 		return fmt.Errorf("decode snapshot: %w", err)
 	}
-	snap.Server = Server{SystemID: r.SystemID, StartedAt: r.StartedAt.UnixMicro(), InRecovery: r.InRecovery, Database: r.Database}
-	snap.Xmin, snap.Xmax, snap.Text, snap.Now, snap.Beat = r.Xmin, r.Xmax, r.Snapshot, r.Now, r.Beat
+	snap.Server, snap.Xmin, snap.Xmax, snap.Text, snap.Now, snap.Beat = r.server(), r.Xmin, r.Xmax, r.Snapshot, r.Now, r.Beat
 	snap.Tiers, err = tiersOf(r.Tiers)
 	return err
 }

@@ -21,10 +21,6 @@ const scanMemory = "'32MB'"
 // HashPrefix is how many bytes of each key's hash ScanHashes reads: enough that no two keys ever share them by chance.
 const HashPrefix = 16
 
-const serverSQL = `
-select (select system_identifier from pg_control_system()), pg_postmaster_start_time(), pg_is_in_recovery(),
-	(select oid from pg_database where datname = current_database())`
-
 // Which keys are worth having in memory is a question only if there are too many of them. Then it is known to the hour:
 // last_used follows a key's use once in an hour. To count hours takes no memory and no sort, which would take longer than to
 // read the keys.
@@ -124,15 +120,11 @@ func (s *Store) scan(ctx context.Context, doing string, do func(pgx.Tx, Server) 
 		if _, err := tx.Exec(ctx, settings); err != nil {
 			return err
 		}
-		var (
-			server  Server
-			started time.Time
-		)
-		if err := tx.QueryRow(ctx, serverSQL).Scan(&server.SystemID, &started, &server.InRecovery, &server.Database); err != nil {
+		var server serverRow
+		if err := tx.QueryRow(ctx, `select row_to_json(s) from (select `+serverColumns+`) s`).Scan(&server); err != nil {
 			return err
 		}
-		server.StartedAt = started.UnixMicro()
-		return do(tx, server)
+		return do(tx, server.server())
 	})
 	if err != nil {
 		return failedAtEdge(doing, err)
