@@ -2,9 +2,14 @@ package keystore
 
 import (
 	"context"
+	"errors"
+	"fmt"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 )
+
+// errPrimaryInRecovery keeps a key from being called unknown because a server lags that stands where the primary stood.
+var errPrimaryInRecovery = errors.New("database is a standby, which may be blind to new keys: name the primary")
 
 // Standby reads from a hot standby, and asks the primary only about keys that the standby does not know: they may have been
 // created a moment ago, and absence must be proved.
@@ -35,6 +40,9 @@ func (s *Standby) Lookup(ctx context.Context, digests []apikey.Digest) (Found, e
 	newer, err := s.primary.Lookup(ctx, unknown)
 	if err != nil {
 		return Found{}, err
+	}
+	if newer.InRecovery {
+		return Found{}, fmt.Errorf("look up keys: %w", errPrimaryInRecovery)
 	}
 	found.Records = append(found.Records, newer.Records...)
 	return found, nil
