@@ -109,3 +109,42 @@ func TestUndoneRotationAndFirstUseThatDeadlockAreBothDone(t *testing.T) {
 		t.Errorf("%+v, %v", row, err)
 	}
 }
+
+var isolationLevels = []string{"read committed", "repeatable read", "serializable"}
+
+// isolate makes a level the default of all connections to come.
+func isolate(t *testing.T, databaseURL, level string) {
+	t.Helper()
+	pgtest.Exec(t, databaseURL, fmt.Sprintf(`do $$ begin
+		execute format('alter database %%I set default_transaction_isolation = %%L', current_database(), '%s');
+	end $$`, level))
+}
+
+func TestChangesThatWaitForEachOtherAreAllMadeWhateverIsolationIsTheDefault(t *testing.T) {
+	for _, level := range isolationLevels {
+		databaseURL := database(t)
+		isolate(t, databaseURL, level)
+		store := open(t, databaseURL, keystore.Options{})
+		key := insert(t, store)
+		waited := make(chan error, 1)
+		err := store.Change(t.Context(), func(tx *keystore.Tx) error {
+			if _, _, err := tx.Rename(t.Context(), keystore.Everything(), key.ID, "first"); err != nil {
+				return err
+			}
+			go func() {
+				waited <- store.Change(context.WithoutCancel(t.Context()), func(tx *keystore.Tx) error {
+					row, err := tx.Lock(t.Context(), keystore.Everything(), key.ID)
+					if err == nil && row.Name != "first" {
+						t.Errorf("%s: what was locked is read as it was before: %q", level, row.Name)
+					}
+					return err
+				})
+			}()
+			waitForWaiters(t, databaseURL, 1)
+			return nil
+		})
+		if err := errors.Join(err, <-waited); err != nil {
+			t.Errorf("%s: %v", level, err)
+		}
+	}
+}

@@ -45,7 +45,7 @@ from rekall.api_keys k` + limitsOfMany + `
 where not exists (select from rekall.last_used u where u.key_id = k.id) limit $1`
 )
 
-// ScanHashes reads the hash of every key that was committed before the call. First it calls begin with the server and the
+// ScanHashes reads the hash of every key that is committed when begin returns. First it calls begin with the server and the
 // number of keys, and ends with begin's error if there is one; then it calls each with the first HashPrefix bytes of each
 // hash, in no order. They are valid during the call only. It holds one connection and the memory of a few rows.
 func (s *Store) ScanHashes(ctx context.Context, begin func(server Server, keys int) error, each func(prefix []byte)) error {
@@ -110,11 +110,12 @@ func (s *Store) ScanRecent(ctx context.Context, n int, begin func(Server) error,
 	})
 }
 
-// scan runs do in a transaction, which keeps all its statements on one server even behind a pooler.
+// scan runs do in a transaction, which keeps all its statements on one server even behind a pooler. Each has a snapshot of its own,
+// whatever the default of the database or the role is.
 func (s *Store) scan(ctx context.Context, doing string, do func(pgx.Tx, Server) error) error {
 	ctx, cancel := context.WithTimeout(ctx, scanTimeout)
 	defer cancel()
-	err := pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
+	err := pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
 		settings := fmt.Sprintf("set local statement_timeout = %d; set local work_mem = %s; set local plan_cache_mode = force_custom_plan",
 			scanTimeout.Milliseconds(), scanMemory)
 		if _, err := tx.Exec(ctx, settings); err != nil {

@@ -83,3 +83,21 @@ func TestScanEndsWithTheErrorOfItsBeginning(t *testing.T) {
 		t.Errorf("%d rows were read", read)
 	}
 }
+
+// A filter is told of the keys that are made from the scan's beginning on, and of no others.
+func TestScanReadsEveryKeyMadeBeforeItsBeginningReturnsWhateverIsolationIsTheDefault(t *testing.T) {
+	for _, level := range isolationLevels {
+		databaseURL := database(t)
+		isolate(t, databaseURL, level)
+		store := open(t, databaseURL, keystore.Options{})
+		var made keystore.NewKey
+		var hashes [][keystore.HashPrefix]byte
+		err := store.ScanHashes(t.Context(), func(keystore.Server, int) error {
+			made = insert(t, store)
+			return nil
+		}, func(prefix []byte) { hashes = append(hashes, [keystore.HashPrefix]byte(prefix)) })
+		if err != nil || !slices.Contains(hashes, [keystore.HashPrefix]byte(made.Digest[:])) {
+			t.Errorf("%s: the key is missing; %v", level, err)
+		}
+	}
+}

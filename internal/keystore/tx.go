@@ -45,10 +45,11 @@ func repeatDeadlocked(transaction func() error) error {
 	}
 }
 
-// ChangeOnce is Change without a second attempt: what do reads may not be there twice.
+// ChangeOnce is Change without a second attempt: what do reads may not be there twice. What was locked is read as it is then,
+// whatever the default of the database or the role is.
 func (s *Store) ChangeOnce(ctx context.Context, do func(*Tx) error) error {
 	var failure error
-	err := pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
+	err := pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
 		failure = do(&Tx{Keys{tx}, tx})
 		return failure
 	})
