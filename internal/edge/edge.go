@@ -66,14 +66,20 @@ type Reporter struct {
 
 	failure atomic.Pointer[keycache.Failure] // nil: there was none
 
-	mu     sync.Mutex
-	sentAt map[uint64]time.Time // of the last reports
+	mu   sync.Mutex
+	sent map[uint64]sent // the last reports
+}
+
+// sent is a report: when it was sent, and the server that took it, once that has answered.
+type sent struct {
+	at      time.Time
+	takenBy keystore.Server
 }
 
 // NewReporter returns a reporter for a new instance of an edge. logger is asked at each line.
 func NewReporter(store *keystore.Store, id Identity, logger func() *zap.Logger) *Reporter {
 	return &Reporter{
-		store: store, logger: logger, changed: make(chan struct{}, 1), sentAt: make(map[uint64]time.Time), forgetEvery: forgetEvery,
+		store: store, logger: logger, changed: make(chan struct{}, 1), sent: make(map[uint64]sent), forgetEvery: forgetEvery,
 		edge: keystore.Edge{
 			Instance: id.Instance, Name: id.Name, Region: id.Region, Version: id.Version,
 			MaxStaleness: id.MaxStaleness, StartedAt: time.Now(),
@@ -143,27 +149,50 @@ func pause(ctx context.Context, d time.Duration) bool {
 func (r *Reporter) SentAt(beat uint64) (time.Time, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	at, ok := r.sentAt[beat]
-	return at, ok
+	report, ok := r.sent[beat]
+	return report.at, ok
+}
+
+// appliedOn names the server whose transactions a snapshot names, or is empty if that is unknown. A standby's are those of the
+// primary that took the last report which the standby has.
+func (r *Reporter) appliedOn(applied keycache.Applied) string {
+	server := applied.Server
+	if server.InRecovery {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		server = r.sent[applied.Beat].takenBy
+	}
+	if server == (keystore.Server{}) {
+		return ""
+	}
+	return server.String()
 }
 
 func (r *Reporter) nextBeat() uint64 {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.edge.Beat++
-	r.sentAt[r.edge.Beat] = time.Now()
-	delete(r.sentAt, r.edge.Beat-rememberBeats)
+	r.sent[r.edge.Beat] = sent{at: time.Now()}
+	delete(r.sent, r.edge.Beat-rememberBeats)
 	return r.edge.Beat
+}
+
+func (r *Reporter) taken(beat uint64, by keystore.Server) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.sent[beat] = sent{r.sent[beat].at, by}
 }
 
 func (r *Reporter) report(ctx context.Context, applied keycache.Applied) error {
 	ctx, cancel := context.WithTimeout(ctx, reportTimeout)
 	defer cancel()
 	edge := r.edge
-	edge.Beat, edge.SyncedAt, edge.Applied = r.nextBeat(), applied.At, applied.Snapshot
-	if err := r.store.ReportEdge(ctx, edge); err != nil {
+	edge.Beat, edge.SyncedAt, edge.Applied, edge.AppliedOn = r.nextBeat(), applied.At, applied.Snapshot, r.appliedOn(applied)
+	server, err := r.store.ReportEdge(ctx, edge)
+	if err != nil {
 		return err
 	}
+	r.taken(edge.Beat, server)
 	r.forget(ctx)
 	return r.countEdges(ctx)
 }

@@ -200,6 +200,66 @@ func TestAnEdgeThatStopsFinishesItsReportBeforeItRemovesItsRow(t *testing.T) {
 	r.wantNames("stopped")
 }
 
+// commit makes a transaction, and returns its id.
+func (r *rig) commit() (xid uint64) {
+	r.t.Helper()
+	if err := r.conn.QueryRow(r.t.Context(), `select pg_current_xact_id()::text::bigint`).Scan(&xid); err != nil {
+		r.t.Fatal(err)
+	}
+	return xid
+}
+
+// confirmed reports what was applied, and returns whether that confirms the transaction.
+func (r *rig) confirmed(xid uint64, applied keycache.Applied) bool {
+	r.t.Helper()
+	if err := r.reporter.report(r.t.Context(), applied); err != nil {
+		r.t.Fatal(err)
+	}
+	edges, err := r.reporter.store.Edges(r.t.Context(), xid)
+	if err != nil || len(edges) != 1 {
+		r.t.Fatalf("edges %+v, %v", edges, err)
+	}
+	return edges[0].Applied
+}
+
+// applied is what a cache has applied that has just read this database.
+func (r *rig) applied() keycache.Applied {
+	r.t.Helper()
+	snap, err := r.reporter.store.Snapshot(r.t.Context(), "")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return keycache.Applied{At: snap.Now, Snapshot: snap.Text, Server: snap.Server}
+}
+
+// TestReportToANewDatabaseBeforeTheFirstSyncWithItConfirmsNothing: the former one's snapshot may be far ahead.
+func TestReportToANewDatabaseBeforeTheFirstSyncWithItConfirmsNothing(t *testing.T) {
+	former, next := newRig(t), newRig(t)
+	xid := next.commit()
+	if next.confirmed(xid, former.applied()) {
+		t.Error("a sync with the former database confirms what only the next one knows")
+	}
+	if !next.confirmed(xid, next.applied()) {
+		t.Error("a sync with the database confirms nothing")
+	}
+}
+
+// TestWhatAStandbyShowsIsConfirmedOnThePrimaryThatTookTheReportWhichItHas: the standby's own start says nothing of the transactions.
+func TestWhatAStandbyShowsIsConfirmedOnThePrimaryThatTookTheReportWhichItHas(t *testing.T) {
+	r := newRig(t)
+	r.report()
+	xid := r.commit()
+	applied := r.applied()
+	applied.Server.InRecovery, applied.Server.StartedAt, applied.Beat = true, 1, 1
+	if !r.confirmed(xid, applied) {
+		t.Error("not confirmed")
+	}
+	applied.Beat = 100 // nobody knows who took that
+	if r.confirmed(xid, applied) {
+		t.Error("confirmed, though the report that the standby has may have been another server's")
+	}
+}
+
 // TestOneChangeDoesNotMakeAFleetReportInOneBurst: the trigger of one revocation wakes every edge at the same moment.
 func TestOneChangeDoesNotMakeAFleetReportInOneBurst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
 type counts struct {
@@ -72,8 +73,10 @@ func (c *Cache) failed(err error) { c.failure.Store(&Failure{time.Now(), err}) }
 
 // Applied is what the cache has read of the feed.
 type Applied struct {
-	At       time.Time // start of the sync, by Postgres's clock
-	Snapshot string    // that it read, as pg_snapshot; empty: none yet
+	At       time.Time       // start of the sync, by Postgres's clock
+	Snapshot string          // that it read, as pg_snapshot; empty: none yet
+	Server   keystore.Server // that it read from
+	Beat     uint64          // the last report of this edge that this server knew of
 }
 
 // Applied returns the last sync that was applied, to the requests in flight too.

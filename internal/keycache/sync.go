@@ -174,7 +174,7 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 		}
 	}
 	// Only now: a confirmed change has also reached the requests in flight.
-	c.applied.Store(&Applied{At: snap.Now, Snapshot: snap.Text})
+	c.applied.Store(&Applied{At: snap.Now, Snapshot: snap.Text, Server: snap.Server, Beat: snap.Beat})
 	if news && c.cfg.Changed != nil {
 		c.cfg.Changed()
 	}

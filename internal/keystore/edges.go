@@ -18,24 +18,27 @@ type Edge struct {
 	Beat         uint64    // counts its reports
 	SyncedAt     time.Time // start of its last sync, by Postgres's clock; zero: none yet
 	Applied      string    // the snapshot that it read, as pg_snapshot; empty: none yet
+	AppliedOn    string    // whose transactions that names, as Server.String; empty: unknown
 }
 
-// ReportEdge writes an edge's row.
-func (s *Store) ReportEdge(ctx context.Context, e Edge) error {
+// ReportEdge writes an edge's row, and returns the server that took it.
+func (s *Store) ReportEdge(ctx context.Context, e Edge) (Server, error) {
 	var syncedAt *time.Time
 	if !e.SyncedAt.IsZero() {
 		syncedAt = &e.SyncedAt
 	}
-	_, err := s.pool.Exec(ctx, `
-insert into rekall.edges (instance, name, region, version, max_staleness, started_at, synced_at, applied, beat, seen_at)
-values ($1, $2, $3, $4, $5, $6, $7, nullif($8, '')::pg_snapshot, $9, clock_timestamp())
-on conflict (instance) do update set synced_at = excluded.synced_at, applied = excluded.applied, beat = excluded.beat,
-	seen_at = excluded.seen_at`,
-		e.Instance, e.Name, e.Region, e.Version, e.MaxStaleness, e.StartedAt, syncedAt, e.Applied, e.Beat)
+	var server serverRow
+	err := s.pool.QueryRow(ctx, `
+insert into rekall.edges (instance, name, region, version, max_staleness, started_at, synced_at, applied, applied_on, beat, seen_at)
+values ($1, $2, $3, $4, $5, $6, $7, nullif($8, '')::pg_snapshot, nullif($9, ''), $10, clock_timestamp())
+on conflict (instance) do update set synced_at = excluded.synced_at, applied = excluded.applied, applied_on = excluded.applied_on,
+	beat = excluded.beat, seen_at = excluded.seen_at
+returning `+serverSQL,
+		e.Instance, e.Name, e.Region, e.Version, e.MaxStaleness, e.StartedAt, syncedAt, e.Applied, e.AppliedOn, e.Beat).Scan(&server)
 	if err != nil {
-		return failedAtEdge("report edge", err)
+		return Server{}, failedAtEdge("report edge", err)
 	}
-	return nil
+	return server.server(), nil
 }
 
 // ForgetEdges removes the rows of edges that have not reported for so long.
@@ -91,15 +94,21 @@ type SeenEdge struct {
 	Applied                         bool          // whether it has applied the transaction that was asked about
 }
 
-// Edges returns all edges, and which of them have applied the transaction xid (0: none is asked about).
+// Edges returns all edges, and which of them have applied this server's transaction xid (0: none is asked about).
 func (s *Store) Edges(ctx context.Context, xid uint64) ([]SeenEdge, error) {
 	rows, _ := s.pool.Query(ctx, `
 select instance, name, region, version, max_staleness, synced_at, seen_at, clock_timestamp() - seen_at,
-	coalesce(pg_visible_in_snapshot($1::xid8, applied), false)
+	coalesce(pg_visible_in_snapshot($1::xid8, applied), false), coalesce(applied_on, ''), `+serverSQL+`
 from rekall.edges order by name, instance`, xid) // CollectRows returns its error
 	edges, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (SeenEdge, error) {
-		var e SeenEdge
-		err := row.Scan(&e.Instance, &e.Name, &e.Region, &e.Version, &e.MaxStaleness, &e.SyncedAt, &e.SeenAt, &e.Silence, &e.Applied)
+		var (
+			e         SeenEdge
+			appliedOn string
+			server    serverRow
+		)
+		err := row.Scan(&e.Instance, &e.Name, &e.Region, &e.Version, &e.MaxStaleness, &e.SyncedAt, &e.SeenAt, &e.Silence, &e.Applied,
+			&appliedOn, &server)
+		e.Applied = e.Applied && appliedOn == server.server().String()
 		return e, err
 	})
 	if err != nil {

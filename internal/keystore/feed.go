@@ -21,6 +21,11 @@ type Server struct {
 	Database    uint32 // oid
 }
 
+// String names the server whose transaction ids are one sequence, which edges report beside a snapshot of them.
+func (s Server) String() string {
+	return fmt.Sprintf("%d/%d/%d/%d", s.SystemID, s.StartedAt, s.RecoveredAt, s.Database)
+}
+
 // serverColumns is a Server. Postgres counts anew after it has recovered from a crash, and tells everybody since when. Whoever
 // resets the counters makes the feed start over once.
 const serverColumns = `
@@ -36,6 +41,9 @@ type serverRow struct {
 	InRecovery  bool      `json:"in_recovery"`
 	Database    uint32
 }
+
+// serverSQL is the serverRow of the server that runs the statement.
+const serverSQL = `(select row_to_json(server) from (select ` + serverColumns + `) server)`
 
 func (r serverRow) server() Server {
 	return Server{

@@ -164,6 +164,45 @@ func TestServerTellsDatabasesAndRestartsApart(t *testing.T) {
 	}
 }
 
+// TestSnapshotOfAnotherServersTransactionsConfirmsNothing: restored from a dump, the rows of edges hold snapshots that are far ahead.
+func TestSnapshotOfAnotherServersTransactionsConfirmsNothing(t *testing.T) {
+	store := open(t, database(t), keystore.Options{})
+	key := insert(t, store)
+	row, _, err := store.Revoke(t.Context(), keystore.Everything(), key.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	snap := snapshot(t, store, "")
+	for name, tc := range map[string]struct {
+		change func(*keystore.Server)
+		want   bool
+	}{
+		"this server":          {func(*keystore.Server) {}, true},
+		"another cluster":      {func(s *keystore.Server) { s.SystemID++ }, false},
+		"before a restart":     {func(s *keystore.Server) { s.StartedAt-- }, false},
+		"before a crash":       {func(s *keystore.Server) { s.RecoveredAt-- }, false},
+		"another database":     {func(s *keystore.Server) { s.Database++ }, false},
+		"an earlier gateway's": {nil, false},
+	} {
+		appliedOn := ""
+		if tc.change != nil {
+			server := snap.Server
+			tc.change(&server)
+			appliedOn = server.String()
+		}
+		e := report(t, store, keystore.Edge{Name: name, Applied: snap.Text, AppliedOn: appliedOn})
+		edges, err := store.Edges(t.Context(), row.ChangeXid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, seen := range edges {
+			if seen.Instance == e.Instance && seen.Applied != tc.want {
+				t.Errorf("%s: applied %v, want %v", name, seen.Applied, tc.want)
+			}
+		}
+	}
+}
+
 // Without the upper bound of the statement all restored keys would come with every reading, until the new cluster has made
 // as many transactions as the old one had.
 func TestRestoredRowsDoNotFloodTheFeed(t *testing.T) {

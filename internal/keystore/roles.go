@@ -57,10 +57,10 @@ var grants = []grant{
 	{on: "table rekall.signing_keys", edge: "select, insert, update, delete"},
 	{
 		on: "table rekall.edges",
-		edge: "select (instance, max_staleness, synced_at, applied, beat, seen_at), " +
-			"insert (instance, name, region, version, max_staleness, started_at, synced_at, applied, beat, seen_at), " +
-			"update (synced_at, applied, beat, seen_at), delete",
-		admin: "select (instance, name, region, version, max_staleness, synced_at, applied, seen_at)",
+		edge: "select (instance, max_staleness, synced_at, applied, applied_on, beat, seen_at), " +
+			"insert (instance, name, region, version, max_staleness, started_at, synced_at, applied, applied_on, beat, seen_at), " +
+			"update (synced_at, applied, applied_on, beat, seen_at), delete",
+		admin: "select (instance, name, region, version, max_staleness, synced_at, applied, applied_on, seen_at)",
 	},
 	{on: "function rekall.create_canary()", edge: "execute"},
 	{on: "function rekall.revoke_canary(text)", edge: "execute"},

@@ -148,7 +148,7 @@ func TestRolesAreDeniedWhatTheyDoNotNeed(t *testing.T) {
 func report(t *testing.T, store *keystore.Store, e keystore.Edge) keystore.Edge {
 	t.Helper()
 	e.Instance, e.Version, e.MaxStaleness, e.StartedAt, e.Beat = apikey.RandomText(22), "v1", time.Second, time.Now(), 1
-	if err := store.ReportEdge(t.Context(), e); err != nil {
+	if _, err := store.ReportEdge(t.Context(), e); err != nil {
 		t.Fatal(err)
 	}
 	return e
@@ -166,8 +166,8 @@ func TestEdgeRoleSufficesForAnEdge(t *testing.T) {
 		t.Errorf("changes %+v", changes)
 	}
 	e := report(t, edge, keystore.Edge{Name: "north"})
-	e.Beat, e.SyncedAt, e.Applied = 2, start.Now, start.Text
-	if err := edge.ReportEdge(ctx, e); err != nil {
+	e.Beat, e.SyncedAt, e.Applied, e.AppliedOn = 2, start.Now, start.Text, start.Server.String()
+	if _, err := edge.ReportEdge(ctx, e); err != nil {
 		t.Error(err)
 	}
 	if err := edge.ForgetReplacedEdges(ctx, e.Instance); err != nil {
@@ -294,7 +294,7 @@ func TestEdgesThatLogInAsDifferentUsersCannotTouchEachOthersRow(t *testing.T) {
 	if err := south.ForgetEdges(ctx, time.Nanosecond); err != nil {
 		t.Error(err)
 	}
-	if err := south.ReportEdge(ctx, e); sqlState(err) != insufficientPrivilege {
+	if _, err := south.ReportEdge(ctx, e); sqlState(err) != insufficientPrivilege {
 		t.Errorf("a forged report: %v", err)
 	}
 	pgtest.Exec(t, southURL, `update rekall.edges set beat = 99`)

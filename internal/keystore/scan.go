@@ -122,7 +122,7 @@ func (s *Store) scan(ctx context.Context, doing string, do func(pgx.Tx, Server) 
 			return err
 		}
 		var server serverRow
-		if err := tx.QueryRow(ctx, `select row_to_json(s) from (select `+serverColumns+`) s`).Scan(&server); err != nil {
+		if err := tx.QueryRow(ctx, `select `+serverSQL).Scan(&server); err != nil {
 			return err
 		}
 		return do(tx, server.server())
