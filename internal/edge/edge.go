@@ -105,7 +105,7 @@ func (r *Reporter) Run(ctx context.Context, applied func() keycache.Applied) {
 		err := r.report(context.WithoutCancel(ctx), applied())
 		switch {
 		case err != nil && ctx.Err() == nil && !failing:
-			r.logger().Warn("edge cannot report; others will call it fail-closed, or not know of it if it never has", zap.Error(err))
+			r.logger().Warn("edge cannot report; others call it fail-closed or do not know of it, and keys revoke --wait has no word from it", zap.Error(err))
 		case err == nil && failing:
 			r.logger().Info("edge reports again")
 		}
