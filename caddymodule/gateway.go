@@ -239,7 +239,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	return x.unavailable(w, errKeyChanging)
 }
 
-var errKeyChanging = errors.New("the key changed each time it was found")
+var errKeyChanging = errors.New("the key changed each time it was found, or this configuration has ended")
 
 // parse decides what can be decided on the request alone. A space ends the request's target in HTTP/1, which the backend may speak;
 // HTTP/2 has none that ends, and the server lets a space in the query pass, but no control character.

@@ -205,7 +205,8 @@ func (rt *runtime) startLimiter() {
 	})
 }
 
-// drainPoll is longer than a request takes to be decided: what is not in flight by then never will be.
+// drainPoll is longer than a request takes to be decided. One that comes later, since handlers before the gateway held it up, is
+// refused by the cache that has stopped: 503.
 const drainPoll = time.Second
 
 // Destruct ends the runtime when no configuration uses it any longer. Requests of the last one may still be decided or in

@@ -9,14 +9,18 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/zap"
 
+	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/internal/scoperule"
 )
 
 // fields returns the names of the fields in a JSON value, with "[]" for the elements of a list.
@@ -141,5 +145,50 @@ func TestProbesAreReadOnly(t *testing.T) {
 		if w.Code != http.StatusMethodNotAllowed || w.Header().Get("Allow") != "GET, HEAD" || w.Body.Len() > 0 {
 			t.Errorf("POST %s: %d, Allow %q, %q", route.Pattern, w.Code, w.Header().Get("Allow"), w.Body)
 		}
+	}
+}
+
+// TestRequestThatReachesTheGatewayAfterItsRuntimeHasEndedIsRefused: a reload has changed an option while another handler held it up.
+func TestRequestThatReachesTheGatewayAfterItsRuntimeHasEndedIsRefused(t *testing.T) {
+	database := pgtest.URL(t)
+	if _, _, err := keystore.Migrate(t.Context(), database); err != nil {
+		t.Fatal(err)
+	}
+	store, err := keystore.Open(database, keystore.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(store.Close)
+	rt := newRuntimeOn(t, database)
+	await := func(what string, condition func() bool) {
+		t.Helper()
+		for deadline := time.Now().Add(30 * time.Second); !condition(); {
+			if time.Now().After(deadline) {
+				t.Fatal("not within 30 s: ", what)
+			}
+		}
+	}
+	await("the first sync", func() bool { return rt.cache.Status().Fresh })
+	key, _, err := keyadmin.New(store).Create(t.Context(), keyadmin.Operator("test"), keyadmin.CreateRequest{
+		Name: "n", Account: "a", Environment: "production", Scopes: []string{"memories:read"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	await("the feed brings the key", func() bool { return rt.cache.Cached(apikey.Hash(key.Key.Reveal())) })
+	rules, err := scoperule.New(scoperule.Builtin()...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := &Gateway{
+		draining: new(atomic.Bool), rules: rules, cache: rt.cache, metrics: newMetrics(), usage: rt.usage, logger: zap.NewNop(),
+		production: block{chain: passing{}},
+	}
+	if answer := g.serve(t, bearerRequest(key.Key.Reveal())); answer.Code != http.StatusNoContent {
+		t.Errorf("while it runs: %d", answer.Code)
+	}
+	rt.close()
+	if answer := g.serve(t, bearerRequest(key.Key.Reveal())); answer.Code != http.StatusServiceUnavailable {
+		t.Errorf("when it has ended: %d", answer.Code)
 	}
 }

@@ -667,6 +667,28 @@ func TestKeyThatChangedBetweenFindAndTrackIsFoundAgain(t *testing.T) {
 	}
 }
 
+// TestNothingIsInFlightWhenTheCacheHasStopped: nobody would cut it.
+func TestNothingIsInFlightWhenTheCacheHasStopped(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	c := newCache(t, db.store, nil)
+	ctx, stop := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() { c.Run(ctx) })
+	key := db.create(t)
+	inFlight := track(t, c, key)
+	stop()
+	running.Wait()
+	wantCut(t, inFlight, apikey.Unavailable)
+	found, err := c.Find(t.Context(), key.digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var f Flight
+	if c.Track(&f, found, requestFunc(func(error) {})) {
+		t.Error("a request was let go that nobody would cut")
+	}
+}
+
 func TestFlightsAreCountedInEveryOrderOfEnding(t *testing.T) {
 	var c Cache
 	var fs [5]Flight

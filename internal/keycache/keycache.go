@@ -100,6 +100,7 @@ type Cache struct {
 
 	canaryAt atomic.Int64 // when that was told, in nanoseconds since 1970
 
+	stopped atomic.Bool  // Run has returned: nobody cuts requests any longer
 	closing sync.RWMutex // ristretto panics when Set races Close
 	closed  bool
 }

@@ -32,7 +32,7 @@ var (
 )
 
 // Run keeps the cache true until ctx is done: it syncs every Refresh, at once when Postgres notifies of a change, and
-// watches the requests in flight. It must run once.
+// watches the requests in flight, which it cuts at its end. It must run once.
 func (c *Cache) Run(ctx context.Context) {
 	var wg sync.WaitGroup
 	wg.Go(func() { c.watch(ctx) })
@@ -42,6 +42,10 @@ func (c *Cache) Run(ctx context.Context) {
 	}
 	c.syncLoop(ctx)
 	wg.Wait()
+	c.stopped.Store(true)
+	for shard := range c.flight {
+		c.flight.each(shard, func(f *Flight) { c.cut(f, apikey.Unavailable) })
+	}
 }
 
 func (c *Cache) syncLoop(ctx context.Context) {
