@@ -57,6 +57,31 @@ func TestExpiryFollowsPostgresClock(t *testing.T) {
 	}
 }
 
+// TestKeyIsNotExpiredBeforePostgresSaysSoHoweverLongTheSyncTook: Postgres may have read its clock at the sync's end.
+func TestKeyIsNotExpiredBeforePostgresSaysSoHoweverLongTheSyncTook(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	store := &hookedStore{Store: db.store}
+	c, s := newCache(t, store, nil), new(syncer)
+	key := db.create(t)
+	tick(t, s, c)
+	db.exec(t, "update rekall.api_keys set expires_at = now() + interval '1 minute' where id = $1", key.id)
+	var got time.Time
+	store.change = func(*keystore.Snapshot) { got = time.Now() }
+	tick(t, s, c)
+	inFlight := track(t, c, key)
+	long := *c.state.Load()
+	long.readAt, long.superseded = long.readAt.Add(-2*time.Minute), make(chan struct{})
+	c.state.Store(&long)
+	if long.gotAt.Before(got) {
+		t.Errorf("the reading was there %v later than the state says", got.Sub(long.gotAt))
+	}
+	want(t, c, key.digest, apikey.Allowed)
+	c.cutEnded(long.steadyPgTime(time.Now()), time.Now())
+	if inFlight.Err() != nil {
+		t.Errorf("its request was cut: %v", context.Cause(inFlight))
+	}
+}
+
 // TestStalledPostgresStopsTrustAtTheBound stops Postgres so that it hangs and does not refuse. While it does, each answer
 // must rest on data younger than MaxStaleness, and then there must be none.
 func TestStalledPostgresStopsTrustAtTheBound(t *testing.T) {

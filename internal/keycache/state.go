@@ -28,7 +28,8 @@ type state struct {
 
 	syncedAt   time.Time // what the sync vouches from, both clocks: its start, unless a standby lags; zero: never
 	readAt     time.Time // start of the sync, both clocks
-	pgNow      time.Time // Postgres's clock at readAt
+	gotAt      time.Time // when the sync's reading was there, both clocks
+	pgNow      time.Time // Postgres's clock between readAt and gotAt
 	superseded chan struct{}
 }
 
@@ -80,11 +81,12 @@ func (s *state) usable(e *entry) bool {
 // of it.
 func (s *state) pgTime(now time.Time) time.Time { return s.pgNow.Add(age(s.readAt, now)) }
 
-// steadyPgTime is the same by the monotonic clock, which nobody sets. It stands still while the machine is suspended.
-func (s *state) steadyPgTime(now time.Time) time.Time { return s.pgNow.Add(now.Sub(s.readAt)) }
+// steadyPgTime is Postgres's clock at now, at the earliest, by the monotonic clock, which nobody sets. It stands still while the
+// machine is suspended.
+func (s *state) steadyPgTime(now time.Time) time.Time { return s.pgNow.Add(now.Sub(s.gotAt)) }
 
-// disputed reports whether e has expired by one clock and not by the other: the wall clock was set forward or the machine
-// suspended since the sync. Then only Postgres knows.
+// disputed reports whether e has expired at the latest of Postgres's clock and not at the earliest: the sync took long, or the
+// wall clock was set forward or the machine suspended since. Then only Postgres knows.
 func (s *state) disputed(e *entry, now time.Time) bool {
 	at := e.record.ExpiresAt
 	return !at.IsZero() && at.Reached(s.pgTime(now)) && !at.Reached(s.steadyPgTime(now))
@@ -114,7 +116,7 @@ func (s *state) restart(snap keystore.Snapshot, readAt, vouchedAt time.Time) *st
 	return &state{
 		epoch: s.epoch + 1, origin: s.epoch + 1, horizon: s.epoch + 1,
 		server: snap.Server, seen: snap.Text, watermark: snap.Xmin, xmax: snap.Xmax, tiers: s.same(snap.Tiers),
-		syncedAt: vouchedAt, readAt: readAt, pgNow: snap.Now, superseded: make(chan struct{}),
+		syncedAt: vouchedAt, readAt: readAt, gotAt: time.Now(), pgNow: snap.Now, superseded: make(chan struct{}),
 	}
 }
 
@@ -123,7 +125,7 @@ func (s *state) next(snap keystore.Snapshot, readAt, vouchedAt time.Time) (n *st
 	n = &state{
 		epoch: s.epoch + 1, origin: s.origin, horizon: s.horizon, changes: s.changes, log: s.log,
 		server: snap.Server, seen: snap.Text, watermark: snap.Xmin, xmax: snap.Xmax, tiers: s.same(snap.Tiers),
-		syncedAt: vouchedAt, readAt: readAt, pgNow: snap.Now, superseded: make(chan struct{}),
+		syncedAt: vouchedAt, readAt: readAt, gotAt: time.Now(), pgNow: snap.Now, superseded: make(chan struct{}),
 	}
 	var digests []apikey.Digest
 	for _, ch := range snap.Changes {

@@ -137,8 +137,9 @@ func (c *Cache) prove(ctx context.Context, d apikey.Digest, since time.Time) (f 
 	}
 	ch, created := s.changes[d]
 	now := time.Now()
-	// The process was stopped; or the key was created with too many others to be told of, or the feed has started over.
-	if !s.fresh(now, c.cfg.MaxStaleness) || !created && !c.unknown.certain(s, &d) {
+	// The process was stopped; or the key was created with too many others to be told of, or the feed has started over; or the key
+	// is about to expire.
+	if !s.fresh(now, c.cfg.MaxStaleness) || !created && !c.unknown.certain(s, &d) || created && s.disputed(ch.entry, now) {
 		ctx, cancel := context.WithDeadline(ctx, since.Add(answerWithin))
 		defer cancel()
 		return c.ask(ctx, d)
