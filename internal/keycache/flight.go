@@ -49,15 +49,16 @@ type flights [flightShards]struct {
 }
 
 // Track registers a request whose key was found to be good, so that it is cut when the key is revoked, expires, or cannot be
-// vouched for any longer. It reports false if the key has changed since it was found: find it again; and if Run has ended, when
-// nobody would cut it. After true, Untrack must follow.
+// vouched for any longer. It reports false if the key has changed since it was found, or what was found has become too old, while the
+// process stood still: find it again; and if Run has ended, when nobody would cut it. After true, Untrack must follow.
 func (c *Cache) Track(f *Flight, found Found, request Request) bool {
 	f.digest, f.expiresAt = found.Record.Digest, found.Record.ExpiresAt
 	f.vouchedAt, f.request, f.unverified = found.vouchedAt, request, false
 	c.flight.add(f)
 	// The sync publishes a state and then walks the flights, and Run does so at its end. Either that walk meets this flight, or
 	// the state is here already.
-	if s := c.state.Load(); s != found.state && !s.usable(found.entry) || c.stopped.Load() {
+	if s := c.state.Load(); s != found.state && !s.usable(found.entry) || c.stopped.Load() ||
+		age(found.vouchedAt, time.Now()) >= c.cfg.MaxStaleness {
 		c.Untrack(f)
 		return false
 	}

@@ -714,6 +714,30 @@ func TestNothingIsInFlightWhenTheCacheHasStopped(t *testing.T) {
 	}
 }
 
+// TestRequestIsNotLetGoOnDataThatHasBecomeTooOldSinceItWasFound: the process was stopped in between, or the machine suspended.
+func TestRequestIsNotLetGoOnDataThatHasBecomeTooOldSinceItWasFound(t *testing.T) {
+	c, found := newTracked(t)
+	for name, tc := range map[string]struct {
+		vouchedAt time.Time
+		want      bool
+	}{
+		"just found":                {found.vouchedAt, true},
+		"the process stood still":   {found.vouchedAt.Add(-c.cfg.MaxStaleness), false},
+		"the machine was suspended": {found.vouchedAt.Round(0).Add(-c.cfg.MaxStaleness), false}, // only the wall clock moved
+	} {
+		found.vouchedAt = tc.vouchedAt
+		var f Flight
+		if got := c.Track(&f, found, requestFunc(func(error) {})); got != tc.want {
+			t.Errorf("%s: let go %v, want %v", name, got, tc.want)
+		} else if got {
+			c.Untrack(&f)
+		}
+	}
+	if n := c.InFlight(); n != 0 {
+		t.Errorf("%d requests in flight, want none", n)
+	}
+}
+
 func TestFlightsAreCountedInEveryOrderOfEnding(t *testing.T) {
 	var c Cache
 	var fs [5]Flight
