@@ -100,7 +100,7 @@ func (s *state) same(tiers apikey.Tiers) *apikey.Tiers {
 	return &tiers
 }
 
-// sameServer reports whether snap continues s: the same server process and database, whose transaction ids have not gone
+// sameServer reports whether snap continues s: the same server process, database and table of keys, whose transaction ids have not gone
 // back. A failover, a promotion, a restored dump and a crash that the postmaster outlived all show in one of these.
 func (s *state) sameServer(snap keystore.Snapshot) bool {
 	return s.server == snap.Server && snap.Xmax >= s.xmax

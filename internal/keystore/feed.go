@@ -19,6 +19,7 @@ type Server struct {
 	RecoveredAt int64  // from a crash that the postmaster outlived, after which transaction ids are given again; as StartedAt
 	InRecovery  bool   // a standby, whose replay may be paused while it looks healthy
 	Database    uint32 // oid
+	Table       uint32 // oid of the keys': another when they were restored in the same database, which brings rows with old stamps
 }
 
 // String names the server whose transaction ids are one sequence, which edges report beside a snapshot of them.
@@ -31,7 +32,7 @@ func (s Server) String() string {
 const serverColumns = `
 	(select system_identifier from pg_control_system()) as system_id, pg_postmaster_start_time() as started_at,
 	coalesce(pg_stat_get_bgwriter_stat_reset_time(), 'epoch') as recovered_at, pg_is_in_recovery() as in_recovery,
-	(select oid::bigint from pg_database where datname = current_database()) as database`
+	(select oid::bigint from pg_database where datname = current_database()) as database, 'rekall.api_keys'::regclass::oid::bigint as table_id`
 
 // serverRow is a row of serverColumns, as JSON.
 type serverRow struct {
@@ -40,6 +41,7 @@ type serverRow struct {
 	RecoveredAt time.Time `json:"recovered_at"`
 	InRecovery  bool      `json:"in_recovery"`
 	Database    uint32
+	Table       uint32 `json:"table_id"`
 }
 
 // serverSQL is the serverRow of the server that runs the statement.
@@ -48,7 +50,7 @@ const serverSQL = `(select row_to_json(server) from (select ` + serverColumns + 
 func (r serverRow) server() Server {
 	return Server{
 		SystemID: r.SystemID, StartedAt: r.StartedAt.UnixMicro(), RecoveredAt: r.RecoveredAt.UnixMicro(), InRecovery: r.InRecovery,
-		Database: r.Database,
+		Database: r.Database, Table: r.Table,
 	}
 }
 

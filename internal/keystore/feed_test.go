@@ -132,7 +132,7 @@ func TestSnapshotFromZeroReadsNoRows(t *testing.T) {
 		t.Errorf("changes %+v", snap.Changes)
 	}
 	if snap.Xmin == 0 || snap.Xmax < snap.Xmin || snap.Now.Before(before) || snap.Server.InRecovery ||
-		snap.Server.SystemID == 0 || snap.Server.StartedAt == 0 || snap.Server.Database == 0 {
+		snap.Server.SystemID == 0 || snap.Server.StartedAt == 0 || snap.Server.Database == 0 || snap.Server.Table == 0 {
 		t.Errorf("snapshot %+v", snap)
 	}
 }
