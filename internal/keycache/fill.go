@@ -46,6 +46,7 @@ func (c *Cache) fillLoop(ctx context.Context) {
 		if !first && !pause(ctx, rand.N(fillSpread*c.cfg.Refresh), nil) {
 			return
 		}
+		failing := false
 		for delay := fillRetryMin; ; delay = min(2*delay, fillRetryMax) {
 			err := c.fill(ctx, &warmed)
 			if ctx.Err() != nil {
@@ -55,7 +56,10 @@ func (c *Cache) fillLoop(ctx context.Context) {
 				break
 			}
 			c.failed(err)
-			c.cfg.Logger().Warn("reading all keys failed; keys that are not in memory are asked for one by one", zap.Error(err))
+			if !failing { // it ends with "filter of all keys is built"
+				failing = true
+				c.cfg.Logger().Warn("reading all keys failed; keys that are not in memory are asked for one by one", zap.Error(err))
+			}
 			if !pause(ctx, delay/2+rand.N(delay), c.refill) {
 				return
 			}

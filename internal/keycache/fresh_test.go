@@ -298,6 +298,32 @@ func TestRevocationArrivesWithTheTickWhenTheListenerHearsNothing(t *testing.T) {
 	eventually(t, "the revocation holds", func() bool { return outcome(t, c, key.digest) == apikey.Revoked })
 }
 
+// unreadStore fails to read all keys a few times.
+type unreadStore struct {
+	Store
+	failures int
+}
+
+func (s *unreadStore) ScanHashes(ctx context.Context, begin func(keystore.Server, int) error, each func([]byte)) error {
+	if s.failures > 0 {
+		s.failures--
+		return errors.New("connection refused")
+	}
+	return s.Store.ScanHashes(ctx, begin, each)
+}
+
+func TestFailureToReadAllKeysIsLoggedOnceWhenItBeginsAndOnceWhenItEnds(t *testing.T) {
+	core, logs := observer.New(zap.InfoLevel)
+	c := newCache(t, &unreadStore{newDatabase(t, pgtest.URL(t)).store, 2}, func(cfg *Config) {
+		cfg.Logger = func() *zap.Logger { return zap.New(core) }
+	})
+	run(t, c)
+	eventually(t, "all keys are read", func() bool { return logs.FilterMessage("filter of all keys is built").Len() == 1 })
+	if n := logs.FilterMessageSnippet("reading all keys failed").Len(); n != 1 {
+		t.Errorf("the log says %d times that it failed, want once", n)
+	}
+}
+
 // lostStore loses its listener at once, again and again, and notes when it was asked for another.
 type lostStore struct {
 	Store

@@ -41,8 +41,11 @@ func (c *Counter) doChores(ctx context.Context) {
 		}
 		for i, chore := range chores {
 			err := c.doChore(ctx, chore)
-			if err != nil && ctx.Err() == nil && !failing[i] {
+			switch {
+			case err != nil && ctx.Err() == nil && !failing[i]:
 				c.cfg.Logger().Warn("usage chore failed; it is tried again", zap.String("chore", chore.name), zap.Error(err))
+			case err == nil && failing[i]:
+				c.cfg.Logger().Info("usage chore works again", zap.String("chore", chore.name))
 			}
 			failing[i] = err != nil
 		}

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.uber.org/zap"
@@ -219,6 +220,41 @@ func TestCountsDuringFlushesAddUp(t *testing.T) {
 	if s := c.Status(); s.Buffered != 0 || s.Flushed != clients*requests || s.Dropped != 0 {
 		t.Errorf("status %+v", s)
 	}
+}
+
+// choreless refuses chores while it is told to, and nobody else's turn comes.
+type choreless struct {
+	usage.Store
+	refuses atomic.Bool
+}
+
+func (s *choreless) ClaimChore(context.Context, string, time.Duration) (bool, error) {
+	if s.refuses.Load() {
+		return false, errLost
+	}
+	return false, nil
+}
+
+func TestFailureOfAChoreIsLoggedOnceWhenItBeginsAndOnceWhenItEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := new(choreless)
+		store.refuses.Store(true)
+		c, logs := newCounter(store, 0)
+		ctx, stop := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		running.Go(func() { c.Run(ctx) })
+		<-time.After(5 * time.Minute)
+		store.refuses.Store(false)
+		<-time.After(5 * time.Minute)
+		stop()
+		running.Wait()
+		const chores = 2
+		for _, line := range []string{"usage chore failed; it is tried again", "usage chore works again"} {
+			if n := logs.FilterMessage(line).Len(); n != chores {
+				t.Errorf("%q is logged %d times, want once for each of %d chores", line, n, chores)
+			}
+		}
+	})
 }
 
 // lossy applies flushes and loses some of the answers.

@@ -220,20 +220,43 @@ func TestMetricsFollowConventionsAndSurviveReloads(t *testing.T) {
 	}
 }
 
-// TestCommandsOfTheRunbookWork runs them as they stand there, but for the port.
-func TestCommandsOfTheRunbookWork(t *testing.T) {
+// TestCommandsOfTheRunbookWorkForAnAdministrator runs them as they stand there, but for the port.
+func TestCommandsOfTheRunbookWorkForAnAdministrator(t *testing.T) {
 	r := newRig(t, pgtest.URL(t))
 	g := r.start("")
+	role := pgtest.Role(t, r.database)
+	migrate := exec.Command(program, "migrate", "--database", r.database, "--admin-role", role)
+	if output, err := migrate.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, output)
+	}
+	administrator := pgtest.Login(t, r.database, role)
 	blocks := regexp.MustCompile("(?s)\n```sh\n(.*?)```\n").FindAllStringSubmatch(process.Read(t, shipped+"RUNBOOK.md"), -1)
 	if len(blocks) < len(alerts(t)) {
 		t.Fatalf("%d blocks of commands", len(blocks))
 	}
 	for _, block := range blocks {
 		shell := exec.Command("bash", "-euo", "pipefail", "-c", strings.ReplaceAll(block[1], "localhost:2019", g.admin))
-		shell.Env = append(os.Environ(), "REKALL_DATABASE_URL="+r.database, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
+		shell.Env = append(os.Environ(), "REKALL_DATABASE_URL="+administrator, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
 		if output, err := shell.CombinedOutput(); err != nil || len(output) == 0 {
 			t.Errorf("%s: %v\n%s", block[1], err, output)
 		}
+	}
+}
+
+// TestRunbookTellsWhoSendsUnknownKeys: the journal has lines of systemd too, and the connection is the load balancer's.
+func TestRunbookTellsWhoSendsUnknownKeys(t *testing.T) {
+	command := regexp.MustCompile(`(?s)\njournalctl [^|]*-o cat \|(.*?)\n` + "```").FindStringSubmatch(process.Read(t, shipped+"RUNBOOK.md"))
+	if command == nil {
+		t.Fatal("the runbook reads no access log")
+	}
+	shell := exec.Command("bash", "-euo", "pipefail", "-c", command[1])
+	shell.Stdin = strings.NewReader(`Started rekall-gateway.service - Rekall API gateway.
+{"status":200,"request":{"remote_ip":"10.0.0.10","client_ip":"203.0.113.1"}}
+{"status":401,"request":{"remote_ip":"10.0.0.10","client_ip":"203.0.113.7"}}
+{"status":401,"request":{"remote_ip":"10.0.0.10","client_ip":"203.0.113.7"}}
+`)
+	if output, err := shell.CombinedOutput(); err != nil || strings.TrimSpace(string(output)) != "2 203.0.113.7" {
+		t.Errorf("%v\n%s", err, output)
 	}
 }
 
