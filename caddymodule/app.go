@@ -204,7 +204,8 @@ func (a *App) settings() (settings, error) {
 	return s, nil
 }
 
-// Start begins to follow the change feed. HTTP may be serving already: until the first sync each request asks Postgres.
+// Start begins to follow the change feed. HTTP may be serving already: until the first sync each request asks Postgres. At a reload to
+// a database that cannot be read it fails, so that Caddy keeps the configuration before.
 func (a *App) Start() error {
 	if app, err := a.ctx.App("http"); err == nil {
 		if err := checkRoutes(app.(*caddyhttp.App), a.ctx.Logger(a)); err != nil {
@@ -213,6 +214,9 @@ func (a *App) Start() error {
 	}
 	garbage.Tune()
 	a.runtime.start(a.ctx.Logger(a))
+	if err := a.runtime.awaitFirstSync(a.ctx); err != nil {
+		return err
+	}
 	a.runtime.issuers.Store(&a.issuers)
 	if len(a.issuers) > 0 {
 		a.runtime.startSigner()

@@ -149,6 +149,23 @@ func (rt *runtime) start(logger *zap.Logger) {
 	rt.usage.Wake() // a reload shows what was counted until then
 }
 
+// firstSyncWithin is how long a reload waits for the first sync of another database, which takes milliseconds.
+const firstSyncWithin = 5 * time.Second
+
+// awaitFirstSync returns an error if the runtime cannot read its database and another one can read its own: then the configuration of
+// that one is better kept. Where none can, anything may be better.
+func (rt *runtime) awaitFirstSync(ctx context.Context) error {
+	if !slices.ContainsFunc(running(), func(other *runtime) bool { return other != rt && other.cache.Status().Fresh }) {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, firstSyncWithin)
+	defer cancel()
+	if err := rt.cache.AwaitFirstSync(ctx); err != nil {
+		return fmt.Errorf("no keys can be read from the database of the new configuration: %w", err)
+	}
+	return nil
+}
+
 // draining are the runtimes that no configuration uses any longer, but requests do.
 var draining sync.Map
 

@@ -140,6 +140,36 @@ func TestReloadWithContradictorySettingsIsRefusedAndTheEdgeGoesOn(t *testing.T) 
 	g.do("GET", "/v1/memories", bearer(r.key("production", "memories:read"))).wantCode(t, 200, "")
 }
 
+func TestReloadToADatabaseThatCannotBeReadIsRefusedWhileTheOldOneIs(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	behind := *r
+	var between *network
+	between, behind.database = newNetwork(t, r.database)
+	g := behind.start(standardSite, "refresh 100ms", "max_staleness "+faultBound.String())
+	file, err := os.ReadFile(g.file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bad := strings.Replace(string(file), "{env.REKALL_DATABASE_URL}", "postgres://rekall@127.0.0.1:1/none", 1)
+	load := func() reply {
+		return do(t, "POST", g.admin+"/load", http.Header{"Content-Type": {"text/caddyfile"}}, strings.NewReader(bad))
+	}
+	if answer := load(); answer.StatusCode == http.StatusOK || !strings.Contains(answer.body, "no keys can be read from the database of the new configuration") {
+		t.Errorf("answer %d %s", answer.StatusCode, answer.body)
+	}
+	if s := g.status(); !s.Ready {
+		t.Errorf("status %+v", s)
+	}
+	g.do("GET", "/v1/memories", bearer(r.key("production", "memories:read"))).wantCode(t, 200, "")
+
+	between.partition()
+	eventually(t, "the edge trusts no key", func() bool { return !g.status().Ready })
+	if answer := load(); answer.StatusCode != http.StatusOK {
+		t.Errorf("answer %d %s, though nothing was there to keep", answer.StatusCode, answer.body)
+	}
+}
+
 // chanceOf is the probability of at least k heads in n tosses: a sign test over the pairs of reloads that differ in what they
 // lost. The requests lost are not compared in sum, since they come in bursts: one reload on a busy machine breaks many
 // connections at once, so that a sum varies far more than a count of independent events would. The sign test assumes

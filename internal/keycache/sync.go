@@ -80,6 +80,23 @@ func (c *Cache) syncLoop(ctx context.Context) {
 	}
 }
 
+// AwaitFirstSync waits until the cache has synced. It returns why it has not when ctx is done.
+func (c *Cache) AwaitFirstSync(ctx context.Context) error {
+	s := c.state.Load()
+	if !s.syncedAt.IsZero() {
+		return nil
+	}
+	select {
+	case <-s.superseded:
+		return nil
+	case <-ctx.Done():
+	}
+	if failure := c.failure.Load(); failure != nil {
+		return failure.Err
+	}
+	return ctx.Err()
+}
+
 // awaitSync waits for the time of the next sync after one that began at startedAt. It reports false when ctx is done.
 func (c *Cache) awaitSync(ctx context.Context, startedAt time.Time, took time.Duration) bool {
 	timer := time.NewTimer(c.cfg.Refresh - time.Since(startedAt))
