@@ -18,15 +18,15 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// codesInCode are the errors that are answered, as "403 TLS_REQUIRED": those that newAnswer makes, and keysapi's.
-func codesInCode(t *testing.T) map[string]bool {
+// codesInCode are the errors that are answered, as "403 TLS_REQUIRED": all, and of these the gateway's own, which newAnswer makes.
+func codesInCode(t *testing.T) (all, own map[string]bool) {
 	t.Helper()
 	statuses := map[string]int{} // by the name of its constant in net/http
 	for status := 400; status < 600; status++ {
 		statuses["Status"+strings.ReplaceAll(http.StatusText(status), " ", "")] = status
 	}
-	found := map[string]bool{}
-	add := func(status, code ast.Expr) {
+	all, own = map[string]bool{}, map[string]bool{}
+	add := func(found map[string]bool, status, code ast.Expr) {
 		name, isName := status.(*ast.SelectorExpr)
 		text, isText := code.(*ast.BasicLit)
 		if !isName || !isText || statuses[name.Sel.Name] == 0 {
@@ -55,7 +55,8 @@ func codesInCode(t *testing.T) map[string]bool {
 				switch n := n.(type) {
 				case *ast.CallExpr:
 					if f, ok := n.Fun.(*ast.Ident); ok && f.Name == "newAnswer" {
-						add(n.Args[0], n.Args[1])
+						add(all, n.Args[0], n.Args[1])
+						add(own, n.Args[0], n.Args[1])
 					}
 				case *ast.CompositeLit:
 					fields := map[string]ast.Expr{}
@@ -67,14 +68,33 @@ func codesInCode(t *testing.T) map[string]bool {
 						}
 					}
 					if code, ok := fields["Code"].(*ast.BasicLit); ok { // not where one answer becomes another's
-						add(fields["Status"], code)
+						add(all, fields["Status"], code)
 					}
 				}
 				return true
 			})
 		}
 	}
-	return found
+	return all, own
+}
+
+func TestREADMENamesEachAnswerOfTheGatewaysOwn(t *testing.T) {
+	page, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, own := codesInCode(t)
+	named := map[string]bool{}
+	for _, row := range regexp.MustCompile("(?m)^\\| (\\d{3}(?:, \\d{3})*) \\| (`[A-Z_]+`(?:, `[A-Z_]+`)*) \\|").FindAllStringSubmatch(string(page), -1) {
+		for status := range strings.SplitSeq(row[1], ", ") {
+			for code := range strings.SplitSeq(row[2], ", ") {
+				named[status+" "+strings.Trim(code, "`")] = true
+			}
+		}
+	}
+	if diff := cmp.Diff(own, named); diff != "" {
+		t.Errorf("answers (-code +page)\n%s", diff)
+	}
 }
 
 // TestGuideSaysOfEachErrorWhatToDo: a code that is added must be explained to those who will meet it.
@@ -87,7 +107,8 @@ func TestGuideSaysOfEachErrorWhatToDo(t *testing.T) {
 	for _, row := range regexp.MustCompile("(?m)^\\| (\\d{3}) \\| `([A-Z_]+)` \\| \\S").FindAllStringSubmatch(string(page), -1) {
 		documented = append(documented, row[1]+" "+row[2])
 	}
-	if diff := cmp.Diff(slices.Sorted(maps.Keys(codesInCode(t))), documented); diff != "" {
+	all, _ := codesInCode(t)
+	if diff := cmp.Diff(slices.Sorted(maps.Keys(all)), documented); diff != "" {
 		t.Errorf("errors, sorted (-code +page)\n%s", diff)
 	}
 }
