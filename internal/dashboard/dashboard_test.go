@@ -537,6 +537,24 @@ func TestPageOfAKeyWhoseSuccessorIsRevokedOffersToRotateItAgain(t *testing.T) {
 	}
 }
 
+func TestPageClaimsNothingOfEdgesThatDoNotReport(t *testing.T) {
+	r := newRig(t)
+	key := r.key("acme", "Key", false)
+	b := r.browser("ann@acme")
+	b.do("/"+key.ID+"/revoke", url.Values{"name": {"Key"}}).want(t, http.StatusSeeOther)
+	var page reply
+	for deadline := time.Now().Add(30 * time.Second); !strings.Contains(page.body, "No edge reports"); {
+		if page = b.do("/"+key.ID, nil); time.Now().After(deadline) {
+			t.Fatalf("the page says of the edges:\n%s", page.body)
+		}
+	}
+	for _, claim := range []string{"allows this key", "have confirmed"} {
+		if strings.Contains(page.body, claim) {
+			t.Errorf("the page says %q", claim)
+		}
+	}
+}
+
 func TestPageWeighsLessThan100KiBWithAllThatItLoads(t *testing.T) {
 	r := newRig(t)
 	for i := range 25 {

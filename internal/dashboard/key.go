@@ -57,7 +57,7 @@ type rotation struct {
 type edges struct {
 	Confirmed []keyadmin.Confirmation
 	Waiting   []keyadmin.Edge
-	Done      bool // no edge allows the key
+	Done      bool // no edge that reports allows the key
 }
 
 func (d *Dashboard) key(v *visit) error { return d.showKeyPage(v, http.StatusOK, "", "") }

@@ -126,7 +126,7 @@ func useRotateRevoke(t *testing.T) {
 	for _, edge := range []string{"north", "south"} {
 		b.see("li[contains(., '"+edge+"')]", "confirmed after")
 	}
-	b.see("h2", "No edge allows this key")
+	b.see("h2", "No edge that reports allows this key")
 	eventually(t, "the key is refused", func() bool { return call(t, "GET", "/v1/memories", used.Key.Reveal()) == 401 })
 
 	b.open("/" + manager.ID + "/revoke")
@@ -395,7 +395,7 @@ func states(t *testing.T) {
 		look(mode.name + "-revoke")
 		b.fill("#name", "Staging importer")
 		b.click("button", "Revoke")
-		b.see("h2", "No edge allows this key")
+		b.see("h2", "No edge that reports allows this key")
 		look(mode.name + "-revoked")
 		b.open("/nothing")
 		look(mode.name + "-not-found")
