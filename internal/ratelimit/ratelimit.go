@@ -37,10 +37,10 @@ func (l Limit) depth() int64 {
 // Verdict is the answer to one request.
 type Verdict struct {
 	Allowed    bool
+	Concurrent bool          // of a refusal: for too many requests at a time, and not for their rate
 	Remaining  int           // requests that would pass now
 	ResetAfter time.Duration // until the whole burst is available again
 	RetryAfter time.Duration // of a refusal: when a request will pass, if no other comes before it
-	Concurrent bool          // of a refusal: for too many requests at a time, and not for their rate
 }
 
 // concurrencyRetry is what a key with too many requests at a time is told: nobody knows when one will end.
