@@ -471,7 +471,7 @@ func TestWatchCutsRequestsInTime(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				c := &Cache{wake: make(chan struct{}, 1), cfg: Config{Refresh: time.Second, MaxStaleness: bound, Logger: zap.NewNop}}
 				began, s := time.Now(), newState()
-				s.syncedAt, s.readAt, s.pgNow = began.Add(-tc.age), began, began
+				s.syncedAt, s.readAt, s.gotAt, s.pgNow = began, began, began, began
 				c.state.Store(s)
 				e := newEntry(apikey.Record{ExpiresAt: apikey.TimeOf(began.Add(tc.expiresIn))}, s.epoch)
 				var f Flight
@@ -479,6 +479,7 @@ func TestWatchCutsRequestsInTime(t *testing.T) {
 				if !c.Track(&f, found(e, s, began, s.syncedAt), &request) {
 					t.Fatal("not tracked")
 				}
+				s.syncedAt, f.vouchedAt = began.Add(-tc.age), began.Add(-tc.age)
 				ctx, stop := context.WithCancel(t.Context())
 				var watching sync.WaitGroup
 				watching.Go(func() { c.watch(ctx) })
