@@ -49,10 +49,11 @@ type Store struct {
 	asking   atomic.Pointer[lease] // a list, to which requests add without a lock
 	wake     chan struct{}
 
-	all      func(each func(*lease))
-	followed []*lease // that hold or owe something
-	data     string   // names what Redis has: a new name tells that it was emptied
-	emptied  uint64   // the epoch that began with that, the last time
+	all       func(each func(*lease))
+	followed  []*lease // that hold or owe something
+	data      string   // names what Redis has: a new name tells that it was emptied
+	emptied   uint64   // the epoch that began with that, the last time
+	explained bool     // the log has more of the outage than that there was no answer in time
 
 	exchanges, commands, failures atomic.Uint64
 }
@@ -351,14 +352,16 @@ func (s *Store) unfollow() {
 	s.followed = kept
 }
 
-// fall goes on without Redis. It is called by the timer of a slow exchange as well.
-func (s *Store) fall(err error) {
-	if s.fallback.CompareAndSwap(false, true) {
-		s.outages.Add(1)
-		s.epoch.Add(1)
-		s.logger().Warn("rate limit store does not answer; this edge holds keys to its part of their limits until it does",
-			zap.Int64("edges", s.edges.Load()), zap.Error(err))
+// fall goes on without Redis, and reports whether it did not before. It is called by the timer of a slow exchange as well.
+func (s *Store) fall(err error) bool {
+	if !s.fallback.CompareAndSwap(false, true) {
+		return false
 	}
+	s.outages.Add(1)
+	s.epoch.Add(1)
+	s.logger().Warn("rate limit store does not answer; this edge holds keys to its part of their limits until it does",
+		zap.Int64("edges", s.edges.Load()), zap.Error(err))
+	return true
 }
 
 // probe asks Redis whether it is there. After an outage it first settles all leases, while requests still go by this edge's
@@ -378,7 +381,12 @@ func (s *Store) probe(ctx context.Context) {
 	}
 	if err != nil {
 		s.failures.Add(1)
-		s.fall(err)
+		if s.fall(err) {
+			s.explained = true
+		} else if !s.explained && !errors.Is(err, errSlow) { // such as a bad certificate, which the timer came before
+			s.explained = true
+			s.logger().Warn("rate limit store fails", zap.Error(err))
+		}
 		s.forget()
 		return
 	}
@@ -405,6 +413,7 @@ func (s *Store) probe(ctx context.Context) {
 		l.due = 0
 	}
 	if s.settle(ctx, s.followed) && !emptied {
+		s.explained = false
 		s.fallback.Store(false)
 		s.logger().Info("rate limit store answers again")
 	}
