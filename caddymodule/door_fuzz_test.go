@@ -120,9 +120,10 @@ func (m *memory) take() string {
 	return text
 }
 
-func newHall(t testing.TB) *hall {
+// openStore returns a database with the schema, and a store of it.
+func openStore(t testing.TB) (database string, store *keystore.Store) {
 	t.Helper()
-	database := pgtest.URL(t)
+	database = pgtest.URL(t)
 	if _, _, err := keystore.Migrate(t.Context(), database); err != nil {
 		t.Fatal(err)
 	}
@@ -131,6 +132,12 @@ func newHall(t testing.TB) *hall {
 		t.Fatal(err)
 	}
 	t.Cleanup(store.Close)
+	return database, store
+}
+
+func newHall(t testing.TB) *hall {
+	t.Helper()
+	database, store := openStore(t)
 	h := &hall{log: logMemory, visits: new(visits), keys: map[string]keyadmin.Key{}, allowed: map[string]logged{}}
 	admin := keyadmin.New(store)
 	create := func(environment string, scopes ...string) keyadmin.Key {

@@ -352,21 +352,26 @@ func (x *exchange) finish(err error) error {
 	if !errors.As(err, &failed) {
 		return err
 	}
-	a, reason := upstreamUnavailable, upstreamUnavailableReason
+	a := upstreamUnavailable
 	switch failed.StatusCode {
 	case http.StatusGatewayTimeout:
-		a, reason = upstreamTimeout, upstreamTimeoutReason
+		a = upstreamTimeout
 	case http.StatusBadGateway, http.StatusServiceUnavailable:
 	default:
 		return err
 	}
-	x.gateway.metrics.upstreamErrors.WithLabelValues(x.environment.String(), reason).Inc() // not what a client can bring about
 	x.refuseUpstream(a, failed.Err)
 	return nil
 }
 
-// refuseUpstream answers a request that its backend did not.
+// refuseUpstream answers a request that its backend did not. It counts also where the client may have brought it about: a backend that
+// breaks every upload looks no different.
 func (x *exchange) refuseUpstream(a answer, err error) {
+	reason := upstreamUnavailableReason
+	if a.status == http.StatusGatewayTimeout {
+		reason = upstreamTimeoutReason
+	}
+	x.gateway.metrics.upstreamErrors.WithLabelValues(x.environment.String(), reason).Inc()
 	x.gateway.logger.Error("upstream unavailable", zap.String("request_id", x.requestID),
 		zap.Stringer("environment", x.environment), zap.Error(err))
 	x.answer(x.ResponseWriter, a, nil)

@@ -9,7 +9,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
-	"github.com/rekall-ai/gateway/internal/edge"
 	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/ratelimit"
 	"github.com/rekall-ai/gateway/internal/usage"
@@ -61,7 +60,7 @@ func newMetrics() *metrics {
 		}, []string{"outcome"}),
 		upstreamErrors: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "rekall_upstream_errors_total",
-			Help: "Allowed requests that no backend answered: it could not be reached, or not in time.",
+			Help: "Allowed requests that no backend answered: it could not be reached, or not in time, or the connection to it broke.",
 		}, []string{"environment", "reason"}),
 	}
 	for outcome := range m.decisions {
@@ -91,7 +90,7 @@ func newMetrics() *metrics {
 
 // watch adds what is read from the runtime's parts at each scrape.
 func (m *metrics) watch(rt *runtime) {
-	m.collectors = append(m.collectors, &observer{rt.cache, rt.usage, rt.reporter, rt.limiter, func() bool { return canSign(*rt.issuers.Load()) }, rt.canary != nil})
+	m.collectors = append(m.collectors, &observer{rt})
 }
 
 func (m *metrics) register(registry *prometheus.Registry) error {
@@ -127,14 +126,7 @@ func (m *metrics) latency(startedAt instant) {
 func (m *metrics) revoked(delay time.Duration) { m.revocationDelay.Observe(delay.Seconds()) }
 
 // observer collects what the runtime's parts say of themselves, all of it read at one moment.
-type observer struct {
-	cache    *keycache.Cache
-	usage    *usage.Counter
-	reporter *edge.Reporter
-	limiter  *ratelimit.Limiter
-	canSign  func() bool
-	canary   bool // whether this edge sends them
-}
+type observer struct{ rt *runtime }
 
 // observation is that moment.
 type observation struct {
@@ -247,14 +239,16 @@ func (*observer) Describe(descs chan<- *prometheus.Desc) {
 
 // Collect implements prometheus.Collector.
 func (w *observer) Collect(collected chan<- prometheus.Metric) {
-	o := &observation{Status: w.cache.Status(), usage: w.usage.Status(), limits: w.limiter.Status(), canSign: w.canSign()}
+	o := &observation{
+		Status: w.rt.cache.Status(), usage: w.rt.usage.Status(), limits: w.rt.limiter.Status(), canSign: canSign(*w.rt.issuers.Load()),
+	}
 	for _, s := range observed {
 		collected <- prometheus.MustNewConstMetric(s.desc, s.kind, s.value(o))
 	}
-	if w.canary {
+	if w.rt.canary != nil {
 		collected <- prometheus.MustNewConstMetric(canaryDesc, prometheus.GaugeValue, float64(o.CanaryAt.UnixMilli())/1000)
 	}
-	edges, counted := w.reporter.Edges()
+	edges, counted := w.rt.reporter.Edges()
 	if !counted {
 		return
 	}

@@ -24,14 +24,28 @@ func (x *exchange) hold(found *keycache.Found) {
 	if !goodKey || x.allowance.bucket != nil { // held already: the key has changed, and was found again
 		return
 	}
-	limits := found.Limits()
-	bucket, verdict := x.gateway.limiter.Acquire(found.Record.Digest, ratelimit.Limit(limits))
-	x.allowance = allowance{verdict: verdict, limits: limits}
-	if verdict.Allowed {
-		x.allowance.bucket = bucket
-	} else {
+	if !x.allowance.acquire(x.gateway.limiter, found) {
 		x.outcome = apikey.RateLimited
 	}
+}
+
+// acquire asks the limits of a key for one request, and reports whether it is within them: then release must follow.
+func (a *allowance) acquire(limiter *ratelimit.Limiter, found *keycache.Found) bool {
+	limits := found.Limits()
+	bucket, verdict := limiter.Acquire(found.Record.Digest, ratelimit.Limit(limits))
+	*a = allowance{verdict: verdict, limits: limits}
+	if verdict.Allowed {
+		a.bucket = bucket
+	}
+	return verdict.Allowed
+}
+
+// refusal is what is answered beyond the limits.
+func (a *allowance) refusal() (limitKind, answer) {
+	if a.verdict.Concurrent {
+		return concurrencyLimit, tooManyAtOnce
+	}
+	return rateLimit, answers[apikey.RateLimited]
 }
 
 // release says that the request has ended.
@@ -98,14 +112,16 @@ var limitNames = [...]string{rateLimit: "rate", concurrencyLimit: "concurrency",
 // refuseLimited answers a request beyond the limits of its key.
 func (x *exchange) refuseLimited(w http.ResponseWriter) error {
 	verdict := x.allowance.verdict
-	if verdict.Concurrent {
-		return x.limit(w, concurrencyLimit, tooManyAtOnce, verdict.RetryAfter, map[string]any{
-			"limit": x.allowance.limits.Concurrent, "remaining": 0, "reset_at": x.now.Time().Add(verdict.RetryAfter + time.Second - 1).Unix(),
-		})
-	}
-	return x.limit(w, rateLimit, answers[apikey.RateLimited], verdict.RetryAfter, map[string]any{
+	details := map[string]any{
 		"limit": x.allowance.limits.PerMinute, "remaining": x.allowance.remaining(), "reset_at": x.allowance.resetAt(x.now.Time()),
-	})
+	}
+	if verdict.Concurrent {
+		details = map[string]any{
+			"limit": x.allowance.limits.Concurrent, "remaining": 0, "reset_at": x.now.Time().Add(verdict.RetryAfter + time.Second - 1).Unix(),
+		}
+	}
+	kind, answer := x.allowance.refusal()
+	return x.limit(w, kind, answer, verdict.RetryAfter, details)
 }
 
 // tooManyAtOnce is RateLimited where it is not the rate.
@@ -142,24 +158,18 @@ func (k *Keys) hold(r *http.Request, found *keycache.Found) error {
 	if !ok || !k.app.limits { // somebody signs in to the dashboard, or no gateway limits keys
 		return nil
 	}
-	m.limits = found.Limits()
-	bucket, verdict := k.app.runtime.limiter.Acquire(found.Record.Digest, ratelimit.Limit(m.limits))
-	m.verdict = verdict
+	allowed := m.acquire(k.app.runtime.limiter, found)
 	if m.limits.PerMinute > 0 {
 		for i, value := range m.told(found.Now) {
 			m.header.Set(rateLimitHeaders[i], value)
 		}
 	}
-	if verdict.Allowed {
-		m.bucket = bucket
+	if allowed {
 		return nil
 	}
-	kind, answer := rateLimit, answers[apikey.RateLimited]
-	if verdict.Concurrent {
-		kind, answer = concurrencyLimit, tooManyAtOnce
-	}
+	kind, answer := m.refusal()
 	k.metrics.limited[kind].Inc()
 	refusal := answer.asError()
-	refusal.Header["Retry-After"] = inSeconds(verdict.RetryAfter)
+	refusal.Header["Retry-After"] = inSeconds(m.verdict.RetryAfter)
 	return refusal
 }

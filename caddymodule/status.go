@@ -9,7 +9,6 @@ import (
 	"github.com/caddyserver/caddy/v2"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
-	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
@@ -133,15 +132,10 @@ func (rt *runtime) status(ctx context.Context) runtimeStatus {
 		at, age := c.SyncedAt.UTC(), c.Age.Seconds()
 		s.Sync.LastGoodAt, s.Sync.AgeSeconds = &at, &age
 	}
-	failure := rt.cache.LastFailure()
-	if f := rt.reporter.LastFailure(); f != nil && (failure == nil || f.At.After(failure.At)) {
-		failure = f
-	}
-	if f := rt.signer.LastFailure(); f != nil && (failure == nil || f.At.After(failure.At)) {
-		failure = &keycache.Failure{At: f.At, Err: f.Err}
-	}
-	if failure != nil {
-		s.LastError = &lastError{At: failure.At.UTC(), Message: apikey.Redact(failure.Err.Error())}
+	for _, f := range []*keystore.Failure{rt.cache.LastFailure(), rt.reporter.LastFailure(), rt.signer.LastFailure()} {
+		if f != nil && (s.LastError == nil || f.At.After(s.LastError.At)) {
+			s.LastError = &lastError{At: f.At.UTC(), Message: apikey.Redact(f.Err.Error())}
+		}
 	}
 	if n, counted := rt.reporter.Edges(); counted {
 		s.Edges = &edgeCount{n.Live, n.FailClosed}

@@ -21,6 +21,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/internal/scoperule"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // fields returns the names of the fields in a JSON value, with "[]" for the elements of a list.
@@ -150,32 +151,16 @@ func TestProbesAreReadOnly(t *testing.T) {
 
 // TestRequestThatReachesTheGatewayAfterItsRuntimeHasEndedIsRefused: a reload has changed an option while another handler held it up.
 func TestRequestThatReachesTheGatewayAfterItsRuntimeHasEndedIsRefused(t *testing.T) {
-	database := pgtest.URL(t)
-	if _, _, err := keystore.Migrate(t.Context(), database); err != nil {
-		t.Fatal(err)
-	}
-	store, err := keystore.Open(database, keystore.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(store.Close)
+	database, store := openStore(t)
 	rt := newRuntimeOn(t, database)
-	await := func(what string, condition func() bool) {
-		t.Helper()
-		for deadline := time.Now().Add(30 * time.Second); !condition(); {
-			if time.Now().After(deadline) {
-				t.Fatal("not within 30 s: ", what)
-			}
-		}
-	}
-	await("the first sync", func() bool { return rt.cache.Status().Fresh })
+	process.Within(t, 30*time.Second, "the first sync", func() bool { return rt.cache.Status().Fresh })
 	key, _, err := keyadmin.New(store).Create(t.Context(), keyadmin.Operator("test"), keyadmin.CreateRequest{
 		Name: "n", Account: "a", Environment: "production", Scopes: []string{"memories:read"},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	await("the feed brings the key", func() bool { return rt.cache.Cached(apikey.Hash(key.Key.Reveal())) })
+	process.Within(t, 30*time.Second, "the feed brings the key", func() bool { return rt.cache.Cached(apikey.Hash(key.Key.Reveal())) })
 	rules, err := scoperule.New(scoperule.Builtin()...)
 	if err != nil {
 		t.Fatal(err)

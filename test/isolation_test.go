@@ -307,6 +307,13 @@ func TestClientsUploadDoesNotCountAgainstTheBackend(t *testing.T) {
 			if code := (reply{resp, string(content)}).code(t); code != "UPSTREAM_UNAVAILABLE" { // 502 or 504: whichever error is seen first
 				t.Errorf("answer %d %s", resp.StatusCode, content)
 			}
+			counted := 0.0 // an outage in which every upload breaks must be seen
+			for _, reason := range []string{"unavailable", "timeout"} {
+				counted += g.series(t, `rekall_upstream_errors_total{environment="production",reason="`+reason+`"}`)
+			}
+			if counted != 1 {
+				t.Errorf("%v errors of the backend are counted, want 1", counted)
+			}
 			g.do("GET", "/v1/memories", http.Header{"Authorization": {strings.TrimPrefix(key, "Authorization: ")}}).wantCode(t, http.StatusOK, "")
 			if got := backend.uploads.Load(); got != 1 {
 				t.Errorf("the upload was sent %d times", got)

@@ -368,6 +368,16 @@ http://:PORT {
 }
 `
 
+func TestBodyBeyondTheLimitOfItsSiteIsTooLargeForKeyManagementToo(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	g := r.start(strings.Replace(managedSite, "\trekall_keys\n", "\trequest_body {\n\t\tmax_size 10B\n\t}\n\trekall_keys\n", 1))
+	header := bearer(r.manager("acme"))
+	header.Set("Content-Type", "application/json")
+	chunked := struct{ io.Reader }{strings.NewReader(`{"name": "longer than ten"}`)} // Caddy itself refuses a length that is told
+	do(t, "POST", g.http+keysPath, header, chunked).wantCode(t, http.StatusRequestEntityTooLarge, "BODY_TOO_LARGE")
+}
+
 func TestKeyThatWasPastedWithBlanksAroundItSignsIn(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)

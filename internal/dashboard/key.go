@@ -99,8 +99,7 @@ func (d *Dashboard) addUsage(v *visit, data *keyData) error {
 	default:
 		data.Range = "7d"
 	}
-	now := time.Now()
-	usage, err := d.Admin.Usage(v.r.Context(), v.actor, data.Key.ID, now.Add(-span), time.Time{})
+	usage, err := d.Admin.RecentUsage(v.r.Context(), v.actor, data.Key.ID, span)
 	if err != nil {
 		return err
 	}

@@ -183,7 +183,7 @@ func sortedPage(keys []keyadmin.Key, order func(keyadmin.Key) string, cursor str
 }
 
 func (d *Dashboard) row(ctx context.Context, actor keyadmin.Actor, key keyadmin.Key) (listRow, error) {
-	usage, err := d.Admin.Usage(ctx, actor, key.ID, time.Now().Add(-7*24*time.Hour), time.Time{})
+	usage, err := d.Admin.RecentUsage(ctx, actor, key.ID, 7*24*time.Hour)
 	if err != nil {
 		return listRow{}, err
 	}

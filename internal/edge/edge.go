@@ -64,7 +64,7 @@ type Reporter struct {
 	countAt time.Time                          // when to count the edges
 	count   atomic.Pointer[keystore.EdgeCount] // nil: not counted yet
 
-	failure atomic.Pointer[keycache.Failure] // nil: there was none
+	failure atomic.Pointer[keystore.Failure] // nil: there was none
 
 	mu   sync.Mutex
 	sent map[uint64]sent // the last reports
@@ -110,7 +110,7 @@ func (r *Reporter) Run(ctx context.Context, applied func() keycache.Applied) {
 			r.logger().Info("edge reports again")
 		}
 		if failing = err != nil; failing {
-			r.failure.Store(&keycache.Failure{At: time.Now(), Err: err})
+			r.failure.Store(&keystore.Failure{At: time.Now(), Err: err})
 		}
 		if !r.wait(ctx, ticker.C) {
 			r.remove(context.WithoutCancel(ctx))
@@ -233,7 +233,7 @@ func (r *Reporter) Edges() (keystore.EdgeCount, bool) {
 }
 
 // LastFailure returns the last failure to report; nil: there was none.
-func (r *Reporter) LastFailure() *keycache.Failure { return r.failure.Load() }
+func (r *Reporter) LastFailure() *keystore.Failure { return r.failure.Load() }
 
 // remove takes the edge off the list when it stops in good order. If that fails, the others forget it.
 func (r *Reporter) remove(ctx context.Context) {

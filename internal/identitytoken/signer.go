@@ -59,7 +59,7 @@ type Signer struct {
 	wake     chan struct{}
 	active   atomic.Pointer[active]
 	keySet   keySet
-	failure  atomic.Pointer[Failure]
+	failure  atomic.Pointer[keystore.Failure]
 
 	current, next *key // of Run alone; next is published and waits for its lead
 }
@@ -70,12 +70,6 @@ type key struct {
 	sign        jose.Signer // safe for concurrent use: signing changes nothing in it
 	madeAt      time.Time
 	publishedAt time.Time // zero: not yet
-}
-
-// Failure is a key that could not be published, or keys that could not be read.
-type Failure struct {
-	At  time.Time // by this machine's clock
-	Err error
 }
 
 // active is the key to sign with. It is immutable and replaced as a whole.
@@ -113,7 +107,7 @@ func (s *Signer) Run(ctx context.Context) {
 			s.logger().Info("signing key is published again")
 		}
 		if failing = err != nil; failing {
-			s.failure.Store(&Failure{time.Now(), err})
+			s.failure.Store(&keystore.Failure{At: time.Now(), Err: err})
 		}
 		if !s.rest(ctx, failing) {
 			return
@@ -196,8 +190,8 @@ func newKey() (*key, error) {
 	return k, nil
 }
 
-// LastFailure returns the last failure; nil: there was none.
-func (s *Signer) LastFailure() *Failure { return s.failure.Load() }
+// LastFailure returns the last failure to publish a key, or to read keys; nil: there was none.
+func (s *Signer) LastFailure() *keystore.Failure { return s.failure.Load() }
 
 // signs reports whether a's key stays published until a token of that lifetime, signed now, has expired.
 func (s *Signer) signs(a *active, lifetime time.Duration) bool {

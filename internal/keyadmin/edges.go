@@ -63,7 +63,7 @@ type Confirmation struct {
 	// since the revocation: it refuses what it has not heard of.
 	Confirmed bool `json:"confirmed"`
 
-	// DelaySeconds is from the revocation to the edge's report of it; 0 if not confirmed.
+	// DelaySeconds is from the revocation to the edge's report of it; 0 if not confirmed, or if earlier reports may have had it.
 	DelaySeconds float64 `json:"delay_seconds"`
 }
 

@@ -203,13 +203,10 @@ func (r *jsonReader) skip() error {
 
 func (r *jsonReader) parse(text []byte) (importLine, error) {
 	line := importLine{number: r.number}
-	decoder := json.NewDecoder(bytes.NewReader(text))
 	// The decoder's own words may quote the line, and a key in it.
-	if !fieldsOnce(text) || decoder.Decode(&line) != nil {
-		return line, &BadLine{r.number, "", "must be one JSON object with the fields " + strings.Join(importFields, ", ") + ", each once at most"}
-	}
-	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
-		return line, &BadLine{r.number, "", "must be one JSON object, with nothing after it"}
+	if !fieldsOnce(text) || json.Unmarshal(text, &line) != nil {
+		return line, &BadLine{r.number, "", "must be one JSON object, with nothing after it, with the fields " +
+			strings.Join(importFields, ", ") + ", each once at most"}
 	}
 	if line.Key != "" && !r.plainKeys {
 		return line, &BadLine{r.number, "key", plainKeysRefused}
@@ -225,24 +222,15 @@ func (r *jsonReader) parse(text []byte) (importLine, error) {
 	return line, nil
 }
 
-// fieldsOnce reports whether text begins with an object that has fields of an import only, none of them twice. The decoder would take any
-// case for the name, and the last of two values: whoever checks the file may believe another.
+// fieldsOnce reports whether text is an object that has fields of an import only, none of them twice.
 func fieldsOnce(text []byte) bool {
-	decoder := json.NewDecoder(bytes.NewReader(text))
-	if t, err := decoder.Token(); err != nil || t != json.Delim('{') {
-		return false
-	}
-	var names []string
-	for decoder.More() {
-		t, err := decoder.Token()
-		name, ok := t.(string)
-		var value json.RawMessage
-		if err != nil || !ok || !slices.Contains(importFields, name) || slices.Contains(names, name) || decoder.Decode(&value) != nil {
+	members, err := Members(text)
+	for i, m := range members {
+		if !slices.Contains(importFields, m.Name) || slices.ContainsFunc(members[:i], func(before Member) bool { return before.Name == m.Name }) {
 			return false
 		}
-		names = append(names, name)
 	}
-	return true
+	return err == nil
 }
 
 var hintPattern = regexp.MustCompile(`^[0-9A-Za-z]{4}$`)

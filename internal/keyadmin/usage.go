@@ -56,6 +56,24 @@ const (
 // zero from 30 days before to. A range that is not acceptable is an *InvalidError; the error wraps ErrNotFound if there is no
 // key with that id.
 func (a *Admin) Usage(ctx context.Context, actor Actor, id string, from, to time.Time) (Usage, error) {
+	return a.usage(ctx, actor, id, func(now time.Time) (time.Time, time.Time) {
+		if to.IsZero() {
+			to = now
+		}
+		if from.IsZero() {
+			from = to.Add(-defaultUsageRange)
+		}
+		return from, to
+	})
+}
+
+// RecentUsage is Usage for the last hours or days, which end now.
+func (a *Admin) RecentUsage(ctx context.Context, actor Actor, id string, last time.Duration) (Usage, error) {
+	return a.usage(ctx, actor, id, func(now time.Time) (time.Time, time.Time) { return now.Add(-last), now })
+}
+
+// usage reads what a key was used for in a range that is told at Postgres's clock.
+func (a *Admin) usage(ctx context.Context, actor Actor, id string, between func(now time.Time) (from, to time.Time)) (Usage, error) {
 	if err := checkID(id); err != nil {
 		return Usage{}, err
 	}
@@ -63,12 +81,7 @@ func (a *Admin) Usage(ctx context.Context, actor Actor, id string, from, to time
 	if err != nil {
 		return Usage{}, notFound(err, id)
 	}
-	if to.IsZero() {
-		to = key.Now
-	}
-	if from.IsZero() {
-		from = to.Add(-defaultUsageRange)
-	}
+	from, to := between(key.Now)
 	for _, bound := range []struct {
 		field string
 		t     time.Time
@@ -89,15 +102,6 @@ func (a *Admin) Usage(ctx context.Context, actor Actor, id string, from, to time
 		return Usage{}, err
 	}
 	return newUsage(id, from, to, counted), nil
-}
-
-// RecentUsage returns what a key was used for in the last hours or days of Postgres's clock, as Usage does.
-func (a *Admin) RecentUsage(ctx context.Context, actor Actor, id string, last time.Duration) (Usage, error) {
-	now, err := a.store.Now(ctx)
-	if err != nil {
-		return Usage{}, err
-	}
-	return a.Usage(ctx, actor, id, now.Add(-last), now)
 }
 
 func newUsage(id string, from, to time.Time, counted keystore.KeyUsage) Usage {

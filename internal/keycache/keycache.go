@@ -95,8 +95,8 @@ type Cache struct {
 	refill  chan struct{} // to read all keys again
 	counts  counts
 	applied atomic.Pointer[Applied]
-	failure atomic.Pointer[Failure] // the last
-	canary  atomic.Int64            // nanoseconds that the last canary stayed allowed after its revocation; 0: none yet
+	failure atomic.Pointer[keystore.Failure] // the last
+	canary  atomic.Int64                     // nanoseconds that the last canary stayed allowed after its revocation; 0: none yet
 
 	canaryAt atomic.Int64 // when that was told, in nanoseconds since 1970
 

@@ -60,16 +60,10 @@ type Status struct {
 	Watermark             uint64 // every change stamped below it is applied
 }
 
-// Failure is something that went wrong on the way to Postgres.
-type Failure struct {
-	At  time.Time // by this machine's clock
-	Err error
-}
-
 // LastFailure returns the last failure of a sync, a lookup, a read of all keys or of listening; nil: there was none.
-func (c *Cache) LastFailure() *Failure { return c.failure.Load() }
+func (c *Cache) LastFailure() *keystore.Failure { return c.failure.Load() }
 
-func (c *Cache) failed(err error) { c.failure.Store(&Failure{time.Now(), err}) }
+func (c *Cache) failed(err error) { c.failure.Store(&keystore.Failure{At: time.Now(), Err: err}) }
 
 // Applied is what the cache has read of the feed.
 type Applied struct {

@@ -34,8 +34,9 @@ var (
 // readBody reads a JSON body of at most limit bytes. No body at all is as good as an empty one.
 func readBody(r *http.Request, limit int64) ([]byte, error) {
 	body, err := io.ReadAll(io.LimitReader(r.Body, limit+1))
+	var limited *http.MaxBytesError // set by Caddy's request_body, before the API
 	switch {
-	case int64(len(body)) > limit:
+	case int64(len(body)) > limit || errors.As(err, &limited):
 		return nil, errTooLarge
 	case err != nil:
 		return nil, errIncomplete
@@ -75,18 +76,13 @@ func readFields(r *http.Request, limit int64, known ...string) (fields, error) {
 	if err != nil || body == nil {
 		return nil, err
 	}
-	found, written := fields{}, map[string]bool{}
-	d := json.NewDecoder(bytes.NewReader(body))
-	if t, err := d.Token(); err != nil || t != json.Delim('{') {
+	members, err := keyadmin.Members(body)
+	if err != nil {
 		return nil, errSyntax
 	}
-	for d.More() {
-		t, err := d.Token()
-		spelling, ok := t.(string)
-		var value json.RawMessage
-		if err != nil || !ok || d.Decode(&value) != nil {
-			return nil, errSyntax
-		}
+	found, written := fields{}, map[string]bool{}
+	for _, m := range members {
+		spelling, value := m.Name, m.Value
 		name := spelling
 		if s, ok := spellings[spelling]; ok {
 			name = s
@@ -102,12 +98,6 @@ func readFields(r *http.Request, limit int64, known ...string) (fields, error) {
 			return nil, invalid(name, name+" is given in two spellings with different values.")
 		}
 		found[name], written[spelling] = value, true
-	}
-	if _, err := d.Token(); err != nil {
-		return nil, errSyntax
-	}
-	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return nil, errSyntax
 	}
 	return found, nil
 }

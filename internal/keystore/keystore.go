@@ -26,6 +26,12 @@ var (
 	errNotOwner = errors.New("database user lacks a right: migrate as the owner of the schema, or as a user that may create schemas and roles")
 )
 
+// Failure is something that went wrong on the way to Postgres.
+type Failure struct {
+	At  time.Time // by this machine's clock
+	Err error
+}
+
 // errBadURL replaces pgx's errors, which quote the URL and mask passwords on a best-effort basis only.
 var errBadURL = errors.New("database URL is not usable: write it as postgres://user:password@host:5432/database, " +
 	"percent-encode special characters, and check the certificate files it names")
@@ -124,7 +130,12 @@ func failed(doing string, err error) error { return failedAs(errNotAdmin, doing,
 // failedAtEdge is failed for what gateways do.
 func failedAtEdge(doing string, err error) error { return failedAs(errNotEdge, doing, err) }
 
-const insufficientPrivilege = "42501"
+// SQLSTATEs.
+const (
+	insufficientPrivilege = "42501"
+	lockNotAvailable      = "55P03" // lock_timeout has ended the statement
+	deadlockDetected      = "40P01"
+)
 
 func failedAs(notGranted error, doing string, err error) error {
 	var pgErr *pgconn.PgError
@@ -143,10 +154,15 @@ func failedAs(notGranted error, doing string, err error) error {
 	return fmt.Errorf("%s: %w", doing, err)
 }
 
+// hasState reports whether an error is Postgres's with that SQLSTATE.
+func hasState(err error, state string) bool {
+	var pgErr *pgconn.PgError
+	return errors.As(err, &pgErr) && pgErr.Code == state
+}
+
 // byOwner adds to the error of a migration who may do what was denied.
 func byOwner(err error) error {
-	var pgErr *pgconn.PgError
-	if errors.As(err, &pgErr) && pgErr.Code == insufficientPrivilege {
+	if hasState(err, insufficientPrivilege) {
 		return fmt.Errorf("%w: %w", errNotOwner, err)
 	}
 	return err

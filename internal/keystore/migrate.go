@@ -184,7 +184,7 @@ func migrateTo(ctx context.Context, conn *pgx.Conn, files fs.FS, patience time.D
 		if limitErr != nil {
 			return from, to, limitErr
 		}
-		if !locked(err) {
+		if !hasState(err, lockNotAvailable) {
 			return from, to, err
 		}
 		if time.Now().After(deadline) {
@@ -197,15 +197,6 @@ func migrateTo(ctx context.Context, conn *pgx.Conn, files fs.FS, patience time.D
 		}
 	}
 }
-
-// locked reports whether a migration has waited for a lock as long as it may.
-func locked(err error) bool {
-	var failed interface{ SQLState() string }
-	return errors.As(err, &failed) && failed.SQLState() == lockNotAvailable
-}
-
-// lockNotAvailable is the SQLSTATE of a statement that lock_timeout has ended.
-const lockNotAvailable = "55P03"
 
 // inUse says who has used a table of ours longest.
 func inUse(ctx context.Context, conn *pgx.Conn) error {

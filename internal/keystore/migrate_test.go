@@ -266,6 +266,19 @@ func TestMigrateNeedsNoRightToCreateSchemasWhereOneIsGiven(t *testing.T) {
 	}
 }
 
+// TestMigrationThatIsDeniedSaysWhoMayRunIt lacks a right in the middle of a migration.
+func TestMigrationThatIsDeniedSaysWhoMayRunIt(t *testing.T) {
+	databaseURL := database(t)
+	role := pgtest.Role(t, databaseURL)
+	pgtest.Exec(t, databaseURL, "create role "+role)
+	login := pgtest.Login(t, databaseURL, role)
+	pgtest.Exec(t, databaseURL, fmt.Sprintf("grant usage on schema rekall to %[1]s; grant select, update on rekall.schema_version to %[1]s", role))
+	pgtest.Exec(t, databaseURL, "update rekall.schema_version set version = version - 1")
+	if _, _, err := keystore.Migrate(t.Context(), login); err == nil || !strings.Contains(err.Error(), "migrate as the owner of the schema") {
+		t.Errorf("the error is %v", err)
+	}
+}
+
 func TestDatabaseWithoutSchemaSaysWhatToRun(t *testing.T) {
 	store := open(t, pgtest.URL(t), keystore.Options{})
 	calls := map[string]func(context.Context) error{

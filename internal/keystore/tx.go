@@ -2,7 +2,6 @@ package keystore
 
 import (
 	"context"
-	"errors"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -32,14 +31,10 @@ func (s *Store) Change(ctx context.Context, do func(*Tx) error) error {
 
 // repeatDeadlocked runs a transaction again, a few times, if Postgres ended it because another waited for it in turn.
 func repeatDeadlocked(transaction func() error) error {
-	const (
-		attempts         = 5
-		deadlockDetected = "40P01"
-	)
+	const attempts = 5
 	for attempt := 1; ; attempt++ {
 		err := transaction()
-		var pgErr *pgconn.PgError
-		if attempt == attempts || !errors.As(err, &pgErr) || pgErr.Code != deadlockDetected {
+		if attempt == attempts || !hasState(err, deadlockDetected) {
 			return err
 		}
 	}
