@@ -21,9 +21,9 @@ const scanMemory = "'32MB'"
 // HashPrefix is how many bytes of each key's hash ScanHashes reads: enough that no two keys ever share them by chance.
 const HashPrefix = 16
 
-// Which keys are worth having in memory is a question only if there are too many of them. Then it is known to the hour:
-// last_used follows a key's use once in an hour. To count hours takes no memory and no sort, which would take longer than to
-// read the keys.
+// Which keys are worth having in memory is a question only if there are too many of them. Then last use decides, which is known to
+// the hour. To count hours takes no memory and no sort, which would take longer than to read the keys. Of the first hour that is read
+// only some keys have room; a LIMIT would leave out keys of any hour instead, as the join happens to bring them.
 const (
 	atMostSQL = `select count(*) <= $1::bigint from (select from rekall.api_keys limit $1::bigint + 1) k`
 
@@ -31,14 +31,14 @@ const (
 from rekall.api_keys k` + limitsOfMany + ` limit $1`
 
 	recentHourSQL = `
-select min(hour) from (
+select min(hour), max(later) from (
 	select hour, sum(count(*)) over (order by hour desc) - count(*) as later
 	from (select date_bin('1 hour', last_used_at, timestamptz 'epoch') as hour from rekall.last_used) u group by hour
 ) h where later < $1::bigint`
 
-	recentSQL = `select ` + recordColumns + `
+	recentSQL = `select ` + recordColumns + `, u.last_used_at < $1::timestamptz + interval '1 hour'
 from rekall.last_used u join rekall.api_keys k on k.id = u.key_id` + limitsOfMany + `
-where u.last_used_at >= $2 limit $1`
+where u.last_used_at >= $1`
 
 	neverUsedSQL = `select ` + recordColumns + `
 from rekall.api_keys k` + limitsOfMany + `
@@ -74,10 +74,20 @@ func (s *Store) ScanRecent(ctx context.Context, n int, begin func(Server) error,
 		if err := begin(server); err != nil {
 			return err
 		}
-		var key row
-		read := func(sql string, args ...any) error {
+		var (
+			key       row
+			firstHour bool // whether the key is of the first hour that is read
+			room      = n  // for those that are
+		)
+		read := func(targets []any, sql string, args ...any) error {
 			rows, _ := tx.Query(ctx, sql, args...) // ForEachRow returns its error
-			_, err := pgx.ForEachRow(rows, key.targets(), func() error {
+			_, err := pgx.ForEachRow(rows, targets, func() error {
+				switch {
+				case n == 0 || firstHour && room == 0:
+					return nil
+				case firstHour:
+					room--
+				}
 				n--
 				record, err := key.record()
 				if err == nil {
@@ -92,21 +102,26 @@ func (s *Store) ScanRecent(ctx context.Context, n int, begin func(Server) error,
 			return err
 		}
 		if all {
-			return read(everySQL, n)
+			return read(key.targets(), everySQL, n)
 		}
-		var since pgtype.Timestamptz
-		if err := tx.QueryRow(ctx, recentHourSQL, n).Scan(&since); err != nil {
+		var (
+			since pgtype.Timestamptz
+			later pgtype.Int8 // keys of later hours
+		)
+		if err := tx.QueryRow(ctx, recentHourSQL, n).Scan(&since, &later); err != nil {
 			return err
 		}
 		if since.Valid {
-			if err := read(recentSQL, n, since); err != nil {
+			room -= int(later.Int64)
+			if err := read(append(key.targets(), &firstHour), recentSQL, since); err != nil {
 				return err
 			}
+			firstHour = false
 		}
 		if n == 0 {
 			return nil
 		}
-		return read(neverUsedSQL, n)
+		return read(key.targets(), neverUsedSQL, n)
 	})
 }
 

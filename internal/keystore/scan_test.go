@@ -66,6 +66,32 @@ func TestScansReadEveryKeyInEveryModeOfThePooler(t *testing.T) {
 	}
 }
 
+func TestScanOfRecentKeysLeavesOutNoneThatWasUsedInALaterHour(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	var earlier, later []string // in the order of the table
+	for range 4 {
+		earlier = append(earlier, insert(t, store).ID)
+	}
+	for range 3 {
+		later = append(later, insert(t, store).ID)
+	}
+	for hoursAgo, ids := range map[int][]string{5: earlier, 2: later} {
+		pgtest.Exec(t, databaseURL, `insert into rekall.last_used select id, now(), now() - make_interval(hours => $2) from unnest($1::text[]) id`, ids, hoursAgo)
+	}
+	for n := range 7 {
+		var read []string
+		err := store.ScanRecent(t.Context(), n, func(keystore.Server) error { return nil }, func(r apikey.Record) { read = append(read, r.ID) })
+		if err != nil || len(read) != n {
+			t.Fatalf("%d keys of %d, %v", len(read), n, err)
+		}
+		recent := len(slices.DeleteFunc(read, func(id string) bool { return slices.Contains(earlier, id) }))
+		if recent != min(n, len(later)) {
+			t.Errorf("of %d keys, %d are of the later hour", n, recent)
+		}
+	}
+}
+
 func TestScanEndsWithTheErrorOfItsBeginning(t *testing.T) {
 	store := open(t, database(t), keystore.Options{MaxConns: 1})
 	insert(t, store)
