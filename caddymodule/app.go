@@ -5,6 +5,7 @@ package caddymodule
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"strings"
 	"sync/atomic"
@@ -14,16 +15,22 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
 	"github.com/rekall-ai/gateway/internal/garbage"
 	"github.com/rekall-ai/gateway/internal/identitytoken"
+	"github.com/rekall-ai/gateway/internal/keycache"
 )
 
 // databaseVariable names the database where the configuration and the command line do not.
 const databaseVariable = "REKALL_DATABASE_URL"
 
-// maxStalenessLimit is the promise to users: a revocation holds within 60 seconds at every edge (REKALL.md, "Keys").
-const maxStalenessLimit = 60 * time.Second
+// promise is that to users: a revocation holds within 60 seconds at every edge (REKALL.md, "Keys").
+const promise = 60 * time.Second
+
+// maxStalenessLimit leaves time to end streams within the promise: a process that stood still takes keycache.CutWithin until it cuts
+// them, and a client that does not read holds up the end for cutGrace.
+const maxStalenessLimit = (promise - keycache.CutWithin - cutGrace) / time.Second * time.Second
 
 // maxCacheSize keeps a typing mistake in a reload from taking all memory, and the running gateway with it: the cache takes 50 bytes for
 // each key at once. 370 bytes for as many, when it is full, are 3.7 GB.
@@ -52,7 +59,7 @@ type App struct {
 	Refresh caddy.Duration `json:"refresh,omitempty"`
 
 	// The age at which key data is no longer trusted. Beyond it each request asks Postgres, and is answered 503 if
-	// Postgres does not answer. Must be longer than refresh and shorter than 60s. Default: 30s.
+	// Postgres does not answer. Must be longer than refresh, and 57s at most. Default: 30s.
 	MaxStaleness caddy.Duration `json:"max_staleness,omitempty"`
 
 	// How many keys are kept in memory, 10000000 at most: some 370 bytes each when it is full, 50 at once. Default: 100000.
@@ -94,6 +101,7 @@ type App struct {
 	ctx     caddy.Context
 	runtime *runtime
 	poolKey string
+	guarded []*reverseproxy.Handler // those to which only requests come that a gateway allowed
 	issuers []*identitytoken.Issuer // of the gateways of this configuration that send identity tokens
 	limits  bool                    // a gateway of this configuration holds keys to their limits
 
@@ -153,8 +161,8 @@ func (a *App) settings() (settings, error) {
 	switch {
 	case s.refresh < 10*time.Millisecond:
 		return s, errors.New("refresh must be at least 10ms")
-	case s.maxStaleness >= maxStalenessLimit:
-		return s, errors.New("max_staleness must be under 60s: revocations are promised within 60 seconds")
+	case s.maxStaleness > maxStalenessLimit:
+		return s, fmt.Errorf("max_staleness must be at most %v: revocations are promised within 60 seconds, and to end open streams can take 3", maxStalenessLimit)
 	case s.maxStaleness <= s.refresh:
 		return s, errors.New("max_staleness must be longer than refresh, or no cached key is ever trusted")
 	case s.cacheSize < 0 || s.cacheSize > maxCacheSize:
@@ -208,7 +216,8 @@ func (a *App) settings() (settings, error) {
 // a database that cannot be read it fails, so that Caddy keeps the configuration before.
 func (a *App) Start() error {
 	if app, err := a.ctx.App("http"); err == nil {
-		if err := checkRoutes(app.(*caddyhttp.App), a.ctx.Logger(a)); err != nil {
+		var err error
+		if a.guarded, err = checkRoutes(app.(*caddyhttp.App), a.ctx.Logger(a)); err != nil {
 			return err
 		}
 	}
@@ -227,8 +236,23 @@ func (a *App) Start() error {
 	return nil
 }
 
-// Stop does nothing: requests may still be in flight, and the next configuration may share the runtime.
-func (a *App) Stop() error { return nil }
+// untilTheKeyEnds is how long a WebSocket may outlive the configuration that it was opened with.
+const untilTheKeyEnds = caddy.Duration(math.MaxInt64)
+
+// Stop lets WebSockets outlive a reload, as event streams do. Caddy closes those of a proxy without a stream_close_delay at once when
+// it cleans up the proxy, next; at the end of the process that is right. All else goes on: requests may be in flight, and the next
+// configuration may share the runtime.
+func (a *App) Stop() error {
+	if caddy.Exiting() {
+		return nil
+	}
+	for _, proxy := range a.guarded {
+		if proxy.StreamCloseDelay == 0 {
+			proxy.StreamCloseDelay = untilTheKeyEnds
+		}
+	}
+	return nil
+}
 
 // Cleanup gives the runtime back. Unlike Stop it also runs when provisioning failed.
 func (a *App) Cleanup() error {

@@ -22,7 +22,9 @@ import (
 //
 // It compares addresses as they are written, with the spellings of one address folded. Two names of one machine, and
 // handlers of third parties that hold routes of their own, are beyond it; the transport "rekall" is for those.
-func checkRoutes(app *caddyhttp.App, logger *zap.Logger) error {
+//
+// It returns the proxies to which only requests come that a gateway allowed.
+func checkRoutes(app *caddyhttp.App, logger *zap.Logger) ([]*reverseproxy.Handler, error) {
 	c := routeCheck{dialled: map[string]dial{}, logger: logger}
 	for name, server := range app.Servers {
 		c.named, c.invoked = server.NamedRoutes, map[invocation]bool{}
@@ -31,7 +33,7 @@ func checkRoutes(app *caddyhttp.App, logger *zap.Logger) error {
 			c.routes("server "+name+", error routes", 0, server.Errors.Routes)
 		}
 	}
-	return c.verdict()
+	return c.guarded, c.verdict()
 }
 
 // dial is how a backend is reached: by requests of one environment that a gateway allowed, or by any (0).
@@ -50,7 +52,8 @@ type routeCheck struct {
 	named   map[string]*caddyhttp.Route // of the server being walked
 	invoked map[invocation]bool         // so that routes which invoke each other end
 	dialled map[string]dial
-	guarded bool // there is a gateway, or its transport
+	gateway bool // there is one, or its transport
+	guarded []*reverseproxy.Handler
 	open    string
 	err     error
 	logger  *zap.Logger
@@ -58,7 +61,7 @@ type routeCheck struct {
 
 // verdict returns the first error. An open proxy is one only where there is something to protect from it.
 func (c *routeCheck) verdict() error {
-	if c.err == nil && c.guarded && c.open != "" {
+	if c.err == nil && c.gateway && c.open != "" {
 		return fmt.Errorf("%s: it could lead to a backend of a rekall_gateway; name the addresses", c.open)
 	}
 	return c.err
@@ -84,7 +87,7 @@ func (c *routeCheck) handler(where string, env apikey.Environment, handler any) 
 	case *intercept.Intercept:
 		c.responses(where, env, h.HandleResponse)
 	case *Gateway:
-		c.guarded = true
+		c.gateway = true
 		c.handler(where+", rekall_gateway production", apikey.Production, h.production.configured)
 		c.handler(where+", rekall_gateway sandbox", apikey.Sandbox, h.sandbox.configured)
 	case *reverseproxy.Handler:
@@ -110,7 +113,7 @@ func (c *routeCheck) invoke(where string, env apikey.Environment, name string) {
 
 func (c *routeCheck) proxy(where string, env apikey.Environment, h *reverseproxy.Handler) {
 	if t, ok := h.Transport.(*Transport); ok {
-		c.guarded = true
+		c.gateway = true
 		if env != 0 && env != t.environment && c.err == nil {
 			c.err = fmt.Errorf("a reverse_proxy for %s stands where only requests of the other environment come (%s): move it", t.environment, where)
 		}
@@ -118,6 +121,9 @@ func (c *routeCheck) proxy(where string, env apikey.Environment, h *reverseproxy
 	} else if _, ok := h.Transport.(*reverseproxy.HTTPTransport); ok && env != 0 && countsFailures(h) {
 		c.logger.Warn("a reverse_proxy of a named route counts errors of clients as failures of its backends; give it the transport rekall",
 			zap.String("transport", "rekall "+env.String()), zap.String("where", where))
+	}
+	if env != 0 {
+		c.guarded = append(c.guarded, h)
 	}
 	for _, upstream := range h.Upstreams {
 		c.add(upstream.Dial, dial{env, where})

@@ -5,6 +5,8 @@ import (
 	"net"
 	"sync"
 	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
 )
 
 const (
@@ -13,6 +15,9 @@ const (
 
 	// webSocketPolicyViolation is the close code for "your key has ended" (RFC 6455, section 7.4.1).
 	webSocketPolicyViolation = 1008
+
+	// webSocketTryAgainLater is the one for "nobody can tell" (IANA's WebSocket Close Code Number Registry).
+	webSocketTryAgainLater = 1013
 )
 
 // webSocketConn is the client's side of a WebSocket. It follows the frames that the backend sends, so that a cut can say
@@ -39,7 +44,7 @@ func (c *webSocketConn) Close() error {
 	if cut := c.exchange.cutBy.Load(); cut != nil && c.mu.TryLock() {
 		if c.frames.between() {
 			_ = c.SetWriteDeadline(time.Now().Add(cutGrace))
-			_, _ = c.Conn.Write(closeFrame(answers[cut.Outcome].code))
+			_, _ = c.Conn.Write(closeFrame(cut.Outcome))
 			c.frames.closed = true
 		}
 		c.mu.Unlock()
@@ -55,9 +60,13 @@ func (c *webSocketConn) CloseWrite() error {
 	return net.ErrClosed
 }
 
-func closeFrame(reason string) []byte {
+func closeFrame(outcome apikey.Outcome) []byte {
+	code, reason := uint16(webSocketPolicyViolation), answers[outcome].code
+	if outcome == apikey.Unavailable {
+		code = webSocketTryAgainLater
+	}
 	frame := []byte{webSocketClose, byte(2 + len(reason))}
-	frame = binary.BigEndian.AppendUint16(frame, webSocketPolicyViolation)
+	frame = binary.BigEndian.AppendUint16(frame, code)
 	return append(frame, reason...)
 }
 

@@ -2,6 +2,7 @@ package test
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/sha1"
 	"crypto/tls"
@@ -13,8 +14,10 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -372,10 +375,50 @@ func TestWebSocketGetsACloseFrameBetweenTwoFrames(t *testing.T) {
 				}
 				return
 			}
-			if len(rest) < 4 || rest[0] != 0x88 || int(rest[1]) != len(rest)-2 || binary.BigEndian.Uint16(rest[2:]) != 1008 {
-				t.Errorf("% x is not a close frame with code 1008", rest)
-			}
+			wantClosed(t, bytes.NewReader(rest), 1008)
 		})
+	}
+}
+
+func TestWebSocketOutlivesReloadsAndStillEndsWithItsKey(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	backend := webSocketBackend(t, func(conn net.Conn) { _, _ = io.Copy(conn, conn) })
+	g := r.start(strings.Replace(standardSite, "PRODUCTION", backend, 1))
+	key := r.key("production", "memories:read")
+	conn, reader, _ := g.openWebSocket(bearer(key))
+	frame := []byte{0x82, 5, 'h', 'e', 'l', 'l', 'o'}
+	for range 3 {
+		g.reload()
+		if _, err := conn.Write(frame); err != nil {
+			t.Fatal(err)
+		}
+		echo := make([]byte, len(frame))
+		if _, err := io.ReadFull(reader, echo); err != nil || !bytes.Equal(echo, frame) {
+			t.Fatalf("% x comes back, %v", echo, err)
+		}
+	}
+	r.revoke(key.ID)
+	wantClosed(t, reader, 1008)
+}
+
+// TestWebSocketThatEndsWithTheProcessIsNotToldThatItsKeyIsBad: by Caddy or by the gateway, whichever is the first to close it.
+func TestWebSocketThatEndsWithTheProcessIsNotToldThatItsKeyIsBad(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	backend := webSocketBackend(t, func(conn net.Conn) { _, _ = io.Copy(io.Discard, conn) })
+	g := r.start(strings.Replace(standardSite, "PRODUCTION", backend, 1))
+	_, reader, _ := g.openWebSocket(bearer(r.key("production", "memories:read")))
+	g.process.Signal(t, syscall.SIGTERM)
+	wantClosed(t, reader, 1001, 1013)
+}
+
+// wantClosed demands a close frame with one of the codes as all that is left.
+func wantClosed(t *testing.T, reader io.Reader, codes ...uint16) {
+	t.Helper()
+	rest, err := io.ReadAll(reader)
+	if len(rest) < 4 || rest[0] != 0x88 || int(rest[1]) != len(rest)-2 || !slices.Contains(codes, binary.BigEndian.Uint16(rest[2:])) {
+		t.Errorf("% x, %v: not a close frame with code %d", rest, err, codes)
 	}
 }
 
