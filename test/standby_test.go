@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
 // TestStandbyWhoseReplayIsPausedIsNotTrusted: it answers every question, and looks healthy.
@@ -40,6 +41,11 @@ func TestStandbyWhoseReplayIsPausedIsNotTrusted(t *testing.T) {
 			t.Fatal("a revoked key was let in past the bound")
 		}
 		return code == "AUTH_UNAVAILABLE" && g.ask(good) == "AUTH_UNAVAILABLE"
+	})
+
+	eventually(t, "it says that it is fail-closed, though it reports to the primary", func() bool {
+		edges, err := r.admin.Edges(t.Context())
+		return err == nil && len(edges) == 1 && edges[0].Status == keyadmin.FailClosed && edges[0].LagSeconds > faultBound.Seconds()
 	})
 
 	pgtest.Exec(t, standby.URL(), "select pg_wal_replay_resume()")

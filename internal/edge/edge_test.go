@@ -58,7 +58,7 @@ func (r *rig) silent(name string, length time.Duration) {
 	r.t.Helper()
 	if _, err := r.conn.Exec(r.t.Context(), `
 insert into rekall.edges (instance, name, region, version, max_staleness, started_at, beat, seen_at)
-values ($1, $2, '', '', '30s', now(), 1, now() - $3::interval)`, NewInstance(), name, length); err != nil {
+values ($1, $2, '', '', '30s', now() - $3::interval, 1, now() - $3::interval)`, NewInstance(), name, length); err != nil {
 		r.t.Fatal(err)
 	}
 }
@@ -128,6 +128,22 @@ func TestEdgesAreCountedTwiceInTheTimeAfterWhichOneIsFailClosed(t *testing.T) {
 	r.reporter.countAt = time.Now()
 	r.report()
 	want("a report when it is time again", 1, 1)
+}
+
+// TestEdgeWhoseSyncIsTooOldIsFailClosedThoughItReports: it may be able to write and not to read, or read a standby that stands still.
+func TestEdgeWhoseSyncIsTooOldIsFailClosedThoughItReports(t *testing.T) {
+	r := newRig(t)
+	for age, want := range map[time.Duration]keystore.EdgeCount{
+		29 * time.Second: {Live: 1}, 31 * time.Second: {FailClosed: 1},
+	} {
+		r.reporter.countAt = time.Now()
+		if err := r.reporter.report(t.Context(), keycache.Applied{At: time.Now().Add(-age)}); err != nil {
+			t.Fatal(err)
+		}
+		if n, _ := r.reporter.Edges(); n != want {
+			t.Errorf("last sync %v ago: %+v, want %+v", age, n, want)
+		}
+	}
 }
 
 func TestAnEdgeThatWasKilledAndStartedAgainIsCountedOnceAsSoonAsItsRowIsFailClosed(t *testing.T) {

@@ -13,10 +13,10 @@ type EdgeStatus string
 
 // The statuses.
 const (
-	// Live edges have reported within their max_staleness.
+	// Live edges have reported a sync within their max_staleness.
 	Live EdgeStatus = "live"
 
-	// FailClosed edges have not: by their own rule they trust no cached key any longer.
+	// FailClosed edges have not: by their own rule they trust no cached key any longer, even if they report.
 	FailClosed EdgeStatus = "fail-closed"
 )
 
@@ -28,7 +28,7 @@ type Edge struct {
 	Instance   string     `json:"instance"`
 	Status     EdgeStatus `json:"status"`
 	LastSyncAt *time.Time `json:"last_sync_at"` // null: never
-	LagSeconds float64    `json:"lag_seconds"`  // since its last report
+	LagSeconds float64    `json:"lag_seconds"`  // since then; since its last report, if never
 }
 
 // Edges lists the edges that are running, and those that went silent a short while ago.
@@ -47,9 +47,9 @@ func (a *Admin) Edges(ctx context.Context) ([]Edge, error) {
 func fromSeen(e keystore.SeenEdge) Edge {
 	edge := Edge{
 		Name: e.Name, Region: e.Region, Version: e.Version, Instance: e.Instance, Status: Live,
-		LastSyncAt: utc(e.SyncedAt), LagSeconds: e.Silence.Seconds(),
+		LastSyncAt: utc(e.SyncedAt), LagSeconds: e.Age.Seconds(),
 	}
-	if e.Silence > e.MaxStaleness {
+	if e.Age > e.MaxStaleness {
 		edge.Status = FailClosed
 	}
 	return edge

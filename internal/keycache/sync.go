@@ -195,7 +195,7 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 		}
 	}
 	// Only now: a confirmed change has also reached the requests in flight.
-	c.applied.Store(&Applied{At: snap.Now, Snapshot: snap.Text, Server: snap.Server, Beat: snap.Beat})
+	c.applied.Store(&Applied{At: snap.Now.Add(vouchedAt.Sub(startedAt)), Snapshot: snap.Text, Server: snap.Server, Beat: snap.Beat})
 	if news && c.cfg.Changed != nil {
 		c.cfg.Changed()
 	}
@@ -294,6 +294,9 @@ const (
 	// leapGrace is how long streams wait for a sync when the data has become too old in one leap: the wall clock was set
 	// forward, or the process or the machine was stopped. One sync clears it up, on connections that must be made anew.
 	leapGrace = time.Second
+
+	// CutWithin is how long after MaxStaleness Run cuts the last request that nobody vouches for, if the process was stopped.
+	CutWithin = leapGrace + watchInterval
 )
 
 // watch cuts the requests in flight whose key expires, and all that nobody vouches for any longer. It is not part of the

@@ -16,7 +16,7 @@ type Edge struct {
 	MaxStaleness time.Duration
 	StartedAt    time.Time // by the edge's clock
 	Beat         uint64    // counts its reports
-	SyncedAt     time.Time // start of its last sync, by Postgres's clock; zero: none yet
+	SyncedAt     time.Time // up to when it knew every change, by Postgres's clock; zero: it has not synced yet
 	Applied      string    // the snapshot that it read, as pg_snapshot; empty: none yet
 	AppliedOn    string    // whose transactions that names, as Server.String; empty: unknown
 }
@@ -68,16 +68,20 @@ func (s *Store) RemoveEdge(ctx context.Context, instance string) error {
 
 // EdgeCount is how many edges there are.
 type EdgeCount struct {
-	Live       int // that have reported within their max_staleness
-	FailClosed int // that have not
+	Live       int // whose last reported sync is within their max_staleness
+	FailClosed int // all others
 }
+
+// edgeAge is how old an edge's data is as far as it has reported. Until its first sync it trusts none, and counts as live while it
+// reports.
+const edgeAge = `clock_timestamp() - coalesce(synced_at, seen_at)`
 
 // CountEdges counts all edges. An edge's own role may.
 func (s *Store) CountEdges(ctx context.Context) (EdgeCount, error) {
 	var n EdgeCount
 	err := s.pool.QueryRow(ctx, `
-select count(*) filter (where not silent), count(*) filter (where silent)
-from (select clock_timestamp() - seen_at > max_staleness as silent from rekall.edges) edges`).Scan(&n.Live, &n.FailClosed)
+select count(*) filter (where age <= max_staleness), count(*) filter (where age > max_staleness)
+from (select `+edgeAge+` as age, max_staleness from rekall.edges) edges`).Scan(&n.Live, &n.FailClosed)
 	if err != nil {
 		return EdgeCount{}, failedAtEdge("count edges", err)
 	}
@@ -90,14 +94,14 @@ type SeenEdge struct {
 	MaxStaleness                    time.Duration
 	SyncedAt                        *time.Time // nil: never
 	SeenAt                          time.Time
-	Silence                         time.Duration // since its last report
+	Age                             time.Duration // since SyncedAt; since its last report, if it has not synced
 	Applied                         bool          // whether it has applied the transaction that was asked about
 }
 
 // Edges returns all edges, and which of them have applied this server's transaction xid (0: none is asked about).
 func (s *Store) Edges(ctx context.Context, xid uint64) ([]SeenEdge, error) {
 	rows, _ := s.pool.Query(ctx, `
-select instance, name, region, version, max_staleness, synced_at, seen_at, clock_timestamp() - seen_at,
+select instance, name, region, version, max_staleness, synced_at, seen_at, `+edgeAge+`,
 	coalesce(pg_visible_in_snapshot($1::xid8, applied), false), coalesce(applied_on, ''), `+serverSQL+`
 from rekall.edges order by name, instance`, xid) // CollectRows returns its error
 	edges, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (SeenEdge, error) {
@@ -106,7 +110,7 @@ from rekall.edges order by name, instance`, xid) // CollectRows returns its erro
 			appliedOn string
 			server    serverRow
 		)
-		err := row.Scan(&e.Instance, &e.Name, &e.Region, &e.Version, &e.MaxStaleness, &e.SyncedAt, &e.SeenAt, &e.Silence, &e.Applied,
+		err := row.Scan(&e.Instance, &e.Name, &e.Region, &e.Version, &e.MaxStaleness, &e.SyncedAt, &e.SeenAt, &e.Age, &e.Applied,
 			&appliedOn, &server)
 		e.Applied = e.Applied && appliedOn == server.server().String()
 		return e, err

@@ -175,7 +175,7 @@ func (f *fleet) confirmed(xid uint64) bool {
 	}
 	applied := make(map[string]bool)
 	for _, s := range seen {
-		if s.Applied && s.Silence <= s.MaxStaleness {
+		if s.Applied && s.Age <= s.MaxStaleness {
 			applied[s.Name] = true
 		}
 	}
