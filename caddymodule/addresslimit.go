@@ -43,26 +43,24 @@ func (l *AddressLimit) limiter() (*ratelimit.Addresses, error) {
 // whoever shares an address with a guesser could be shut out. Nothing is counted before a key is proven bad: after a
 // restart the good keys of a whole office may be unknown to memory, and must not use up the limit of their address.
 func (g *Gateway) checkAddress(r *http.Request, d apikey.Digest) ratelimit.Verdict {
-	if address := clientAddress(r); address.IsValid() {
-		if verdict := g.addresses.Check(address); !verdict.Allowed && !g.cache.Cached(d) {
-			return verdict
+	if g.addresses != nil {
+		if address := clientAddress(r); address.IsValid() {
+			if verdict := g.addresses.Check(address); !verdict.Allowed && !g.cache.Cached(d) {
+				return verdict
+			}
 		}
 	}
 	return ratelimit.Verdict{Allowed: true}
 }
 
-// refuseAddress refuses a request and counts it against its address, if anybody could have sent it. Over the limit, the
-// answer is that.
-func (x *exchange) refuseAddress(w http.ResponseWriter, r *http.Request) error {
-	if x.gateway.addresses == nil || !lacksKey(x.outcome) {
-		return x.refuse(w)
-	}
-	if address := clientAddress(r); address.IsValid() {
-		if verdict := x.gateway.addresses.Take(address); !verdict.Allowed {
-			return x.limit(w, addressLimit, addressLimited, verdict.RetryAfter, nil)
+// countAddress counts a refusal against the address that it goes to, if anybody could have sent the request.
+func (x *exchange) countAddress(r *http.Request) ratelimit.Verdict {
+	if x.gateway.addresses != nil && lacksKey(x.outcome) {
+		if address := clientAddress(r); address.IsValid() {
+			return x.gateway.addresses.Take(address)
 		}
 	}
-	return x.refuse(w)
+	return ratelimit.Verdict{Allowed: true}
 }
 
 // lacksKey reports whether a refusal took no key that is or was good.

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.opentelemetry.io/otel/trace"
 	"go.uber.org/zap"
 	"golang.org/x/net/http/httpguts"
 
@@ -72,9 +73,13 @@ func (x *exchange) count() {
 	}
 }
 
-func (x *exchange) refuse(w http.ResponseWriter) error {
+// refuse answers what was decided, or that the address has caused too many such answers.
+func (x *exchange) refuse(w http.ResponseWriter, r *http.Request) error {
 	if x.outcome == apikey.RateLimited {
 		return x.refuseLimited(w)
+	}
+	if verdict := x.countAddress(r); !verdict.Allowed {
+		return x.refuseBeyond(w, addressLimit, addressLimited, verdict.RetryAfter, nil)
 	}
 	x.count()
 	a := answers[x.outcome]
@@ -94,10 +99,10 @@ func (x *exchange) answer(w http.ResponseWriter, a answer, details map[string]an
 	a.write(w, x.requestID, details)
 }
 
-func (x *exchange) unavailable(w http.ResponseWriter, err error) error {
+func (x *exchange) unavailable(w http.ResponseWriter, r *http.Request, err error) error {
 	x.outcome = apikey.Unavailable
 	x.gateway.logger.Debug("key cannot be checked", zap.String("request_id", x.requestID), zap.Error(err))
-	return x.refuse(w)
+	return x.refuse(w, r)
 }
 
 // placeholder resolves what logs and other handlers may know of the decision.
@@ -246,17 +251,17 @@ func (x *exchange) unblock() {
 	_ = http.NewResponseController(writer).SetWriteDeadline(time.Now()) // a hijacked connection is closed by its own
 }
 
-// end says that the handlers have returned, or panicked, as a proxy does whose answer was cut.
-func (x *exchange) end() {
+// end says that the request has its answer, or that the handlers panicked, as a proxy does whose answer was cut. It comes on every
+// way out: a cut may come even to a request that is then found again and refused, and its timer must not touch the writer afterwards.
+func (x *exchange) end(request trace.Span) {
 	x.allowance.release()
-	cut := x.cutBy.Load()
-	if cut == nil { // and none can come: it is not tracked any longer
-		return
+	if cut := x.cutBy.Load(); cut != nil { // else none can come: it is not tracked any longer
+		x.mu.Lock()
+		x.done = true
+		x.mu.Unlock()
+		x.outcome, x.reason = cut.Outcome, answers[cut.Outcome].code
 	}
-	x.mu.Lock()
-	x.done = true
-	x.mu.Unlock()
-	x.outcome, x.reason = cut.Outcome, answers[cut.Outcome].code
+	x.traceDecision(request)
 }
 
 // statusClientClosed is what Caddy's reverse proxy answers when the request's context is cancelled.

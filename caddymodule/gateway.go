@@ -194,13 +194,38 @@ const maxFinds = 3
 func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
 	startedAt := sampleStart()
 	cred := credential.Take(r)
-	x := &exchange{gateway: g, requestID: newRequestID(), environment: cred.Environment, startedAt: startedAt}
-	x.ResponseWriter = w
+	x := g.begin(w, r, cred.Environment, startedAt)
 	span := trace.SpanFromContext(r.Context())
-	defer x.traceDecision(span)
-	// On every way out: a cut may come even to a request that is then found again and refused, and its timer must not
-	// touch the writer afterwards.
-	defer x.end()
+	defer x.end(span)
+	path := r.URL.EscapedPath()
+	if x.outcome = parse(r.Method, path, r.URL.RawQuery, &cred); x.outcome != apikey.Allowed {
+		return x.refuse(w, r)
+	}
+	if verdict := g.checkAddress(r, cred.Digest); !verdict.Allowed {
+		return x.refuseBeyond(w, addressLimit, addressLimited, verdict.RetryAfter, nil)
+	}
+	for range maxFinds {
+		found, err := find(r.Context(), span, g.cache, cred.Digest)
+		if err != nil {
+			return x.unavailable(w, r, err)
+		}
+		x.record, x.now = found.Record, apikey.TimeOf(found.Now)
+		x.outcome = g.decide(x, r.Method, path, found)
+		x.hold(&found)
+		if x.outcome != apikey.Allowed {
+			return x.refuse(w, r)
+		}
+		if done, err := x.route(r, found, &cred); done {
+			return err
+		}
+	}
+	return x.unavailable(w, r, errKeyChanging)
+}
+
+// begin makes the exchange of a request, and has logs and other handlers know it.
+func (g *Gateway) begin(w http.ResponseWriter, r *http.Request, environment apikey.Environment, startedAt instant) *exchange {
+	x := &exchange{gateway: g, requestID: newRequestID(), environment: environment, startedAt: startedAt}
+	x.ResponseWriter = w
 	if repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
 		repl.Map(x.placeholder)
 	}
@@ -210,39 +235,13 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	if g.draining.Load() && r.Header["Upgrade"] == nil {
 		w.Header()["Connection"] = []string{"close"}
 	}
-	path := r.URL.EscapedPath()
-	if x.outcome = parse(r.Method, path, r.URL.RawQuery, &cred); x.outcome != apikey.Allowed {
-		return x.refuseAddress(w, r)
-	}
-	if g.addresses != nil {
-		if verdict := g.checkAddress(r, cred.Digest); !verdict.Allowed {
-			return x.limit(w, addressLimit, addressLimited, verdict.RetryAfter, nil)
-		}
-	}
-	for range maxFinds {
-		found, err := find(r.Context(), span, g.cache, cred.Digest)
-		if err != nil {
-			return x.unavailable(w, err)
-		}
-		x.record, x.now = found.Record, apikey.TimeOf(found.Now)
-		x.outcome = g.decide(x, r.Method, path, found)
-		if g.limiter != nil {
-			x.hold(&found)
-		}
-		if x.outcome != apikey.Allowed {
-			return x.refuseAddress(w, r)
-		}
-		if done, err := x.route(r, found, &cred); done {
-			return err
-		}
-	}
-	return x.unavailable(w, errKeyChanging)
+	return x
 }
 
 var errKeyChanging = errors.New("the key changed each time it was found, or this configuration has ended")
 
-// parse decides what can be decided on the request alone. A space ends the request's target in HTTP/1, which the backend may speak;
-// HTTP/2 has none that ends, and the server lets a space in the query pass, but no control character.
+// parse decides what can be decided on the request alone. A space in the query would end the request's target at a backend that is
+// spoken to in HTTP/1; over HTTP/2 the server lets it through.
 func parse(method, path, query string, cred *credential.Credential) apikey.Outcome {
 	switch {
 	case !scoperule.KnownMethod(method):
@@ -268,19 +267,15 @@ func parse(method, path, query string, cred *credential.Credential) apikey.Outco
 // decide decides on the key and on what the request wants with it.
 func (g *Gateway) decide(x *exchange, method, path string, found keycache.Found) apikey.Outcome {
 	required, covered := g.rules.Required(method, path)
-	outcome := found.Record.Decide(found.Now, required)
-	switch {
-	case outcome != apikey.Allowed && outcome != apikey.Insufficient:
-		return outcome
-	// The prefix decides the environment. A row that says otherwise was imported wrongly, and is not to be believed.
-	case found.Record.Environment != x.environment || g.handler(x.environment) == nil:
-		return apikey.Mismatch
-	case !covered:
-		outcome = apikey.NotCovered
-	case outcome == apikey.Insufficient:
+	request := apikey.Request{Environment: x.environment, Required: required, Covered: covered}
+	if g.handler(x.environment) == nil {
+		request.Environment = 0 // the site serves the other one only
+	}
+	outcome := found.Record.Decide(found.Now, request)
+	if outcome == apikey.Insufficient {
 		x.required = required
 	}
-	if outcome != apikey.Allowed && g.ScopesReportOnly {
+	if g.ScopesReportOnly && (outcome == apikey.Insufficient || outcome == apikey.NotCovered) {
 		g.metrics.reportOnly.WithLabelValues(outcome.String()).Inc()
 		g.logger.Warn("scope rules would refuse this request",
 			zap.Stringer("outcome", outcome), zap.String("method", method), zap.String("path", path),
@@ -322,7 +317,7 @@ func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential
 	}
 	defer x.gateway.cache.Untrack(&x.flight)
 	if err := x.signIdentity(found); err != nil {
-		return true, x.unavailable(x.ResponseWriter, err)
+		return true, x.unavailable(x.ResponseWriter, r, err)
 	}
 	x.count()
 	forwarded := r.WithContext(&x.decision)

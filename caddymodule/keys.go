@@ -262,10 +262,7 @@ func (k *Keys) holder(r *http.Request, cred *credential.Credential) (keyadmin.Ac
 	if found.Record != nil {
 		replacer(r).Set("http.auth.user.id", found.Record.ID) // for the logs
 	}
-	outcome := found.Record.Validity(found.Now)
-	if outcome == apikey.Allowed && found.Record.Environment != cred.Environment {
-		outcome = apikey.Mismatch // imported wrongly, and not to be believed
-	}
+	outcome := found.Record.Decide(found.Now, apikey.Request{Environment: cred.Environment, Covered: true}) // any scopes
 	if outcome == apikey.Allowed || outcome == apikey.Mismatch {
 		if err := k.hold(r, &found); err != nil {
 			k.count(found, apikey.RateLimited)

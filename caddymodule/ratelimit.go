@@ -20,6 +20,9 @@ type allowance struct {
 // hold counts the request against the limits of its key: once, and whether or not the key has the scope, so that a client
 // that is refused for its scopes can hammer no more than others. Beyond the limits, the outcome is that.
 func (x *exchange) hold(found *keycache.Found) {
+	if x.gateway.limiter == nil {
+		return
+	}
 	goodKey := x.outcome == apikey.Allowed || x.outcome == apikey.NotCovered || x.outcome == apikey.Insufficient || x.outcome == apikey.Mismatch
 	if !goodKey || x.allowance.bucket != nil { // held already: the key has changed, and was found again
 		return
@@ -121,15 +124,15 @@ func (x *exchange) refuseLimited(w http.ResponseWriter) error {
 		}
 	}
 	kind, answer := x.allowance.refusal()
-	return x.limit(w, kind, answer, verdict.RetryAfter, details)
+	return x.refuseBeyond(w, kind, answer, verdict.RetryAfter, details)
 }
 
 // tooManyAtOnce is RateLimited where it is not the rate.
 var tooManyAtOnce = newAnswer(http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDED",
 	"This API key has too many requests in flight at the same time. Try again when one of them has ended.", "")
 
-// limit refuses a request that is over a limit.
-func (x *exchange) limit(w http.ResponseWriter, kind limitKind, a answer, retryAfter time.Duration, details map[string]any) error {
+// refuseBeyond refuses a request that is beyond a limit.
+func (x *exchange) refuseBeyond(w http.ResponseWriter, kind limitKind, a answer, retryAfter time.Duration, details map[string]any) error {
 	x.outcome = apikey.RateLimited
 	x.count()
 	x.gateway.metrics.limited[kind].Inc()

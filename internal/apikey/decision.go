@@ -69,12 +69,25 @@ func (r *Record) Validity(now time.Time) Outcome {
 	return Allowed
 }
 
-// Decide is Validity, then the scope.
-func (r *Record) Decide(now time.Time, required Scopes) Outcome {
-	if o := r.Validity(now); o != Allowed {
-		return o
-	}
-	if !r.Scopes.Has(required) {
+// Request is what is decided on besides the key.
+type Request struct {
+	Environment Environment // where it leads, by the prefix of the key; zero: nowhere
+	Required    Scopes      // that it takes
+	Covered     bool        // whether a rule covers it
+}
+
+// Decide decides on a request with the key at now, as Validity has it.
+func (r *Record) Decide(now time.Time, request Request) Outcome {
+	outcome := r.Validity(now)
+	switch {
+	case outcome != Allowed:
+		return outcome
+	// The prefix decides. A row that says otherwise was imported wrongly, and is not to be believed.
+	case r.Environment != request.Environment:
+		return Mismatch
+	case !request.Covered:
+		return NotCovered
+	case !r.Scopes.Has(request.Required):
 		return Insufficient
 	}
 	return Allowed

@@ -43,7 +43,8 @@ func TestDecideTable(t *testing.T) {
 			if got := tt.record.Validity(now); got != tt.validity {
 				t.Errorf("Validity = %v, want %v", got, tt.validity)
 			}
-			if got := tt.record.Decide(now, read); got != tt.decision {
+			request := apikey.Request{Environment: apikey.Production, Required: read, Covered: true}
+			if got := tt.record.Decide(now, request); got != tt.decision {
 				t.Errorf("Decide = %v, want %v", got, tt.decision)
 			}
 		})
@@ -58,9 +59,38 @@ func TestDecideAllowsOnlySetsThatHoldTheRequiredScope(t *testing.T) {
 			if has.name == needs.name {
 				want = apikey.Allowed
 			}
-			if got := (&apikey.Record{Scopes: has.scope}).Decide(now, needs.scope); got != want {
+			record := &apikey.Record{Environment: apikey.Sandbox, Scopes: has.scope}
+			if got := record.Decide(now, apikey.Request{Environment: apikey.Sandbox, Required: needs.scope, Covered: true}); got != want {
 				t.Errorf("a key with %s for %s: %v", has.name, needs.name, got)
 			}
+		}
+	}
+}
+
+// TestDecideNamesTheFirstOfWhatIsWrong: a key that has ended is told nothing of the route, and one of the other environment nothing of
+// its scopes.
+func TestDecideNamesTheFirstOfWhatIsWrong(t *testing.T) {
+	now := time.Date(2025, 11, 23, 12, 0, 0, 0, time.UTC)
+	good := &apikey.Record{Environment: apikey.Sandbox, Scopes: apikey.AllScopes}
+	ended := &apikey.Record{Environment: apikey.Sandbox, Scopes: apikey.AllScopes, RevokedAt: apikey.TimeOf(now)}
+	bare := &apikey.Record{Environment: apikey.Sandbox}
+	const needs = apikey.MemoriesRead
+	for name, tt := range map[string]struct {
+		record  *apikey.Record
+		request apikey.Request
+		want    apikey.Outcome
+	}{
+		"good":                              {good, apikey.Request{Environment: apikey.Sandbox, Required: needs, Covered: true}, apikey.Allowed},
+		"revoked, and all else is wrong":    {ended, apikey.Request{Environment: apikey.Production}, apikey.Revoked},
+		"of the other environment":          {good, apikey.Request{Environment: apikey.Production, Required: needs, Covered: true}, apikey.Mismatch},
+		"of an environment not served":      {good, apikey.Request{Required: needs, Covered: true}, apikey.Mismatch},
+		"of the other one, and not covered": {good, apikey.Request{Environment: apikey.Production}, apikey.Mismatch},
+		"not covered":                       {good, apikey.Request{Environment: apikey.Sandbox}, apikey.NotCovered},
+		"not covered, without scopes":       {bare, apikey.Request{Environment: apikey.Sandbox, Required: needs}, apikey.NotCovered},
+		"without the scope":                 {bare, apikey.Request{Environment: apikey.Sandbox, Required: needs, Covered: true}, apikey.Insufficient},
+	} {
+		if got := tt.record.Decide(now, tt.request); got != tt.want {
+			t.Errorf("%s: %v, want %v", name, got, tt.want)
 		}
 	}
 }
