@@ -83,7 +83,7 @@ func TestContradictorySettingsAreRefusedWithTheReason(t *testing.T) {
 		"no database":                   {"refresh 1s", "set database"},
 		"a placeholder that is not set": {"database {env.REKALL_NO_SUCH_VARIABLE}", "REKALL_NO_SUCH_VARIABLE"},
 		"a bad URL":                     {"database postgres://user:hunter2@host:notaport/db", "database URL"},
-		"60 s":                          {"database postgres://h/d\nmax_staleness 60s", "60 seconds"},
+		"more than 57 s":                {"database postgres://h/d\nmax_staleness 57001ms", "60 seconds"},
 		"not longer than refresh":       {"database postgres://h/d\nrefresh 10s\nmax_staleness 10s", "longer than refresh"},
 		"a long edge name":              {"database postgres://h/d\nedge " + strings.Repeat("é", 201), "1 to 200 characters"},
 		"a long region":                 {"database postgres://h/d\nedge north " + strings.Repeat("é", 201), "region of at most 200"},

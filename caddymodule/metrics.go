@@ -160,7 +160,7 @@ func truth(is bool) float64 {
 }
 
 var observed = []series{
-	gauge("rekall_ready", "1 while cached keys are trusted; 0 once the last good sync is older than max_staleness: fail-closed.",
+	gauge("rekall_keys_trusted", "1 while cached keys are trusted; 0 once the last good sync is older than max_staleness: fail-closed.",
 		func(o *observation) float64 { return truth(o.Fresh) }),
 	gauge("rekall_identity_token_ready", "1 while identity tokens can be signed, or none are asked for; 0: good keys are answered 503.",
 		func(o *observation) float64 { return truth(o.canSign) }),
@@ -183,7 +183,7 @@ var observed = []series{
 	gauge("rekall_cache_keys", "Keys in memory.", func(o *observation) float64 { return float64(o.Keys) }),
 	gauge("rekall_cache_size_keys", "Keys that memory holds at most, as configured.", func(o *observation) float64 { return float64(o.Size) }),
 	counter("rekall_cache_hits_total", "Keys answered from memory.", func(o *observation) uint64 { return o.Hits }),
-	counter("rekall_cache_misses_total", "Keys that Postgres was asked for.", func(o *observation) uint64 { return o.Misses }),
+	counter("rekall_cache_misses_total", "Keys that memory had no answer for: Postgres was asked, or the change feed proved that there is no such key.", func(o *observation) uint64 { return o.Misses }),
 	counter("rekall_cache_evictions_total", "Keys that left memory in favour of others.", func(o *observation) uint64 { return o.Evictions }),
 	counter("rekall_cache_drops_total", "Keys that were not taken into memory: it was busy, or others are used more.",
 		func(o *observation) uint64 { return o.Drops }),
@@ -197,7 +197,7 @@ var observed = []series{
 
 	gauge("rekall_requests_in_flight", "Requests and streams that would be cut if their key ended.",
 		func(o *observation) float64 { return float64(o.InFlight) }),
-	counter("rekall_streams_cut_total", "Requests in flight cut because their key ended.", func(o *observation) uint64 { return o.StreamsCut }),
+	counter("rekall_requests_cut_total", "Requests in flight cut because their key ended.", func(o *observation) uint64 { return o.Cut }),
 
 	gauge("rekall_usage_buffered", "Keys and hours whose counts wait to be added up in Postgres.",
 		func(o *observation) float64 { return float64(o.usage.Buffered) }),
@@ -221,7 +221,7 @@ var observed = []series{
 
 // edgesDesc is of all edges, not only of this one: it tells of an edge that nobody scrapes any longer.
 var edgesDesc = prometheus.NewDesc("rekall_edges",
-	"Edges in Postgres's list when this edge last counted them, live or fail-closed: silent for longer than their max_staleness.",
+	"Edges in Postgres's list when this edge last counted them, live or fail-closed: their last reported sync is older than their max_staleness.",
 	[]string{"status"}, nil)
 
 // canaryDesc is of edges that send canaries: at others nobody expects any.

@@ -67,13 +67,18 @@ type runtime struct {
 	limitOnce sync.Once
 }
 
-func newRuntime(s settings) (*runtime, error) {
+func newRuntime(s settings) (_ *runtime, err error) {
 	instance := edge.NewInstance()
 	store, err := keystore.Open(s.database, keystore.Options{PlanOnce: true})
 	if err != nil {
 		return nil, err
 	}
 	rt := &runtime{store: store, refresh: s.refresh, metrics: newMetrics()}
+	defer func() {
+		if err != nil {
+			rt.release()
+		}
+	}()
 	if s.canary {
 		rt.canary = edge.NewCanary(store, rt.logger.Load)
 	}
@@ -91,28 +96,21 @@ func newRuntime(s settings) (*runtime, error) {
 	var reads keycache.Store = store
 	if s.readDatabase != "" {
 		if rt.standby, err = keystore.Open(s.readDatabase, keystore.Options{Instance: instance, PlanOnce: true}); err != nil {
-			store.Close()
 			return nil, fmt.Errorf("read_database: %w", err)
 		}
 		reads = keystore.NewStandby(rt.standby, store)
 		config.NoListen, config.SentAt = true, rt.reporter.SentAt // a standby has no LISTEN
 	}
-	rt.cache, err = keycache.New(reads, config)
-	if err != nil {
-		rt.closeStores()
+	if rt.cache, err = keycache.New(reads, config); err != nil {
 		return nil, err
 	}
 	if rt.counts, err = keystore.Open(s.database, keystore.Options{MaxConns: 2, ApplicationName: "rekall-gateway usage"}); err != nil {
-		rt.cache.Close()
-		rt.closeStores()
 		return nil, err
 	}
 	rt.usage = usage.New(rt.counts, usage.Config{
 		Instance: instance, Flush: s.usageFlush, Retention: s.usageRetention, Logger: rt.logger.Load,
 	})
 	if err := rt.openLimiter(s.rateLimitStore); err != nil {
-		rt.cache.Close()
-		rt.closeStores()
 		return nil, fmt.Errorf("rate_limit_store: %w", err)
 	}
 	rt.metrics.watch(rt)
@@ -153,7 +151,7 @@ func (rt *runtime) start(logger *zap.Logger) {
 const firstSyncWithin = 5 * time.Second
 
 // awaitFirstSync returns an error if the runtime cannot read its database and another one can read its own: then the configuration of
-// that one is better kept. Where none can, anything may be better.
+// that one is better kept. If none can, the new one is taken.
 func (rt *runtime) awaitFirstSync(ctx context.Context) error {
 	if !slices.ContainsFunc(running(), func(other *runtime) bool { return other != rt && other.cache.Status().Fresh }) {
 		return nil
@@ -250,12 +248,15 @@ func (rt *runtime) close() {
 	rt.closeOnce.Do(func() {
 		rt.cancel()
 		rt.running.Wait()
-		rt.cache.Close()
-		rt.closeStores()
+		rt.release()
 	})
 }
 
-func (rt *runtime) closeStores() {
+// release releases what has been opened.
+func (rt *runtime) release() {
+	if rt.cache != nil {
+		rt.cache.Close()
+	}
 	if rt.standby != nil {
 		rt.standby.Close()
 	}

@@ -65,8 +65,8 @@ type syncStatus struct {
 }
 
 type cacheStatus struct {
+	Keys       int    `json:"keys"`
 	Size       int    `json:"size"`
-	Capacity   int    `json:"capacity"`
 	Hits       uint64 `json:"hits"`
 	Misses     uint64 `json:"misses"`
 	Evictions  uint64 `json:"evictions"`
@@ -114,7 +114,7 @@ func serveStatus(w http.ResponseWriter, r *http.Request) error {
 func (rt *runtime) status(ctx context.Context) runtimeStatus {
 	c := rt.cache.Status()
 	s := runtimeStatus{
-		Ready: c.Fresh && canSign(*rt.issuers.Load()),
+		Ready: rt.ready(*rt.issuers.Load()),
 		Edge:  edgeIdentity{Name: rt.identity.Name, Region: rt.identity.Region, Instance: rt.identity.Instance},
 		Sync: syncStatus{
 			Epoch: c.Epoch, MaxStaleness: c.MaxStaleness.Seconds(), LagSeconds: c.Lag.Seconds(),
@@ -122,10 +122,10 @@ func (rt *runtime) status(ctx context.Context) runtimeStatus {
 			Restarts: c.Restarts, Listens: c.Listens, ListenErrors: c.ListenErrors,
 		},
 		Cache: cacheStatus{
-			Size: c.Keys, Capacity: c.Size, Hits: c.Hits, Misses: c.Misses, Evictions: c.Evictions, Drops: c.Drops, FilterKeys: c.FilterKeys,
+			Keys: c.Keys, Size: c.Size, Hits: c.Hits, Misses: c.Misses, Evictions: c.Evictions, Drops: c.Drops, FilterKeys: c.FilterKeys,
 		},
 		Lookups:  lookupStatus{Total: c.Lookups, Errors: c.LookupErrors},
-		Requests: requestStatus{InFlight: c.InFlight, Cut: c.StreamsCut},
+		Requests: requestStatus{InFlight: c.InFlight, Cut: c.Cut},
 		Canary:   c.Canary.Seconds(),
 	}
 	if !c.SyncedAt.IsZero() {

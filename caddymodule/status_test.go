@@ -95,7 +95,7 @@ func TestStatusHasTheFieldsOfItsPage(t *testing.T) {
 			t.Fatalf("not ready: %+v", s)
 		}
 	}
-	if s.Schema == nil || *s.Schema != keystore.KnownSchemaVersion() || s.Sync.LastGoodAt == nil || s.Sync.Position == 0 || s.Cache.Capacity != 100 ||
+	if s.Schema == nil || *s.Schema != keystore.KnownSchemaVersion() || s.Sync.LastGoodAt == nil || s.Sync.Position == 0 || s.Cache.Size != 100 ||
 		s.Edge.Name != "eu-1" || *s.Edges != (edgeCount{Live: 1}) || s.LastError != nil {
 		t.Errorf("status %+v", s)
 	}

@@ -259,8 +259,8 @@ func TestEdgeThatCannotSignIsNotReady(t *testing.T) {
 		status := do(t, "GET", g.admin+"/rekall/status", nil, nil).body
 		return strings.Contains(status, `"ready":false`) && strings.Contains(status, "publish signing key")
 	})
-	if ready, signs := g.series(t, "rekall_ready"), g.series(t, "rekall_identity_token_ready"); ready != 1 || signs != 0 {
-		t.Errorf("rekall_ready %v, rekall_identity_token_ready %v", ready, signs)
+	if ready, signs := g.series(t, "rekall_keys_trusted"), g.series(t, "rekall_identity_token_ready"); ready != 1 || signs != 0 {
+		t.Errorf("rekall_keys_trusted %v, rekall_identity_token_ready %v", ready, signs)
 	}
 	pgtest.Exec(t, r.database, "alter table rekall.hidden rename to signing_keys")
 	for _, probe := range probes {

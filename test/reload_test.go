@@ -121,7 +121,7 @@ func TestReloadWithContradictorySettingsIsRefusedAndTheEdgeGoesOn(t *testing.T) 
 		t.Fatal(err)
 	}
 	for staleness, reason := range map[string]string{
-		"60s": "max_staleness must be under 60s", "1s": "max_staleness must be longer than refresh",
+		"60s": "max_staleness must be at most 57s", "1s": "max_staleness must be longer than refresh",
 	} {
 		bad := strings.Replace(string(good), "max_staleness 20s", "max_staleness "+staleness, 1)
 		answer := do(t, "POST", g.admin+"/load", http.Header{"Content-Type": {"text/caddyfile"}}, strings.NewReader(bad))

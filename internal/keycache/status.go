@@ -49,14 +49,14 @@ type Status struct {
 	FilterKeys  int // digests in the filter of all keys; 0: it is not built
 	FilterBytes int
 
-	Hits, Misses          uint64 // answers from memory, and those for which Postgres was asked
+	Hits, Misses          uint64 // keys that memory had an answer for, and those that it had none for
 	Proofs                uint64 // of the misses, those that the feed proved to be unknown keys
 	Refused               uint64 // of the misses, those for which there was no room to wait
 	Lookups, LookupErrors uint64 // statements
 	Syncs, SyncErrors     uint64
 	Restarts              uint64 // times the feed started over, the first included: Postgres was restarted, or is another
 	Listens, ListenErrors uint64 // connections that were made, and those that were lost or refused
-	StreamsCut            uint64
+	Cut                   uint64
 	Watermark             uint64 // every change stamped below it is applied
 }
 
@@ -67,7 +67,7 @@ func (c *Cache) failed(err error) { c.failure.Store(&keystore.Failure{At: time.N
 
 // Applied is what the cache has read of the feed.
 type Applied struct {
-	At       time.Time       // start of the sync, by Postgres's clock
+	At       time.Time       // up to when it knows every change, by Postgres's clock
 	Snapshot string          // that it read, as pg_snapshot; empty: none yet
 	Server   keystore.Server // that it read from
 	Beat     uint64          // the last report of this edge that this server knew of
@@ -87,7 +87,7 @@ func (c *Cache) Status() Status {
 		Evictions: c.counts.evictions.Load(), Drops: c.counts.drops.Load(),
 		Restarts: c.counts.restarts.Load(), Listens: c.counts.listens.Load(),
 		Syncs: c.counts.syncs.Load(), SyncErrors: c.counts.syncErrors.Load(),
-		ListenErrors: c.counts.listenErrors.Load(), StreamsCut: c.counts.cuts.Load(),
+		ListenErrors: c.counts.listenErrors.Load(), Cut: c.counts.cuts.Load(),
 	}
 	if f := c.unknown.filter.Load(); f != nil && f.origin == s.origin {
 		st.FilterKeys, st.FilterBytes = int(f.keys.Load()), f.bytes()

@@ -198,7 +198,7 @@ func startPrometheus(t *testing.T, rules string, gateways ...*gateway) *promethe
 		"--storage.tsdb.path="+filepath.Join(p.dir, "data"), "--web.listen-address="+p.address, "--log.level=warn")
 	process.Eventually(t, "Prometheus is ready", func() bool { return status("http://"+p.address+"/-/ready") == http.StatusOK })
 	// Seconds later. What a counter shows at first is no increase of it.
-	process.Eventually(t, "Prometheus has scraped", func() bool { return len(p.query("rekall_ready")) == len(gateways) })
+	process.Eventually(t, "Prometheus has scraped", func() bool { return len(p.query("rekall_keys_trusted")) == len(gateways) })
 	return p
 }
 
