@@ -69,7 +69,7 @@ func lacksKey(o apikey.Outcome) bool {
 	case apikey.Missing, apikey.Malformed, apikey.TokenType, apikey.Ambiguous, apikey.Unknown:
 		return true
 	case apikey.Unavailable, apikey.Allowed, apikey.Revoked, apikey.Expired, apikey.Mismatch, apikey.NotCovered, apikey.Insufficient,
-		apikey.PathInvalid, apikey.MethodInvalid, apikey.RateLimited:
+		apikey.PathInvalid, apikey.MethodInvalid, apikey.RateLimited, apikey.Abandoned:
 	}
 	return false
 }

@@ -45,10 +45,14 @@ func invalidToken(description string) string {
 	return realm + `, error="invalid_token", error_description="` + description + `"`
 }
 
+// unavailable is also what is written to a client that has left.
+var unavailable = newAnswer(http.StatusServiceUnavailable, "AUTH_UNAVAILABLE", "The API key cannot be checked right now. Try again shortly.", "")
+
 // answers has an entry for every outcome but Allowed. Malformed and Unknown say the same: the difference would tell a
 // guesser something and an honest client nothing.
 var answers = [apikey.OutcomeCount]answer{
-	apikey.Unavailable: newAnswer(http.StatusServiceUnavailable, "AUTH_UNAVAILABLE", "The API key cannot be checked right now. Try again shortly.", ""),
+	apikey.Unavailable: unavailable,
+	apikey.Abandoned:   unavailable,
 	apikey.Missing: newAnswer(http.StatusUnauthorized, "API_KEY_MISSING",
 		"No API key given. Send it as 'Authorization: Bearer rk_…' or 'x-api-key: rk_…'.", realm),
 	apikey.Malformed: invalidKey,

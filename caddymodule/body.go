@@ -25,12 +25,17 @@ func (b *clientBody) Read(p []byte) (int, error) {
 		return n, err
 	}
 	failed := &clientError{bodyInvalid, fmt.Errorf("read the request's body: %w", err)}
-	var limit *http.MaxBytesError // set by Caddy's request_body, before the gateway
-	if errors.As(err, &limit) {
+	if tooLarge(err) { // a limit before the gateway
 		failed.answer = bodyTooLarge
 	}
 	b.failed.Store(failed)
 	return n, failed
+}
+
+// tooLarge reports whether a body was beyond the limit of Caddy's request_body.
+func tooLarge(err error) bool {
+	var limit *http.MaxBytesError
+	return errors.As(err, &limit)
 }
 
 // clientError is an error that a client's request made. The proxy would take it for the backend's failure: with passive health

@@ -101,8 +101,20 @@ func (x *exchange) answer(w http.ResponseWriter, a answer, details map[string]an
 
 func (x *exchange) unavailable(w http.ResponseWriter, r *http.Request, err error) error {
 	x.outcome = apikey.Unavailable
+	if x.cutBy.Load() == nil {
+		x.outcome = untold(r)
+	}
 	x.gateway.logger.Debug("key cannot be checked", zap.String("request_id", x.requestID), zap.Error(err))
 	return x.refuse(w, r)
+}
+
+// untold is the outcome of a request about whose key nobody can tell. A client can have that by hanging up, as often as it likes: it
+// must not look as if the gateway had failed.
+func untold(r *http.Request) apikey.Outcome {
+	if r.Context().Err() != nil {
+		return apikey.Abandoned
+	}
+	return apikey.Unavailable
 }
 
 // placeholder resolves what logs and other handlers may know of the decision.
@@ -359,6 +371,9 @@ func (x *exchange) finish(err error) error {
 	}
 	a := upstreamUnavailable
 	switch failed.StatusCode {
+	case http.StatusRequestEntityTooLarge: // of request_body, by the length that the request tells
+		x.refuseFailed(&clientError{bodyTooLarge, err})
+		return nil
 	case http.StatusGatewayTimeout:
 		a = upstreamTimeout
 	case http.StatusBadGateway, http.StatusServiceUnavailable:

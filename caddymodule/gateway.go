@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"strings"
 	"sync/atomic"
@@ -321,6 +322,9 @@ func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential
 	}
 	x.count()
 	forwarded := r.WithContext(&x.decision)
+	if x.gateway.ForwardCredential || x.gateway.issuer != nil {
+		forwarded.Header = maps.Clone(r.Header) // what handlers around the gateway see, and may send elsewhere, is r's
+	}
 	x.identify(forwarded)
 	if r.Body != nil && r.Body != http.NoBody {
 		x.decision.body.ReadCloser = r.Body

@@ -257,7 +257,7 @@ func (k *Keys) holder(r *http.Request, cred *credential.Credential) (keyadmin.Ac
 	found, err := find(r.Context(), trace.SpanFromContext(r.Context()), k.cache, cred.Digest)
 	if err != nil {
 		k.logger.Debug("key cannot be checked", zap.Error(err))
-		return keyadmin.Actor{}, k.refusal(apikey.Unavailable, cred)
+		return keyadmin.Actor{}, k.refusal(untold(r), cred)
 	}
 	if found.Record != nil {
 		replacer(r).Set("http.auth.user.id", found.Record.ID) // for the logs

@@ -124,6 +124,10 @@ func (c *routeCheck) proxy(where string, env apikey.Environment, h *reverseproxy
 	}
 	if env != 0 {
 		c.guarded = append(c.guarded, h)
+		if countsSlowness(h) {
+			c.logger.Warn("unhealthy_latency and unhealthy_request_count count slow uploads and streams of clients as failures of the backends; leave them out",
+				zap.String("where", where))
+		}
 	}
 	for _, upstream := range h.Upstreams {
 		c.add(upstream.Dial, dial{env, where})
@@ -144,6 +148,13 @@ func (c *routeCheck) proxy(where string, env apikey.Environment, h *reverseproxy
 // countsFailures reports whether a proxy has passive health checks.
 func countsFailures(h *reverseproxy.Handler) bool {
 	return h.HealthChecks != nil && h.HealthChecks.Passive != nil && h.HealthChecks.Passive.FailDuration > 0
+}
+
+// countsSlowness reports whether a proxy takes a backend for unhealthy when its requests take long. That is decided outside of the
+// transport, which could tell whose doing it is.
+func countsSlowness(h *reverseproxy.Handler) bool {
+	return h.HealthChecks != nil && h.HealthChecks.Passive != nil &&
+		(h.HealthChecks.Passive.UnhealthyLatency > 0 || h.HealthChecks.Passive.UnhealthyRequestCount > 0)
 }
 
 func (c *routeCheck) add(upstream string, d dial) {

@@ -34,7 +34,11 @@ func init() { caddy.RegisterModule(Transport{}) }
 //
 // What a client can bring about does not count against the backend in passive health checks, and is not tried again: how an
 // upgrade fails, or a request whose body is being passed on. That a backend cannot be dialled, or does not answer in time once
-// it has the whole request (response_header_timeout), counts always.
+// it has the whole request (response_header_timeout), counts always. The proxy's unhealthy_latency and unhealthy_request_count
+// do count slow uploads and streams of clients: leave them out.
+//
+// To backends that speak HTTP/2, requests with more than 8,000 bytes in one header or in the target, 14,000 in all, or 96 headers are
+// not sent: they are answered 431, since common servers break off all other requests of the connection for them.
 //
 // It takes all options of the transport "http", except that keepalive_idle_conns_per_host defaults to 512, and is configured
 // like it:
@@ -55,6 +59,7 @@ type Transport struct {
 	debug       bool // whether the log shows requests in full
 
 	cannotUpgrade bool // net/http refuses an upgrade where it speaks no HTTP/1: an error, which would count against the backend
+	http2         bool // to backends with TLS that speak it
 }
 
 // CaddyModule returns the Caddy module information.
@@ -77,6 +82,7 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 		t.KeepAlive.MaxIdleConnsPerHost = idleConnsPerHost
 	}
 	t.cannotUpgrade = slices.Contains(t.Versions, "h2c") || slices.Contains(t.Versions, "3")
+	t.http2 = len(t.Versions) == 0 || slices.Contains(t.Versions, "2")
 	return t.HTTPTransport.Provision(ctx)
 }
 
@@ -163,6 +169,12 @@ func (t *Transport) roundTrip(r *http.Request, d *decision) (*http.Response, err
 		delete(r.Header, "Connection")
 		delete(r.Header, "Upgrade")
 	}
+	if (t.cannotUpgrade || t.http2 && r.URL.Scheme == "https") && beyondHTTP2(r) {
+		if r.Body != nil {
+			_ = r.Body.Close()
+		}
+		return nil, d.fail(&clientError{headersTooLarge, errBeyondHTTP2})
+	}
 	sent := r
 	if !t.debug {
 		sent = r.WithContext(r.Context())
@@ -194,13 +206,46 @@ func (d *decision) excuse(r *http.Request, err error) error {
 	switch {
 	case strings.Contains(err.Error(), "larger than peer's advertised limit"): // net/http exports no error to compare with
 		failed.answer = headersTooLarge
+	case tooLarge(err): // a limit in the block, between the client's body and the proxy
+		failed.answer = bodyTooLarge
 	case late && !errors.Is(err, os.ErrDeadlineExceeded): // no deadline of a connection: the backend had all that it waits for
 		return err
 	case r.Header["Upgrade"] == nil && !d.body.begun.Load(): // a backend that speaks only HTTP/2 fails at an upgrade
 		return err
 	}
+	return d.fail(failed)
+}
+
+// fail keeps the first error that the client's request made, for the answer.
+func (d *decision) fail(failed *clientError) error {
 	d.body.failed.CompareAndSwap(nil, failed)
 	return failed
+}
+
+// What backends take of a request's headers over HTTP/2, where many requests share a connection: for more, nginx and HAProxy end the
+// connection with all that is on it, and Node resets the stream, without having told a limit. They are the least of nginx's
+// large_client_header_buffers, HAProxy's tune.bufsize less tune.maxrewrite and its tune.http.maxhdr, as they come, and Node's
+// maxHeaderListPairs, each with some room.
+const (
+	maxFieldBytes  = 8_000
+	maxHeaderBytes = 14_000
+	maxFields      = 96
+)
+
+var errBeyondHTTP2 = errors.New("headers are beyond what backends take over HTTP/2")
+
+// beyondHTTP2 reports whether a request has more in its headers, of which its method, scheme, host and target are part.
+func beyondHTTP2(r *http.Request) bool {
+	target := len(r.URL.RequestURI())
+	fields, total, longest := 4, target+len(r.Host)+len(r.URL.Host), target
+	for name, values := range r.Header {
+		for _, value := range values {
+			fields++
+			total += len(name) + len(value)
+			longest = max(longest, len(name)+len(value))
+		}
+	}
+	return fields > maxFields || total > maxHeaderBytes || longest > maxFieldBytes
 }
 
 var gatewayRequired = newAnswer(http.StatusForbidden, "GATEWAY_REQUIRED", "This resource is not served here.", "")

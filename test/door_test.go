@@ -15,6 +15,8 @@ import (
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
 )
 
 // raw sends bytes over a connection of their own. It returns the first answer, or a zero reply if there is none, and
@@ -125,6 +127,29 @@ func wantCalm(t *testing.T, g *gateway) {
 	t.Helper()
 	if log := g.log.String(); strings.Contains(log, "panic") || strings.Contains(log, "goroutine ") {
 		t.Errorf("a panic:\n%s", tail(log, 4000))
+	}
+}
+
+// TestClientsThatHangUpDoNotLookLikeAnOutage: anybody can hang up, and nobody is to be paged for it.
+func TestClientsThatHangUpDoNotLookLikeAnOutage(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	g := r.start(standardSite)
+	const clients = 50
+	for range clients {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(g.http, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = io.WriteString(conn, lines("GET /v1/memories HTTP/1.1", "X-Api-Key: "+apikey.Generate(apikey.Production)))
+		_ = conn.Close()
+	}
+	count := func(outcome string) float64 {
+		return g.series(t, `rekall_decisions_total{environment="production",outcome="`+outcome+`"}`)
+	}
+	eventually(t, "all are decided", func() bool { return count("unknown")+count("abandoned")+count("unavailable") == clients })
+	if n := count("unavailable"); n > 0 {
+		t.Errorf("%v requests of clients that have left could not be told", n)
 	}
 }
 

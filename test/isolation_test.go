@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -401,6 +402,121 @@ func TestProxyOfANamedRouteThatCountsErrorsOfClientsIsWarnedOf(t *testing.T) {
 			eventually(t, "a warning", func() bool { return strings.Contains(g.log.String(), warning) })
 		} else if strings.Contains(g.log.String(), warning) {
 			t.Errorf("transport %s is warned of", transport)
+		}
+	}
+}
+
+func TestProxyThatTakesSlowClientsForFailuresOfItsBackendsIsWarnedOf(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	for option, warned := range map[string]bool{"unhealthy_latency 1s": true, "unhealthy_request_count 9": true, "fail_duration 9s": false} {
+		g := r.start("http://:PORT {\nbind 127.0.0.1\n" + block("reverse_proxy PRODUCTION {\n "+option+"\n}", "reverse_proxy SANDBOX") + "}\n")
+		if got := strings.Contains(g.log.String(), "count slow uploads and streams"); got != warned {
+			t.Errorf("%s: warned of is %v", option, got)
+		}
+	}
+}
+
+// TestNoHeadersOfOneClientBreakAnothersStreamOnAnHTTP2Backend has HAProxy as the backend. It tells no limit, and ends the connection
+// or the request that is beyond one.
+func TestNoHeadersOfOneClientBreakAnothersStreamOnAnHTTP2Backend(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	address, config := process.FreeAddress(t), filepath.Join(t.TempDir(), "haproxy.cfg")
+	process.Write(t, config, `defaults
+	mode http
+	timeout connect 20s
+	timeout client 1h
+	timeout server 1h
+frontend front
+	bind `+address+` proto h2
+	default_backend back
+backend back
+	server one `+r.production.Address()+`
+`)
+	process.Start(t, process.Options{}, "haproxy", "-db", "-f", config)
+	g := r.start("http://:PORT {\nbind 127.0.0.1\n" +
+		block("reverse_proxy h2c://"+address+" {\n fail_duration 1h\n max_fails 1\n}", "respond 418") + "}\n")
+	mine, other := r.key("production", "memories:read"), r.key("production", "memories:read")
+	eventually(t, "HAProxy serves", func() bool {
+		connection, err := net.Dial("tcp", address)
+		if err == nil {
+			_ = connection.Close()
+		}
+		return err == nil
+	})
+	stream := follow(g.open("GET", "/v1/memories", demo(other, "sse"), nil))
+	many := bearer(mine)
+	for i := range 160 {
+		many.Set(fmt.Sprintf("X-Field-%d", i), "a")
+	}
+	long, query := bearer(mine), "?a="+strings.Repeat("~", 15_500)
+	long.Set("X-Field", strings.Repeat("~", 15_500))
+	for name, request := range map[string]struct {
+		target string
+		header http.Header
+	}{
+		"one long header": {"/v1/memories", long}, "many headers": {"/v1/memories", many}, "a long query": {"/v1/memories" + query, bearer(mine)},
+	} {
+		answer := g.do("GET", request.target, request.header)
+		if answer.wantCode(t, http.StatusRequestHeaderFieldsTooLarge, "HEADERS_TOO_LARGE"); t.Failed() {
+			t.Fatal(name)
+		}
+		stream.goesOn(t)
+		g.do("GET", "/v1/memories", bearer(other)).wantCode(t, http.StatusOK, "")
+	}
+	// What is within the limits passes.
+	within := bearer(mine)
+	within.Set("X-Field", strings.Repeat("~", 7_900))
+	for i := range 60 {
+		within.Set(fmt.Sprintf("X-Field-%d", i), strings.Repeat("~", 50))
+	}
+	g.do("GET", "/v1/memories", within).wantCode(t, http.StatusOK, "")
+}
+
+func TestBodyBeyondALimitInABlockIsTheClients(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	g := r.start("http://:PORT {\nbind 127.0.0.1\n" +
+		block("request_body {\n max_size 10B\n}\nreverse_proxy PRODUCTION {\n fail_duration 1h\n max_fails 1\n}", "respond 418") + "}\n")
+	key := r.key("production", "memories:read", "memories:write")
+	authorization, body := "Authorization: "+bearer(key).Get("Authorization"), strings.Repeat("a", 20)
+	for name, request := range map[string]string{
+		"chunked":     lines("POST /v1/memories HTTP/1.1", authorization, "Transfer-Encoding: chunked") + "14\r\n" + body + "\r\n0\r\n\r\n",
+		"with length": lines("POST /v1/memories HTTP/1.1", authorization, "Content-Length: 20") + body,
+	} {
+		answer, _ := g.raw(request)
+		if answer.wantCode(t, http.StatusRequestEntityTooLarge, "BODY_TOO_LARGE"); t.Failed() {
+			t.Fatal(name)
+		}
+	}
+	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, http.StatusOK, "")
+	if n := g.series(t, `rekall_upstream_errors_total{environment="production",reason="unavailable"}`); n != 0 {
+		t.Errorf("%v errors of the backend are counted", n)
+	}
+}
+
+// TestNothingAroundTheGatewaySeesTheKeyOrTheTokenThatBackendsGet: pages for errors may come from anywhere.
+func TestNothingAroundTheGatewaySeesTheKeyOrTheTokenThatBackendsGet(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	outside := make(chan http.Header, 1)
+	pages := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { outside <- r.Header.Clone() }))
+	t.Cleanup(pages.Close)
+	around := strings.TrimPrefix(pages.URL, "http://")
+	for name, site := range map[string]string{
+		"intercept": "intercept {\n @any status 2xx\n handle_response @any {\n reverse_proxy " + around + "\n}\n}\n" +
+			"rekall_gateway {\n forward_credential\n identity_token\n production {\n reverse_proxy PRODUCTION\n}\n}\n",
+		"handle_errors": "rekall_gateway {\n forward_credential\n identity_token\n production {\n reverse_proxy PRODUCTION {\n" +
+			" @any status 2xx\n handle_response @any {\n error 404\n}\n}\n}\n}\nhandle_errors {\n reverse_proxy " + around + "\n}\n",
+	} {
+		g := r.start("http://:PORT {\nbind 127.0.0.1\n" + site + "}\n")
+		_, _ = send("GET", g.http+"/v1/memories", bearer(r.key("production", "memories:read")), nil) // two answers in one
+		seen := <-outside
+		for _, header := range []string{"Authorization", "X-Rekall-Identity-Token"} {
+			if value := seen.Get(header); value != "" {
+				t.Errorf("%s: %s is %.20q…", name, header, value)
+			}
 		}
 	}
 }

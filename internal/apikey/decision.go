@@ -36,6 +36,7 @@ const (
 	PathInvalid                  // the path has more than one reading
 	MethodInvalid                // a method that no rule can cover: TRACE, CONNECT, unknown ones
 	RateLimited                  // more requests than the key, or an address without a good key, may send
+	Abandoned                    // the client left before anybody could tell
 
 	OutcomeCount // the number of outcomes, for tables indexed by one
 )
@@ -44,7 +45,7 @@ var outcomeNames = [OutcomeCount]string{
 	Unavailable: "unavailable", Allowed: "allowed", Missing: "missing", Malformed: "malformed", TokenType: "token_type",
 	Ambiguous: "ambiguous", Unknown: "unknown", Revoked: "revoked", Expired: "expired", Mismatch: "environment_mismatch",
 	NotCovered: "not_covered", Insufficient: "scope_insufficient", PathInvalid: "path_invalid", MethodInvalid: "method_invalid",
-	RateLimited: "rate_limited",
+	RateLimited: "rate_limited", Abandoned: "abandoned",
 }
 
 // String returns the outcome as metrics and logs write it.

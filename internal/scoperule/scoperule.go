@@ -193,9 +193,9 @@ func (t *Table) Required(method, path string) (apikey.Scopes, bool) {
 		return 0, false
 	}
 	if root, ok := t.methods[method]; ok {
-		scope, star := root.find(path[1:])
-		// Many backends serve /V1/Memories/ as /v1/memories: no spelling may escape a rule for a star's other scope.
-		if star && root.findFolded(strings.TrimSuffix(path[1:], "/")) != scope {
+		scope, loose := root.find(path[1:])
+		// Many backends serve /V1/Memories/ as /v1/memories: no spelling may escape to a looser rule with another scope.
+		if loose && root.findFolded(strings.TrimSuffix(path[1:], "/")) != scope {
 			return 0, false
 		}
 		if scope != 0 {
@@ -208,17 +208,19 @@ func (t *Table) Required(method, path string) (apikey.Scopes, bool) {
 	return 0, false
 }
 
-// find returns the scope of the most specific pattern that matches, or 0, and whether a star in it does.
-func (n *node) find(path string) (scope apikey.Scopes, star bool) {
+// find returns the scope of the most specific pattern that matches, or 0, and whether a star in it does, or a name where there are
+// fixed segments.
+func (n *node) find(path string) (scope apikey.Scopes, loose bool) {
 	segment, rest, more := strings.Cut(path, "/")
 	for _, child := range [...]*node{n.literal[segment], n.parameter} {
+		named := child == n.parameter && n.literal != nil
 		switch {
 		case child == nil || child == n.parameter && segment == "":
 		case !more && child.scope != 0:
-			return child.scope, false
+			return child.scope, named
 		case more:
-			if scope, star = child.find(rest); scope != 0 {
-				return scope, star
+			if scope, loose = child.find(rest); scope != 0 {
+				return scope, loose || named
 			}
 		}
 	}

@@ -239,7 +239,7 @@ func TestAStarNeedsAtLeastOneSegment(t *testing.T) {
 	}
 }
 
-func TestNoSpellingEscapesARuleForAStarsOtherScope(t *testing.T) {
+func TestNoSpellingEscapesARuleForALooserOnesOtherScope(t *testing.T) {
 	tab := table(t, append(scoperule.Builtin(),
 		rule(t, "memories:read", "GET", "/v1/*"), rule(t, "agents:read", "GET", "/v1/x/"), rule(t, "agents:write", "HEAD", "/v1/y"),
 		rule(t, "memories:read", "HEAD", "/v1/*"), rule(t, "memories:read", "DELETE", "/v1/memories/*"))...)
@@ -256,6 +256,18 @@ func TestNoSpellingEscapesARuleForAStarsOtherScope(t *testing.T) {
 	check(t, tab, "DELETE", "/v1/memories/1/", "")
 	check(t, tab, "DELETE", "/v1/memories/1/2", "memories:read")
 	check(t, tab, "HEAD", "/v1/Y", "") // and not what GET needs
+
+	tab = table(t, append(scoperule.Builtin(),
+		rule(t, "hives:read", "GET", "/v1/memories/stats"), rule(t, "hives:read", "GET", "/v1/memories/stats/daily"),
+		rule(t, "memories:read", "GET", "/v1/memories/:id/:part"), rule(t, "memories:read", "GET", "/v1/memories/mine"))...)
+	for path, want := range map[string]string{
+		"/v1/memories/stats": "hives:read", "/v1/memories/Stats": "", "/v1/memories/STATS": "",
+		"/v1/memories/stats/daily": "hives:read", "/v1/memories/Stats/daily": "", "/v1/memories/stats/Daily": "",
+		"/v1/memories/abc": "memories:read", "/v1/memories/abc/daily": "memories:read", "/v1/memories/statsx": "memories:read",
+		"/v1/memories/Mine": "memories:read", // asks for the same scope
+	} {
+		check(t, tab, "GET", path, want)
+	}
 }
 
 func TestATrailingSlashIsAPathOfItsOwn(t *testing.T) {
