@@ -19,6 +19,12 @@ func hasAccessLog(ctx caddy.Context) bool {
 	return ok && server.Logs != nil
 }
 
+// logsCredentials reports whether the server's logs have headers that others leave out.
+func logsCredentials(ctx caddy.Context) bool {
+	server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
+	return ok && server.Logs != nil && server.Logs.ShouldLogCredentials
+}
+
 // logLater puts an object into the request's line of the access log. It is encoded when the line is written, after the
 // answer: what is found out until then stands in it.
 func logLater(ctx context.Context, object zapcore.ObjectMarshaler) {

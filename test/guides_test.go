@@ -13,24 +13,47 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // guides are the pages for operators, users of the API and backend developers.
 var guides = []string{"../caddymodule/README.md", "../caddymodule/ERRORS.md", "../caddymodule/BACKENDS.md"}
 
-func TestConfigurationsInTheGuidesAreValid(t *testing.T) {
+func TestConfigurationsInTheDocumentsAreValid(t *testing.T) {
 	t.Parallel()
-	for _, page := range []string{guides[0], guides[2]} {
-		for _, block := range blocksOf(t, page, "caddyfile") {
-			file := filepath.Join(t.TempDir(), "Caddyfile")
-			if err := os.WriteFile(file, []byte(block), 0o600); err != nil {
-				t.Fatal(err)
+	for _, doc := range []struct{ page, language, adapter string }{
+		{"../README.md", "caddyfile", "caddyfile"}, {"../README.md", "json", ""}, {guides[0], "caddyfile", "caddyfile"},
+		{guides[2], "caddyfile", "caddyfile"}, {identityTokenManual, "caddyfile", "caddyfile"},
+	} {
+		for _, config := range blocksOf(t, doc.page, doc.language) {
+			if output, err := validate(t, doc.adapter, config); err != nil {
+				t.Errorf("%s: %v\n%s", doc.page, err, output)
 			}
-			cmd := exec.Command(program, "validate", "--config", file, "--adapter", "caddyfile")
-			cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL=postgres://nobody@127.0.0.1:1/none", "HOME="+t.TempDir())
-			if output, err := cmd.CombinedOutput(); err != nil {
-				t.Errorf("%s: %v\n%s", page, err, output)
-			}
+		}
+	}
+}
+
+// validate runs the command of that name. The database that it names does not answer.
+func validate(t *testing.T, adapter, config string) (output string, err error) {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "config")
+	process.Write(t, file, config)
+	cmd := exec.Command(program, "validate", "--config", file, "--adapter", adapter)
+	cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL=postgres://nobody@127.0.0.1:1/none", "HOME="+t.TempDir())
+	text, err := cmd.CombinedOutput()
+	return string(text), err
+}
+
+func TestForwardedKeyCannotBeWrittenIntoTheLogs(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		option, directive string
+		refused           bool
+	}{{"log_credentials", "forward_credential", true}, {"log_credentials", "", false}, {"strict_sni_host", "forward_credential", false}} {
+		output, err := validate(t, "caddyfile", "{\nservers {\n"+tc.option+"\n}\n}\nhttp://127.0.0.1:8099 {\nrekall_gateway {\n"+tc.directive+
+			"\nproduction {\nrespond ok\n}\n}\n}\n")
+		if refused := err != nil && strings.Contains(output, "writes keys into its logs"); refused != tc.refused || !refused && err != nil {
+			t.Errorf("%s and %s: %v\n%s", tc.option, tc.directive, err, output)
 		}
 	}
 }

@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strings"
 	"testing"
 
@@ -271,41 +270,15 @@ func TestEdgeThatCannotSignIsNotReady(t *testing.T) {
 	}
 }
 
-// manual returns the block in a language of the page for backend developers.
-func manual(t *testing.T, language string) []byte {
-	t.Helper()
-	page, err := os.ReadFile("../internal/identitytoken/README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	block := regexp.MustCompile("(?s)```" + language + "\n(.*?)```").FindSubmatch(page)
-	if block == nil {
-		t.Fatalf("the page has no %s block", language)
-	}
-	return block[1]
-}
-
-func TestConfigurationInTheManualIsValid(t *testing.T) {
-	t.Parallel()
-	file := filepath.Join(t.TempDir(), "Caddyfile")
-	if err := os.WriteFile(file, manual(t, "caddyfile"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(program, "validate", "--config", file, "--adapter", "caddyfile")
-	cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL=postgres://nobody@127.0.0.1:1/none", "HOME="+t.TempDir())
-	if output, err := cmd.CombinedOutput(); err != nil {
-		t.Errorf("%v\n%s", err, output)
-	}
-}
+// identityTokenManual is the page for backend developers.
+const identityTokenManual = "../internal/identitytoken/README.md"
 
 // TestGoBackendInTheManualServesOnlyWhatCameThroughTheGateway builds the program in the manual and puts it behind a gateway.
 func TestGoBackendInTheManualServesOnlyWhatCameThroughTheGateway(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	file, binary := filepath.Join(dir, "main.go"), filepath.Join(dir, "backend")
-	if err := os.WriteFile(file, manual(t, "go"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	process.Write(t, file, blocksOf(t, identityTokenManual, "go")[0])
 	if output, err := exec.Command("go", "build", "-o", binary, file).CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, output)
 	}

@@ -31,23 +31,6 @@ func blocksOf(t *testing.T, page, language string) []string {
 	return found
 }
 
-func TestConfigurationsInTheReadmeAreValid(t *testing.T) {
-	t.Parallel()
-	for adapter, language := range map[string]string{"caddyfile": "caddyfile", "": "json"} {
-		for _, block := range blocks(t, language) {
-			file := filepath.Join(t.TempDir(), "config")
-			if err := os.WriteFile(file, []byte(block), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			cmd := exec.Command(program, "validate", "--config", file, "--adapter", adapter)
-			cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL=postgres://nobody@127.0.0.1:1/none", "HOME="+t.TempDir())
-			if output, err := cmd.CombinedOutput(); err != nil {
-				t.Errorf("%s: %v\n%s", language, err, output)
-			}
-		}
-	}
-}
-
 // TestCommandsInTheReadmeWork runs the lines of its rekall-gateway block beside a gateway, with the id of a real key where one stands.
 func TestCommandsInTheReadmeWork(t *testing.T) {
 	t.Parallel()
