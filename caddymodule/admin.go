@@ -54,9 +54,7 @@ func replyReady(w http.ResponseWriter, r *http.Request, ready bool) error {
 }
 
 func reply(w http.ResponseWriter, r *http.Request, code int, body any) error {
-	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		w.Header().Set("Allow", "GET, HEAD")
-		w.WriteHeader(http.StatusMethodNotAllowed)
+	if !onlyReads(w, r) {
 		return nil
 	}
 	w.Header().Set("Content-Type", "application/json")

@@ -120,7 +120,9 @@ func (a answer) write(w http.ResponseWriter, requestID string, details map[strin
 	case http.StatusServiceUnavailable:
 		h["Retry-After"] = []string{"1"}
 	case http.StatusMethodNotAllowed:
-		h["Allow"] = []string{"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"}
+		if h["Allow"] == nil {
+			h["Allow"] = []string{"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"}
+		}
 	}
 	w.WriteHeader(a.status)
 	_, _ = w.Write(body) // the client may be gone
@@ -131,6 +133,16 @@ func (a answer) refuse(w http.ResponseWriter, r *http.Request) {
 	requestID := newRequestID()
 	logLater(r.Context(), refused{requestID, a.code})
 	a.write(w, requestID, nil)
+}
+
+// onlyReads refuses a request that does not read, and reports whether it was one that does.
+func onlyReads(w http.ResponseWriter, r *http.Request) bool {
+	if r.Method == http.MethodGet || r.Method == http.MethodHead {
+		return true
+	}
+	w.Header()["Allow"] = []string{"GET, HEAD"}
+	answers[apikey.MethodInvalid].refuse(w, r)
+	return false
 }
 
 // newRequestID returns "req_" and 20 characters, some 119 random bits. It identifies and does not authorise, so the runtime's

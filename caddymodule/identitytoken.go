@@ -81,9 +81,7 @@ var (
 )
 
 func (j *JWKS) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
-	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		w.Header().Set("Allow", "GET, HEAD")
-		w.WriteHeader(http.StatusMethodNotAllowed)
+	if !onlyReads(w, r) {
 		return nil
 	}
 	document, err := j.signer.JWKS(r.Context())

@@ -468,6 +468,11 @@ func TestReadOnlyDatabaseDoesNotDisturbRequests(t *testing.T) {
 	})
 	f.stream.goesOn(t)
 	f.g.do("GET", "/v1/memories", bearer(f.revoked)).wantCode(t, 401, "API_KEY_REVOKED")
+
+	pgtest.Exec(t, f.server.URL(), "alter system reset default_transaction_read_only")
+	pgtest.Exec(t, f.server.URL(), "select pg_reload_conf()")
+	f.wantLogged("edge cannot report", "edge reports again")
+	f.stream.goesOn(t)
 }
 
 // descriptors counts the gateway's open files.

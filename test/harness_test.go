@@ -278,14 +278,23 @@ func (r reply) code(t testing.TB) string {
 	if r.Header.Get("Cache-Control") != "no-store" || r.Header.Get("Content-Type") != "application/json" {
 		t.Errorf("%s: Cache-Control %q, Content-Type %q", e.Error.Code, r.Header.Get("Cache-Control"), r.Header.Get("Content-Type"))
 	}
-	challenge := r.Header.Get("Www-Authenticate")
-	if wanted := r.StatusCode == 401 || e.Error.Code == "SCOPE_INSUFFICIENT"; wanted != strings.HasPrefix(challenge, `Bearer realm="rekall"`) {
-		t.Errorf("%s: WWW-Authenticate %q", e.Error.Code, challenge)
+	challenge, wanted := r.Header.Get("Www-Authenticate"), challenges[e.Error.Code]
+	if !strings.HasPrefix(challenge, wanted) || wanted == "" && challenge != "" || wanted == realm && challenge != realm {
+		t.Errorf("%s: WWW-Authenticate %q, want %q", e.Error.Code, challenge, wanted)
 	}
 	if allow, ok := r.Header["Allow"]; ok != (r.StatusCode == 405) || ok && slices.Contains(strings.Split(allow[0], ", "), r.Request.Method) {
 		t.Errorf("%s: %s is refused, with Allow %q", e.Error.Code, r.Request.Method, allow)
 	}
 	return e.Error.Code
+}
+
+const realm = `Bearer realm="rekall"`
+
+// challenges are how the WWW-Authenticate of an error begins: a request without a key gets no error code (RFC 6750, section 3.1).
+var challenges = map[string]string{
+	"API_KEY_MISSING": realm, "API_KEY_INVALID": realm + `, error="invalid_token"`, "API_KEY_REVOKED": realm + `, error="invalid_token"`,
+	"API_KEY_EXPIRED": realm + `, error="invalid_token"`, "TOKEN_TYPE_UNSUPPORTED": realm + `, error="invalid_token"`,
+	"SCOPE_INSUFFICIENT": realm + `, error="insufficient_scope"`,
 }
 
 // wantCode checks status and error code; code "" wants an answer of a backend.

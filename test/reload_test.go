@@ -40,11 +40,15 @@ func TestFiftyReloadsUnderLoad(t *testing.T) {
 	const database = "\nrekall {\ndatabase {env.REKALL_DATABASE_URL}\n}"
 	t.Run("as it comes", func(t *testing.T) { reloadUnderLoad(t, database) })
 	t.Run("draining", func(t *testing.T) {
-		reloadUnderLoad(t, "servers {\nlistener_wrappers {\nrekall_drain\n}\n}"+database)
+		worse, better := reloadUnderLoad(t, "servers {\nlistener_wrappers {\nrekall_drain\n}\n}"+database)
+		if n := worse + better; n >= 8 && chanceOf(better, n) > 0.05 {
+			t.Errorf("draining, the gateway lost fewer POSTs than plain Caddy in %d reloads, and more in %d: draining does nothing", better, worse)
+		}
 	})
 }
 
-func reloadUnderLoad(t *testing.T, options string) {
+// reloadUnderLoad returns in how many reloads the gateway lost more POSTs than plain Caddy, and in how many fewer.
+func reloadUnderLoad(t *testing.T, options string) (worse, better int) {
 	t.Helper()
 	r := newRig(t)
 	gateway := r.write(strings.Replace(reloadedSite, "HANDLER", "rekall_gateway {\nproduction {\n"+reloadedProxy+"\n}\n}", 1), options)
@@ -67,7 +71,6 @@ func reloadUnderLoad(t *testing.T, options string) {
 	theirs.run(&running, stop)
 	ours.settle(t)
 	theirs.settle(t)
-	var worse, better int
 	for i := range reloads {
 		// Both in each round, each first in every other: what the machine does meets both alike.
 		var ourLoss, theirLoss int64
@@ -98,7 +101,7 @@ func reloadUnderLoad(t *testing.T, options string) {
 	if n := ours.lostGets.Load(); n > 0 {
 		t.Errorf("%d idempotent requests were lost", n)
 	}
-	if p := chanceOf(worse, worse+better); p < 1e-6 {
+	if p := chanceOf(worse, worse+better); p < 1e-4 {
 		t.Errorf("the gateway lost more POSTs than plain Caddy in %d reloads, and fewer in %d: by chance one time in %.0f", worse, better, 1/p)
 	}
 	if after.Lookups != before.Lookups {
@@ -110,6 +113,7 @@ func reloadUnderLoad(t *testing.T, options string) {
 	wantSamePostgresBackends(t, gateway, backends, r.postgresBackends())
 	eventually(t, "files are closed", func() bool { return gateway.descriptors() <= open+reloads/5 })
 	eventually(t, "goroutines end", func() bool { return gateway.goroutines() <= goroutines+reloads/5 })
+	return worse, better
 }
 
 func TestReloadWithContradictorySettingsIsRefusedAndTheEdgeGoesOn(t *testing.T) {
