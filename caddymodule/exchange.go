@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,7 +15,6 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.opentelemetry.io/otel/trace"
 	"go.uber.org/zap"
-	"golang.org/x/net/http/httpguts"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keycache"
@@ -140,98 +138,10 @@ func (x *exchange) placeholder(name string) (any, bool) {
 	return x.record.ID, true
 }
 
-// identify replaces what the client says of itself with what the gateway knows.
-func (x *exchange) identify(r *http.Request) {
-	h := r.Header
-	for name := range h {
-		switch {
-		case hasFolded(name, "x-") && (isIdentity(name) || overrides(name)), name == "Trailer":
-			delete(h, name)
-		case name == "Connection", name == "Upgrade":
-			restrictConnection(h)
-		}
-	}
-	// A trailer can carry an identity header past everything that looked at the headers.
-	r.Trailer = nil
-	x.set(h, "X-Rekall-Key-Id", keyIDValue, x.record.ID)
-	x.set(h, "X-Rekall-Account", accountValue, x.record.Account)
-	x.set(h, "X-Rekall-Environment", environmentValue, x.environment.String())
-	x.set(h, "X-Rekall-Scopes", scopesValue, x.record.Scopes.String())
-	x.set(h, "X-Request-Id", requestIDValue, x.requestID)
-	if token := x.values[tokenValue]; token != "" {
-		x.set(h, "X-Rekall-Identity-Token", tokenValue, token)
-	}
-}
-
 // set sets a header that has one value, which is kept in the exchange.
 func (x *exchange) set(h http.Header, name string, i int, value string) {
 	x.values[i] = value
 	h[name] = x.values[i : i+1 : i+1]
-}
-
-// overrides reports whether a header of this name makes some backends take another method or path: they would serve another
-// request than the one that was decided on. Symfony, Laminas and IIS read the URLs so, and services made for nginx's auth_request
-// the URI.
-func overrides(name string) bool {
-	switch len(name) {
-	case len("x-http-method"): // and of "x-rewrite-url"
-		return hasFolded(name, "x-http-method") || hasFolded(name, "x-rewrite-url")
-	case len("x-original-url"):
-		return hasFolded(name, "x-original-url") || hasFolded(name, "x-original-uri")
-	case len("x-method-override"):
-		return hasFolded(name, "x-method-override")
-	case len("x-http-method-override"):
-		return hasFolded(name, "x-http-method-override")
-	}
-	return false
-}
-
-// isIdentity reports whether a backend might read a header of this name as one of ours.
-func isIdentity(name string) bool {
-	if name == "X-Rekall-Version" {
-		return false
-	}
-	return hasFolded(name, "x-rekall-") || len(name) == len("x-request-id") && hasFolded(name, "x-request-id")
-}
-
-// hasFolded reports whether name begins with a lower-case prefix, in any case and with any separators: some frameworks fold '_' and
-// '.' into '-', and servers that speak CGI fold all that is no letter or digit into '_'.
-func hasFolded(name, prefix string) bool {
-	if len(name) < len(prefix) {
-		return false
-	}
-	for i := range len(prefix) {
-		c := name[i]
-		switch {
-		case 'A' <= c && c <= 'Z':
-			c += 'a' - 'A'
-		case 'a' <= c && c <= 'z', '0' <= c && c <= '9':
-		default:
-			c = '-'
-		}
-		if c != prefix[i] {
-			return false
-		}
-	}
-	return true
-}
-
-// restrictConnection leaves only the upgrade to WebSocket. "Connection: X-Rekall-Key-Id" would have the proxy strip our
-// header, and "Upgrade: h2c" would open a tunnel whose requests nobody checks.
-func restrictConnection(h http.Header) {
-	connection, ok := h["Connection"]
-	if !ok {
-		delete(h, "Upgrade")
-		return
-	}
-	upgrade := h["Upgrade"]
-	if len(upgrade) == 1 && strings.EqualFold(upgrade[0], "websocket") && httpguts.HeaderValuesContainsToken(connection, "upgrade") {
-		h["Connection"] = []string{"Upgrade"}
-		return
-	}
-	delete(h, "Connection")
-	delete(h, "Upgrade")
-	delete(h, "Http2-Settings")
 }
 
 // cutGrace is how long a client that does not read may hold up the end of a request that was cut.

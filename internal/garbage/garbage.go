@@ -38,8 +38,8 @@ func Tune() {
 	})
 }
 
-// tune adjusts the collector, whose percentage is current, and does so again after each collection: one finds that nobody holds
-// the mark.
+// tune adjusts the collector, whose percentage is current. It runs again after each collection, as the cleanup of an object to which
+// nothing refers.
 func tune(current int) {
 	if p := percent(scanned(), debug.SetMemoryLimit(-1)); p < current*9/10 || p > current*11/10 { // each change stops the world for a moment
 		current = p

@@ -21,7 +21,7 @@ func TestTokensOfAFleetThatRotatesAllTheTimeVerifyAtEachOfItsKeySets(t *testing.
 	if _, _, err := keystore.Migrate(t.Context(), url); err != nil {
 		t.Fatal(err)
 	}
-	hectic := schedule{rotate: time.Second, lead: 500 * time.Millisecond, renew: 50 * time.Millisecond, lease: MaxLifetime}
+	hectic := schedule{rotate: time.Second, lead: 500 * time.Millisecond, renew: 50 * time.Millisecond, lease: maxLifetime}
 	const edges = 2
 	var issuers [edges]*Issuer
 	var backends [edges]keyfunc.Keyfunc

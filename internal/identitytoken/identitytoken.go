@@ -25,17 +25,17 @@ import (
 )
 
 const (
-	// DefaultIssuer is the iss claim where none is configured.
-	DefaultIssuer = "rekall-gateway"
+	// defaultIssuer is the iss claim where none is configured.
+	defaultIssuer = "rekall-gateway"
 
-	// DefaultLifetime is how long a token lives where nothing else is configured.
-	DefaultLifetime = 5 * time.Minute
+	// defaultLifetime is how long a token lives where nothing else is configured.
+	defaultLifetime = 5 * time.Minute
 
-	// MinLifetime leaves a minute to a token that was signed a minute ago.
-	MinLifetime = 2 * time.Minute
+	// minLifetime leaves a minute to a token that was signed a minute ago.
+	minLifetime = 2 * time.Minute
 
-	// MaxLifetime bounds how long a token outlives the revocation of its key.
-	MaxLifetime = time.Hour
+	// maxLifetime bounds how long a token outlives the revocation of its key.
+	maxLifetime = time.Hour
 
 	// resignAfter is how long a token is handed out.
 	resignAfter = time.Minute
@@ -43,9 +43,9 @@ const (
 
 // Options of an Issuer. The zero value stands for the defaults.
 type Options struct {
-	Issuer   string        // iss; default DefaultIssuer
+	Issuer   string        // iss; default defaultIssuer
 	Audience []string      // aud; default none
-	Lifetime time.Duration // exp - iat; default DefaultLifetime
+	Lifetime time.Duration // exp - iat; default defaultLifetime
 }
 
 const shards = 64
@@ -81,13 +81,13 @@ type token struct {
 // NewIssuer returns an Issuer that keeps about size tokens at most, of half a kilobyte to one each.
 func NewIssuer(signer *Signer, size int, options Options) (*Issuer, error) {
 	if options.Issuer == "" {
-		options.Issuer = DefaultIssuer
+		options.Issuer = defaultIssuer
 	}
 	if options.Lifetime == 0 {
-		options.Lifetime = DefaultLifetime
+		options.Lifetime = defaultLifetime
 	}
-	if options.Lifetime < MinLifetime || options.Lifetime > MaxLifetime {
-		return nil, fmt.Errorf("lifetime must be between %s and %s", short(MinLifetime), short(MaxLifetime))
+	if options.Lifetime < minLifetime || options.Lifetime > maxLifetime {
+		return nil, fmt.Errorf("lifetime must be between %s and %s", short(minLifetime), short(maxLifetime))
 	}
 	for _, audience := range options.Audience {
 		if audience == "" {
@@ -199,7 +199,7 @@ func (s *shard) slot(d apikey.Digest, limit int, now time.Time) *slot {
 	return added
 }
 
-// sweep gives back the tokens of keys that are no longer in use. One that is just due to be signed again is.
+// sweep gives back the tokens of keys that are no longer in use. A token that is only due to be signed again is kept.
 func (s *shard) sweep(now time.Time) {
 	s.sweptAt = now
 	for d, slot := range s.slots {

@@ -47,7 +47,7 @@ func TestTokenHasDefaults(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		signer := run(t, newShelf(), standard)
 		got := verify(t, mustToken(t, issuer(t, signer, Options{}), record(), time.Now()), mustJWKS(t, signer))
-		if _, hasAudience := got["aud"]; got["iss"] != DefaultIssuer || hasAudience || got["exp"].(float64)-got["iat"].(float64) != 300 {
+		if _, hasAudience := got["aud"]; got["iss"] != defaultIssuer || hasAudience || got["exp"].(float64)-got["iat"].(float64) != 300 {
 			t.Errorf("claims %v", got)
 		}
 	})
@@ -55,8 +55,8 @@ func TestTokenHasDefaults(t *testing.T) {
 
 func TestBadOptionsAreRefused(t *testing.T) {
 	for name, options := range map[string]Options{
-		"too short":         {Lifetime: MinLifetime - 1},
-		"too long":          {Lifetime: MaxLifetime + 1},
+		"too short":         {Lifetime: minLifetime - 1},
+		"too long":          {Lifetime: maxLifetime + 1},
 		"negative":          {Lifetime: -time.Minute},
 		"an empty audience": {Audience: []string{"a", ""}},
 	} {
@@ -141,7 +141,7 @@ func TestTokenDoesNotOutliveItsKeyNorIsHandedOutExpired(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		signer := run(t, newShelf(), standard)
 		r := record()
-		i := issuer(t, signer, Options{Lifetime: MinLifetime})
+		i := issuer(t, signer, Options{Lifetime: minLifetime})
 		end := time.Now().Add(10*time.Minute + 500*time.Millisecond)
 		r.ExpiresAt = apikey.TimeOf(end)
 		var moments []time.Time

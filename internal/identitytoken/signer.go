@@ -36,7 +36,7 @@ type schedule struct {
 }
 
 // standard has a lead that is longer than JWKSMaxAge and than the hour after which libraries fetch a key set again of their
-// own accord, and a lease that carries tokens of MaxLifetime through an hour without Postgres.
+// own accord, and a lease that carries tokens of maxLifetime through an hour without Postgres.
 var standard = schedule{rotate: 24 * time.Hour, lead: 61 * time.Minute, renew: 30 * time.Second, lease: 2 * time.Hour}
 
 const (

@@ -20,7 +20,7 @@ func TestRotationHasNoMomentInWhichATokenCannotBeVerified(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := newShelf()
 		signer := run(t, store, standard)
-		i, r := issuer(t, signer, Options{Lifetime: MaxLifetime}), record()
+		i, r := issuer(t, signer, Options{Lifetime: maxLifetime}), record()
 		var keys keyfunc.Keyfunc
 		var fetched time.Time
 		used := map[string]bool{}
@@ -38,7 +38,7 @@ func TestRotationHasNoMomentInWhichATokenCannotBeVerified(t *testing.T) {
 				fetched = time.Now()
 			}
 			// And one that lay in a queue until it had a minute left.
-			oldest := max(0, newest-int((MaxLifetime-resignAfter)/step)+1)
+			oldest := max(0, newest-int((maxLifetime-resignAfter)/step)+1)
 			for _, n := range []int{newest, oldest} {
 				if _, err := verifyWith(keys.Keyfunc, texts[n]); err != nil {
 					t.Fatalf("after %s: %v", time.Since(begun), err)

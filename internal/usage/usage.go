@@ -32,15 +32,15 @@ type Store interface {
 	ForgetUsage(ctx context.Context, retention time.Duration, limit int) (int64, error)
 }
 
-// DefaultMaxBuffered takes about 100 MB, and during an outage as much again: a busy hour of half a million keys.
-const DefaultMaxBuffered = 500_000
+// defaultMaxBuffered takes about 100 MB, and during an outage as much again: a busy hour of half a million keys.
+const defaultMaxBuffered = 500_000
 
 // Config of a Counter.
 type Config struct {
 	Instance    string             // edge.NewInstance's; a second counter must not have it
 	Flush       time.Duration      // between two flushes
 	Retention   time.Duration      // after which counts are removed from Postgres; the shortest of all edges wins
-	MaxBuffered int                // keys and hours counted in memory, at most, besides those that a flush has taken; 0: DefaultMaxBuffered
+	MaxBuffered int                // keys and hours counted in memory, at most, besides those that a flush has taken; 0: defaultMaxBuffered
 	Logger      func() *zap.Logger // asked at each line: a config reload closes the old logger's writers
 }
 
@@ -84,7 +84,7 @@ type entry struct {
 // New returns a counter.
 func New(store Store, cfg Config) *Counter {
 	if cfg.MaxBuffered == 0 {
-		cfg.MaxBuffered = DefaultMaxBuffered
+		cfg.MaxBuffered = defaultMaxBuffered
 	}
 	c := &Counter{cfg: cfg, store: store, wake: make(chan struct{}, 1), sequence: 1}
 	for i := range c.shards {
