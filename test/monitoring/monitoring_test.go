@@ -127,6 +127,15 @@ func TestEveryQueryReturnsDataAndEachAlertFiresWhenItsFaultIsMade(t *testing.T) 
 	}
 	p.waitFiring("RekallEdgeRestarts")
 
+	fault("RekallCannotSign") // Postgres takes no signing key; the edge has no traffic, and nothing else tells of it
+	other.run()
+	pgtest.Exec(t, r.database, "alter table rekall.signing_keys rename to taken_away")
+	process.Write(t, other.file, strings.Replace(process.Read(t, other.file), "rate_limits\n", "identity_token\n", 1))
+	reload(t, other)
+	p.waitFiring("RekallCannotSign")
+	pgtest.Exec(t, r.database, "alter table rekall.taken_away rename to signing_keys")
+	other.process.Kill(t)
+
 	fault("RekallUpstreamUnavailable")
 	if err := r.backend.Stop(t.Context()); err != nil {
 		t.Fatal(err)
