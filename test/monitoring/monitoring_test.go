@@ -1,10 +1,12 @@
 package monitoring
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +16,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/jackc/pgx/v5"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv"
@@ -229,7 +233,8 @@ func TestMetricsFollowConventionsAndSurviveReloads(t *testing.T) {
 	}
 }
 
-// TestCommandsOfTheRunbookWorkForAnAdministrator runs them as they stand there, but for the port.
+// TestCommandsOfTheRunbookWorkForAnAdministrator runs them as they stand there, but for the port and how old a transaction must be to be
+// shown, as a user with the rights that the guide gives an administrator.
 func TestCommandsOfTheRunbookWorkForAnAdministrator(t *testing.T) {
 	r := newRig(t, pgtest.URL(t))
 	g := r.start("")
@@ -239,17 +244,58 @@ func TestCommandsOfTheRunbookWorkForAnAdministrator(t *testing.T) {
 		t.Fatalf("%v\n%s", err, output)
 	}
 	administrator := pgtest.Login(t, r.database, role)
+	for _, grant := range regexp.MustCompile(`grant \w+ to alice\b`).FindAllString(process.Read(t, shipped+"../README.md"), -1) {
+		pgtest.Exec(t, r.database, strings.Replace(grant, "alice", userOf(t, administrator), 1))
+	}
+	held := regexp.MustCompile(fmt.Sprintf(`(?m)^ *%d \|.*idle in transaction`, holdTransaction(t, r.database)))
 	blocks := regexp.MustCompile("(?s)\n```sh\n(.*?)```\n").FindAllStringSubmatch(process.Read(t, shipped+"RUNBOOK.md"), -1)
 	if len(blocks) < len(alerts(t)) {
 		t.Fatalf("%d blocks of commands", len(blocks))
 	}
+	names, shown := strings.NewReplacer("localhost:2019", g.admin, "10 seconds", "1 microsecond"), 0
 	for _, block := range blocks {
-		shell := exec.Command("bash", "-euo", "pipefail", "-c", strings.ReplaceAll(block[1], "localhost:2019", g.admin))
+		shell := exec.Command("bash", "-euo", "pipefail", "-c", names.Replace(block[1]))
 		shell.Env = append(os.Environ(), "REKALL_DATABASE_URL="+administrator, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
-		if output, err := shell.CombinedOutput(); err != nil || len(output) == 0 {
+		output, err := shell.CombinedOutput()
+		if err != nil || len(output) == 0 {
 			t.Errorf("%s: %v\n%s", block[1], err, output)
 		}
+		if strings.Contains(block[1], "xact_start") {
+			shown++
+			if !held.Match(output) {
+				t.Errorf("%s: does not show the transaction that another user holds\n%s", block[1], output)
+			}
+		}
 	}
+	if shown < 2 {
+		t.Errorf("%d blocks show transactions", shown)
+	}
+}
+
+func userOf(t *testing.T, databaseURL string) string {
+	t.Helper()
+	u, err := url.Parse(databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return u.User.Username()
+}
+
+// holdTransaction leaves a transaction open until the test ends, and returns the process in Postgres that holds it.
+func holdTransaction(t *testing.T, databaseURL string) (pid int) {
+	t.Helper()
+	conn, err := pgx.Connect(t.Context(), databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close(context.Background()) })
+	if _, err := conn.Exec(t.Context(), "begin"); err != nil {
+		t.Fatal(err)
+	}
+	if err := conn.QueryRow(t.Context(), "select pg_backend_pid()").Scan(&pid); err != nil {
+		t.Fatal(err)
+	}
+	return pid
 }
 
 // TestRunbookTellsWhoSendsUnknownKeys: the journal has lines of systemd too, and the connection is the load balancer's.
