@@ -322,7 +322,7 @@ func TestExampleFileIsFormattedAdaptsAndValidates(t *testing.T) {
 	home := t.TempDir()
 	for _, command := range []string{"adapt", "validate"} {
 		cmd := exec.Command(program, command, "--config", "../Caddyfile.example", "--adapter", "caddyfile")
-		cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+database, "HOME="+home)
+		cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+database, "REKALL_ADMIN_DATABASE_URL="+database, "HOME="+home)
 		if output, err := cmd.CombinedOutput(); err != nil {
 			t.Errorf("%s: %v\n%s", command, err, output)
 		}

@@ -22,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/test/process"
 )
 
@@ -109,7 +110,8 @@ func TestContainerServesFromAReadOnlyRootAsNobody(t *testing.T) {
 	}
 	t.Parallel()
 	r := newRig(t)
-	r.migrate()
+	edgeRole, adminRole := pgtest.Role(t, r.database), pgtest.Role(t, r.database)
+	command(t, program, r.database, "migrate", "--edge-role", edgeRole, "--admin-role", adminRole)
 	im, m := readImage(t), readManifest(t)
 	container := m.deployment.Spec.Template.Spec.Containers[0]
 	root := filepath.Join(t.TempDir(), "root")
@@ -122,7 +124,15 @@ func TestContainerServesFromAReadOnlyRootAsNobody(t *testing.T) {
 		t.Fatalf("the image has %v", im.files)
 	}
 	publish(t, program, filepath.Join(root, "usr/local/bin/rekall-gateway"), 0o755)
-	publish(t, "", filepath.Join(root, "run/secrets/rekall/url"), 0o644, r.database)
+	urls := map[string]string{"url": pgtest.Login(t, r.database, edgeRole), "admin-url": pgtest.Login(t, r.database, adminRole)}
+	for _, v := range m.deployment.Spec.Template.Spec.Volumes {
+		if v.Name != "database" {
+			continue
+		}
+		for _, item := range v.Secret.Items {
+			publish(t, "", filepath.Join(root, "run/secrets/rekall", item.Path), 0o644, urls[item.Key])
+		}
+	}
 	certificate, key := selfSigned(t, "api.rekall.ai")
 	publish(t, "", filepath.Join(root, "run/secrets/tls/tls.crt"), 0o644, certificate)
 	publish(t, "", filepath.Join(root, "run/secrets/tls/tls.key"), 0o644, key)
@@ -177,6 +187,7 @@ exec setpriv --no-new-privs chroot --userspec=` + im.user + ` "$root" /usr/local
 	if got, err := askBy(secure, "GET", site, allowed); err != nil || got.status != http.StatusOK {
 		t.Errorf("%+v, %v", got, err)
 	}
+	r.wantKeyMade(secure, "https://api.rekall.ai:"+httpsPort)
 	renewed, key := selfSigned(t, "api.rekall.ai")
 	publish(t, "", filepath.Join(root, "run/secrets/tls/tls.crt"), 0o644, renewed)
 	publish(t, "", filepath.Join(root, "run/secrets/tls/tls.key"), 0o644, key)

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/test/process"
 )
 
@@ -31,17 +32,19 @@ func TestCommandsOfTheGuideWork(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	edge, next, password := pgtest.Role(t, r.database), pgtest.Role(t, r.database), rand.Text()
+	keyManager := pgtest.Role(t, r.database)
 	g := r.gateway(program, process.FreeAddress(t), withUser(t, r.database, edge, password))
 	restored := "test_restored_" + strings.ToLower(rand.Text())
 	names := strings.NewReplacer(
 		"http://localhost:2019", g.admin, "validate --config /etc/rekall/Caddyfile", "validate --config "+g.file,
 		"reload --config /etc/rekall/Caddyfile", "reload --config "+g.file+" --address "+strings.TrimPrefix(g.admin, "http://"),
 		"postgres://owner:password@127.0.0.1:5432/rekall_restored", withDatabase(t, r.database, restored),
-		"edge_1_next", next, "edge_1", edge, "alice", pgtest.Role(t, r.database),
+		"edge_1_next", next, "edge_1", edge, "alice", pgtest.Role(t, r.database), "key_manager", keyManager,
 		"rekall_edge", pgtest.Role(t, r.database), "rekall_admin", pgtest.Role(t, r.database), "rekall_restored", restored)
 	t.Cleanup(func() { pgtest.Exec(t, r.database, "drop database if exists "+restored+" with (force)") }) // before its roles
 	dir := t.TempDir()
-	env := append(os.Environ(), "REKALL_DATABASE_URL="+r.database, "EDGE_PASSWORD="+password, "ADMIN_PASSWORD="+rand.Text(), "HOME="+dir, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
+	env := append(os.Environ(), "REKALL_DATABASE_URL="+r.database, "EDGE_PASSWORD="+password, "KEY_MANAGER_PASSWORD="+password,
+		"ADMIN_PASSWORD="+rand.Text(), "HOME="+dir, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
 
 	var outputs strings.Builder
 	commands := 0
@@ -74,9 +77,40 @@ func TestCommandsOfTheGuideWork(t *testing.T) {
 	if err := pgtest.TryExec(withUser(t, r.database, edge, password), "select 1"); err == nil {
 		t.Error("the first user still logs in")
 	}
-	rotated := r.gateway(program, process.FreeAddress(t), withUser(t, r.database, next, password))
+	rotated := r.example(withUser(t, r.database, next, password), withUser(t, r.database, keyManager, password))
 	rotated.startReady()
 	rotated.want(http.StatusOK, "", "GET", r.key("production", "memories:read").Key.Reveal())
+	r.wantKeyMade(client, rotated.http)
+}
+
+// example is a gateway with Caddyfile.example as it stands there, but for addresses and TLS.
+func (r *rig) example(database, adminDatabase string) *gateway {
+	r.t.Helper()
+	dir, address, admin := r.t.TempDir(), process.FreeAddress(r.t), process.FreeAddress(r.t)
+	g := &gateway{
+		t: r.t, program: program, file: filepath.Join(dir, "Caddyfile"), admin: "http://" + admin, http: "http://" + address,
+		env: []string{"REKALL_DATABASE_URL=" + database, "REKALL_ADMIN_DATABASE_URL=" + adminDatabase, "HOME=" + dir},
+	}
+	process.Write(r.t, g.file, substitute(r.t, process.Read(r.t, "../../Caddyfile.example"),
+		"\n{\n", "\n{\n\tadmin "+admin+"\n\tdefault_bind 127.0.0.1\n\tpersist_config off\n\tstorage file_system "+dir+"\n",
+		"\nhttp://api.rekall.ai {", "\nhttp://api.rekall.ai:"+port(process.FreeAddress(r.t))+" {", "\napi.rekall.ai {", "\n"+g.http+" {",
+		"prod-1:8080 prod-2:8080", r.production.Address(), " sandbox:8080", " "+r.sandbox.Address()))
+	return g
+}
+
+// wantKeyMade has key management make a key for the holder of one that manages keys.
+func (r *rig) wantKeyMade(client *http.Client, base string) {
+	r.t.Helper()
+	manager, _, err := r.admin.Create(r.t.Context(), keyadmin.Operator("test"), keyadmin.CreateRequest{
+		Name: "manager", Account: "acme", Environment: "production", Scopes: []string{"memories:read"}, ManageKeys: true,
+	})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	got, err := askBy(client, "POST", base+"/v1/api-keys", manager.Key.Reveal(), `{"name": "made", "scopes": ["memories:read"]}`)
+	if err != nil || got.status != http.StatusCreated {
+		r.t.Errorf("key management answers %d %s, %v", got.status, got.code, err)
+	}
 }
 
 func withUser(t *testing.T, databaseURL, user, password string) string {

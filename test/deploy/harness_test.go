@@ -199,10 +199,13 @@ var client = &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{
 // ask sends a request, with a key unless it is "".
 func ask(method, url, key string) (answer, error) { return askBy(client, method, url, key) }
 
-func askBy(client *http.Client, method, url, key string) (answer, error) {
-	req, err := http.NewRequest(method, url, nil)
+func askBy(client *http.Client, method, url, key string, document ...string) (answer, error) {
+	req, err := http.NewRequest(method, url, strings.NewReader(strings.Join(document, "")))
 	if err != nil {
 		return answer{}, err
+	}
+	if len(document) > 0 {
+		req.Header.Set("Content-Type", "application/json")
 	}
 	if key != "" {
 		req.Header.Set("Authorization", "Bearer "+key)

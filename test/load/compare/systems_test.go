@@ -126,7 +126,8 @@ func ungated(t *testing.T, example string) string {
 	whole, inside := blockOf(t, example, "rekall_gateway {\n")
 	_, proxy := blockOf(t, inside, "production {\n")
 	proxy = replaced(t, proxy, "transport rekall production {\n", "transport http {\nkeepalive_idle_conns_per_host 512\n")
-	return without(t, replaced(t, example, whole, proxy), "\trekall_keys\n")
+	management, _ := blockOf(t, example, "rekall_keys {\n")
+	return without(t, replaced(t, example, whole, proxy), "\t"+management)
 }
 
 // startPlain starts stock Caddy with what Caddyfile.example says beside the gateway.
@@ -174,7 +175,7 @@ func (b *bench) startGateway(name, path, caddyfile string) *system {
 	_, port, _ := strings.Cut(refusing, ":")
 	text := strings.NewReplacer("@ADMIN@", admin, "@DIR@", b.dir, "@PORT@", port, "@ADDRESS@", address,
 		"@BACKENDS@", strings.Join(b.backends, " ")).Replace(caddyfile)
-	s := b.startCaddyProgram(name, path, text, address, admin, "REKALL_DATABASE_URL="+b.database)
+	s := b.startCaddyProgram(name, path, text, address, admin, "REKALL_DATABASE_URL="+b.database, "REKALL_ADMIN_DATABASE_URL="+b.database)
 	s.authenticates = strings.Contains(caddyfile, "rekall_gateway {")
 	return s
 }
