@@ -205,6 +205,9 @@ func (x *exchange) WriteHeader(status int) {
 	if status >= 200 || status == http.StatusSwitchingProtocols {
 		x.wroteHeader = true
 		x.tell()
+		if x.gateway.upstreams[x.environment].answered() {
+			x.gateway.logger.Info("upstream answers again", zap.Stringer("environment", x.environment))
+		}
 	}
 	x.ResponseWriter.WriteHeader(status)
 }
@@ -302,7 +305,11 @@ func (x *exchange) refuseUpstream(a answer, err error) {
 		reason = upstreamTimeoutReason
 	}
 	x.gateway.metrics.upstreamErrors.WithLabelValues(x.environment.String(), reason).Inc()
-	x.gateway.logger.Error("upstream unavailable", zap.String("request_id", x.requestID),
+	level := zap.DebugLevel // the access log has each of them; with no backend, an error for each request would push all else out of the log
+	if x.gateway.upstreams[x.environment].failed() {
+		level = zap.ErrorLevel
+	}
+	x.gateway.logger.Log(level, "upstream unavailable", zap.String("request_id", x.requestID),
 		zap.Stringer("environment", x.environment), zap.Error(err))
 	x.answer(x.ResponseWriter, a, nil)
 }

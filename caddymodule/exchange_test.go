@@ -68,8 +68,8 @@ func gatewayOn(t *testing.T, cache keys, production caddyhttp.Handler) *Gateway 
 		t.Fatal(err)
 	}
 	return &Gateway{
-		draining: new(atomic.Bool), rules: rules, cache: cache, metrics: newMetrics(), usage: usage.New(nil, usage.Config{}),
-		logger: zap.NewNop(), production: block{chain: production},
+		draining: new(atomic.Bool), rules: rules, cache: cache, metrics: newMetrics(), upstreams: new(upstreams),
+		usage: usage.New(nil, usage.Config{}), logger: zap.NewNop(), production: block{chain: production},
 	}
 }
 

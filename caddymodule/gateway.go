@@ -74,6 +74,7 @@ type Gateway struct {
 	accessLog           bool                  // whether what is decided goes into one
 	draining            *atomic.Bool          // the app's
 	metrics             *metrics
+	upstreams           *upstreams
 	usage               *usage.Counter
 	logger              *zap.Logger
 }
@@ -114,6 +115,7 @@ func (g *Gateway) Provision(ctx caddy.Context) error {
 		return err
 	}
 	g.cache, g.metrics, g.usage, g.draining = app.runtime.cache, app.runtime.metrics, app.runtime.usage, app.draining
+	g.upstreams = &app.runtime.upstreams
 	if g.production, err = loadBlock(ctx, g, "ProductionRaw", &g.ProductionRaw, apikey.Production); err != nil {
 		return err
 	}

@@ -75,7 +75,8 @@ func newGateway(t testing.TB) (*Gateway, string) {
 		t.Fatal(err)
 	}
 	counter := usage.New(store, usage.Config{})
-	g := &Gateway{draining: new(atomic.Bool), rules: rules, cache: cache, metrics: newMetrics(), usage: counter, logger: zap.NewNop(), production: block{chain: passing{}}}
+	g := &Gateway{draining: new(atomic.Bool), rules: rules, cache: cache, metrics: newMetrics(), upstreams: new(upstreams), usage: counter,
+		logger: zap.NewNop(), production: block{chain: passing{}}}
 	secret := key.Key.Reveal()
 	deadline := time.Now().Add(10 * time.Second)
 	for before := uint64(0); ; { // until it is answered from memory

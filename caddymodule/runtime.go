@@ -65,6 +65,8 @@ type runtime struct {
 
 	limiter   *ratelimit.Limiter // runs once a configuration limits keys
 	limitOnce sync.Once
+
+	upstreams upstreams
 }
 
 func newRuntime(s settings) (_ *runtime, err error) {

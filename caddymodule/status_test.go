@@ -166,8 +166,8 @@ func TestRequestThatReachesTheGatewayAfterItsRuntimeHasEndedIsRefused(t *testing
 		t.Fatal(err)
 	}
 	g := &Gateway{
-		draining: new(atomic.Bool), rules: rules, cache: rt.cache, metrics: newMetrics(), usage: rt.usage, logger: zap.NewNop(),
-		production: block{chain: passing{}},
+		draining: new(atomic.Bool), rules: rules, cache: rt.cache, metrics: newMetrics(), upstreams: new(upstreams), usage: rt.usage,
+		logger: zap.NewNop(), production: block{chain: passing{}},
 	}
 	if answer := g.serve(t, bearerRequest(key.Key.Reveal())); answer.Code != http.StatusNoContent {
 		t.Errorf("while it runs: %d", answer.Code)

@@ -41,8 +41,13 @@ func TestSystemdUnitIsValidAndHardened(t *testing.T) {
 	if output, err := security.CombinedOutput(); err != nil || !strings.Contains(string(output), "Overall exposure level") {
 		t.Errorf("security: %v\n%s", err, output)
 	}
-	if !strings.Contains(installed, "\nLimitCORE=0\n") { // which neither of them looks at
-		t.Error("a core dump would hold keys")
+	for line, without := range map[string]string{ // which neither of them looks at
+		"LimitCORE=0":               "a core dump would hold keys",
+		"LogRateLimitIntervalSec=0": "the journal would drop lines when there are many",
+	} {
+		if !strings.Contains(installed, "\n"+line+"\n") {
+			t.Errorf("no %s: %s", line, without)
+		}
 	}
 }
 
