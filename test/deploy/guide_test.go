@@ -15,7 +15,10 @@ import (
 	"github.com/rekall-ai/gateway/test/process"
 )
 
-const guide = shipped + "README.md"
+const (
+	guide   = shipped + "README.md"
+	runbook = shipped + "monitoring/RUNBOOK.md"
+)
 
 func TestConfigurationsOfTheGuideAreValid(t *testing.T) {
 	t.Parallel()
@@ -24,6 +27,51 @@ func TestConfigurationsOfTheGuideAreValid(t *testing.T) {
 		process.Write(t, file, block)
 		command(t, program, "postgres://nobody@127.0.0.1:1/none", "validate", "--config", file, "--adapter", "caddyfile")
 	}
+}
+
+// TestMetricsOfTheGuidesAreServedOnOneAddress: a site's address names the request's host, which the client writes, and not where Caddy
+// listens.
+func TestMetricsOfTheGuidesAreServedOnOneAddress(t *testing.T) {
+	t.Parallel()
+	found := 0
+	for _, page := range []string{guide, runbook, "../../README.md", "../../caddymodule/README.md"} {
+		for _, block := range blocksOf(t, page, "caddyfile") {
+			if !strings.Contains(block, "\tmetrics") {
+				continue
+			}
+			found++
+			file := filepath.Join(t.TempDir(), "Caddyfile")
+			process.Write(t, file, block)
+			var config struct {
+				Apps struct {
+					HTTP struct {
+						Servers map[string]struct{ Listen []string }
+					}
+				}
+			}
+			unmarshal(t, adapted(t, file), &config)
+			for _, server := range config.Apps.HTTP.Servers {
+				for _, address := range server.Listen {
+					if strings.HasPrefix(address, ":") {
+						t.Errorf("%s: listens on %s:\n%s", page, address, block)
+					}
+				}
+			}
+		}
+	}
+	if found == 0 {
+		t.Error("no guide serves metrics")
+	}
+}
+
+// adapted is a Caddyfile as JSON.
+func adapted(t *testing.T, file string) string {
+	t.Helper()
+	output, err := exec.Command(program, "adapt", "--config", file, "--adapter", "caddyfile").Output()
+	if err != nil {
+		t.Fatalf("%s: %v", file, err)
+	}
+	return string(output)
 }
 
 // TestCommandsOfTheGuideWork runs the blocks from the first to the last, as they stand there but for addresses, and for the names

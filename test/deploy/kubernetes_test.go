@@ -226,6 +226,10 @@ func TestManifestFitsTogether(t *testing.T) {
 		t.Errorf("readiness: %+v", got)
 	}
 
+	if keep := "regex: " + labels["app.kubernetes.io/name"] + ";health;Running\n"; !strings.Contains(process.Read(t, runbook), keep) {
+		t.Errorf("the runbook's Prometheus does not look for %q", keep)
+	}
+
 	// Volumes: each that is mounted is there, and the files that the Caddyfile names are in them.
 	volumes := make(map[string]bool)
 	for _, v := range pod.Spec.Volumes {

@@ -202,6 +202,20 @@ func TestEachAlertLinksToItsPageInTheRunbook(t *testing.T) {
 	}
 }
 
+func TestScrapeConfigurationsOfTheRunbookAreValid(t *testing.T) {
+	configurations := regexp.MustCompile("(?s)\n```yaml\n(.*?)```\n").FindAllStringSubmatch(process.Read(t, shipped+"RUNBOOK.md"), -1)
+	if len(configurations) != 2 {
+		t.Fatalf("%d configurations of Prometheus", len(configurations))
+	}
+	kubernetes := regexp.MustCompile(`kubernetes_sd_configs:(\n {6,}.*)+`) // which Debian's Prometheus is built without
+	for _, configuration := range configurations {
+		dir, text := t.TempDir(), kubernetes.ReplaceAllString(configuration[1], "static_configs: [{targets: [pod]}]")
+		process.Write(t, filepath.Join(dir, "rules.yml"), process.Read(t, shipped+"rules.yml"))
+		process.Write(t, filepath.Join(dir, "prometheus.yml"), text)
+		promtool(t, "", "check", "config", filepath.Join(dir, "prometheus.yml"))
+	}
+}
+
 func TestMetricsFollowConventionsAndSurviveReloads(t *testing.T) {
 	r := newRig(t, pgtest.URL(t))
 	g := r.start("canary")
