@@ -75,21 +75,21 @@ func adapted(t *testing.T, file string) string {
 }
 
 // TestCommandsOfTheGuideWork runs the blocks from the first to the last, as they stand there but for addresses, and for the names
-// of roles and databases, which belong to the whole server.
+// of roles and databases, which belong to the whole server. What is restored goes to another server, which has none of the roles.
 func TestCommandsOfTheGuideWork(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	edge, next, password := pgtest.Role(t, r.database), pgtest.Role(t, r.database), rand.Text()
 	keyManager := pgtest.Role(t, r.database)
 	g := r.gateway(program, process.FreeAddress(t), withUser(t, r.database, edge, password))
-	restored := "test_restored_" + strings.ToLower(rand.Text())
+	another := pgtest.Server(t).URL()
 	names := strings.NewReplacer(
 		"http://localhost:2019", g.admin, "validate --config /etc/rekall/Caddyfile", "validate --config "+g.file,
 		"reload --config /etc/rekall/Caddyfile", "reload --config "+g.file+" --address "+strings.TrimPrefix(g.admin, "http://"),
-		"postgres://owner:password@127.0.0.1:5432/rekall_restored", withDatabase(t, r.database, restored),
+		"postgres://owner:password@127.0.0.1:5432/rekall_restored", withDatabase(t, another, "rekall_restored"),
+		"postgres://owner:password@127.0.0.1:5432/postgres", another,
 		"edge_1_next", next, "edge_1", edge, "alice", pgtest.Role(t, r.database), "key_manager", keyManager,
-		"rekall_edge", pgtest.Role(t, r.database), "rekall_admin", pgtest.Role(t, r.database), "rekall_restored", restored)
-	t.Cleanup(func() { pgtest.Exec(t, r.database, "drop database if exists "+restored+" with (force)") }) // before its roles
+		"rekall_edge", pgtest.Role(t, r.database), "rekall_admin", pgtest.Role(t, r.database))
 	dir := t.TempDir()
 	env := append(os.Environ(), "REKALL_DATABASE_URL="+r.database, "EDGE_PASSWORD="+password, "KEY_MANAGER_PASSWORD="+password,
 		"ADMIN_PASSWORD="+rand.Text(), "HOME="+dir, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
@@ -119,7 +119,7 @@ func TestCommandsOfTheGuideWork(t *testing.T) {
 	}
 
 	// The dump has the key, and after the rotation only the second user logs in.
-	if list := command(t, program, withDatabase(t, r.database, restored), "keys", "list"); !strings.Contains(list, "First key") {
+	if list := command(t, program, withDatabase(t, another, "rekall_restored"), "keys", "list"); !strings.Contains(list, "First key") {
 		t.Errorf("the restored database has %s", list)
 	}
 	if err := pgtest.TryExec(withUser(t, r.database, edge, password), "select 1"); err == nil {
