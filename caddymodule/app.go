@@ -188,10 +188,11 @@ func (a *App) settings() (settings, error) {
 		{"edge", a.EdgeName, &s.edgeName},
 		{"edge", a.EdgeRegion, &s.edgeRegion},
 	} {
-		var err error
-		if *option.to, err = caddy.NewReplacer().ReplaceOrErr(option.value, true, false); err != nil {
+		value, err := caddy.NewReplacer().ReplaceOrErr(option.value, true, false)
+		if err != nil {
 			return s, fmt.Errorf("%s: %w", option.name, err)
 		}
+		*option.to = strings.TrimSpace(value) // one from a file ends with a line feed
 	}
 	if s.edgeName == "" {
 		var err error

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"text/tabwriter"
 	"time"
@@ -91,7 +92,7 @@ func databaseURL(cmd *cobra.Command) (string, error) {
 	if url == "" {
 		url = os.Getenv(databaseVariable)
 	}
-	if url == "" {
+	if url = strings.TrimSpace(url); url == "" { // one from a file ends with a line feed
 		return "", errors.New("no database: give --database or set " + databaseVariable)
 	}
 	return url, nil

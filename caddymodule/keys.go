@@ -171,6 +171,7 @@ func (k *Keys) management(app *App) (*management, error) {
 		if database, err = caddy.NewReplacer().ReplaceOrErr(k.Database, true, true); err != nil {
 			return nil, fmt.Errorf("database: %w", err)
 		}
+		database = strings.TrimSpace(database)
 	}
 	value, _, err := managements.LoadOrNew(database, func() (caddy.Destructor, error) {
 		store, err := keystore.Open(database, keystore.Options{ApplicationName: "rekall-gateway keys"})

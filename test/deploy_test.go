@@ -80,6 +80,23 @@ func TestGatewayTellsSystemdThatItIsReady(t *testing.T) {
 	}
 }
 
+// TestURLsOfTheDatabaseMayEndWithALineFeed, as those do that come from a file: Kubernetes hands it over in a secret's variable too.
+func TestURLsOfTheDatabaseMayEndWithALineFeed(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	written := r.database + "\n"
+	if _, stderr, code := cli(t, written, "keys", "list"); code != 0 {
+		t.Errorf("$REKALL_DATABASE_URL: %s", stderr)
+	}
+	if _, stderr, code := cli(t, "", "keys", "list", "--database", written); code != 0 {
+		t.Errorf("--database: %s", stderr)
+	}
+	g := r.prepare(strings.Replace(managedSite, "rekall_keys", "rekall_keys {\n\t\tdatabase {env.REKALL_DATABASE_URL}\n\t}", 1))
+	g.run(written)
+	g.waitReady()
+	g.manage("GET", keysPath, bearer(r.manager("acme")), "", 200)
+}
+
 // The unit hands the URL over as a file, which may end with a line feed.
 func TestDatabaseURLIsReadFromAFile(t *testing.T) {
 	t.Parallel()
