@@ -188,7 +188,11 @@ func (a *App) settings() (settings, error) {
 		{"edge", a.EdgeName, &s.edgeName},
 		{"edge", a.EdgeRegion, &s.edgeRegion},
 	} {
-		value, err := caddy.NewReplacer().ReplaceOrErr(option.value, true, false)
+		isName := option.name == "edge" // a password may have braces
+		value, err := caddy.NewReplacer().ReplaceOrErr(option.value, true, isName)
+		if isName && err != nil {
+			return s, fmt.Errorf("edge: %w: write a name or a placeholder that Caddy knows; {system.hostname} is this machine's name", err)
+		}
 		if err != nil {
 			return s, fmt.Errorf("%s: %w", option.name, err)
 		}
@@ -231,8 +235,11 @@ func (a *App) Start() error {
 	if len(a.issuers) > 0 {
 		a.runtime.startSigner()
 	}
-	if a.limits {
+	switch {
+	case a.limits:
 		a.runtime.startLimiter()
+	case a.RateLimitStore != "":
+		a.ctx.Logger(a).Warn("rate_limit_store is not used: no rekall_gateway has rate_limits")
 	}
 	return nil
 }

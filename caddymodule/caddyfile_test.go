@@ -91,6 +91,8 @@ func TestContradictorySettingsAreRefusedWithTheReason(t *testing.T) {
 		"a refresh that is too short":   {"database postgres://h/d\nrefresh 1ms", "at least 10ms"},
 		"a cache beyond all memory":     {"database postgres://h/d\ncache_size 99999999999", "from 1 to 10000000"},
 		"an edge that has no name":      {"database postgres://h/d\nedge {env.REKALL_NO_SUCH_VARIABLE}", "edge: "},
+		"an edge of an unknown name":    {"database postgres://h/d\nedge {hostname}", "{system.hostname}"}, // or all edges were named {hostname}
+		"an edge of an unknown region":  {"database postgres://h/d\nedge north {region}", "{region}"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			err := validate(t, "{\nadmin off\nrekall {\n"+tc.options+"\n}\n}\n"+site)

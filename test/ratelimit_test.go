@@ -462,6 +462,19 @@ func TestPasswordOfTheRateLimitStoreIsShownNowhere(t *testing.T) {
 	}
 }
 
+func TestRateLimitStoreThatNothingUsesIsWarnedOf(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	const warning = "rate_limit_store is not used: no rekall_gateway has rate_limits"
+	for site, warned := range map[string]bool{standardSite: true, heldSite: false} {
+		g := r.start(site, "rate_limit_store redis://127.0.0.1:1/0")
+		eventually(t, "the gateway has started", func() bool { return strings.Contains(g.log.String(), "serving initial configuration") })
+		if strings.Contains(g.log.String(), warning) != warned {
+			t.Errorf("warned: %v, want %v, with\n%s", !warned, warned, site)
+		}
+	}
+}
+
 func TestKeysAreLimitedWhereTheyAreManagedToo(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
