@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -31,6 +32,22 @@ func TestSystemdUnitIsValidAndHardened(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(socket, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	// With what the guide adds where edges share a directory of certificates, or Caddy could not write into it.
+	guide := filepath.Join(filepath.Dir(unit), "README.md")
+	if text, err = os.ReadFile(guide); err != nil {
+		t.Fatal(err)
+	}
+	shared := blocksOf(t, guide, "ini")[0]
+	storage := regexp.MustCompile("`storage file_system (/[^`]*)`").FindSubmatch(text)
+	if storage == nil || !strings.Contains(shared, "\nReadWritePaths="+string(storage[1])+"\n") {
+		t.Errorf("the unit may not write into the directory of %q", storage)
+	}
+	if err := os.Mkdir(path+".d", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(path+".d", "override.conf"), []byte(shared), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	verify := exec.Command("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", path, socket)
