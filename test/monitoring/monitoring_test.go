@@ -140,6 +140,13 @@ func TestEveryQueryReturnsDataAndEachAlertFiresWhenItsFaultIsMade(t *testing.T) 
 	pgtest.Exec(t, r.database, "alter table rekall.taken_away rename to signing_keys")
 	other.process.Kill(t)
 
+	fault("RekallCannotReport")
+	pgtest.Exec(t, r.database, "alter table rekall.edges add constraint unwelcome check (name <> 'other') not valid")
+	other.run()
+	p.waitFiring("RekallCannotReport")
+	pgtest.Exec(t, r.database, "alter table rekall.edges drop constraint unwelcome")
+	other.process.Kill(t)
+
 	fault("RekallUpstreamUnavailable")
 	if err := r.backend.Stop(t.Context()); err != nil {
 		t.Fatal(err)
