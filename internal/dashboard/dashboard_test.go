@@ -43,11 +43,17 @@ type rig struct {
 
 func newRig(t *testing.T) *rig {
 	t.Helper()
+	return newRigVia(t, func(_ *testing.T, database string) string { return database })
+}
+
+// newRigVia is newRig with another way to the database.
+func newRigVia(t *testing.T, via func(*testing.T, string) string) *rig {
+	t.Helper()
 	r := &rig{t: t, database: pgtest.URL(t), log: new(bytes.Buffer)}
 	if _, _, err := keystore.Migrate(t.Context(), r.database); err != nil {
 		t.Fatal(err)
 	}
-	store, err := keystore.Open(r.database, keystore.Options{})
+	store, err := keystore.Open(via(t, r.database), keystore.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -505,6 +511,27 @@ func TestMarksAndChartSayWhatNeedsALook(t *testing.T) {
 	b.do("", nil).want(t, http.StatusOK, "Spike", "Never used")
 	for _, span := range []string{"24h", "7d", "30d"} {
 		b.do("/"+key.ID+"?range="+span, nil).want(t, http.StatusOK, "scope insufficient", "34,567", "spikes: 1", "Spike")
+	}
+}
+
+func TestSparklineAndMarksAreOfSevenDays(t *testing.T) {
+	r := newRig(t)
+	key := r.key("acme", "Old spike", false)
+	pgtest.Exec(t, r.database, `insert into rekall.usage (key_id, hour, outcome, count)
+		select $1, date_trunc('hour', now()) - interval '1 day' * n, 'allowed', 1 from generate_series(0, 20) n`, key.ID)
+	pgtest.Exec(t, r.database, `insert into rekall.spikes (key_id, hour, threshold) values ($1, date_trunc('hour', now()) - interval '20 days', 321)`, key.ID)
+	b := r.browser("ann@acme")
+	if n := strings.Count(b.do("", nil).body, "<g>"); n != 7 {
+		t.Errorf("the sparkline has %d days", n)
+	}
+	for _, path := range []string{"", "/" + key.ID + "?range=24h", "/" + key.ID, "/" + key.ID + "?range=30d"} {
+		if strings.Contains(b.do(path, nil).body, "than usual in the last 7 days") {
+			t.Errorf("%q marks a spike of 20 days ago", path)
+		}
+	}
+	pgtest.Exec(t, r.database, `insert into rekall.spikes (key_id, hour, threshold) values ($1, date_trunc('hour', now()) - interval '3 days', 321)`, key.ID)
+	for _, path := range []string{"", "/" + key.ID + "?range=24h", "/" + key.ID, "/" + key.ID + "?range=30d"} {
+		b.do(path, nil).want(t, http.StatusOK, "than usual in the last 7 days")
 	}
 }
 

@@ -89,23 +89,38 @@ func (d *Dashboard) showKeyPage(v *visit, status int, newName, problem string) e
 
 // addUsage adds what the key was used for in the range that was asked for, and its marks.
 func (d *Dashboard) addUsage(v *visit, data *keyData) error {
-	span, draw := 7*24*time.Hour, hourly
+	since, draw := func(now time.Time) time.Time { return now.AddDate(0, 0, -7) }, hourly
 	data.Range = v.r.URL.Query().Get("range")
 	switch data.Range {
 	case "24h":
-		span = 24 * time.Hour
+		since = func(now time.Time) time.Time { return now.Add(-24 * time.Hour) }
 	case "30d":
-		span, draw = 30*24*time.Hour, daily
+		since, draw = lastDays(30), daily
 	default:
 		data.Range = "7d"
 	}
-	usage, err := d.Admin.RecentUsage(v.r.Context(), v.actor, data.Key.ID, span)
+	usage, err := v.usage(data.Key.ID, since)
 	if err != nil {
 		return err
 	}
 	data.Usage, data.Chart, data.Reasons = usage, draw(usage, wide), reasons(usage.Total.DeniedByReason)
+	if data.Range == "24h" {
+		if usage, err = v.usage(data.Key.ID, weekStart); err != nil {
+			return err
+		}
+	}
 	data.Marks = marks(data.Key, usage)
 	return nil
+}
+
+// usage is what one key was used for.
+func (v *visit) usage(id string, since func(now time.Time) time.Time) (keyadmin.Usage, error) {
+	all, err := v.Admin.UsageSince(v.r.Context(), v.actor, []string{id}, since)
+	usage, ok := all[id]
+	if err == nil && !ok {
+		err = keyadmin.ErrNotFound
+	}
+	return usage, err
 }
 
 // rotationOf is the rotation that a key is the old key of; nil: none, or one of its keys has ended.

@@ -29,6 +29,7 @@ const (
 
 // Filter selects keys. The zero value selects all.
 type Filter struct {
+	IDs            []string      // nil: any
 	Environment    string        // empty: both
 	CreatedBy      string        // an actor; empty: any
 	State          State         // by Postgres's clock
@@ -66,6 +67,9 @@ func (s *Store) Count(ctx context.Context, reach Reach, filter Filter) (count in
 func filtered(reach Reach, filter Filter) *conditions {
 	q := new(conditions)
 	q.reach(reach)
+	if filter.IDs != nil {
+		q.add("k.id = any(?)", filter.IDs)
+	}
 	if filter.Environment != "" {
 		q.add("k.environment = ?", filter.Environment)
 	}

@@ -93,6 +93,12 @@ type HourUsage struct {
 	Count   int64
 }
 
+// keyHour is HourUsage of one key among several.
+type keyHour struct {
+	KeyID string
+	HourUsage
+}
+
 // Spike is an hour in which a key was used far more than ever before.
 type Spike struct {
 	KeyID     string
@@ -114,23 +120,43 @@ type LastUsed struct {
 
 // Usage returns what a key was used for in the hours that begin at from or later and before to.
 func (s *Store) Usage(ctx context.Context, keyID string, from, to time.Time) (KeyUsage, error) {
-	var usage KeyUsage
-	used, err := s.LastUsed(ctx, []string{keyID})
+	usage, err := s.Usages(ctx, []string{keyID}, from, to)
+	return usage[keyID], err
+}
+
+// Usages is Usage of many keys, in as many statements as that of one. Those that were never used are left out.
+func (s *Store) Usages(ctx context.Context, keyIDs []string, from, to time.Time) (map[string]KeyUsage, error) {
+	used, err := s.LastUsed(ctx, keyIDs)
 	if err != nil {
-		return KeyUsage{}, err
+		return nil, err
 	}
-	usage.LastUsed = used[keyID]
+	usage := make(map[string]KeyUsage, len(keyIDs))
+	for id, at := range used {
+		usage[id] = KeyUsage{LastUsed: at}
+	}
 	rows, _ := s.pool.Query(ctx, `
-select hour, outcome, count from rekall.usage where key_id = $1 and hour >= $2 and hour < $3 order by hour, outcome`,
-		keyID, from, to) // CollectRows returns its error
-	if usage.Hours, err = pgx.CollectRows(rows, pgx.RowToStructByPos[HourUsage]); err != nil {
-		return KeyUsage{}, failed("read usage", err)
+select key_id, hour, outcome, count from rekall.usage where key_id = any($1) and hour >= $2 and hour < $3 order by hour, outcome`,
+		keyIDs, from, to) // CollectRows returns its error
+	hours, err := pgx.CollectRows(rows, pgx.RowToStructByPos[keyHour])
+	if err != nil {
+		return nil, failed("read usage", err)
+	}
+	for _, hour := range hours {
+		u := usage[hour.KeyID]
+		u.Hours = append(u.Hours, hour.HourUsage)
+		usage[hour.KeyID] = u
 	}
 	rows, _ = s.pool.Query(ctx, `
-select key_id, hour, threshold from rekall.spikes where key_id = $1 and hour >= $2 and hour < $3 order by hour`,
-		keyID, from, to) // CollectRows returns its error
-	if usage.Spikes, err = pgx.CollectRows(rows, pgx.RowToStructByPos[Spike]); err != nil {
-		return KeyUsage{}, failed("read usage", err)
+select key_id, hour, threshold from rekall.spikes where key_id = any($1) and hour >= $2 and hour < $3 order by hour`,
+		keyIDs, from, to) // CollectRows returns its error
+	spikes, err := pgx.CollectRows(rows, pgx.RowToStructByPos[Spike])
+	if err != nil {
+		return nil, failed("read usage", err)
+	}
+	for _, spike := range spikes {
+		u := usage[spike.KeyID]
+		u.Spikes = append(u.Spikes, spike)
+		usage[spike.KeyID] = u
 	}
 	return usage, nil
 }
