@@ -565,6 +565,41 @@ func TestPageOfAKeyWhoseSuccessorIsRevokedOffersToRotateItAgain(t *testing.T) {
 	}
 }
 
+// age has a rotation begin days ago, which the database refuses otherwise.
+func (r *rig) age(key keyadmin.Key, days int) {
+	r.t.Helper()
+	pgtest.Exec(r.t, r.database, fmt.Sprintf(`do $$ begin
+	alter table rekall.api_keys disable trigger stamp;
+	update rekall.api_keys set created_at = now() - interval '%d days' where '%s' in (id, predecessor);
+	alter table rekall.api_keys enable always trigger stamp;
+end $$`, days, key.ID))
+}
+
+func TestPageOfARotationThatIsYearsOldOpens(t *testing.T) {
+	r := newRig(t)
+	b := r.browser("ann@acme")
+	old := r.key("acme", "Old", false)
+	b.do("/"+old.ID+"/rotate", url.Values{"overlap": {"on-first-use"}}).want(t, http.StatusCreated)
+	r.age(old, 800)
+	b.do("/"+old.ID, nil).want(t, http.StatusOK, "Being rotated")
+}
+
+func TestTrafficHasMovedOnceTheOldKeyIsNoLongerUsedHoweverBusyItWas(t *testing.T) {
+	r := newRig(t)
+	b := r.browser("ann@acme")
+	old := r.key("acme", "Old", false)
+	b.do("/"+old.ID+"/rotate", url.Values{"overlap": {"7d"}}).want(t, http.StatusCreated)
+	r.age(old, 3)
+	rotated, err := r.admin.Get(t.Context(), operator, old.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pgtest.Exec(t, r.database, `insert into rekall.usage (key_id, hour, outcome, count) values
+		($1, date_trunc('hour', now()) - interval '5 hours', 'allowed', 1000000), ($2, date_trunc('hour', now()), 'allowed', 3)`, old.ID, *rotated.Successor)
+	pgtest.Exec(t, r.database, `insert into rekall.last_used (key_id, first_used_at, last_used_at) values ($1, now() - interval '2 days', now() - interval '5 hours')`, old.ID)
+	b.do("/"+old.ID, nil).want(t, http.StatusOK, "All traffic has moved.", "Old key last used:", "5 hours ago", "<b>3</b> (100 %)")
+}
+
 func TestPageClaimsNothingOfEdgesThatDoNotReport(t *testing.T) {
 	r := newRig(t)
 	key := r.key("acme", "Key", false)

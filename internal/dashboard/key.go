@@ -44,12 +44,17 @@ func reasons(counts map[string]int64) []reason {
 	return list
 }
 
-// rotation is how the traffic moves from a key to its successor, since that was made.
+// movingWithin is how old a request may be to say where traffic goes now.
+const movingWithin = 2 * time.Hour
+
+// rotation is how the traffic moves from a key to its successor.
 type rotation struct {
 	Old, New           keyadmin.Key
+	Since              time.Time // of the counts
 	OldCount, NewCount int64
 	Share              int64 // of the successor, in percent
 	Quiet              bool  // nobody used either
+	Moved              bool  // nobody used the old key
 	Chart              chart
 }
 
@@ -132,23 +137,22 @@ func (d *Dashboard) rotationOf(ctx context.Context, actor keyadmin.Actor, old ke
 	if err != nil || successor.Status != keyadmin.Active {
 		return nil, err
 	}
-	since := successor.CreatedAt.Truncate(time.Hour)
-	of := func(key keyadmin.Key) (keyadmin.Usage, error) {
-		return d.Admin.Usage(ctx, actor, key.ID, since, time.Time{})
-	}
-	oldUsage, err := of(old)
+	usage, err := d.Admin.UsageSince(ctx, actor, []string{old.ID, successor.ID}, func(now time.Time) time.Time {
+		if recent := now.Add(-movingWithin); recent.After(successor.CreatedAt) {
+			return recent
+		}
+		return successor.CreatedAt
+	})
 	if err != nil {
 		return nil, err
 	}
-	newUsage, err := of(successor)
-	if err != nil {
-		return nil, err
+	r := &rotation{
+		Old: old, New: successor, Since: usage[old.ID].From, OldCount: usage[old.ID].Total.Allowed, NewCount: usage[successor.ID].Total.Allowed,
 	}
-	r := &rotation{Old: old, New: successor, OldCount: oldUsage.Total.Allowed, NewCount: newUsage.Total.Allowed}
 	if sum := r.OldCount + r.NewCount; sum > 0 {
 		r.Share = r.NewCount * 100 / sum
 	}
-	r.Quiet = r.OldCount+r.NewCount == 0
+	r.Quiet, r.Moved = r.OldCount+r.NewCount == 0, r.OldCount == 0 && r.NewCount > 0
 	r.Chart = meter(r.Share)
 	return r, nil
 }

@@ -27,6 +27,7 @@ var functions = template.FuncMap{
 	"root":    func() string { return Root },
 	"version": func() string { return assetVersion },
 	"when":    when,
+	"clock":   func(t time.Time) string { return t.UTC().Format("15:04 MST") },
 	"number":  number,
 	"num":     func(f float64) string { return fmt.Sprintf("%.2f", f) },
 	"action":  func(a keyadmin.Action) string { return or(actions[a], string(a)) },
