@@ -79,6 +79,7 @@ func New(config Config) *Dashboard {
 		"POST " + key + "/rename":        d.rename,
 		"GET " + key + "/rotate":         d.rotateForm,
 		"POST " + key + "/rotate":        d.rotate,
+		"GET " + key + "/rotate/undo":    d.undoForm,
 		"POST " + key + "/rotate/undo":   d.undoRotation,
 		"GET " + key + "/revoke":         d.revokeForm,
 		"POST " + key + "/revoke":        d.revoke,

@@ -600,6 +600,44 @@ func TestTrafficHasMovedOnceTheOldKeyIsNoLongerUsedHoweverBusyItWas(t *testing.T
 	b.do("/"+old.ID, nil).want(t, http.StatusOK, "All traffic has moved.", "Old key last used:", "5 hours ago", "<b>3</b> (100 %)")
 }
 
+func TestUndoingARotationWhoseSuccessorIsInUseAsksForItsName(t *testing.T) {
+	r := newRig(t)
+	b := r.browser("ann@acme")
+	old := r.key("acme", "Old", false)
+	b.do("/"+old.ID+"/rotate", url.Values{"overlap": {"7d"}}).want(t, http.StatusCreated)
+	successor := func() keyadmin.Key {
+		rotated, err := r.admin.Get(t.Context(), operator, old.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		key, err := r.admin.Get(t.Context(), operator, *rotated.Successor)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return key
+	}
+	id := successor().ID
+	stale := b.do("/"+old.ID, nil)
+	stale.want(t, http.StatusOK, `<form method="post" action="`+dashboard.Root+"/"+old.ID+`/rotate/undo"`)
+	b.do("/"+old.ID+"/rotate/undo", nil).want(t, http.StatusSeeOther)
+	pgtest.Exec(t, r.database, `insert into rekall.last_used (key_id, first_used_at, last_used_at) values ($1, now(), now())`, id)
+	if page := b.do("/"+old.ID, nil); strings.Contains(page.body, `<form method="post" action="`+dashboard.Root+"/"+old.ID+`/rotate/undo"`) ||
+		!strings.Contains(page.body, `href="`+dashboard.Root+"/"+old.ID+`/rotate/undo"`) {
+		t.Error("the page revokes a key that is in use with one click")
+	}
+	b.do("/"+old.ID+"/rotate/undo", nil).want(t, http.StatusOK, "Type the successor", id)
+	for problem, form := range map[string]url.Values{"The successor is in use. Nothing was undone.": {}, "not the successor": {"name": {"old"}}} {
+		b.do("/"+old.ID+"/rotate/undo", form).want(t, http.StatusUnprocessableEntity, problem)
+	}
+	if key := successor(); key.Status != keyadmin.Active {
+		t.Fatal("the successor is revoked")
+	}
+	b.do("/"+old.ID+"/rotate/undo", url.Values{"name": {"Old"}}).want(t, http.StatusSeeOther)
+	if key, err := r.admin.Get(t.Context(), operator, id); err != nil || key.Status != keyadmin.Revoked {
+		t.Errorf("the successor is %s, %v", key.Status, err)
+	}
+}
+
 func TestPageClaimsNothingOfEdgesThatDoNotReport(t *testing.T) {
 	r := newRig(t)
 	key := r.key("acme", "Key", false)

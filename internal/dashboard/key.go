@@ -200,18 +200,18 @@ func (d *Dashboard) rename(v *visit) error {
 	return v.redirect(Root+"/"+id, "renamed")
 }
 
-// changeData is the form that rotates or revokes a key.
+// changeData is the form that rotates or revokes a key, or takes a rotation back.
 type changeData struct {
-	Key     keyadmin.Key
-	Problem string
-	Typed   string
-	Overlap string
-	Self    bool
+	Key       keyadmin.Key
+	Successor keyadmin.Key // where a rotation is taken back
+	Problem   string
+	Typed     string
+	Self      bool // the key that is to end is the one that signed in
 }
 
 func (d *Dashboard) changeForm(v *visit) (changeData, error) {
 	key, err := d.Admin.Get(v.r.Context(), v.actor, v.r.PathValue("id"))
-	return changeData{Key: key, Overlap: "1d", Self: key.ID != "" && key.ID == v.actor.KeyID()}, err
+	return changeData{Key: key, Self: key.ID != "" && key.ID == v.actor.KeyID()}, err
 }
 
 func (d *Dashboard) rotateForm(v *visit) error {
@@ -249,9 +249,61 @@ func (d *Dashboard) rotate(v *visit) error {
 	return v.showKey(successor)
 }
 
+// inUse is the successor that undoing a rotation would take away from whoever uses it; nil: nobody does.
+func (v *visit) inUse(old keyadmin.Key) (*keyadmin.Key, error) {
+	if old.Successor == nil {
+		return nil, nil
+	}
+	successor, err := v.Admin.Get(v.r.Context(), v.actor, *old.Successor)
+	if err != nil || successor.Status != keyadmin.Active || successor.LastUsedAt == nil {
+		return nil, err
+	}
+	return &successor, nil
+}
+
+func (d *Dashboard) undoForm(v *visit) error {
+	data, err := d.changeForm(v)
+	if err != nil {
+		return err
+	}
+	successor, err := v.inUse(data.Key)
+	if err != nil {
+		return err
+	}
+	if successor == nil {
+		return v.redirect(Root+"/"+data.Key.ID, "")
+	}
+	return v.showUndo(http.StatusOK, data, *successor)
+}
+
+func (v *visit) showUndo(status int, data changeData, successor keyadmin.Key) error {
+	data.Successor, data.Self = successor, successor.ID == v.actor.KeyID()
+	return v.show(status, "undo", layout{Title: "Undo rotation", Data: data})
+}
+
+// undoRotation wants the name of a successor typed that is in use: it is revoked, as by revoke.
 func (d *Dashboard) undoRotation(v *visit) error {
-	id := v.r.PathValue("id")
-	_, err := d.Admin.UndoRotation(v.r.Context(), v.actor, id)
+	form, err := v.form()
+	if err != nil {
+		return err
+	}
+	data, err := d.changeForm(v)
+	if err != nil {
+		return err
+	}
+	successor, err := v.inUse(data.Key)
+	if err != nil {
+		return err
+	}
+	if data.Typed = strings.TrimSpace(form.Get("name")); successor != nil && data.Typed != successor.Name && data.Typed != successor.ID {
+		data.Problem = "That is not the successor's name. Nothing was undone."
+		if data.Typed == "" {
+			data.Problem = "The successor is in use. Nothing was undone."
+		}
+		return v.showUndo(http.StatusUnprocessableEntity, data, *successor)
+	}
+	id := data.Key.ID
+	_, err = d.Admin.UndoRotation(v.r.Context(), v.actor, id)
 	switch {
 	case errors.Is(err, keyadmin.ErrNotRotated):
 		return v.redirect(Root+"/"+id, "norotation")

@@ -16,7 +16,7 @@ var templateFiles embed.FS
 // templates are the pages, each with the layout and the parts that several of them have.
 var templates = func() map[string]*template.Template {
 	pages := map[string]*template.Template{}
-	for _, name := range []string{"list", "new", "created", "key", "rotate", "revoke", "sign-in", "error"} {
+	for _, name := range []string{"list", "new", "created", "key", "rotate", "undo", "revoke", "sign-in", "error"} {
 		pages[name] = template.Must(template.New("layout.html").Funcs(functions).
 			ParseFS(templateFiles, "templates/layout.html", "templates/parts.html", "templates/"+name+".html"))
 	}

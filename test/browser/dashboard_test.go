@@ -118,6 +118,8 @@ func useRotateRevoke(t *testing.T) {
 		t.Fatalf("status %d", status)
 	}
 	b.see("p", "New key 1") // by itself
+	b.click("a", "Undo rotation") // it is in use by now
+	b.fill("#name", "Used")
 	b.click("button", "Undo rotation")
 	b.see("p", "The rotation is undone")
 	b.click("a", "Revoke")
