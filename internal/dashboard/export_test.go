@@ -20,3 +20,9 @@ func (s *State) Sessions() int {
 	defer s.sessions.mu.Unlock()
 	return len(s.sessions.byID)
 }
+
+// Watched reports whether somebody looks on as the edges hear of a revocation.
+func (s *State) Watched(id string) bool {
+	_, _, watched := s.seen(id)
+	return watched
+}

@@ -62,7 +62,9 @@ type rotation struct {
 type edges struct {
 	Confirmed []keyadmin.Confirmation
 	Waiting   []keyadmin.Edge
+	Watched   bool // somebody looks on; otherwise only the bound of 60 seconds is known
 	Done      bool // no edge that reports allows the key
+	All       bool // every one of them has confirmed it
 }
 
 func (d *Dashboard) key(v *visit) error { return d.showKeyPage(v, http.StatusOK, "", "") }
@@ -163,14 +165,15 @@ func (d *Dashboard) edgesOf(ctx context.Context, key keyadmin.Key) (*edges, erro
 		return nil, nil
 	}
 	if time.Since(*key.RevokedAt) < watchFor {
-		d.State.watchRevocation(key.ID)
+		d.State.watchRevocation(key.ID, false)
 	}
 	confirmed, done, watched := d.State.seen(key.ID)
-	if !watched {
+	if !watched && time.Since(*key.RevokedAt) >= watchFor {
 		return nil, nil
 	}
-	e := &edges{Confirmed: confirmed, Done: done}
-	if done {
+	e := &edges{Confirmed: confirmed, Watched: watched, Done: done}
+	e.All = !slices.ContainsFunc(confirmed, func(c keyadmin.Confirmation) bool { return !c.Confirmed })
+	if done || !watched {
 		return e, nil
 	}
 	all, err := d.Admin.Edges(ctx)
@@ -345,6 +348,6 @@ func (d *Dashboard) revoke(v *visit) error {
 	if err != nil && !errors.Is(err, keyadmin.ErrAlreadyRevoked) {
 		return err
 	}
-	d.State.watchRevocation(data.Key.ID)
+	d.State.watchRevocation(data.Key.ID, err == nil)
 	return v.redirect(Root+"/"+data.Key.ID, "revoked")
 }

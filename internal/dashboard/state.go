@@ -3,6 +3,7 @@ package dashboard
 import (
 	"context"
 	"crypto/sha256"
+	"slices"
 	"sync"
 	"time"
 
@@ -13,8 +14,8 @@ const (
 	// watchFor is how long a revocation may take to hold everywhere, and a little.
 	watchFor = 65 * time.Second
 
-	// maxWatches bounds what a flood of revocations costs: each asks Postgres 50 times a second. Those beyond it are in force
-	// all the same, but nobody looks on.
+	// maxWatches bounds what a flood of revocations costs: each that goes on asks Postgres 50 times a second. Those beyond it are
+	// in force all the same, but nobody looks on.
 	maxWatches = 20
 )
 
@@ -46,18 +47,24 @@ func (s *State) Close() {
 
 // watch is what the edges have said of one revocation so far.
 type watch struct {
-	mu        sync.Mutex
 	confirmed []keyadmin.Confirmation
-	ended     bool
-	err       error
+	ended     time.Time // zero: it goes on
 }
 
-// watchRevocation begins to watch the edges, unless somebody does or too many are watched. The delay of an edge is known to
-// who is looking when it reports only.
-func (s *State) watchRevocation(id string) {
+// watchRevocation begins to watch the edges, unless somebody does or too many are watched. atOnce says that the revocation was
+// committed just now: of an edge that reports to whoever looks on later, nobody knows when it first had it.
+func (s *State) watchRevocation(id string, atOnce bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.watches[id] != nil || len(s.watches) >= maxWatches || s.ctx.Err() != nil {
+	running := 0
+	for other, w := range s.watches {
+		if w.ended.IsZero() {
+			running++
+		} else if time.Since(w.ended) > watchFor { // whoever looked on has seen it
+			delete(s.watches, other)
+		}
+	}
+	if s.watches[id] != nil || running >= maxWatches || s.ctx.Err() != nil {
 		return
 	}
 	w := new(watch)
@@ -66,37 +73,29 @@ func (s *State) watchRevocation(id string) {
 		ctx, cancel := context.WithTimeout(s.ctx, watchFor)
 		defer cancel()
 		err := s.admin.WaitRevoked(ctx, id, func(c keyadmin.Confirmation) {
-			w.mu.Lock()
-			defer w.mu.Unlock()
+			if !atOnce {
+				c.DelaySeconds = 0
+			}
+			s.mu.Lock()
+			defer s.mu.Unlock()
 			w.confirmed = append(w.confirmed, c)
 		})
-		w.mu.Lock()
-		w.ended, w.err = true, err
-		w.mu.Unlock()
-		s.forgetLater(id)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		w.ended = time.Now()
+		if err != nil {
+			delete(s.watches, id) // the next look begins anew
+		}
 	})
-}
-
-// forgetLater keeps what was seen until everybody who looked on has seen it.
-func (s *State) forgetLater(id string) {
-	select {
-	case <-time.After(watchFor):
-	case <-s.ctx.Done():
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.watches, id)
 }
 
 // seen returns what the edges have said of a revocation so far. watched is false if nobody looks on.
 func (s *State) seen(id string) (confirmed []keyadmin.Confirmation, ended, watched bool) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	w := s.watches[id]
-	s.mu.Unlock()
 	if w == nil {
 		return nil, false, false
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return append([]keyadmin.Confirmation(nil), w.confirmed...), w.ended && w.err == nil, w.err == nil
+	return slices.Clone(w.confirmed), !w.ended.IsZero(), true
 }
