@@ -225,7 +225,11 @@ var (
 // fail shows what went wrong. Only what nobody foresaw is logged: the rest is the visitor's, also that they went away.
 func (v *visit) fail(err error) {
 	if errors.Is(err, errSignedOut) {
-		v.showSignIn(http.StatusUnauthorized, "")
+		data := signInData{Next: v.comeBack()}
+		if v.r.Method == http.MethodPost {
+			data.Problem = "Your session has ended, so nothing was changed. Sign in, and do it again."
+		}
+		v.showSignIn(http.StatusUnauthorized, data)
 		return
 	}
 	refusal := explain(err)

@@ -361,6 +361,59 @@ func TestSessionEndsWithItsKeyWithTimeAndBySigningOut(t *testing.T) {
 	}
 }
 
+func TestFormSentAfterTheSessionEndedSaysThatNothingWasChanged(t *testing.T) {
+	r := newRig(t)
+	now := time.Now()
+	r.state.SetClock(func() time.Time { return now })
+	manager, leaked := r.key("acme", "Manager", true), r.key("acme", "Leaked", false)
+	b := r.browser("")
+	signIn := func(next string) string {
+		reply := b.do("/sign-in", url.Values{"key": {manager.Key.Reveal()}, "next": {next}})
+		reply.want(t, http.StatusSeeOther)
+		return reply.Header.Get("Location")
+	}
+	signIn("")
+	for path, form := range map[string]url.Values{"/revoke": {"name": {"Leaked"}}, "/rename": {"name": {"Other"}}, "/rotate": {"overlap": {"0"}}} {
+		now = now.Add(31 * time.Minute)
+		page := b.do("/"+leaked.ID+path, form)
+		page.want(t, http.StatusUnauthorized, "Your session has ended, so nothing was changed.")
+		next := regexp.MustCompile(`name="next" value="([^"]+)"`).FindStringSubmatch(page.body)
+		if next == nil {
+			t.Fatal("the page does not know where to go on")
+		}
+		want := dashboard.Root + "/" + leaked.ID + strings.TrimSuffix(path, "/rename")
+		if at := signIn(html.UnescapeString(next[1])); at != want {
+			t.Errorf("after %s, signing in leads to %s", path, at)
+		}
+		b.do(strings.TrimPrefix(want, dashboard.Root), nil).want(t, http.StatusOK)
+	}
+	if key, err := r.admin.Get(t.Context(), operator, leaked.ID); err != nil || key.Status != keyadmin.Active || key.Name != "Leaked" || key.Successor != nil {
+		t.Errorf("%+v, %v", key, err)
+	}
+}
+
+func TestSigningInLeadsToNoOtherSite(t *testing.T) {
+	r := newRig(t)
+	key := r.key("acme", "Manager", true)
+	for _, next := range []string{
+		"https://evil.example", "//evil.example" + dashboard.Root, "https://evil.example" + dashboard.Root, "/", "/settings/api-keysevil", `\\evil.example`,
+		dashboard.Root + "/../../x", dashboard.Root + "/%2e%2e/x", dashboard.Root + "//evil.example", "javascript:alert(1)", dashboard.Root + "/\r\nX: y", "",
+		dashboard.Root + "@evil.example", "//a@evil.example" + dashboard.Root,
+	} {
+		reply := r.browser("").do("/sign-in", url.Values{"key": {key.Key.Reveal()}, "next": {next}})
+		reply.want(t, http.StatusSeeOther)
+		if at := reply.Header.Get("Location"); at != dashboard.Root {
+			t.Errorf("%q leads to %q", next, at)
+		}
+	}
+	next := dashboard.Root + "?environment=sandbox&q=a%20b"
+	b := r.browser("")
+	b.do("?environment=sandbox&q=a%20b", nil).want(t, http.StatusUnauthorized, html.EscapeString(next))
+	if at := b.do("/sign-in", url.Values{"key": {key.Key.Reveal()}, "next": {next}}).Header.Get("Location"); at != next {
+		t.Errorf("a page of ours leads to %q", at)
+	}
+}
+
 func TestPageThatPollsKeepsNoIdleSession(t *testing.T) {
 	r := newRig(t)
 	now := time.Now()

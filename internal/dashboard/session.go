@@ -5,10 +5,14 @@ import (
 	"crypto/sha256"
 	"errors"
 	"net/http"
+	"net/url"
+	"strings"
 	"sync"
 	"time"
 
+	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/internal/scoperule"
 )
 
 const (
@@ -177,10 +181,35 @@ func setCookie(w http.ResponseWriter, r *http.Request, value string, maxAge int)
 
 func (d *Dashboard) toList(v *visit) error { return v.redirect(Root, "") }
 
-func (v *visit) showSignIn(status int, problem string) {
-	if err := v.show(status, "sign-in", layout{Title: "Sign in", Data: problem}); err != nil {
+// signInData is the form for those whom nobody knows.
+type signInData struct {
+	Problem string
+	Next    string // where to go then, from here
+}
+
+func (v *visit) showSignIn(status int, data signInData) {
+	if err := v.show(status, "sign-in", layout{Title: "Sign in", Data: data}); err != nil {
 		http.Error(v.w, "Sign in.", status)
 	}
+}
+
+// comeBack is the page that a visitor asked for, or where the form stands that they sent.
+func (v *visit) comeBack() string {
+	path := v.r.URL.EscapedPath()
+	if v.r.Method != http.MethodPost && v.r.URL.RawQuery != "" {
+		path += "?" + v.r.URL.RawQuery
+	}
+	return apikey.Redact(strings.TrimSuffix(path, "/rename"))
+}
+
+// local is a page of ours; in place of any other, which a link of somebody else may name, it is the list.
+func local(next string) string {
+	page, err := url.Parse(next)
+	if err != nil || page.Scheme != "" || page.Host != "" || page.User != nil ||
+		page.Path != Root && !strings.HasPrefix(page.Path, Root+"/") || !scoperule.Canonical(page.EscapedPath()) {
+		return Root
+	}
+	return (&url.URL{Path: page.Path, RawPath: page.RawPath, RawQuery: page.RawQuery}).String()
 }
 
 // signIn takes a key from a form's body, which no log has, and forgets it.
@@ -190,6 +219,7 @@ func (d *Dashboard) signIn(w http.ResponseWriter, r *http.Request) {
 		v.fail(errForm)
 		return
 	}
+	next := local(r.PostForm.Get("next"))
 	actor, err := d.SignIn(r, r.PostForm.Get("key"))
 	var (
 		refusal   *Refusal
@@ -197,15 +227,16 @@ func (d *Dashboard) signIn(w http.ResponseWriter, r *http.Request) {
 	)
 	switch {
 	case errors.As(err, &refusal):
-		v.showSignIn(refusal.Status, refusal.Message)
+		v.showSignIn(refusal.Status, signInData{refusal.Message, next})
 	case errors.As(err, &forbidden):
-		v.showSignIn(http.StatusForbidden, "This key is good, but may not manage keys. Use one that was created with “manage keys”.")
+		const problem = "This key is good, but may not manage keys. Use one that was created with “manage keys”."
+		v.showSignIn(http.StatusForbidden, signInData{problem, next})
 	case err != nil:
 		v.fail(err)
 	default:
 		d.State.sessions.end(sessionID(r))
 		setCookie(w, r, d.State.sessions.begin(actor.KeyID()), int(maxSession.Seconds()))
-		_ = v.redirect(Root, "")
+		_ = v.redirect(next, "")
 	}
 }
 
