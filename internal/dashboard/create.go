@@ -22,6 +22,17 @@ type createData struct {
 	Field             string // that Problem is about; empty: none
 }
 
+// Focus is the id of the input that is to be changed; empty: none.
+func (c createData) Focus() string {
+	switch {
+	case c.Field == "expiry" && c.Expiry == "date":
+		return "date"
+	case slices.Contains([]string{"name", "environment", "scopes", "expiry"}, c.Field):
+		return c.Field
+	}
+	return ""
+}
+
 // scopeGroup is the scopes of a resource.
 type scopeGroup struct {
 	Resource string
@@ -78,7 +89,11 @@ func (d *Dashboard) newKey(v *visit) error {
 }
 
 func (v *visit) showForm(status int, data createData) error {
-	return v.show(status, "new", layout{Title: "Create New Key", Data: data})
+	title := "Create New Key"
+	if data.Problem != "" {
+		title = "Error: " + title
+	}
+	return v.show(status, "new", layout{Title: title, Data: data})
 }
 
 // form reads what was sent. A body that cannot be read is the client's mistake.

@@ -199,7 +199,7 @@ func errorStates(t *testing.T) {
 	b.open("/new")
 	b.fill("#name", "Typed")
 	b.click("button[@id='generate']", "Generate")
-	b.see("p", "Choose at least one scope.")
+	b.seeProblem("Choose at least one scope.", "scopes")
 	b.see("h1", "Create New Key")
 	var typed string
 	b.run(chromedp.Value("#name", &typed, chromedp.ByQuery))
@@ -209,9 +209,26 @@ func errorStates(t *testing.T) {
 	b.click("button", "Everything")
 	b.check(`input[value="date"]`)
 	b.click("button[@id='generate']", "Generate")
-	b.see("p", "Expiry needs a date.")
+	b.seeProblem("Expiry needs a date.", "date")
+	b.run(chromedp.EmulateViewport(390, 844))
+	b.click("button[@id='generate']", "Generate")
+	b.seeProblem("Expiry needs a date.", "date")
 	b.open("/nothing")
 	b.see("h1", "Not found")
+}
+
+// seeProblem waits until a form shows what is wrong, on the screen and with the cursor in the field.
+func (b *tab) seeProblem(text, field string) {
+	b.t.Helper()
+	eventually(b.t, "the problem of "+field+" is on the screen", func() (shown bool) {
+		b.run(chromedp.Evaluate(fmt.Sprintf(`(() => {
+			const problem = document.getElementById("problem");
+			if (!problem || problem.textContent !== %q || document.activeElement.id !== %q || !document.title.startsWith("Error: ")) return false;
+			const { top, bottom } = problem.getBoundingClientRect();
+			return top >= 0 && bottom <= innerHeight;
+		})()`, text, field), &shown))
+		return shown
+	})
 }
 
 func injectedScript(t *testing.T) {
