@@ -14,7 +14,9 @@ import (
 // createData is the form of a new key, as it was filled in.
 type createData struct {
 	Name, Environment string
+	Production        bool // whether the visitor may have production keys
 	Groups            []scopeGroup
+	Narrow            bool // there are scopes that the visitor cannot give
 	ManageKeys        bool
 	Expiry, Date      string // one of expiries, and a date where it is "date"
 	Once              string // makes a form that is sent again harmless
@@ -41,7 +43,7 @@ type scopeGroup struct {
 
 type scopeChoice struct {
 	Name, Action, Description string
-	Chosen                    bool
+	Offered, First, Chosen    bool // whether the visitor may give it, and is it the first such
 }
 
 // descriptions say what each scope lets a key do.
@@ -62,16 +64,22 @@ var descriptions = map[string]string{
 	"hives:write":         "Create, change and delete hives and their members",
 }
 
-// groups are all scopes by resource, with those marked that are chosen.
-func groups(chosen []string) []scopeGroup {
+// groups are all scopes by resource, with those marked that are offered and chosen.
+func groups(offered, chosen []string) []scopeGroup {
 	var groups []scopeGroup
+	first := true
 	for _, name := range apikey.ScopeNames() {
 		resource, action, _ := strings.Cut(name, ":")
 		if n := len(groups); n == 0 || groups[n-1].Resource != resource {
 			groups = append(groups, scopeGroup{Resource: resource})
 		}
 		group := &groups[len(groups)-1]
-		group.Scopes = append(group.Scopes, scopeChoice{name, action, descriptions[name], slices.Contains(chosen, name)})
+		choice := scopeChoice{Name: name, Action: action, Description: descriptions[name]}
+		if choice.Offered = slices.Contains(offered, name); choice.Offered {
+			choice.First, first = first, false
+			choice.Chosen = slices.Contains(chosen, name)
+		}
+		group.Scopes = append(group.Scopes, choice)
 	}
 	return groups
 }
@@ -84,11 +92,13 @@ var quickChoices = map[string]func(name string) bool{
 }
 
 func (d *Dashboard) newKey(v *visit) error {
-	environment := selection(v.r.URL.Query()).Environment
-	return v.showForm(http.StatusOK, createData{Environment: environment, Groups: groups(nil), Expiry: "90d", Once: apikey.RandomText(32)})
+	return v.showForm(http.StatusOK, createData{Environment: v.selection().Environment, Expiry: "90d", Once: apikey.RandomText(32)}, nil)
 }
 
-func (v *visit) showForm(status int, data createData) error {
+func (v *visit) showForm(status int, data createData, scopes []string) error {
+	grants := v.actor.Grants()
+	data.Groups, data.Narrow = groups(grants, scopes), len(grants) < len(apikey.ScopeNames())
+	data.Production = v.actor.Manages(apikey.Production.String())
 	title := "Create New Key"
 	if data.Problem != "" {
 		title = "Error: " + title
@@ -118,22 +128,21 @@ func (d *Dashboard) create(v *visit) error {
 	}
 	data := createData{
 		Name: strings.TrimSpace(form.Get("name")), Environment: form.Get("environment"), ManageKeys: form.Get("manage_keys") != "",
-		Expiry: form.Get("expiry"), Date: form.Get("date"), Once: form.Get("once"), Groups: groups(form["scope"]),
+		Expiry: form.Get("expiry"), Date: form.Get("date"), Once: form.Get("once"),
 	}
 	// Without JavaScript, the quick choices are buttons that send the form to have it filled in.
 	if choose, ok := quickChoices[form.Get("choose")]; ok {
 		names := slices.DeleteFunc(apikey.ScopeNames(), func(name string) bool { return !choose(name) })
-		data.Groups = groups(names)
-		return v.showForm(http.StatusOK, data)
+		return v.showForm(http.StatusOK, data, names)
 	}
 	request, err := data.request(form["scope"])
 	if err != nil {
-		return v.refuseForm(data, err)
+		return v.refuseForm(data, form["scope"], err)
 	}
 	key, replayed, err := d.Admin.Create(v.r.Context(), v.actor, request)
 	switch {
 	case err != nil:
-		return v.refuseForm(data, err)
+		return v.refuseForm(data, form["scope"], err)
 	case replayed:
 		return v.redirect(Root+"/"+key.ID, "existing")
 	}
@@ -159,7 +168,7 @@ func (c createData) request(scopes []string) (keyadmin.CreateRequest, error) {
 }
 
 // refuseForm shows a form again with what is wrong in it. What the visitor typed is kept.
-func (v *visit) refuseForm(data createData, err error) error {
+func (v *visit) refuseForm(data createData, scopes []string, err error) error {
 	var (
 		malformed *keyadmin.InvalidError
 		forbidden *keyadmin.ForbiddenError
@@ -181,7 +190,7 @@ func (v *visit) refuseForm(data createData, err error) error {
 	if strings.HasPrefix(data.Field, "expires") {
 		data.Field, data.Problem = "expiry", "The date must be in the future, at most ten years ahead."
 	}
-	return v.showForm(http.StatusUnprocessableEntity, data)
+	return v.showForm(http.StatusUnprocessableEntity, data, scopes)
 }
 
 // showKey is the only answer that has a key in it. It is one to a form, so its address has nothing, and a reload sends the

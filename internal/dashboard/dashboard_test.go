@@ -483,6 +483,57 @@ func TestNobodyButAManagingKeySignsIn(t *testing.T) {
 	}
 }
 
+// narrow signs in with a key that manages keys of one environment and has two scopes.
+func (r *rig) narrow(environment string) *browser {
+	r.t.Helper()
+	key, _, err := r.admin.Create(r.t.Context(), operator, keyadmin.CreateRequest{
+		Name: "Narrow", Account: "acme", Environment: environment, Scopes: []string{"entities:read", "entities:write"}, ManageKeys: true,
+	})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	b := r.browser("")
+	b.do("/sign-in", url.Values{"key": {key.Key.Reveal()}}).want(r.t, http.StatusSeeOther)
+	return b
+}
+
+func TestQuickChoicesOfANarrowManagerMakeAKey(t *testing.T) {
+	r := newRig(t)
+	for _, environment := range []string{"production", "sandbox"} {
+		b := r.narrow(environment)
+		form := b.do("/new", nil)
+		form.want(t, http.StatusOK, `value="`+environment+`" checked`, "You can give the scopes of the key", `value="memories:read" disabled`)
+		if environment == "sandbox" {
+			form.want(t, http.StatusOK, "sandbox keys only")
+		}
+		for choose, want := range map[string]string{"read": "entities:read", "all": "entities:read entities:write"} {
+			values := url.Values{"name": {choose}, "environment": {environment}, "expiry": {"90d"}, "once": {apikey.RandomText(32)}, "choose": {choose}}
+			filled := b.do("/new", values)
+			values.Del("choose")
+			for _, scope := range regexp.MustCompile(`name="scope" value="([^"]+)" checked`).FindAllStringSubmatch(filled.body, -1) {
+				values.Add("scope", scope[1])
+			}
+			b.do("/new", values).want(t, http.StatusCreated)
+			if got := strings.Join(values["scope"], " "); got != want {
+				t.Errorf("%s chooses %s, want %s", choose, got, want)
+			}
+		}
+	}
+}
+
+func TestSandboxManagerIsToldNothingOfProduction(t *testing.T) {
+	r := newRig(t)
+	r.key("acme", "Production one", false)
+	b := r.narrow("sandbox")
+	for _, path := range []string{"", "?environment=production"} {
+		page := b.do(path, nil)
+		page.want(t, http.StatusOK, "Narrow", `environment=sandbox" aria-current="page"`)
+		if strings.Contains(page.body, "No production key") || strings.Contains(page.body, "environment=production") {
+			t.Errorf("%q speaks of production keys", path)
+		}
+	}
+}
+
 func TestListFiltersSortsAndPages(t *testing.T) {
 	r := newRig(t)
 	for i := range 30 {

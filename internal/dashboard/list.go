@@ -36,6 +36,7 @@ type listData struct {
 	Next                              string // query of the next page; empty: this is the last
 	Cut                               bool   // there are more keys than were sorted
 	Filtered                          bool
+	Production                        bool // whether the visitor manages production keys
 }
 
 type listRow struct {
@@ -92,9 +93,11 @@ func parsePlace(cursor string) (p place, err error) {
 }
 
 // selection is what the list's form says. What cannot be is as if it were not said, but for the cursor.
-func selection(query url.Values) listData {
+func (v *visit) selection() listData {
+	query := v.r.URL.Query()
 	data := listData{Environment: apikey.Production.String(), Search: strings.TrimSpace(query.Get("q"))}
-	if query.Get("environment") == apikey.Sandbox.String() {
+	data.Production = v.actor.Manages(data.Environment)
+	if query.Get("environment") == apikey.Sandbox.String() || !data.Production {
 		data.Environment = apikey.Sandbox.String()
 	}
 	if status := query.Get("status"); slices.Contains([]string{"active", "expiring", "expired", "revoked"}, status) {
@@ -118,9 +121,8 @@ func (l listData) query(cursor string) string {
 }
 
 func (d *Dashboard) list(v *visit) error {
-	query := v.r.URL.Query()
-	data := selection(query)
-	keys, next, err := d.find(v, &data, query.Get("cursor"))
+	data := v.selection()
+	keys, next, err := d.find(v, &data, v.r.URL.Query().Get("cursor"))
 	if err != nil {
 		return err
 	}

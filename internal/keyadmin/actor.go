@@ -95,6 +95,17 @@ func (a Actor) KeyID() string { return a.keyID }
 // Account returns the account whose keys the actor manages; empty for an operator.
 func (a Actor) Account() string { return a.account }
 
+// Manages reports whether keys of an environment are among those that the actor manages.
+func (a Actor) Manages(environment string) bool { return a.only() == "" || a.only() == environment }
+
+// Grants returns the scopes that keys may have which the actor makes.
+func (a Actor) Grants() []string {
+	if a.rank == operator {
+		return apikey.ScopeNames()
+	}
+	return a.scopes.Names()
+}
+
 // reach is all that the actor may see and change.
 func (a Actor) reach() keystore.Reach {
 	switch a.rank {

@@ -14,7 +14,7 @@ const chooses = { read: (name) => name.endsWith(":read"), all: () => true, none:
 for (const button of document.querySelectorAll("button[name=choose]")) {
   button.addEventListener("click", (event) => {
     event.preventDefault();
-    for (const box of document.querySelectorAll("input[name=scope]")) box.checked = chooses[button.value](box.value);
+    for (const box of document.querySelectorAll("input[name=scope]:enabled")) box.checked = chooses[button.value](box.value);
   });
 }
 document.querySelector("input[name=date]")?.addEventListener("input", () => {
