@@ -5,6 +5,8 @@ import (
 	"net/http"
 	"strings"
 
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/credential"
 	"github.com/rekall-ai/gateway/internal/dashboard"
@@ -36,6 +38,15 @@ func (k *Keys) signIn(r *http.Request, key string) (keyadmin.Actor, error) {
 	}
 	actor, err := k.holder(r, &cred)
 	return actor, forPeople(err)
+}
+
+// secure reports whether a browser used TLS: to Caddy, or as a trusted proxy says that ends it in front.
+func secure(r *http.Request) bool {
+	if trusted, _ := caddyhttp.GetVar(r.Context(), caddyhttp.TrustedProxyVarKey).(bool); !trusted || r.TLS != nil {
+		return r.TLS != nil
+	}
+	scheme, _, _ := strings.Cut(r.Header.Get("X-Forwarded-Proto"), ",") // the first of several proxies
+	return strings.EqualFold(strings.TrimSpace(scheme), "https")
 }
 
 // forPeople makes an answer of the API one of the dashboard. Other errors stay what they are.

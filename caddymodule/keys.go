@@ -113,7 +113,9 @@ func (k *Keys) provision(ctx caddy.Context) error {
 		return err
 	}
 	k.api = keysapi.New(keysapi.Config{Admin: m.admin, Actor: k.actor, Client: clientAddress, GitHub: github, Refused: logRefusal, Logger: k.logger})
-	k.dashboard = dashboard.New(dashboard.Config{Admin: m.admin, Person: k.visitor, SignIn: k.signIn, State: m.state, Logger: k.logger})
+	k.dashboard = dashboard.New(dashboard.Config{
+		Admin: m.admin, Person: k.visitor, SignIn: k.signIn, Secure: secure, State: m.state, Logger: k.logger,
+	})
 	return nil
 }
 

@@ -54,6 +54,9 @@ type Config struct {
 	// SignIn returns the holder of a key that was typed into the form. Its error is a *Refusal, or one of keyadmin's.
 	SignIn func(r *http.Request, key string) (keyadmin.Actor, error)
 
+	// Secure reports whether the visitor's browser sent a request with TLS, perhaps to a proxy in front.
+	Secure func(*http.Request) bool
+
 	// State outlives the Dashboard, so that a new configuration of the server signs nobody out.
 	State *State
 
@@ -164,7 +167,7 @@ func (d *Dashboard) actor(r *http.Request) (keyadmin.Actor, error) {
 	if !errors.Is(err, ErrNobody) {
 		return actor, err
 	}
-	return d.State.sessions.actor(r, d.Admin)
+	return d.State.sessions.actor(r, d.sessionID(r), d.Admin)
 }
 
 // layout is what every page has.

@@ -142,8 +142,7 @@ func (s *sessions) keyID(id string, polled bool) (string, bool) {
 
 // actor is whose session a request belongs to. Postgres is asked each time: a key that was revoked or has expired is signed
 // out at once, also where the edge has not heard of it.
-func (s *sessions) actor(r *http.Request, admin *keyadmin.Admin) (keyadmin.Actor, error) {
-	id := sessionID(r)
+func (s *sessions) actor(r *http.Request, id string, admin *keyadmin.Admin) (keyadmin.Actor, error) {
 	keyID, ok := s.keyID(id, r.Header.Get(pollHeader) != "")
 	if !ok {
 		return keyadmin.Actor{}, errSignedOut
@@ -158,24 +157,24 @@ func (s *sessions) actor(r *http.Request, admin *keyadmin.Admin) (keyadmin.Actor
 }
 
 // cookieName is one that pages without TLS cannot set, where there is TLS.
-func cookieName(r *http.Request) string {
-	if r.TLS != nil {
+func (d *Dashboard) cookieName(r *http.Request) string {
+	if d.Secure(r) {
 		return "__Secure-rekall-session"
 	}
 	return "rekall-session"
 }
 
-func sessionID(r *http.Request) string {
-	cookie, err := r.Cookie(cookieName(r))
+func (d *Dashboard) sessionID(r *http.Request) string {
+	cookie, err := r.Cookie(d.cookieName(r))
 	if err != nil {
 		return ""
 	}
 	return cookie.Value
 }
 
-func setCookie(w http.ResponseWriter, r *http.Request, value string, maxAge int) {
+func (d *Dashboard) setCookie(w http.ResponseWriter, r *http.Request, value string, maxAge int) {
 	http.SetCookie(w, &http.Cookie{
-		Name: cookieName(r), Value: value, Path: Root, MaxAge: maxAge, HttpOnly: true, Secure: r.TLS != nil, SameSite: http.SameSiteStrictMode,
+		Name: d.cookieName(r), Value: value, Path: Root, MaxAge: maxAge, HttpOnly: true, Secure: d.Secure(r), SameSite: http.SameSiteStrictMode,
 	})
 }
 
@@ -234,14 +233,14 @@ func (d *Dashboard) signIn(w http.ResponseWriter, r *http.Request) {
 	case err != nil:
 		v.fail(err)
 	default:
-		d.State.sessions.end(sessionID(r))
-		setCookie(w, r, d.State.sessions.begin(actor.KeyID()), int(maxSession.Seconds()))
+		d.State.sessions.end(d.sessionID(r))
+		d.setCookie(w, r, d.State.sessions.begin(actor.KeyID()), int(maxSession.Seconds()))
 		_ = v.redirect(next, "")
 	}
 }
 
 func (d *Dashboard) signOut(w http.ResponseWriter, r *http.Request) {
-	d.State.sessions.end(sessionID(r))
-	setCookie(w, r, "", -1)
+	d.State.sessions.end(d.sessionID(r))
+	d.setCookie(w, r, "", -1)
 	_ = (&visit{Dashboard: d, w: w, r: r}).redirect(Root, "")
 }

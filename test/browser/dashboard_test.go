@@ -117,7 +117,7 @@ func useRotateRevoke(t *testing.T) {
 	if status := call(t, "GET", "/v1/memories", successor); status != 200 {
 		t.Fatalf("status %d", status)
 	}
-	b.see("p", "New key 1") // by itself
+	b.see("p", "New key 1")       // by itself
 	b.click("a", "Undo rotation") // it is in use by now
 	b.fill("#name", "Used")
 	b.click("button", "Undo rotation")
