@@ -176,7 +176,7 @@ type layout struct {
 	Account  string // empty: nobody is signed in
 	CanLeave bool   // whether there is a session to end
 	Notice   string
-	Reload   bool // the page shows what changes by itself
+	Live     string // address of a page that shows what changes by itself; empty: it does not
 	Data     any
 }
 

@@ -3,6 +3,7 @@ package dashboard
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"net/http"
 	"slices"
@@ -67,6 +68,17 @@ type edges struct {
 	All       bool // every one of them has confirmed it
 }
 
+// News is what those hear who do not see the page, as it changes.
+func (e *edges) News() string {
+	switch {
+	case !e.Watched:
+		return "Every edge refuses the key within 60 seconds."
+	case e.Done && len(e.Confirmed) > 0:
+		return "No edge that reports allows this key."
+	}
+	return fmt.Sprintf("%d of %d edges refuse the key.", len(e.Confirmed), len(e.Confirmed)+len(e.Waiting))
+}
+
 func (d *Dashboard) key(v *visit) error { return d.showKeyPage(v, http.StatusOK, "", "") }
 
 func (d *Dashboard) showKeyPage(v *visit, status int, newName, problem string) error {
@@ -90,8 +102,11 @@ func (d *Dashboard) showKeyPage(v *visit, status int, newName, problem string) e
 	if data.Edges, err = d.edgesOf(ctx, key); err != nil {
 		return err
 	}
-	live := data.Rotation != nil || data.Edges != nil && !data.Edges.Done
-	return v.show(status, "key", layout{Title: key.Name, Reload: live, Data: data})
+	page := layout{Title: key.Name, Data: data}
+	if data.Rotation != nil || data.Edges != nil && !data.Edges.Done {
+		page.Live = Root + "/" + key.ID + "?range=" + data.Range
+	}
+	return v.show(status, "key", page)
 }
 
 // addUsage adds what the key was used for in the range that was asked for, and its marks.

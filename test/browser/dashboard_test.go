@@ -13,6 +13,7 @@ import (
 	"github.com/chromedp/cdproto/emulation"
 	"github.com/chromedp/cdproto/network"
 	"github.com/chromedp/chromedp"
+	"github.com/chromedp/chromedp/kb"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
@@ -26,6 +27,8 @@ func TestDashboard(t *testing.T) {
 			"a key is created, copied and never shown again":   createAndCopy,
 			"a key is used, rotated and revoked at every edge": useRotateRevoke,
 			"a live page is no use of its session":             livePage,
+			"a live page keeps the focus and what is typed":    livePageInUse,
+			"an order is applied when it is asked for":         order,
 			"another account sees nothing":                     anotherAccount,
 			"errors say what to do":                            errorStates,
 			"the policy stops an injected script":              injectedScript,
@@ -169,6 +172,68 @@ func livePage(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.see("h1", "Sign in")
+}
+
+// livePageInUse changes what a page shows while its visitor works on it.
+func livePageInUse(t *testing.T) {
+	b := newTab(t)
+	manager, old, moving := key(t, "working", "Manager", true), key(t, "working", "Old", false), key(t, "working", "Moving", false)
+	rotate := func(old keyadmin.Key) string {
+		successor, err := world.admin.Rotate(t.Context(), keyadmin.Operator("test"), old.ID, keyadmin.Overlap{OnFirstUse: true, For: 24 * time.Hour})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return successor.Key.Reveal()
+	}
+	is := func(what, expression string) {
+		t.Helper()
+		eventually(t, what, func() (is bool) {
+			b.run(chromedp.Evaluate(expression, &is))
+			return is
+		})
+	}
+	successor, moved := rotate(old), rotate(moving)
+	b.signIn(manager)
+	b.open("/" + moving.ID)
+	b.see("p", "Neither key was used")
+	call(t, "GET", "/v1/memories", moved)
+	is("what changed is told", `document.querySelector("[role=status]#news").textContent === "All traffic has moved to the new key."`)
+
+	b.open("/" + old.ID)
+	b.see("p", "Neither key was used")
+	b.run(chromedp.Focus("#rotation button", chromedp.ByQuery))
+	call(t, "GET", "/v1/memories", old.Key.Reveal())
+	b.see("p", "Old key 1")
+	is("the focus stays", `document.activeElement.textContent === "Undo rotation"`)
+	b.fill("input[name=name]", "Half typed")
+	call(t, "GET", "/v1/memories", successor)
+	b.see("section[@id='about']", "in 24 hours")
+	b.see("div[@id='rotation']", "This key ends in 24 hours")
+	if _, err := world.admin.UndoRotation(t.Context(), keyadmin.Operator("test"), old.ID); err != nil {
+		t.Fatal(err)
+	}
+	b.see("a", "Rotate")
+	b.see("section[@id='history']", "Rotation undone")
+	is("the name stays", `document.querySelector("input[name=name]").value === "Half typed"`)
+
+	rotate(old)
+	b.open("/" + old.ID)
+	b.fill("input[name=name]", "Half typed")
+	if _, err := world.admin.Revoke(t.Context(), keyadmin.Operator("test"), manager.ID); err != nil {
+		t.Fatal(err)
+	}
+	b.see("p[@role='status']", "Your session has ended")
+	is("the name stays", `document.querySelector("input[name=name]").value === "Half typed"`)
+	b.click("button", "Save")
+	b.see("p", "nothing was changed")
+}
+
+func order(t *testing.T) {
+	b := newTab(t)
+	b.signIn(key(t, "order", "Manager", true))
+	b.run(chromedp.Focus("select[name=sort]", chromedp.ByQuery), chromedp.KeyEvent(kb.ArrowDown), chromedp.KeyEvent(kb.ArrowDown))
+	b.click("button", "Apply")
+	eventually(t, "the list is in the order that was chosen", func() bool { return strings.Contains(b.location(), "sort=last-used") })
 }
 
 func anotherAccount(t *testing.T) {

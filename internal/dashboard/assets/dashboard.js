@@ -21,12 +21,6 @@ document.querySelector("input[name=date]")?.addEventListener("input", () => {
   document.querySelector("input[name=expiry][value=date]").checked = true;
 });
 
-// Filters apply when they are chosen.
-const filter = document.querySelector("form[data-filter]");
-if (filter) {
-  for (const select of filter.querySelectorAll("select")) select.addEventListener("change", () => filter.submit());
-}
-
 // A new key is copied on request, and leaves the page with the visitor: neither back nor a reload brings it again.
 const secret = document.getElementById("secret");
 if (secret) {
@@ -50,26 +44,50 @@ addEventListener("pageshow", (event) => {
   if (event.persisted) location.reload();
 });
 
+// update makes a node like a newer one and leaves the rest of it as it is: the focus stays where it was. What leads elsewhere is
+// replaced: nobody is to press a button that became another a moment ago.
+const leadsTo = (node) => [node.nodeName, node.id, node.getAttribute?.("href"), node.getAttribute?.("action")].join();
+const update = (node, newer) => {
+  if (node.isEqualNode(newer)) return;
+  if (leadsTo(node) !== leadsTo(newer)) return node.replaceWith(document.importNode(newer, true));
+  if (node.nodeType !== Node.ELEMENT_NODE) {
+    node.nodeValue = newer.nodeValue;
+    return;
+  }
+  for (const { name } of [...node.attributes]) if (!newer.hasAttribute(name)) node.removeAttribute(name);
+  for (const { name, value } of newer.attributes) if (node.getAttribute(name) !== value) node.setAttribute(name, value);
+  const nodes = [...node.childNodes];
+  const newerNodes = [...newer.childNodes];
+  for (const extra of nodes.slice(newerNodes.length)) extra.remove();
+  newerNodes.forEach((child, i) => (i < nodes.length ? update(nodes[i], child) : node.append(document.importNode(child, true))));
+};
+
 // Live parts are taken from the page itself, read again. An XMLHttpRequest parses it without running anything. It keeps no
-// session alive, and shows the sign-in form when the session has ended.
-const partsOf = (doc) => doc.querySelectorAll("[data-part]");
+// session alive, and shows the sign-in form when the session has ended, unless something is being typed.
+const news = document.getElementById("news");
+const typed = () => document.getElementById("problem") || [...document.querySelectorAll("main input")].some((input) => input.value !== input.defaultValue);
+const live = document.body.dataset.live; // not where the page stands: that may be where a form was sent
 const poll = () => {
   const request = new XMLHttpRequest();
-  request.open("GET", location.href);
+  request.open("GET", live);
   request.setRequestHeader("X-Rekall-Poll", "1");
   request.responseType = "document";
   request.onloadend = () => {
-    if (request.status === 401) return location.reload();
-    const next = request.status === 200 ? request.response : null;
-    for (const part of next ? partsOf(document) : []) {
-      const fresh = next.getElementById(part.id);
-      if (!fresh) return location.reload();
-      if (fresh.isEqualNode(part) || part.contains(document.activeElement)) continue;
-      part.replaceWith(document.adoptNode(fresh));
+    if (request.status === 401 && typed()) {
+      news.className = "warning";
+      news.textContent = "Your session has ended. What you see may be old, and a form that you send changes nothing.";
+      return;
     }
-    if (next && !next.body.hasAttribute("data-live")) return;
+    if (request.status === 401) return location.replace(live);
+    const next = request.status === 200 ? request.response : null;
+    for (const part of next ? document.querySelectorAll("[data-part]") : []) {
+      const said = part.dataset.news;
+      update(part, next.getElementById(part.id));
+      if (part.dataset.news && part.dataset.news !== said) news.textContent = part.dataset.news;
+    }
+    if (next && !next.body.dataset.live) return;
     setTimeout(poll, document.hidden ? 10000 : 1000);
   };
   request.send();
 };
-if (document.body.hasAttribute("data-live")) setTimeout(poll, 500);
+if (live) setTimeout(poll, 500);
