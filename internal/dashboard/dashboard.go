@@ -183,9 +183,6 @@ type layout struct {
 // show writes a page as a whole or, if its template fails, not at all.
 func (v *visit) show(status int, template string, page layout) error {
 	page.Account, page.CanLeave = v.actor.Account(), v.actor.KeyID() != ""
-	if page.Notice == "" {
-		page.Notice = notices[v.r.URL.Query().Get("done")]
-	}
 	var body bytes.Buffer
 	if err := templates[template].Execute(&body, page); err != nil {
 		return err
@@ -194,18 +191,6 @@ func (v *visit) show(status int, template string, page layout) error {
 	v.w.WriteHeader(status)
 	_, _ = v.w.Write(body.Bytes()) // the browser may be gone
 	return nil
-}
-
-// notices are what a page says after a form was sent, by the word in its address.
-var notices = map[string]string{
-	"renamed":    "The key has its new name.",
-	"undone":     "The rotation is undone. The successor is revoked, and this key has its old expiry again.",
-	"revoked":    "The key is revoked, for good.",
-	"existing":   "That form was sent before: the key exists already, and was shown then. If you did not copy it, revoke it and create another.",
-	"rotated":    "This key is being rotated already. Its successor was shown when it was made.",
-	"awaited":    "This key was not used yet, and the older key that it replaces lives on until then. Use it first, or undo the rotation of the older key.",
-	"ended":      "This key has ended. Create a new one.",
-	"norotation": "This key is not being rotated: there is nothing to undo.",
 }
 
 // redirect ends a visit that sent a form, so that a reload does not send it again.

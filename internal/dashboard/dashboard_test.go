@@ -742,6 +742,48 @@ func TestUndoingARotationWhoseSuccessorIsInUseAsksForItsName(t *testing.T) {
 	}
 }
 
+func TestRotationIsMadeOnceThoughItsFormIsSentAgain(t *testing.T) {
+	r := newRig(t)
+	b := r.browser("ann@acme")
+	for _, overlap := range []string{"0", "1d"} {
+		old := r.key("acme", "Old", false)
+		once := regexp.MustCompile(`name="once" value="([^"]+)"`).FindStringSubmatch(b.do("/"+old.ID+"/rotate", nil).body)
+		if once == nil {
+			t.Fatal("the form is not made for one rotation")
+		}
+		form := url.Values{"overlap": {overlap}, "once": {once[1]}}
+		b.do("/"+old.ID+"/rotate", form).want(t, http.StatusCreated)
+		rotated, err := r.admin.Get(t.Context(), operator, old.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		again := b.do("/"+old.ID+"/rotate", form)
+		again.want(t, http.StatusSeeOther)
+		if want := dashboard.Root + "/" + *rotated.Successor + "?done=existing"; again.Header.Get("Location") != want {
+			t.Errorf("%s: sent again, it leads to %s, want %s", overlap, again.Header.Get("Location"), want)
+		}
+		b.do("/"+*rotated.Successor+"?done=existing", nil).want(t, http.StatusOK, "That form was sent before")
+	}
+}
+
+func TestLinkMakesThePageClaimNothingThatIsNotSo(t *testing.T) {
+	r := newRig(t)
+	key := r.key("acme", "Leaked", false)
+	b := r.browser("ann@acme")
+	for _, word := range []string{"revoked", "undone", "rotated", "awaited", "ended"} {
+		for _, page := range []reply{b.do("/"+key.ID+"?done="+word, nil), b.do("?done="+word, nil), r.browser("").do("?done="+word, nil)} {
+			if strings.Contains(page.body, `class="notice"`) {
+				t.Errorf("%s has a notice", page.Request.URL)
+			}
+		}
+	}
+	if _, err := r.admin.Revoke(t.Context(), operator, key.ID); err != nil {
+		t.Fatal(err)
+	}
+	b.do("/"+key.ID+"?done=revoked", nil).want(t, http.StatusOK, "The key is revoked, for good.")
+	b.do("/"+key.ID+"?done=ended", nil).want(t, http.StatusOK, "This key has ended.")
+}
+
 func TestPageClaimsNothingOfEdgesThatDoNotReport(t *testing.T) {
 	r := newRig(t)
 	key := r.key("acme", "Key", false)

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
@@ -102,11 +103,41 @@ func (d *Dashboard) showKeyPage(v *visit, status int, newName, problem string) e
 	if data.Edges, err = d.edgesOf(ctx, key); err != nil {
 		return err
 	}
-	page := layout{Title: key.Name, Data: data}
+	page := layout{Title: key.Name, Notice: data.notice(v.r.URL.Query().Get("done")), Data: data}
 	if data.Rotation != nil || data.Edges != nil && !data.Edges.Done {
 		page.Live = Root + "/" + key.ID + "?range=" + data.Range
 	}
 	return v.show(status, "key", page)
+}
+
+// notice is what a key's page says after a form was sent, by the word in its address. Anybody can make a link with any word, so
+// it is said only of a key that is so.
+func (k keyData) notice(done string) string {
+	active := k.Key.Status == keyadmin.Active
+	undone := slices.ContainsFunc(k.History, func(e keyadmin.AuditEntry) bool { return e.Action == keyadmin.KeyRotationUndone })
+	notice := map[string]struct {
+		holds bool
+		text  string
+	}{
+		"renamed":  {true, "The key has its new name."},
+		"undone":   {undone && k.Key.Successor == nil, "The rotation is undone. The successor is revoked, and this key has its old expiry again."},
+		"revoked":  {k.Key.Status == keyadmin.Revoked, "The key is revoked, for good."},
+		"existing": {
+			k.Key.LastUsedAt == nil,
+			"That form was sent before: the key exists already, and was shown then. If you did not copy it, revoke it and create another.",
+		},
+		"rotated":  {k.Rotation != nil, "This key is being rotated already. Its successor was shown when it was made."},
+		"awaited": {
+			active && k.Key.OverlapOnFirstUse != nil,
+			"This key was not used yet, and the older key that it replaces lives on until then. Use it first, or undo the rotation of the older key.",
+		},
+		"ended":      {!active, "This key has ended. Create a new one."},
+		"norotation": {k.Rotation == nil && !k.Key.GraceStarted, "This key is not being rotated: there is nothing to undo."},
+	}[done]
+	if !notice.holds {
+		return ""
+	}
+	return notice.text
 }
 
 // addUsage adds what the key was used for in the range that was asked for, and its marks.
@@ -224,7 +255,8 @@ type changeData struct {
 	Successor keyadmin.Key // where a rotation is taken back
 	Problem   string
 	Typed     string
-	Self      bool // the key that is to end is the one that signed in
+	Once      string // makes a form that is sent again harmless
+	Self      bool   // the key that is to end is the one that signed in
 }
 
 func (d *Dashboard) changeForm(v *visit) (changeData, error) {
@@ -240,6 +272,7 @@ func (d *Dashboard) rotateForm(v *visit) error {
 	if data.Key.Status != keyadmin.Active {
 		return v.redirect(Root+"/"+data.Key.ID, "ended")
 	}
+	data.Once = apikey.RandomText(32)
 	return v.show(http.StatusOK, "rotate", layout{Title: "Rotate key", Data: data})
 }
 
@@ -253,8 +286,12 @@ func (d *Dashboard) rotate(v *visit) error {
 	if err != nil {
 		return err
 	}
-	successor, err := d.Admin.Rotate(v.r.Context(), v.actor, id, overlap)
+	successor, replayed, err := d.Admin.RotateOnce(v.r.Context(), v.actor, id, overlap, form.Get("once"))
 	switch {
+	case replayed:
+		return v.redirect(Root+"/"+successor.ID, "existing")
+	case errors.Is(err, keyadmin.ErrIdempotencyMismatch): // the form made a successor, and was sent with another choice
+		return v.redirect(Root+"/"+id, "rotated")
 	case errors.Is(err, keyadmin.ErrAlreadyRotated):
 		return v.redirect(Root+"/"+id, "rotated")
 	case errors.Is(err, keyadmin.ErrAwaited):
