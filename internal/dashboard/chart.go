@@ -34,7 +34,6 @@ type bar struct {
 	Spike              bool
 	Threshold          *int64
 	When               string
-	MarkX, MarkY       float64 // of the dot above a spike
 }
 
 // point is what a bar is drawn from.
@@ -84,7 +83,7 @@ func draw(points []point, s size, unit string) chart {
 	}
 	c.Label = fmt.Sprintf("%d requests, by %s; most in one %s: %d; spikes: %d", sum, unit, unit, c.Max, spikes)
 	c.From, c.To = points[0].when, points[len(points)-1].when
-	const top = 0.12 // of the height is for the marks of spikes
+	const top = 0.12 // of the height stays free
 	step := s.Width / float64(len(points))
 	scale := s.Height * (1 - top) / float64(max(c.Max, 1))
 	for i, p := range points {
@@ -94,7 +93,6 @@ func draw(points []point, s size, unit string) chart {
 		}
 		b.AllowedY = s.Height - b.AllowedH
 		b.DeniedY = b.AllowedY - b.DeniedH
-		b.MarkX, b.MarkY = b.X+b.Width/2, b.DeniedY-s.Height*top*0.6
 		c.Bars = append(c.Bars, b)
 	}
 	return c

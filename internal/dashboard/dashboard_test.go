@@ -618,6 +618,34 @@ func TestMarksAndChartSayWhatNeedsALook(t *testing.T) {
 	}
 }
 
+func TestKeyTypedIntoTheWrongFieldDoesNotComeBack(t *testing.T) {
+	r := newRig(t)
+	key := r.key("acme", "Key", false)
+	b := r.browser("ann@acme")
+	mistaken := apikey.Generate(apikey.Production)
+	form := createForm(mistaken)
+	for what, page := range map[string]reply{
+		"search": b.do("?q="+mistaken, nil), "create": b.do("/new", form),
+		"rename": b.do("/"+key.ID+"/rename", url.Values{"name": {mistaken}}), "revoke": b.do("/"+key.ID+"/revoke", url.Values{"name": {mistaken}}),
+	} {
+		if apikey.ContainsKey(page.body) {
+			t.Errorf("%s: %d, and the page has the key", what, page.StatusCode)
+		}
+	}
+}
+
+func TestPageOfAKeyTellsItsIDItsLimitsAndWhenExactlyItEnds(t *testing.T) {
+	r := newRig(t)
+	key := r.key("acme", "Key", false)
+	pgtest.Exec(t, r.database, `update rekall.api_keys set expires_at = '2036-05-04 12:34:56Z' where id = $1`, key.ID)
+	perMinute := 1234
+	if _, err := r.admin.SetKeyLimits(t.Context(), operator, key.ID, keyadmin.LimitsChange{PerMinute: &perMinute}); err != nil {
+		t.Fatal(err)
+	}
+	r.browser("ann@acme").do("/"+key.ID, nil).want(t, http.StatusOK,
+		"<code>"+key.ID+"</code>", ">4 May 2036, 12:34:56 UTC<", "1234 a minute, 1851 in 15 seconds")
+}
+
 func TestSparklineAndMarksAreOfSevenDays(t *testing.T) {
 	r := newRig(t)
 	key := r.key("acme", "Old spike", false)

@@ -17,6 +17,7 @@ import (
 // keyData is the page of a key.
 type keyData struct {
 	Key      keyadmin.Key
+	Limits   keyadmin.Limits
 	Marks    []mark
 	Usage    keyadmin.Usage
 	Range    string
@@ -89,6 +90,11 @@ func (d *Dashboard) showKeyPage(v *visit, status int, newName, problem string) e
 		return err
 	}
 	data := keyData{Key: key, Problem: problem, NewName: or(newName, key.Name), Self: key.ID == v.actor.KeyID()}
+	limits, err := d.Admin.KeyLimits(ctx, v.actor, key.ID)
+	if err != nil {
+		return err
+	}
+	data.Limits = limits.Effective
 	if err := d.addUsage(v, &data); err != nil {
 		return err
 	}
@@ -119,14 +125,14 @@ func (k keyData) notice(done string) string {
 		holds bool
 		text  string
 	}{
-		"renamed":  {true, "The key has its new name."},
-		"undone":   {undone && k.Key.Successor == nil, "The rotation is undone. The successor is revoked, and this key has its old expiry again."},
-		"revoked":  {k.Key.Status == keyadmin.Revoked, "The key is revoked, for good."},
+		"renamed": {true, "The key has its new name."},
+		"undone":  {undone && k.Key.Successor == nil, "The rotation is undone. The successor is revoked, and this key has its old expiry again."},
+		"revoked": {k.Key.Status == keyadmin.Revoked, "The key is revoked, for good."},
 		"existing": {
 			k.Key.LastUsedAt == nil,
 			"That form was sent before: the key exists already, and was shown then. If you did not copy it, revoke it and create another.",
 		},
-		"rotated":  {k.Rotation != nil, "This key is being rotated already. Its successor was shown when it was made."},
+		"rotated": {k.Rotation != nil, "This key is being rotated already. Its successor was shown when it was made."},
 		"awaited": {
 			active && k.Key.OverlapOnFirstUse != nil,
 			"This key was not used yet, and the older key that it replaces lives on until then. Use it first, or undo the rotation of the older key.",

@@ -24,8 +24,6 @@ const (
 
 	// maxSorted is how many of the newest keys a list in another order is made of.
 	maxSorted = 500
-
-	expiringWithin = 14 * 24 * time.Hour // as keyadmin's filter has it
 )
 
 // listData is the list of keys, as it was asked for.
@@ -95,7 +93,7 @@ func parsePlace(cursor string) (p place, err error) {
 // selection is what the list's form says. What cannot be is as if it were not said, but for the cursor.
 func (v *visit) selection() listData {
 	query := v.r.URL.Query()
-	data := listData{Environment: apikey.Production.String(), Search: strings.TrimSpace(query.Get("q"))}
+	data := listData{Environment: apikey.Production.String(), Search: apikey.Redact(strings.TrimSpace(query.Get("q")))}
 	data.Production = v.actor.Manages(data.Environment)
 	if query.Get("environment") == apikey.Sandbox.String() || !data.Production {
 		data.Environment = apikey.Sandbox.String()
@@ -223,7 +221,7 @@ func marks(key keyadmin.Key, usage keyadmin.Usage) []mark {
 		return nil
 	}
 	var marks []mark
-	if key.ExpiresAt != nil && time.Until(*key.ExpiresAt) < expiringWithin {
+	if key.Expiring {
 		marks = append(marks, mark{"warn", "Expires soon", "Ends within 14 days"})
 	}
 	week := weekStart(usage.To)

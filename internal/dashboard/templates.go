@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
@@ -36,6 +37,7 @@ var functions = template.FuncMap{
 	"first":   first,
 	"plus":    func(a, b int64) int64 { return a + b },
 	"short":   short,
+	"redact":  apikey.Redact, // a key that was typed into the wrong field is not to come back in the page
 	"ranges":  func() []string { return []string{"24h", "7d", "30d"} },
 }
 

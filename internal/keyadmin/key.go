@@ -43,6 +43,9 @@ type Key struct {
 	// as ParseDuration reads it.
 	OverlapOnFirstUse *string `json:"overlap_on_first_use"`
 
+	// Expiring: the key is active and in its last 14 days, as ListRequest's status has it.
+	Expiring bool `json:"-"`
+
 	// GraceStarted says that ExpiresAt was set by the key's rotation. Undoing that restores the expiry that it had before.
 	GraceStarted bool `json:"-"`
 }
@@ -64,6 +67,7 @@ func fromRow(row keystore.Row) Key {
 		Predecessor: optional(row.Predecessor), Successor: optional(row.Successor),
 		GraceStarted: row.GraceStartedAt != nil,
 	}
+	key.Expiring = key.Status == Active && row.ExpiresAt != nil && row.ExpiresAt.Sub(row.Now) < expiringWithin
 	if environment, err := apikey.ParseEnvironment(row.Environment); err == nil {
 		key.Masked = apikey.Mask(environment, row.Hint)
 	}

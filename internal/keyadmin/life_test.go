@@ -155,6 +155,9 @@ func TestListFindsByEveryFilter(t *testing.T) {
 		var names []string
 		for _, key := range page.Keys {
 			names = append(names, key.Name)
+			if key.Expiring != (key.Name == "Staging backend 100%") {
+				t.Errorf("%s: expiring %v, unlike the list of those that are", key.Name, key.Expiring)
+			}
 		}
 		if got := strings.Join(names, ", "); err != nil || got != test.want {
 			t.Errorf("%+v: %q, %v, want %q", test.request, got, err, test.want)
