@@ -373,7 +373,9 @@ func TestFormSentAfterTheSessionEndedSaysThatNothingWasChanged(t *testing.T) {
 		return reply.Header.Get("Location")
 	}
 	signIn("")
-	for path, form := range map[string]url.Values{"/revoke": {"name": {"Leaked"}}, "/rename": {"name": {"Other"}}, "/rotate": {"overlap": {"0"}}} {
+	for path, form := range map[string]url.Values{
+		"/revoke": {"name": {"Leaked"}}, "/rename": {"name": {"Other"}}, "/rotate": {"overlap": {"0"}},
+	} {
 		now = now.Add(31 * time.Minute)
 		page := b.do("/"+leaked.ID+path, form)
 		page.want(t, http.StatusUnauthorized, "Your session has ended, so nothing was changed.")
@@ -387,7 +389,8 @@ func TestFormSentAfterTheSessionEndedSaysThatNothingWasChanged(t *testing.T) {
 		}
 		b.do(strings.TrimPrefix(want, dashboard.Root), nil).want(t, http.StatusOK)
 	}
-	if key, err := r.admin.Get(t.Context(), operator, leaked.ID); err != nil || key.Status != keyadmin.Active || key.Name != "Leaked" || key.Successor != nil {
+	key, err := r.admin.Get(t.Context(), operator, leaked.ID)
+	if err != nil || key.Status != keyadmin.Active || key.Name != "Leaked" || key.Successor != nil {
 		t.Errorf("%+v, %v", key, err)
 	}
 }
@@ -396,9 +399,9 @@ func TestSigningInLeadsToNoOtherSite(t *testing.T) {
 	r := newRig(t)
 	key := r.key("acme", "Manager", true)
 	for _, next := range []string{
-		"https://evil.example", "//evil.example" + dashboard.Root, "https://evil.example" + dashboard.Root, "/", "/settings/api-keysevil", `\\evil.example`,
-		dashboard.Root + "/../../x", dashboard.Root + "/%2e%2e/x", dashboard.Root + "//evil.example", "javascript:alert(1)", dashboard.Root + "/\r\nX: y", "",
-		dashboard.Root + "@evil.example", "//a@evil.example" + dashboard.Root,
+		"", "/", "/settings/api-keysevil", "javascript:alert(1)", `\\evil.example`, "https://evil.example", "https://evil.example" + dashboard.Root,
+		"//evil.example" + dashboard.Root, "//a@evil.example" + dashboard.Root, dashboard.Root + "@evil.example",
+		dashboard.Root + "/../../x", dashboard.Root + "/%2e%2e/x", dashboard.Root + "//evil.example", dashboard.Root + "/\r\nX: y",
 	} {
 		reply := r.browser("").do("/sign-in", url.Values{"key": {key.Key.Reveal()}, "next": {next}})
 		reply.want(t, http.StatusSeeOther)
@@ -507,7 +510,10 @@ func TestQuickChoicesOfANarrowManagerMakeAKey(t *testing.T) {
 			form.want(t, http.StatusOK, "sandbox keys only")
 		}
 		for choose, want := range map[string]string{"read": "entities:read", "all": "entities:read entities:write"} {
-			values := url.Values{"name": {choose}, "environment": {environment}, "expiry": {"90d"}, "once": {apikey.RandomText(32)}, "choose": {choose}}
+			values := createForm(choose)
+			values.Del("scope")
+			values.Set("environment", environment)
+			values.Set("choose", choose)
 			filled := b.do("/new", values)
 			values.Del("choose")
 			for _, scope := range regexp.MustCompile(`name="scope" value="([^"]+)" checked`).FindAllStringSubmatch(filled.body, -1) {
@@ -623,10 +629,11 @@ func TestKeyTypedIntoTheWrongFieldDoesNotComeBack(t *testing.T) {
 	key := r.key("acme", "Key", false)
 	b := r.browser("ann@acme")
 	mistaken := apikey.Generate(apikey.Production)
-	form := createForm(mistaken)
 	for what, page := range map[string]reply{
-		"search": b.do("?q="+mistaken, nil), "create": b.do("/new", form),
-		"rename": b.do("/"+key.ID+"/rename", url.Values{"name": {mistaken}}), "revoke": b.do("/"+key.ID+"/revoke", url.Values{"name": {mistaken}}),
+		"search": b.do("?q="+mistaken, nil),
+		"create": b.do("/new", createForm(mistaken)),
+		"rename": b.do("/"+key.ID+"/rename", url.Values{"name": {mistaken}}),
+		"revoke": b.do("/"+key.ID+"/revoke", url.Values{"name": {mistaken}}),
 	} {
 		if apikey.ContainsKey(page.body) {
 			t.Errorf("%s: %d, and the page has the key", what, page.StatusCode)
@@ -651,7 +658,11 @@ func TestSparklineAndMarksAreOfSevenDays(t *testing.T) {
 	key := r.key("acme", "Old spike", false)
 	pgtest.Exec(t, r.database, `insert into rekall.usage (key_id, hour, outcome, count)
 		select $1, date_trunc('hour', now()) - interval '1 day' * n, 'allowed', 1 from generate_series(0, 20) n`, key.ID)
-	pgtest.Exec(t, r.database, `insert into rekall.spikes (key_id, hour, threshold) values ($1, date_trunc('hour', now()) - interval '20 days', 321)`, key.ID)
+	spike := func(daysAgo int) {
+		pgtest.Exec(t, r.database, `insert into rekall.spikes (key_id, hour, threshold)
+			values ($1, date_trunc('hour', now()) - interval '1 day' * $2, 321)`, key.ID, daysAgo)
+	}
+	spike(20)
 	b := r.browser("ann@acme")
 	if n := strings.Count(b.do("", nil).body, "<g>"); n != 7 {
 		t.Errorf("the sparkline has %d days", n)
@@ -661,7 +672,7 @@ func TestSparklineAndMarksAreOfSevenDays(t *testing.T) {
 			t.Errorf("%q marks a spike of 20 days ago", path)
 		}
 	}
-	pgtest.Exec(t, r.database, `insert into rekall.spikes (key_id, hour, threshold) values ($1, date_trunc('hour', now()) - interval '3 days', 321)`, key.ID)
+	spike(3)
 	for _, path := range []string{"", "/" + key.ID + "?range=24h", "/" + key.ID, "/" + key.ID + "?range=30d"} {
 		b.do(path, nil).want(t, http.StatusOK, "than usual in the last 7 days")
 	}
@@ -727,8 +738,10 @@ func TestTrafficHasMovedOnceTheOldKeyIsNoLongerUsedHoweverBusyItWas(t *testing.T
 		t.Fatal(err)
 	}
 	pgtest.Exec(t, r.database, `insert into rekall.usage (key_id, hour, outcome, count) values
-		($1, date_trunc('hour', now()) - interval '5 hours', 'allowed', 1000000), ($2, date_trunc('hour', now()), 'allowed', 3)`, old.ID, *rotated.Successor)
-	pgtest.Exec(t, r.database, `insert into rekall.last_used (key_id, first_used_at, last_used_at) values ($1, now() - interval '2 days', now() - interval '5 hours')`, old.ID)
+		($1, date_trunc('hour', now()) - interval '5 hours', 'allowed', 1000000),
+		($2, date_trunc('hour', now()), 'allowed', 3)`, old.ID, *rotated.Successor)
+	pgtest.Exec(t, r.database, `insert into rekall.last_used (key_id, first_used_at, last_used_at)
+		values ($1, now() - interval '2 days', now() - interval '5 hours')`, old.ID)
 	b.do("/"+old.ID, nil).want(t, http.StatusOK, "All traffic has moved.", "Old key last used:", "5 hours ago", "<b>3</b> (100 %)")
 }
 
@@ -758,7 +771,7 @@ func TestUndoingARotationWhoseSuccessorIsInUseAsksForItsName(t *testing.T) {
 		t.Error("the page revokes a key that is in use with one click")
 	}
 	b.do("/"+old.ID+"/rotate/undo", nil).want(t, http.StatusOK, "Type the successor", id)
-	for problem, form := range map[string]url.Values{"The successor is in use. Nothing was undone.": {}, "not the successor": {"name": {"old"}}} {
+	for problem, form := range map[string]url.Values{"The successor is in use.": {}, "not the successor": {"name": {"old"}}} {
 		b.do("/"+old.ID+"/rotate/undo", form).want(t, http.StatusUnprocessableEntity, problem)
 	}
 	if key := successor(); key.Status != keyadmin.Active {

@@ -135,7 +135,8 @@ func (k keyData) notice(done string) string {
 		"rotated": {k.Rotation != nil, "This key is being rotated already. Its successor was shown when it was made."},
 		"awaited": {
 			active && k.Key.OverlapOnFirstUse != nil,
-			"This key was not used yet, and the older key that it replaces lives on until then. Use it first, or undo the rotation of the older key.",
+			"This key was not used yet, and the older key that it replaces lives on until then. " +
+				"Use it first, or undo the rotation of the older key.",
 		},
 		"ended":      {!active, "This key has ended. Create a new one."},
 		"norotation": {k.Rotation == nil && !k.Key.GraceStarted, "This key is not being rotated: there is nothing to undo."},

@@ -139,18 +139,20 @@ func TestUsageOfManyKeysIsEachOnesOwnAndWithinReach(t *testing.T) {
 	other.Account = "other"
 	theirs := create(t, admin, other)
 	pgtest.Exec(t, databaseURL, `insert into rekall.usage (key_id, hour, outcome, count) values
-		($1, date_trunc('hour', now()) - interval '3 hours', 'allowed', 7), ($1, date_trunc('hour', now()), 'allowed', 10), ($2, date_trunc('hour', now()), 'allowed', 5)`,
-		ours.ID, theirs.ID)
+		($1, date_trunc('hour', now()) - interval '3 hours', 'allowed', 7),
+		($1, date_trunc('hour', now()), 'allowed', 10),
+		($2, date_trunc('hour', now()), 'allowed', 5)`, ours.ID, theirs.ID)
 	pgtest.Exec(t, databaseURL, `insert into rekall.spikes (key_id, hour, threshold) values ($1, date_trunc('hour', now()), 9)`, ours.ID)
 	person, err := keyadmin.Person("ann", ours.Account)
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, err := admin.UsageSince(t.Context(), person, []string{ours.ID, idle.ID, theirs.ID, "nonsense"}, func(now time.Time) time.Time { return now.Add(-time.Hour) })
+	anHourAgo := func(now time.Time) time.Time { return now.Add(-time.Hour) }
+	got, err := admin.UsageSince(t.Context(), person, []string{ours.ID, idle.ID, theirs.ID, "nonsense"}, anHourAgo)
 	if err != nil || len(got) != 2 {
 		t.Fatalf("usage of %d keys, error %v", len(got), err)
 	}
-	if got[ours.ID].Total.Allowed != 10 || !got[ours.ID].Daily[0].Spike || got[idle.ID].Total.Allowed != 0 || got[idle.ID].From != got[ours.ID].From {
+	if used, unused := got[ours.ID], got[idle.ID]; used.Total.Allowed != 10 || !used.Daily[0].Spike || unused.Total.Allowed != 0 || unused.From != used.From {
 		t.Errorf("%+v", got)
 	}
 }

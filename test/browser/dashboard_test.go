@@ -179,7 +179,8 @@ func livePageInUse(t *testing.T) {
 	b := newTab(t)
 	manager, old, moving := key(t, "working", "Manager", true), key(t, "working", "Old", false), key(t, "working", "Moving", false)
 	rotate := func(old keyadmin.Key) string {
-		successor, err := world.admin.Rotate(t.Context(), keyadmin.Operator("test"), old.ID, keyadmin.Overlap{OnFirstUse: true, For: 24 * time.Hour})
+		overlap := keyadmin.Overlap{OnFirstUse: true, For: 24 * time.Hour}
+		successor, err := world.admin.Rotate(t.Context(), keyadmin.Operator("test"), old.ID, overlap)
 		if err != nil {
 			t.Fatal(err)
 		}
