@@ -73,9 +73,9 @@ type edges struct {
 // News is what those hear who do not see the page, as it changes.
 func (e *edges) News() string {
 	switch {
-	case !e.Watched:
+	case !e.Watched || e.Done && len(e.Confirmed) == 0:
 		return "Every edge refuses the key within 60 seconds."
-	case e.Done && len(e.Confirmed) > 0:
+	case e.Done:
 		return "No edge that reports allows this key."
 	}
 	return fmt.Sprintf("%d of %d edges refuse the key.", len(e.Confirmed), len(e.Confirmed)+len(e.Waiting))
@@ -126,7 +126,7 @@ func (k keyData) notice(done string) string {
 		text  string
 	}{
 		"renamed": {true, "The key has its new name."},
-		"undone":  {undone && k.Key.Successor == nil, "The rotation is undone. The successor is revoked, and this key has its old expiry again."},
+		"undone":  {undone && k.Rotation == nil, "The rotation is undone. The successor is revoked, and this key has its old expiry again."},
 		"revoked": {k.Key.Status == keyadmin.Revoked, "The key is revoked, for good."},
 		"existing": {
 			k.Key.LastUsedAt == nil,

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -190,7 +191,7 @@ func (v *visit) lastWeek(keys []keyadmin.Key) map[string]keyadmin.Usage {
 		ids = append(ids, key.ID)
 	}
 	usage, err := v.Admin.UsageSince(ctx, v.actor, ids, weekStart)
-	if err != nil {
+	if err != nil && !errors.Is(err, context.Canceled) {
 		v.Logger.Warn("the dashboard cannot read usage", zap.String("error", apikey.Redact(err.Error())))
 	}
 	return usage
@@ -228,7 +229,7 @@ func marks(key keyadmin.Key, usage keyadmin.Usage) []mark {
 	if slices.ContainsFunc(usage.Hourly, func(hour keyadmin.UsageHour) bool { return hour.Spike && !hour.Hour.Before(week) }) {
 		marks = append(marks, mark{"alert", "Spike", "Far more requests than usual in the last 7 days"})
 	}
-	if key.LastUsedAt == nil {
+	if key.LastUsedAt == nil && usage.FirstUsedAt == nil {
 		marks = append(marks, mark{"quiet", "Never used", "No request was allowed with this key so far"})
 	}
 	return slices.Clip(marks)
