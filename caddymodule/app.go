@@ -93,8 +93,9 @@ type App struct {
 	// of all edges applies. Default: 90d.
 	UsageRetention caddy.Duration `json:"usage_retention,omitempty"`
 
-	// Redis in which the edges share the limits of keys, as redis://user:password@host:6379/0, or rediss:// for TLS. No request
-	// waits for it; while it does not answer, each edge holds keys to its part of their limits. May contain placeholders.
+	// Redis in which the edges share the limits of keys, as redis://user:password@host:6379/0, or rediss:// for TLS. Edges
+	// lease requests from it ahead of need; while it does not answer, each edge holds keys to its part of their limits. May contain
+	// placeholders.
 	// Default: none, each edge holds keys to their limits by itself: N edges together let through up to N times as much.
 	RateLimitStore string `json:"rate_limit_store,omitempty"`
 

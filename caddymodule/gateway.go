@@ -217,7 +217,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 		}
 		x.record, x.now = found.Record, apikey.TimeOf(found.Now)
 		x.outcome = g.decide(x, r.Method, path, found)
-		x.hold(&found)
+		x.hold(r.Context(), &found)
 		if x.outcome != apikey.Allowed {
 			return x.refuse(w, r)
 		}

@@ -215,7 +215,7 @@ var observed = []series{
 	gauge("rekall_rate_limit_fallback", "1 while this edge holds keys to its part of their limits, because rate_limit_store does not answer.",
 		func(o *observation) float64 { return truth(o.limits.Fallback) }),
 	counter("rekall_rate_limit_store_outages_total", "Times that rate_limit_store did not answer.", func(o *observation) uint64 { return o.limits.Outages }),
-	counter("rekall_rate_limit_store_exchanges_total", "Round trips to rate_limit_store, for which no request waits.",
+	counter("rekall_rate_limit_store_exchanges_total", "Round trips to rate_limit_store, each for many keys at once.",
 		func(o *observation) uint64 { return o.limits.Exchanges }),
 }
 

@@ -1,6 +1,7 @@
 package caddymodule
 
 import (
+	"context"
 	"net/http"
 	"strconv"
 	"time"
@@ -19,7 +20,7 @@ type allowance struct {
 
 // hold counts the request against the limits of its key: once, and whether or not the key has the scope, so that a client
 // that is refused for its scopes can hammer no more than others. Beyond the limits, the outcome is that.
-func (x *exchange) hold(found *keycache.Found) {
+func (x *exchange) hold(ctx context.Context, found *keycache.Found) {
 	if x.gateway.limiter == nil {
 		return
 	}
@@ -27,15 +28,15 @@ func (x *exchange) hold(found *keycache.Found) {
 	if !goodKey || x.allowance.bucket != nil { // held already: the key has changed, and was found again
 		return
 	}
-	if !x.allowance.acquire(x.gateway.limiter, found) {
+	if !x.allowance.acquire(ctx, x.gateway.limiter, found) {
 		x.outcome = apikey.RateLimited
 	}
 }
 
 // acquire asks the limits of a key for one request, and reports whether it is within them: then release must follow.
-func (a *allowance) acquire(limiter *ratelimit.Limiter, found *keycache.Found) bool {
+func (a *allowance) acquire(ctx context.Context, limiter *ratelimit.Limiter, found *keycache.Found) bool {
 	limits := found.Limits()
-	bucket, verdict := limiter.Acquire(found.Record.Digest, ratelimit.Limit(limits))
+	bucket, verdict := limiter.Acquire(ctx, found.Record.Digest, ratelimit.Limit(limits))
 	*a = allowance{verdict: verdict, limits: limits}
 	if verdict.Allowed {
 		a.bucket = bucket
@@ -161,7 +162,7 @@ func (k *Keys) hold(r *http.Request, found *keycache.Found) error {
 	if !ok || !k.app.limits { // somebody signs in to the dashboard, or no gateway limits keys
 		return nil
 	}
-	allowed := m.acquire(k.app.runtime.limiter, found)
+	allowed := m.acquire(r.Context(), k.app.runtime.limiter, found)
 	if m.limits.PerMinute > 0 {
 		for i, value := range m.told(found.Now) {
 			m.header.Set(rateLimitHeaders[i], value)

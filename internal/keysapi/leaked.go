@@ -44,7 +44,7 @@ type received struct {
 // leaked revokes the keys that somebody has found.
 func (a *API) leaked(r *http.Request) (answer, error) {
 	client := a.Client(r)
-	if err := a.admit(client); err != nil {
+	if err := a.admit(r.Context(), client); err != nil {
 		return answer{}, err
 	}
 	f, err := readFields(r, maxReport, "keys")
@@ -77,7 +77,7 @@ func (a *API) report(ctx context.Context, reporter string, keys []string) (answe
 var everyone apikey.Digest
 
 // admit refuses an address that reports too often.
-func (a *API) admit(client netip.Addr) error {
+func (a *API) admit(ctx context.Context, client netip.Addr) error {
 	const sweep = 256
 	if a.reports.Add(1)%sweep == 0 {
 		a.limiter.GiveBack()
@@ -86,7 +86,7 @@ func (a *API) admit(client netip.Addr) error {
 		digest apikey.Digest
 		limit  ratelimit.Limit
 	}{{sha256.Sum256(network(client)), leaksOfOne}, {everyone, leaksOfAll}} {
-		bucket, verdict := a.limiter.Acquire(one.digest, one.limit)
+		bucket, verdict := a.limiter.Acquire(ctx, one.digest, one.limit)
 		if !verdict.Allowed {
 			return tooOften(verdict.RetryAfter)
 		}

@@ -136,11 +136,12 @@ func New() *Limiter {
 	return l
 }
 
-// Acquire asks for one request of a key. If it is allowed, Release of the bucket must follow when the request has ended.
-func (l *Limiter) Acquire(d apikey.Digest, limit Limit) (*Bucket, Verdict) {
+// Acquire asks for one request of a key. If it is allowed, Release of the bucket must follow when the request has ended. Until ctx
+// is done, it may wait for the store, a tenth of a second at most, rather than refuse what is within the limit.
+func (l *Limiter) Acquire(ctx context.Context, d apikey.Digest, limit Limit) (*Bucket, Verdict) {
 	for {
 		b := l.bucket(d)
-		if verdict, ok := l.acquire(b, limit); ok {
+		if verdict, ok := l.acquire(ctx, b, limit); ok {
 			return b, verdict
 		}
 	}
@@ -148,23 +149,23 @@ func (l *Limiter) Acquire(d apikey.Digest, limit Limit) (*Bucket, Verdict) {
 
 // acquire asks a bucket for one request. It reports false if the bucket was given back. No place may be held there then: giveBack
 // keeps a bucket in which it sees one.
-func (l *Limiter) acquire(b *Bucket, limit Limit) (Verdict, bool) {
+func (l *Limiter) acquire(ctx context.Context, b *Bucket, limit Limit) (Verdict, bool) {
 	if running := b.concurrent.Add(1); limit.Concurrent > 0 && running > int64(limit.Concurrent) {
 		b.Release()
 		return l.tooMany(b, limit, int64(time.Since(l.start))), true
 	}
-	verdict, ok := l.take(b, limit, int64(time.Since(l.start)))
+	verdict, ok := l.take(ctx, b, limit)
 	if !verdict.Allowed || !ok {
 		b.Release()
 	}
 	return verdict, ok
 }
 
-func (l *Limiter) take(b *Bucket, limit Limit, now int64) (Verdict, bool) {
+func (l *Limiter) take(ctx context.Context, b *Bucket, limit Limit) (Verdict, bool) {
 	if l.store != nil {
-		return l.store.take(b, limit, now)
+		return l.store.acquire(ctx, b, limit)
 	}
-	return b.take(limit, now)
+	return b.take(limit, int64(time.Since(l.start)))
 }
 
 // tooMany refuses a request for the number of those at a time. When it will pass nobody knows, but not before its rate allows

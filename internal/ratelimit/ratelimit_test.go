@@ -159,9 +159,9 @@ func TestResetAfterIsWhenTheWholeBurstIsBack(t *testing.T) {
 func TestConcurrentRequestsAreLimitedAndReleased(t *testing.T) {
 	l, d := New(), digest(1)
 	limit := Limit{Concurrent: 2}
-	first, v1 := l.Acquire(d, limit)
-	_, v2 := l.Acquire(d, limit)
-	_, v3 := l.Acquire(d, limit)
+	first, v1 := l.Acquire(t.Context(), d, limit)
+	_, v2 := l.Acquire(t.Context(), d, limit)
+	_, v3 := l.Acquire(t.Context(), d, limit)
 	if !v1.Allowed || !v2.Allowed || v3.Allowed {
 		t.Fatalf("allowed %t %t %t, want two", v1.Allowed, v2.Allowed, v3.Allowed)
 	}
@@ -169,10 +169,10 @@ func TestConcurrentRequestsAreLimitedAndReleased(t *testing.T) {
 		t.Error("the refusal does not say when to try again")
 	}
 	first.Release()
-	if _, v := l.Acquire(d, limit); !v.Allowed {
+	if _, v := l.Acquire(t.Context(), d, limit); !v.Allowed {
 		t.Error("a place that was given back is not to be had")
 	}
-	if _, v := l.Acquire(digest(2), limit); !v.Allowed {
+	if _, v := l.Acquire(t.Context(), digest(2), limit); !v.Allowed {
 		t.Error("a key is limited by another one's requests")
 	}
 }
@@ -181,7 +181,7 @@ func TestRefusedRequestsHoldNoPlace(t *testing.T) {
 	l, d := New(), digest(1)
 	limit := Limit{PerMinute: 1, Concurrent: 5}
 	for range 20 {
-		if b, v := l.Acquire(d, limit); v.Allowed {
+		if b, v := l.Acquire(t.Context(), d, limit); v.Allowed {
 			b.Release()
 		}
 	}
@@ -195,7 +195,7 @@ func TestIdleBucketsAreGivenBackAndBusyOnesAreNot(t *testing.T) {
 		l := New()
 		limit := Limit{PerMinute: 60, Concurrent: 5}
 		for i := range 1000 {
-			b, _ := l.Acquire(digest(i), limit)
+			b, _ := l.Acquire(t.Context(), digest(i), limit)
 			if i > 0 {
 				b.Release()
 			}
@@ -229,7 +229,7 @@ func TestNothingIsForgottenWhenABucketIsGivenBackInTheMiddleOfARequest(t *testin
 	for range 8 {
 		requests.Go(func() {
 			for range 5000 {
-				if b, v := l.Acquire(d, limit); v.Allowed {
+				if b, v := l.Acquire(t.Context(), d, limit); v.Allowed {
 					if running.Add(1) > int64(limit.Concurrent) {
 						t.Error("more requests at a time than the limit")
 					}
@@ -255,7 +255,7 @@ func TestNoPlaceIsHeldByARequestThatHasEnded(t *testing.T) {
 				b := l.bucket(d)
 				// It is given back once it is looked up, and then kept: giveBack has seen the request.
 				b.emptyAt.Store(givenBack)
-				if _, ok := l.acquire(b, limit); ok {
+				if _, ok := l.acquire(t.Context(), b, limit); ok {
 					t.Error("a bucket that was given back has answered")
 				}
 				b.emptyAt.Store(0)
@@ -270,9 +270,9 @@ func TestNoPlaceIsHeldByARequestThatHasEnded(t *testing.T) {
 func TestAcquireAllocatesNothingForAKeyInUse(t *testing.T) {
 	l, d := New(), digest(1)
 	limit := tiers[2]
-	l.Acquire(d, limit)
+	l.Acquire(t.Context(), d, limit)
 	if n := testing.AllocsPerRun(1000, func() {
-		if b, v := l.Acquire(d, limit); v.Allowed {
+		if b, v := l.Acquire(t.Context(), d, limit); v.Allowed {
 			b.Release()
 		}
 	}); n > 0 {
@@ -291,7 +291,7 @@ func BenchmarkAcquire(b *testing.B) {
 			b.RunParallel(func(pb *testing.PB) {
 				d := digest(rand.IntN(1000))
 				for pb.Next() {
-					if bucket, v := l.Acquire(d, limit); v.Allowed {
+					if bucket, v := l.Acquire(b.Context(), d, limit); v.Allowed {
 						bucket.Release()
 					}
 				}

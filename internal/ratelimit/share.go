@@ -1,6 +1,7 @@
 package ratelimit
 
 import (
+	"context"
 	"encoding/hex"
 	"math"
 	"sync/atomic"
@@ -10,11 +11,14 @@ import (
 )
 
 // A key's limit holds across edges because Redis has the key's bucket, from which each edge leases requests ahead of need. A
-// request spends what is leased and never waits for Redis: one goroutine leases, gives back and settles for all keys.
+// request spends what is leased, and does not call Redis: one goroutine leases, gives back and settles for all keys.
 //
 // An edge that has run out may run ahead of Redis by a few requests (lease.ahead), which Redis is told of and which are paid
 // back before anything more is leased. So all edges together let through at most what the limit allows and what they may run
 // ahead by, and that is a twentieth of what a minute may hold, or one request for each edge if that is more.
+//
+// A request beyond that waits for the exchange under way where Redis has something left as far as this edge knows: to refuse it
+// would be wrong. It waits no longer than patience, and then goes by this edge's part of the limit.
 
 // lease is what this edge holds of a key's bucket in Redis.
 type lease struct {
@@ -31,6 +35,8 @@ type lease struct {
 	depth  atomic.Int64 // Limit.depth of the last request
 
 	changed atomic.Bool // minute or depth, since the last exchange
+
+	exchanged atomic.Pointer[chan struct{}] // closed by the next exchange; nil: no request waits for it
 
 	asked atomic.Bool // in Store.asking
 	after *lease      // the next one there
@@ -66,7 +72,34 @@ func (l *lease) ahead(limit Limit, edges, now int64) int64 {
 	return min(most, 1+(now-next)/(limit.interval()*edges))
 }
 
-// take asks for one request at now. It reports false if the bucket was given back.
+// acquire asks for one request. It reports false if the bucket was given back.
+func (s *Store) acquire(ctx context.Context, b *Bucket, limit Limit) (Verdict, bool) {
+	verdict, ok := s.take(b, limit, s.now())
+	if verdict.Allowed || !ok || verdict.Remaining == 0 {
+		return verdict, ok
+	}
+	timeout := time.NewTimer(patience)
+	defer timeout.Stop()
+	for {
+		exchanged := b.lease.nextExchange() // before the look at what there is: an exchange may come in between
+		verdict, ok = s.take(b, limit, s.now())
+		if verdict.Allowed || !ok || verdict.Remaining == 0 {
+			return verdict, ok
+		}
+		select {
+		case <-exchanged:
+		case <-timeout.C:
+			return s.takeShare(b, limit, s.edges.Load(), s.now())
+		case <-ctx.Done():
+			return verdict, true
+		}
+	}
+}
+
+func (s *Store) now() int64 { return int64(time.Since(s.start)) }
+
+// take asks for one request at now, and does not wait. It reports false if the bucket was given back. A refusal with something
+// remaining is only this edge's, for what it has not leased yet.
 func (s *Store) take(b *Bucket, limit Limit, now int64) (Verdict, bool) {
 	if limit.PerMinute <= 0 {
 		return b.take(limit, now)
@@ -75,18 +108,18 @@ func (s *Store) take(b *Bucket, limit Limit, now int64) (Verdict, bool) {
 	l.asks.Add(1)
 	l.know(limit)
 	if s.fallback.Load() {
-		verdict, ok := b.takeShare(limit, edges, now)
-		if verdict.Allowed {
-			l.held.Add(-1)
-		}
-		l.ask(l.held.Load())
-		return verdict, ok
+		return s.takeShare(b, limit, edges, now)
 	}
 	for {
 		held := l.held.Load()
 		if ahead := l.ahead(limit, edges, now); held <= 0 && held <= -ahead {
-			l.ask(held)
-			return l.refusal(limit, edges, ahead, held, now), b.emptyAt.Load() != givenBack
+			verdict := l.refusal(limit, edges, ahead, held, now)
+			if verdict.Remaining > 0 {
+				l.push()
+			} else {
+				l.ask(held)
+			}
+			return verdict, b.emptyAt.Load() != givenBack
 		}
 		if l.held.CompareAndSwap(held, held-1) {
 			l.ask(held - 1)
@@ -106,8 +139,35 @@ func (l *lease) know(limit Limit) {
 
 // ask puts the lease on the list for the next exchange, if it is low.
 func (l *lease) ask(held int64) {
-	if held < l.low.Load() && !l.asked.Load() && l.asked.CompareAndSwap(false, true) {
+	if held < l.low.Load() {
+		l.push()
+	}
+}
+
+// push puts the lease on the list for the next exchange.
+func (l *lease) push() {
+	if !l.asked.Load() && l.asked.CompareAndSwap(false, true) {
 		l.store.push(l)
+	}
+}
+
+// nextExchange returns a channel that is closed when the next exchange is over.
+func (l *lease) nextExchange() <-chan struct{} {
+	for {
+		if exchanged := l.exchanged.Load(); exchanged != nil {
+			return *exchanged
+		}
+		exchanged := make(chan struct{})
+		if l.exchanged.CompareAndSwap(nil, &exchanged) {
+			return exchanged
+		}
+	}
+}
+
+// wake has the requests look again that wait for an exchange.
+func (l *lease) wake() {
+	if exchanged := l.exchanged.Swap(nil); exchanged != nil {
+		close(*exchanged)
 	}
 }
 
@@ -146,8 +206,13 @@ func allowance(limit Limit, remaining int64) Verdict {
 }
 
 // refusal tells when a request will pass: what is owed is paid back first, and each other edge may have run ahead as far as
-// this one may, and by one at least, of which Redis did not know yet.
+// this one may, and by one at least, of which Redis did not know yet. What remains in Redis is leased by then.
 func (l *lease) refusal(limit Limit, edges, ahead, held, now int64) Verdict {
+	if remaining := l.remaining(limit, held, now); remaining > 0 {
+		v := allowance(limit, remaining)
+		v.Allowed, v.RetryAfter = false, patience
+		return v
+	}
 	interval := limit.interval()
 	wait := max(l.next.Load()-now, 0)
 	return Verdict{
@@ -162,9 +227,14 @@ func (l Limit) share(edges int64) (interval, depth int64) {
 }
 
 // takeShare asks this edge's part of the limit for one request: what holds while Redis does not answer.
-func (b *Bucket) takeShare(limit Limit, edges, now int64) (Verdict, bool) {
+func (s *Store) takeShare(b *Bucket, limit Limit, edges, now int64) (Verdict, bool) {
 	interval, depth := limit.share(edges)
-	return b.takeAt(interval, depth, now)
+	verdict, ok := b.takeAt(interval, depth, now)
+	if verdict.Allowed {
+		b.lease.held.Add(-1)
+	}
+	b.lease.ask(b.lease.held.Load())
+	return verdict, ok
 }
 
 // noteShare counts a request in this edge's part of the limit, so that nobody begins an outage with a full one. It reports

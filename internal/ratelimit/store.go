@@ -176,7 +176,7 @@ func (s *Store) follow() []*lease {
 
 // settle exchanges what is due. It reports whether all answers were usable and in time.
 func (s *Store) settle(ctx context.Context, leases []*lease) bool {
-	now := int64(time.Since(s.start))
+	now := s.now()
 	ok := true
 	var batch []settlement
 	for _, l := range leases {
@@ -262,7 +262,7 @@ func (s *Store) wanted(l *lease, asks, edges, now int64) int64 {
 	return max(1, min(demand+left/(4*edges), left/2))
 }
 
-// exchange sends a batch and books the answers. No request waits for it. It reports whether all were usable and in time.
+// exchange sends a batch and books the answers. It reports whether all were usable and in time.
 func (s *Store) exchange(ctx context.Context, batch []settlement) bool {
 	if len(batch) == 0 {
 		return true
@@ -276,6 +276,9 @@ func (s *Store) exchange(ctx context.Context, batch []settlement) bool {
 	if err != nil {
 		s.failures.Add(1)
 		s.fall(err)
+	}
+	for _, b := range batch {
+		b.lease.wake()
 	}
 	return inTime && err == nil
 }
@@ -315,7 +318,7 @@ func (s *Store) book(b settlement) error {
 	if err != nil {
 		return err
 	}
-	now := int64(time.Since(s.start))
+	now := s.now()
 	l.at, l.told = now, b.epoch
 	l.left.Store(left)
 	l.next.Store(now + int64(wait))
@@ -333,7 +336,7 @@ func (s *Store) book(b settlement) error {
 
 // unfollow leaves the leases alone that hold and owe nothing and that nobody asks.
 func (s *Store) unfollow() {
-	now := int64(time.Since(s.start))
+	now := s.now()
 	kept := s.followed[:0]
 	for _, l := range s.followed {
 		if l.due > now || l.asks.Load() != 0 || l.held.Load() != 0 || l.asked.Load() {
@@ -421,7 +424,7 @@ func (s *Store) probe(ctx context.Context) {
 
 // forget drops what an outage has made useless to settle: leases of keys that no longer come.
 func (s *Store) forget() {
-	now, edges := int64(time.Since(s.start)), s.edges.Load()
+	now, edges := s.now(), s.edges.Load()
 	for _, l := range s.followed {
 		if l.asks.Swap(0) == 0 && l.outstanding(edges, now) == 0 {
 			l.held.Store(0)

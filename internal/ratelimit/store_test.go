@@ -95,7 +95,7 @@ func startEdge(t testing.TB, store *Store, log *logBuffer) *edgeUnderTest {
 }
 
 func (e *edgeUnderTest) ask(d apikey.Digest, limit Limit) Verdict {
-	b, v := e.Acquire(d, limit)
+	b, v := e.Acquire(context.Background(), d, limit)
 	if v.Allowed {
 		b.Release()
 	}
@@ -280,12 +280,62 @@ func TestNobodyWaitsLongerAfterAChangeOfSharedLimitsThanTheNewOnesTakeToRefill(t
 	}
 }
 
+// TestAKeyWithAWholeBucketIsNotRefusedForWhatThisEdgeHasNotLeasedYet: Redis has the whole burst, and has only to be asked.
+func TestAKeyWithAWholeBucketIsNotRefusedForWhatThisEdgeHasNotLeasedYet(t *testing.T) {
+	server := redistest.Server(t, devenv.RedisOptions{})
+	for name, tc := range map[string]struct {
+		limit  Limit
+		atOnce int
+	}{
+		"sandbox": {Limit{PerMinute: 50, Burst: 75, Concurrent: 2}, 2},
+		"free":    {Limit{PerMinute: 100, Burst: 150, Concurrent: 5}, 5},
+		"custom":  {Limit{PerMinute: 600, Burst: 900}, 200},
+	} {
+		t.Run(name, func(t *testing.T) {
+			edges := startEdges(t, server.URL(), 3)
+			for key := range 10 {
+				d := apikey.Hash(fmt.Sprint(name, key))
+				var clients sync.WaitGroup
+				for range tc.atOnce {
+					clients.Go(func() {
+						b, v := edges[0].Acquire(t.Context(), d, tc.limit)
+						if !v.Allowed {
+							t.Errorf("key %d: %+v", key, v)
+							return
+						}
+						b.Release()
+					})
+				}
+				clients.Wait()
+			}
+		})
+	}
+}
+
+// TestARequestWaitsForAnExchangeNoLongerThanItsClientDoes: and no longer than patience, if nobody answers.
+func TestARequestWaitsForAnExchangeNoLongerThanItsClientDoes(t *testing.T) {
+	store, _ := openStore(t, "redis://127.0.0.1:1", 3) // and nobody runs it
+	l, limit := NewShared(store), Limit{PerMinute: 50, Burst: 75}
+	gone, leave := context.WithCancel(t.Context())
+	leave()
+	eventually(t, "an exchange would have to be waited for", func() bool {
+		_, v := l.Acquire(gone, digest(1), limit)
+		return !v.Allowed
+	})
+	_, share := limit.share(3)
+	for i := range share {
+		if _, v := l.Acquire(t.Context(), digest(2), limit); !v.Allowed {
+			t.Errorf("request %d of this edge's part of %d: %+v", i, share, v)
+		}
+	}
+}
+
 func TestNoRequestCallsRedis(t *testing.T) {
 	server := redistest.Server(t, devenv.RedisOptions{})
 	store, _ := openStore(t, server.URL(), 3) // and nobody runs it
 	l := NewShared(store)
 	for i := range 10_000 {
-		if b, v := l.Acquire(digest(i%100), fast); v.Allowed {
+		if b, v := l.Acquire(t.Context(), digest(i%100), fast); v.Allowed {
 			b.Release()
 		}
 	}
@@ -539,9 +589,10 @@ func TestSharedAcquireAllocatesNothingForAKeyInUse(t *testing.T) {
 		store, _ := openStore(t, "redis://127.0.0.1:1", 3)
 		store.fallback.Store(fallback)
 		l, d := NewShared(store), digest(1)
-		l.Acquire(d, tiers[2])
+		l.Acquire(t.Context(), d, tiers[2])
+		l.bucket(d).lease.held.Store(2000)
 		if n := testing.AllocsPerRun(1000, func() {
-			if b, v := l.Acquire(d, tiers[2]); v.Allowed {
+			if b, v := l.Acquire(t.Context(), d, tiers[2]); v.Allowed {
 				b.Release()
 			}
 		}); n > 0 {
@@ -564,7 +615,7 @@ func BenchmarkSharedAcquire(b *testing.B) {
 			b.RunParallel(func(pb *testing.PB) {
 				d := apikey.Hash(fmt.Sprint(b.Name(), b.N, rand.IntN(c.keys)))
 				for pb.Next() {
-					if bucket, v := e.Acquire(d, c.limit); v.Allowed {
+					if bucket, v := e.Acquire(b.Context(), d, c.limit); v.Allowed {
 						bucket.Release()
 					}
 				}
