@@ -15,7 +15,8 @@ import (
 //
 // An edge that has run out may run ahead of Redis by a few requests (lease.ahead), which Redis is told of and which are paid
 // back before anything more is leased. So all edges together let through at most what the limit allows and what they may run
-// ahead by, and that is a twentieth of what a minute may hold, or one request for each edge if that is more.
+// ahead by, and what they hold for the next burst, which is paid for while Redis's bucket drains behind it: together less than a
+// twentieth of what a minute may hold, or two requests for each edge if that is more.
 //
 // A request beyond that waits for the exchange under way where Redis has something left as far as this edge knows: to refuse it
 // would be wrong. It waits no longer than patience, and then goes by this edge's part of the limit.
@@ -55,12 +56,16 @@ func newLease(s *Store, d apikey.Digest, b *Bucket) *lease {
 	return l
 }
 
-// aheadPerMinute is which part of what a minute may hold all edges together may run ahead by.
-const aheadPerMinute = 20
+// Which part of what a minute may hold all edges together may run ahead by, and hold for the next burst. The rest of a twentieth is
+// for what leases hold for leaseFor.
+const (
+	aheadPerMinute = 40
+	sparePerMinute = 60
+)
 
 // ahead returns how many requests may be spent that are not leased.
 func (l *lease) ahead(limit Limit, edges, now int64) int64 {
-	most := max(1, (int64(limit.PerMinute)+limit.depth())/(aheadPerMinute*edges))
+	most := max(1, limit.inAMinute()/(aheadPerMinute*edges))
 	next := l.next.Load()
 	switch {
 	case next == 0 || l.left.Load() > most*edges:
@@ -97,6 +102,9 @@ func (s *Store) acquire(ctx context.Context, b *Bucket, limit Limit) (Verdict, b
 }
 
 func (s *Store) now() int64 { return int64(time.Since(s.start)) }
+
+// inAMinute is what a minute may hold.
+func (l Limit) inAMinute() int64 { return int64(l.PerMinute) + l.depth() }
 
 // take asks for one request at now, and does not wait. It reports false if the bucket was given back. A refusal with something
 // remaining is only this edge's, for what it has not leased yet.

@@ -252,14 +252,15 @@ func (s *Store) wanted(l *lease, asks, edges, now int64) int64 {
 	if asks == 0 {
 		return 0
 	}
-	depth := l.depth.Load()
-	if l.at == 0 {
-		return max(1, min(2*asks+depth/(4*edges), depth/2))
+	minute, left := l.minute.Load(), l.depth.Load()
+	spare := (minute + left) / (sparePerMinute * edges)
+	demand := 2 * asks
+	if l.at != 0 {
+		elapsed := now - l.at
+		left = min(left, l.left.Load()+elapsed/l.interval())
+		demand = asks*int64(leaseFor)/max(elapsed, int64(tick)) + 1
 	}
-	elapsed := now - l.at
-	left := min(depth, l.left.Load()+elapsed/l.interval())
-	demand := asks*int64(leaseFor)/max(elapsed, int64(tick)) + 1
-	return max(1, min(demand+left/(4*edges), left/2))
+	return max(1, min(demand+min(left/(4*edges), spare), left/2))
 }
 
 // exchange sends a batch and books the answers. It reports whether all were usable and in time.
