@@ -39,25 +39,33 @@ func (l *AddressLimit) limiter() (*ratelimit.Addresses, error) {
 	return ratelimit.NewAddresses(l.PerMinute, burst), nil
 }
 
-// checkAddress tells whether a key may be looked up for the address. A key in memory needs no lookup and always passes, or
-// whoever shares an address with a guesser could be shut out. Nothing is counted before a key is proven bad: after a
-// restart the good keys of a whole office may be unknown to memory, and must not use up the limit of their address.
-func (g *Gateway) checkAddress(r *http.Request, d apikey.Digest) ratelimit.Verdict {
-	if g.addresses != nil {
-		if address := clientAddress(r); address.IsValid() {
-			if verdict := g.addresses.Check(address); !verdict.Allowed && !g.cache.Cached(d) {
-				return verdict
-			}
+// mayLookUp tells whether a key may be looked up for a request. pending: the addresses' End must follow. A key in memory needs no
+// lookup and always passes, or whoever shares an address with a guesser could be shut out. Nothing is counted of an address that is
+// not suspect: after a restart the good keys of a whole office may be unknown to memory, and must not use up the limit of their
+// address.
+func mayLookUp(addresses *ratelimit.Addresses, r *http.Request, cache keys, d apikey.Digest) (verdict ratelimit.Verdict, pending bool) {
+	if addresses != nil {
+		if address := clientAddress(r); address.IsValid() && addresses.Suspect(address) && !cache.Cached(d) {
+			verdict = addresses.Begin(address)
+			return verdict, verdict.Allowed
 		}
 	}
-	return ratelimit.Verdict{Allowed: true}
+	return ratelimit.Verdict{Allowed: true}, false
 }
 
-// countAddress counts a refusal against the address that it goes to, if anybody could have sent the request.
-func (x *exchange) countAddress(r *http.Request) ratelimit.Verdict {
-	if x.gateway.addresses != nil && lacksKey(x.outcome) {
+// lookedUp says that the key of a request was looked up, or not for whatever reason.
+func (x *exchange) lookedUp(r *http.Request) {
+	if x.pending {
+		x.pending = false
+		x.gateway.addresses.End(clientAddress(r))
+	}
+}
+
+// countRefusal counts a refusal against the address that it goes to, if anybody could have sent the request.
+func countRefusal(addresses *ratelimit.Addresses, r *http.Request, o apikey.Outcome) ratelimit.Verdict {
+	if addresses != nil && lacksKey(o) {
 		if address := clientAddress(r); address.IsValid() {
-			return x.gateway.addresses.Take(address)
+			return addresses.Take(address)
 		}
 	}
 	return ratelimit.Verdict{Allowed: true}

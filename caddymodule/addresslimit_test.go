@@ -3,7 +3,11 @@ package caddymodule
 import (
 	"context"
 	"net/http"
+	"net/http/httptest"
+	"net/netip"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -76,6 +80,92 @@ func TestAddressOverItsLimitAsksTheCacheForNothingAndKnownKeysPass(t *testing.T)
 	}
 }
 
+// TestAtOnceAnAddressHasNoMoreKeysLookedUpThanItsLimit: that a key is unknown is proven tens of milliseconds after it came.
+func TestAtOnceAnAddressHasNoMoreKeysLookedUpThanItsLimit(t *testing.T) {
+	g, _ := newGateway(t)
+	g.addresses = ratelimit.NewAddresses(1, 5)
+	const address = "192.0.2.1"
+	g.serve(t, comesFrom(address, bearerRequest("rk_guess")))
+	cache := g.cache.(*keycache.Cache)
+	before := cache.Status()
+	var refused atomic.Int64
+	var all sync.WaitGroup
+	for range 100 {
+		all.Go(func() {
+			if g.serve(t, comesFrom(address, bearerRequest(apikey.Generate(apikey.Production)))).Code == http.StatusTooManyRequests {
+				refused.Add(1)
+			}
+		})
+	}
+	all.Wait()
+	if n := cache.Status().Misses - before.Misses; n != 4 || refused.Load() != 96 {
+		t.Errorf("%d keys were looked up and %d requests refused, want 4 and 96", n, refused.Load())
+	}
+}
+
+// lookups has what Find does decided by a test, on the way to the cache.
+type lookups struct {
+	keys
+	find func()
+}
+
+func (l lookups) Find(ctx context.Context, d apikey.Digest) (keycache.Found, error) {
+	l.find()
+	return l.keys.Find(ctx, d)
+}
+
+func (lookups) Cached(apikey.Digest) bool { return false }
+
+func TestALookupOfASuspectAddressCountsUntilItIsOverOnEveryWayOut(t *testing.T) {
+	g, secret := newGateway(t)
+	const address = "192.0.2.1"
+	cache := g.cache
+	mayLookUp := func() bool {
+		begun := g.addresses.Begin(netip.MustParseAddr(address)).Allowed
+		if begun {
+			g.addresses.End(netip.MustParseAddr(address))
+		}
+		return begun
+	}
+	for name, c := range map[string]struct {
+		secret string
+		find   func(leave func())
+	}{
+		"found":          {secret, func(func()) {}},
+		"client gone":    {apikey.Generate(apikey.Production), func(leave func()) { leave() }},
+		"handlers panic": {secret, func(func()) { panic(http.ErrAbortHandler) }},
+	} {
+		g.addresses = ratelimit.NewAddresses(1, 2)
+		g.addresses.Take(netip.MustParseAddr(address))
+		r := comesFrom(address, bearerRequest(c.secret))
+		ctx, leave := context.WithCancel(r.Context())
+		g.cache = lookups{cache, func() {
+			if mayLookUp() {
+				t.Errorf("%s: a second key may be looked up meanwhile", name)
+			}
+			c.find(leave)
+		}}
+		handled := false
+		g.production.chain = caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error {
+			if handled = true; !mayLookUp() {
+				t.Errorf("%s: a request counts though its key was found", name)
+			}
+			return nil
+		})
+		func() {
+			defer func() { _ = recover() }()
+			_ = g.ServeHTTP(httptest.NewRecorder(), r.WithContext(ctx), nil)
+		}()
+		leave()
+		if handled != (name == "found") {
+			t.Errorf("%s: handled %t", name, handled)
+		}
+		if !mayLookUp() {
+			t.Errorf("%s: the lookup still counts", name)
+		}
+	}
+}
+
 func TestRequestWithoutAnAddressIsNotLimited(t *testing.T) {
 	g, _ := newGateway(t)
 	g.addresses = ratelimit.NewAddresses(1, 1)
@@ -93,7 +183,7 @@ func TestAddressLimitAllocatesNothingForAKnownKey(t *testing.T) {
 	g.addresses.Take(clientAddress(r)) // the longer way, for an address over its limit
 	digest := apikey.Hash(secret)
 	if n := testing.AllocsPerRun(200, func() {
-		if !g.checkAddress(r, digest).Allowed {
+		if verdict, _ := mayLookUp(g.addresses, r, g.cache, digest); !verdict.Allowed {
 			t.Fatal("refused")
 		}
 	}); n > 0 {

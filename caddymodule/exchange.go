@@ -41,6 +41,7 @@ type exchange struct {
 
 	environment apikey.Environment // by the prefix of the key
 	outcome     apikey.Outcome
+	pending     bool // whether its address waits for its key to be looked up
 	closing     bool // whether a cut is the end of the connection
 	wroteHeader bool
 
@@ -76,7 +77,7 @@ func (x *exchange) refuse(w http.ResponseWriter, r *http.Request) error {
 	if x.outcome == apikey.RateLimited {
 		return x.refuseLimited(w)
 	}
-	if verdict := x.countAddress(r); !verdict.Allowed {
+	if verdict := countRefusal(x.gateway.addresses, r, x.outcome); !verdict.Allowed {
 		return x.refuseBeyond(w, addressLimit, addressLimited, verdict.RetryAfter, nil)
 	}
 	x.count()
@@ -175,8 +176,9 @@ func (x *exchange) unblock() {
 
 // end says that the request has its answer, or that the handlers panicked, as a proxy does whose answer was cut. It comes on every
 // way out: a cut may come even to a request that is then found again and refused, and its timer must not touch the writer afterwards.
-func (x *exchange) end(request trace.Span) {
+func (x *exchange) end(r *http.Request, request trace.Span) {
 	x.allowance.release()
+	x.lookedUp(r)
 	if cut := x.cutBy.Load(); cut != nil { // else none can come: it is not tracked any longer
 		x.mu.Lock()
 		x.done = true

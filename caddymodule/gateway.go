@@ -202,12 +202,13 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	cred := credential.Take(r)
 	x := g.begin(w, r, cred.Environment, startedAt)
 	span := trace.SpanFromContext(r.Context())
-	defer x.end(span)
+	defer x.end(r, span)
 	path := r.URL.EscapedPath()
 	if x.outcome = parse(r.Method, path, r.URL.RawQuery, &cred); x.outcome != apikey.Allowed {
 		return x.refuse(w, r)
 	}
-	if verdict := g.checkAddress(r, cred.Digest); !verdict.Allowed {
+	var verdict ratelimit.Verdict
+	if verdict, x.pending = mayLookUp(g.addresses, r, g.cache, cred.Digest); !verdict.Allowed {
 		return x.refuseBeyond(w, addressLimit, addressLimited, verdict.RetryAfter, nil)
 	}
 	for range maxFinds {
@@ -216,6 +217,9 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 			return x.unavailable(w, r, err)
 		}
 		x.record, x.now = found.Record, apikey.TimeOf(found.Now)
+		if x.record != nil {
+			x.lookedUp(r) // the request may take hours
+		}
 		x.outcome = g.decide(x, r.Method, path, found)
 		x.hold(r.Context(), &found)
 		if x.outcome != apikey.Allowed {

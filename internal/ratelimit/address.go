@@ -36,6 +36,7 @@ type addressSet struct {
 type addressEntry struct {
 	address [2]uint64
 	emptyAt int64 // nanoseconds since the start; a bucket as those of keys
+	pending int64 // requests whose key is being looked up
 }
 
 // NewAddresses returns a limiter of so many requests per minute and address, and burst of them at once. Both are at least 1.
@@ -43,33 +44,70 @@ func NewAddresses(perMinute, burst int) *Addresses {
 	return &Addresses{start: time.Now(), interval: int64(time.Minute) / int64(perMinute), depth: int64(burst), seed: maphash.MakeSeed()}
 }
 
-// Check tells whether a request of an address may have a key looked up. It counts nothing.
-func (a *Addresses) Check(address netip.Addr) Verdict { return a.ask(address, 0) }
+// Suspect reports whether an address has sent a request without a good key, as far as the table remembers.
+func (a *Addresses) Suspect(address netip.Addr) bool {
+	id, set := a.at(address)
+	set.mu.Lock()
+	defer set.mu.Unlock()
+	return set.find(id) != nil
+}
 
-// Take counts a request of an address that had no good key, and tells whether it is within the limit.
-func (a *Addresses) Take(address netip.Addr) Verdict { return a.ask(address, a.interval) }
-
-func (a *Addresses) ask(address netip.Addr, cost int64) Verdict {
-	id := addressID(address)
-	set := &a.sets[maphash.Comparable(a.seed, id)%addressSets]
+// Begin tells whether a request of a suspect address may have a key looked up. If so, End must follow when that is over. Until then it
+// counts as one without a good key, or whoever sends all at once would have all looked up.
+func (a *Addresses) Begin(address netip.Addr) Verdict {
+	id, set := a.at(address)
 	now := int64(time.Since(a.start))
 	set.mu.Lock()
 	defer set.mu.Unlock()
 	entry := set.find(id)
-	if entry == nil && cost == 0 {
-		return Verdict{Allowed: true, Remaining: int(a.depth)}
+	if entry == nil {
+		return Verdict{Allowed: true}
 	}
+	verdict := a.judge(max(entry.emptyAt, now)+entry.pending*a.interval, now)
+	if verdict.Allowed {
+		entry.pending++
+	}
+	return verdict
+}
+
+// End says that a key was looked up, or not for whatever reason. A request without a good one is to be taken before.
+func (a *Addresses) End(address netip.Addr) {
+	id, set := a.at(address)
+	set.mu.Lock()
+	defer set.mu.Unlock()
+	if entry := set.find(id); entry != nil && entry.pending > 0 { // another may have its place, or it may be new
+		entry.pending--
+	}
+}
+
+// Take counts a request of an address that had no good key, and tells whether it is within the limit.
+func (a *Addresses) Take(address netip.Addr) Verdict {
+	id, set := a.at(address)
+	now := int64(time.Since(a.start))
+	set.mu.Lock()
+	defer set.mu.Unlock()
+	entry := set.find(id)
 	if entry == nil {
 		entry = set.leastOwing()
 		*entry = addressEntry{address: id}
 	}
 	emptyAt := max(entry.emptyAt, now)
-	if early := emptyAt + a.interval - now - a.depth*a.interval; early > 0 {
-		return Verdict{RetryAfter: time.Duration(early), ResetAfter: time.Duration(emptyAt - now)}
+	verdict := a.judge(emptyAt, now)
+	if verdict.Allowed {
+		entry.emptyAt = emptyAt + a.interval
 	}
-	entry.emptyAt = emptyAt + cost
-	owed := entry.emptyAt - now
-	return Verdict{Allowed: true, Remaining: int(a.depth - (owed+a.interval-1)/a.interval), ResetAfter: time.Duration(owed)}
+	return verdict
+}
+
+func (a *Addresses) at(address netip.Addr) (id [2]uint64, set *addressSet) {
+	id = addressID(address)
+	return id, &a.sets[maphash.Comparable(a.seed, id)%addressSets]
+}
+
+// judge tells whether a bucket has room for one more request.
+func (a *Addresses) judge(emptyAt, now int64) Verdict {
+	early := emptyAt + a.interval - now - a.depth*a.interval
+	return Verdict{Allowed: early <= 0, RetryAfter: time.Duration(max(0, early))}
 }
 
 func (s *addressSet) find(id [2]uint64) *addressEntry {

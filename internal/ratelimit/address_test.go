@@ -10,6 +10,15 @@ import (
 	"time"
 )
 
+// mayLookUp reports whether an address may have a key looked up now.
+func mayLookUp(a *Addresses, address netip.Addr) bool {
+	allowed := a.Begin(address).Allowed
+	if allowed {
+		a.End(address)
+	}
+	return allowed
+}
+
 func TestAnAddressIsHeldToItsRateAndBurst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, address := NewAddresses(60, 5), netip.MustParseAddr("192.0.2.1")
@@ -22,12 +31,12 @@ func TestAnAddressIsHeldToItsRateAndBurst(t *testing.T) {
 		if v.Allowed || v.RetryAfter != time.Second {
 			t.Errorf("%+v, want a refusal for a second", v)
 		}
-		if a.Check(address).Allowed {
+		if mayLookUp(a, address) {
 			t.Error("a key of an address over its limit may be looked up")
 		}
 		<-time.After(v.RetryAfter) // of the clock that synctest fakes
 		for range 2 {
-			if !a.Check(address).Allowed {
+			if !mayLookUp(a, address) {
 				t.Error("a look counts")
 			}
 		}
@@ -67,11 +76,11 @@ func TestAFloodOfAddressesNeitherRefusesOthersNorForgetsWhoOwesMost(t *testing.T
 	for i := range uint32(4 * addressSets * addressWays) {
 		var bytes [4]byte
 		binary.BigEndian.PutUint32(bytes[:], 10<<24+i)
-		if address := netip.AddrFrom4(bytes); !a.Check(address).Allowed || !a.Take(address).Allowed {
+		if address := netip.AddrFrom4(bytes); !mayLookUp(a, address) || !a.Take(address).Allowed {
 			t.Fatalf("%s was refused for the requests of others", address)
 		}
 	}
-	if a.Check(worst).Allowed {
+	if mayLookUp(a, worst) {
 		t.Error("the address that owes most was forgotten")
 	}
 }
@@ -84,9 +93,12 @@ func TestConcurrentRequestsOfAnAddressShareItsBurst(t *testing.T) {
 	for range 8 {
 		all.Go(func() {
 			for range burst {
-				a.Check(address)
+				begun := a.Begin(address).Allowed
 				if a.Take(address).Allowed {
 					allowed.Add(1)
+				}
+				if begun {
+					a.End(address)
 				}
 			}
 		})
@@ -94,6 +106,23 @@ func TestConcurrentRequestsOfAnAddressShareItsBurst(t *testing.T) {
 	all.Wait()
 	if n := allowed.Load(); n != burst {
 		t.Errorf("%d passed, want %d", n, burst)
+	}
+}
+
+func TestNoMoreLookupsOfASuspectAddressAreUnderWayThanItsLimit(t *testing.T) {
+	a, address := NewAddresses(1, 5), netip.MustParseAddr("192.0.2.1")
+	a.Take(address)
+	for range 4 {
+		if !a.Begin(address).Allowed {
+			t.Fatal("refused within the limit")
+		}
+	}
+	if v := a.Begin(address); v.Allowed || v.RetryAfter <= 0 {
+		t.Errorf("%+v, want a refusal: one request was bad and four are being looked up", v)
+	}
+	a.End(address)
+	if !a.Begin(address).Allowed {
+		t.Error("a lookup that is over still counts")
 	}
 }
 
