@@ -39,6 +39,14 @@ func (l *AddressLimit) limiter() (*ratelimit.Addresses, error) {
 	return ratelimit.NewAddresses(l.PerMinute, burst), nil
 }
 
+// stricter compares limits in the order of their fields: it must not depend on the order of servers, of which Caddy has none.
+func (l *AddressLimit) stricter(than AddressLimit) bool {
+	if l.PerMinute != than.PerMinute {
+		return l.PerMinute < than.PerMinute
+	}
+	return l.Burst != 0 && (than.Burst == 0 || l.Burst < than.Burst)
+}
+
 // mayLookUp tells whether a key may be looked up for a request. pending: the addresses' End must follow. A key in memory needs no
 // lookup and always passes, or whoever shares an address with a guesser could be shut out. Nothing is counted of an address that is
 // not suspect: after a restart the good keys of a whole office may be unknown to memory, and must not use up the limit of their

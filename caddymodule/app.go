@@ -20,6 +20,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/garbage"
 	"github.com/rekall-ai/gateway/internal/identitytoken"
 	"github.com/rekall-ai/gateway/internal/keycache"
+	"github.com/rekall-ai/gateway/internal/ratelimit"
 )
 
 // databaseVariable names the database where the configuration and the command line do not.
@@ -105,6 +106,9 @@ type App struct {
 	guarded []*reverseproxy.Handler // those to which only requests come that a gateway allowed
 	issuers []*identitytoken.Issuer // of the gateways of this configuration that send identity tokens
 	limits  bool                    // a gateway of this configuration holds keys to their limits
+
+	addresses    *ratelimit.Addresses // of the gateway of this configuration with the strictest address_limit; nil: none has one
+	addressLimit AddressLimit         // and that
 
 	draining *atomic.Bool // Caddy is about to stop this configuration
 }

@@ -34,7 +34,7 @@ func (k *Keys) signIn(r *http.Request, key string) (keyadmin.Actor, error) {
 		cred = credential.Credential{Kind: credential.Key, Environment: environment, Digest: apikey.Hash(key)}
 	}
 	if cred.Kind != credential.Key {
-		return keyadmin.Actor{}, forPeople(k.refusal(apikey.Malformed, &cred))
+		return keyadmin.Actor{}, forPeople(k.refusal(r, apikey.Malformed, &cred))
 	}
 	actor, err := k.holder(r, &cred)
 	return actor, forPeople(err)

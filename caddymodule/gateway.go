@@ -134,6 +134,9 @@ func (g *Gateway) Provision(ctx caddy.Context) error {
 	if g.addresses, err = g.AddressLimit.limiter(); err != nil {
 		return fmt.Errorf("rekall_gateway: address_limit: %w", err)
 	}
+	if g.addresses != nil && (app.addresses == nil || g.AddressLimit.stricter(app.addressLimit)) {
+		app.addresses, app.addressLimit = g.addresses, *g.AddressLimit
+	}
 	if g.ForwardCredential && logsCredentials(ctx) {
 		return errors.New("rekall_gateway: forward_credential: the server has log_credentials, which writes keys into its logs; remove one of the two")
 	}

@@ -227,19 +227,22 @@ func (k *Keys) actor(r *http.Request) (keyadmin.Actor, error) {
 	case !authenticated && outcome == apikey.Allowed:
 		return k.holder(r, &cred)
 	case !authenticated:
-		return keyadmin.Actor{}, k.refusal(outcome, &cred)
+		return keyadmin.Actor{}, k.refusal(r, outcome, &cred)
 	// Two who ask with different rights: neither a forgotten cookie nor a forgotten key may decide for the other.
 	case outcome == apikey.Allowed:
-		return keyadmin.Actor{}, k.refusal(apikey.Ambiguous, &cred)
+		return keyadmin.Actor{}, k.refusal(r, apikey.Ambiguous, &cred)
 	// What is no key may be what the person was authenticated by, such as an OpenID Connect token.
 	case outcome == apikey.Missing || outcome == apikey.Malformed || outcome == apikey.TokenType:
 		return k.personally(r, person)
 	}
-	return keyadmin.Actor{}, k.refusal(outcome, &cred)
+	return keyadmin.Actor{}, k.refusal(r, outcome, &cred)
 }
 
 // refusal is what the gateway answers to the same outcome.
-func (k *Keys) refusal(outcome apikey.Outcome, cred *credential.Credential) error {
+func (k *Keys) refusal(r *http.Request, outcome apikey.Outcome, cred *credential.Credential) error {
+	if verdict := countRefusal(k.app.addresses, r, outcome); !verdict.Allowed {
+		return k.refuseAddress(verdict, cred)
+	}
 	k.metrics.decisions[outcome][cred.Environment].Inc()
 	return answers[outcome].asError()
 }
@@ -257,10 +260,17 @@ func (a answer) asError() *keysapi.Error {
 
 // holder is who holds a key that is good.
 func (k *Keys) holder(r *http.Request, cred *credential.Credential) (keyadmin.Actor, error) {
+	verdict, pending := mayLookUp(k.app.addresses, r, k.cache, cred.Digest)
+	if !verdict.Allowed {
+		return keyadmin.Actor{}, k.refuseAddress(verdict, cred)
+	}
+	if pending {
+		defer k.app.addresses.End(clientAddress(r))
+	}
 	found, err := find(r.Context(), trace.SpanFromContext(r.Context()), k.cache, cred.Digest)
 	if err != nil {
 		k.logger.Debug("key cannot be checked", zap.Error(err))
-		return keyadmin.Actor{}, k.refusal(untold(r), cred)
+		return keyadmin.Actor{}, k.refusal(r, untold(r), cred)
 	}
 	if found.Record != nil {
 		replacer(r).Set("http.auth.user.id", found.Record.ID) // for the logs
@@ -275,7 +285,7 @@ func (k *Keys) holder(r *http.Request, cred *credential.Credential) (keyadmin.Ac
 	}
 	if outcome != apikey.Allowed {
 		k.count(found, outcome)
-		return keyadmin.Actor{}, k.refusal(outcome, cred)
+		return keyadmin.Actor{}, k.refusal(r, outcome, cred)
 	}
 	actor, err := keyadmin.ManagingKey(found.Record)
 	if err != nil {

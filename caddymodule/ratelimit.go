@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/credential"
 	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/ratelimit"
 )
@@ -172,8 +173,19 @@ func (k *Keys) hold(r *http.Request, found *keycache.Found) error {
 		return nil
 	}
 	kind, answer := m.refusal()
+	return k.refuseBeyond(kind, answer, m.verdict.RetryAfter)
+}
+
+// refuseAddress is what is answered to an address that is over its limit.
+func (k *Keys) refuseAddress(verdict ratelimit.Verdict, cred *credential.Credential) error {
+	k.metrics.decisions[apikey.RateLimited][cred.Environment].Inc()
+	return k.refuseBeyond(addressLimit, addressLimited, verdict.RetryAfter)
+}
+
+// refuseBeyond is what is answered beyond a limit.
+func (k *Keys) refuseBeyond(kind limitKind, a answer, retryAfter time.Duration) error {
 	k.metrics.limited[kind].Inc()
-	refusal := answer.asError()
-	refusal.Header["Retry-After"] = inSeconds(m.verdict.RetryAfter)
+	refusal := a.asError()
+	refusal.Header["Retry-After"] = inSeconds(retryAfter)
 	return refusal
 }

@@ -2,6 +2,7 @@ package test
 
 import (
 	"net/http"
+	"net/url"
 	"strconv"
 	"strings"
 	"testing"
@@ -59,6 +60,56 @@ func TestAddressThatGuessesIsRefusedBeforeAnyLookupAndNobodyElseIs(t *testing.T)
 	for environment, want := range map[string]float64{"none": 1, "production": 1} {
 		if n := g.series(t, `rekall_decisions_total{environment="`+environment+`",outcome="rate_limited"}`); n != want {
 			t.Errorf("%v requests of environment %s are counted as limited, want %v", n, environment, want)
+		}
+	}
+}
+
+// TestAddressOverItsLimitIsRefusedWhereKeysAreManagedToo: the API and the dashboard are doors to the same keys.
+func TestAddressOverItsLimitIsRefusedWhereKeysAreManagedToo(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	manager := r.manager("acme")
+	g := r.start(strings.Replace(managedSite, "rekall_gateway {", "rekall_gateway {\n\t\taddress_limit 1 3", 1))
+	eventually(t, "the good key is in memory", func() bool {
+		before := g.status().Lookups
+		g.manage("GET", keysPath, bearer(manager), "", 200)
+		return g.status().Lookups == before
+	})
+	doors := map[string]func(secret string) reply{
+		"gateway": func(secret string) reply { return g.do("GET", "/v1/memories", http.Header{"X-Api-Key": {secret}}) },
+		"API":     func(secret string) reply { return g.do("GET", keysPath, http.Header{"X-Api-Key": {secret}}) },
+		"dashboard": func(secret string) reply {
+			form := http.Header{"Content-Type": {"application/x-www-form-urlencoded"}}
+			return do(t, "POST", g.http+"/settings/api-keys/sign-in", form, strings.NewReader(url.Values{"key": {secret}}.Encode()))
+		},
+	}
+	for name, guess := range doors { // each counts
+		if answer := guess("rk_guess"); answer.StatusCode != 401 {
+			t.Errorf("%s: %d %s", name, answer.StatusCode, answer.body)
+		}
+	}
+	before := g.status().Lookups
+	for name, guess := range doors {
+		for _, secret := range []string{"rk_guess", apikey.Generate(apikey.Production)} {
+			answer := guess(secret)
+			if answer.StatusCode != 429 || !strings.Contains(answer.body, "came from your address") {
+				t.Errorf("%s: %d %s", name, answer.StatusCode, answer.body)
+			}
+			if name != "dashboard" && answer.Header.Get("Retry-After") == "" {
+				t.Errorf("%s: no Retry-After", name)
+			}
+		}
+	}
+	if g.status().Lookups != before {
+		t.Error("a key was looked up for an address over its limit")
+	}
+	g.manage("GET", keysPath, bearer(manager), "", 200)
+	for series, want := range map[string]float64{
+		`rekall_rate_limited_total{limit="address"}`:                              6,
+		`rekall_decisions_total{environment="production",outcome="rate_limited"}`: 3,
+	} {
+		if n := g.series(t, series); n != want {
+			t.Errorf("%s is %v, want %v", series, n, want)
 		}
 	}
 }
