@@ -184,7 +184,11 @@ func (s *Store) peek(b *Bucket, limit Limit, now int64) Verdict {
 	l, edges := b.lease, s.edges.Load()
 	if s.fallback.Load() {
 		interval, depth := limit.share(edges)
-		return b.peekAt(interval, depth, now)
+		v := b.peekAt(interval, depth, now)
+		if v.Remaining == 0 {
+			v.RetryAfter = time.Duration(interval)
+		}
+		return v
 	}
 	held := l.held.Load()
 	v := allowance(limit, l.remaining(limit, held, now))
@@ -234,12 +238,15 @@ func (l Limit) share(edges int64) (interval, depth int64) {
 	return l.interval() * edges, max(1, l.depth()/edges)
 }
 
-// takeShare asks this edge's part of the limit for one request: what holds while Redis does not answer.
+// takeShare asks this edge's part of the limit for one request: what holds while Redis does not answer. Whoever is refused may come to
+// another edge next, whose part was used up later.
 func (s *Store) takeShare(b *Bucket, limit Limit, edges, now int64) (Verdict, bool) {
 	interval, depth := limit.share(edges)
 	verdict, ok := b.takeAt(interval, depth, now)
 	if verdict.Allowed {
 		b.lease.held.Add(-1)
+	} else {
+		verdict.RetryAfter = time.Duration(interval)
 	}
 	b.lease.ask(b.lease.held.Load())
 	return verdict, ok

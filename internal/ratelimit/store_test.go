@@ -623,6 +623,41 @@ func TestAClientThatObeysRetryAfterIsServedAtEveryEdge(t *testing.T) {
 	t.Errorf("%d refusals, want 5", refused)
 }
 
+func TestAClientThatObeysRetryAfterIsServedAtEveryEdgeWithoutRedis(t *testing.T) {
+	limit := Limit{PerMinute: 100, Burst: 150}
+	var edges []*Limiter
+	for range 3 {
+		store, _ := openStore(t, "redis://127.0.0.1:1", 3) // and nobody runs it
+		store.fallback.Store(true)
+		edges = append(edges, NewShared(store))
+	}
+	d, now := digest(1), int64(0)
+	ask := func(edge int) Verdict {
+		v, _ := edges[edge].store.take(edges[edge].bucket(d), limit, now)
+		return v
+	}
+	for edge := range edges { // each is used up a little later
+		now += int64(500 * time.Millisecond)
+		for ask(edge).Allowed {
+		}
+	}
+	for first := range edges {
+		for next := range edges {
+			refused := ask(first)
+			if crowded := edges[first].tooMany(edges[first].bucket(d), limit, now); crowded.RetryAfter != refused.RetryAfter {
+				t.Errorf("one too many at a time may try again after %s, and one beyond the rate after %s", crowded.RetryAfter, refused.RetryAfter)
+			}
+			if now += int64(refused.RetryAfter); refused.Allowed || !ask(next).Allowed {
+				t.Errorf("from edge %d to %d: %+v, and refused again", first, next, refused)
+			}
+			for edge := range edges {
+				for ask(edge).Allowed {
+				}
+			}
+		}
+	}
+}
+
 func TestSharedAcquireAllocatesNothingForAKeyInUse(t *testing.T) {
 	for _, fallback := range []bool{false, true} {
 		store, _ := openStore(t, "redis://127.0.0.1:1", 3)
