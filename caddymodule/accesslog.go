@@ -7,6 +7,8 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
 )
 
 // logField is the object in each line of the access log that says what we made of the request.
@@ -42,6 +44,13 @@ func (x *exchange) MarshalLogObject(to zapcore.ObjectEncoder) error {
 	}
 	to.AddString("environment", x.environment.String())
 	to.AddString("decision", x.outcome.String())
+	if x.outcome == apikey.RateLimited {
+		kind := addressLimit // before any key is found
+		if x.record != nil {
+			kind, _ = x.allowance.refusal()
+		}
+		to.AddString("limit", limitNames[kind])
+	}
 	if x.reason != "" {
 		to.AddString("reason", x.reason)
 	}

@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
@@ -383,6 +385,7 @@ func TestRequestsBeyondALimitAreToldByReason(t *testing.T) {
 	r.limitAccount("free", 4, 3, 1) // 2 at once
 	file := filepath.Join(t.TempDir(), "access.log")
 	site := strings.Replace(heldSite, "\tlog\n", "\tlog {\n\t\toutput file "+file+"\n\t}\n\tlog_append told {rekall.decision}\n", 1)
+	site = strings.Replace(site, "rate_limits", "rate_limits\n\t\taddress_limit 1 1", 1)
 	g := r.start(site, "usage_flush 200ms")
 	key, busy := r.key("production", "memories:read"), r.key("production", "memories:read")
 	g.get(key).wantCode(t, 200, "")
@@ -391,14 +394,19 @@ func TestRequestsBeyondALimitAreToldByReason(t *testing.T) {
 	limited.wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
 	g.do("DELETE", "/v1/memories/1", bearer(key)).wantCode(t, 429, "RATE_LIMIT_EXCEEDED") // whatever else it lacks
 	g.open("GET", "/v1/memories", demo(busy, "sse"), nil)
-	g.get(busy).wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
+	crowded := g.get(busy)
+	crowded.wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
+	guess := func() reply { return g.do("GET", "/v1/memories", http.Header{"X-Api-Key": {"rk_guess"}}) }
+	guess().wantCode(t, 401, "API_KEY_INVALID")
+	guessed := guess()
+	guessed.wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
 
 	for series, want := range map[string]float64{
 		`rekall_decisions_total{environment="production",outcome="rate_limited"}`: 3,
 		`rekall_decisions_total{environment="production",outcome="allowed"}`:      3,
 		`rekall_rate_limited_total{limit="rate"}`:                                 2,
 		`rekall_rate_limited_total{limit="concurrency"}`:                          1,
-		`rekall_rate_limited_total{limit="address"}`:                              0,
+		`rekall_rate_limited_total{limit="address"}`:                              1,
 		`rekall_rate_limit_keys`:                                                  2,
 	} {
 		if n := g.series(t, series); n != want {
@@ -409,16 +417,29 @@ func TestRequestsBeyondALimitAreToldByReason(t *testing.T) {
 		used := r.usage(key)
 		return used["allowed"] == 2 && used["rate_limited"] == 2 && len(used) == 2
 	})
-	eventually(t, "the access log tells it", func() bool {
-		lines, _ := os.ReadFile(file)
-		for line := range strings.Lines(string(lines)) {
-			if strings.Contains(line, limited.Header.Get("X-Request-Id")) {
-				return strings.Contains(line, `"decision":"rate_limited"`) && strings.Contains(line, `"told":"rate_limited"`) && strings.Contains(line, `"reason":"RATE_LIMIT_EXCEEDED"`) &&
-					strings.Contains(line, `"key_id":"`+key.ID+`"`)
-			}
+	for limit, answer := range map[string]reply{"rate": limited, "concurrency": crowded, "address": guessed} {
+		id := answer.Header.Get("X-Request-Id")
+		logged, user := logOf(t, file, id)
+		want := map[string]string{
+			"request_id": id, "environment": "production", "decision": "rate_limited", "limit": limit, "reason": "RATE_LIMIT_EXCEEDED",
+			"key_id": user, "account": "acme",
 		}
-		return false
-	})
+		if limit == "address" {
+			want["environment"] = "none"
+			delete(want, "key_id")
+			delete(want, "account")
+		}
+		if diff := cmp.Diff(want, logged); diff != "" {
+			t.Error(limit, diff)
+		}
+	}
+	lines, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(lines), `"told":"rate_limited"`) {
+		t.Error("other handlers are not told")
+	}
 }
 
 // TestPasswordOfTheRateLimitStoreIsShownNowhere: the URL comes by a placeholder, as the database's does.
