@@ -242,6 +242,12 @@ func (w *observer) Collect(collected chan<- prometheus.Metric) {
 	o := &observation{
 		Status: w.rt.cache.Status(), usage: w.rt.usage.Status(), limits: w.rt.limiter.Status(), canSign: canSign(*w.rt.issuers.Load()),
 	}
+	o.Cut += cutBefore.Load()
+	draining.Range(func(rt, _ any) bool {
+		former := rt.(*runtime).cache.Status()
+		o.InFlight, o.Cut = o.InFlight+former.InFlight, o.Cut+former.Cut
+		return true
+	})
 	for _, s := range observed {
 		collected <- prometheus.MustNewConstMetric(s.desc, s.kind, s.value(o))
 	}

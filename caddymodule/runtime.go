@@ -169,6 +169,9 @@ func (rt *runtime) awaitFirstSync(ctx context.Context) error {
 // draining are the runtimes that no configuration uses any longer, but requests do.
 var draining sync.Map
 
+// cutBefore is how many requests were cut that runtimes had which have ended.
+var cutBefore atomic.Uint64
+
 // A process that ends does not wait for them, and would lose what they have counted.
 func init() {
 	caddy.OnExit(func(context.Context) {
@@ -234,8 +237,10 @@ func (rt *runtime) Destruct() error {
 		return nil
 	}
 	draining.Store(rt, nil)
+	rt.reporter.Drain()
 	go func() {
 		defer draining.Delete(rt)
+		defer func() { cutBefore.Add(rt.cache.Status().Cut) }()
 		poll := time.NewTicker(drainPoll)
 		defer poll.Stop()
 		for <-poll.C; rt.cache.InFlight() > 0; <-poll.C {

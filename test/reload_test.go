@@ -13,6 +13,8 @@ import (
 	"testing"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
 // reloads is how often each system is reloaded under load.
@@ -114,6 +116,44 @@ func reloadUnderLoad(t *testing.T, options string) (worse, better int) {
 	eventually(t, "files are closed", func() bool { return gateway.descriptors() <= open+reloads/5 })
 	eventually(t, "goroutines end", func() bool { return gateway.goroutines() <= goroutines+reloads/5 })
 	return worse, better
+}
+
+// TestStreamFromBeforeAReloadOfOtherSettingsIsSeenAndWaitedForAndIsNoFurtherEdge: what ran before it goes on until the stream ends.
+func TestStreamFromBeforeAReloadOfOtherSettingsIsSeenAndWaitedForAndIsNoFurtherEdge(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	g := r.start(standardSite, "max_staleness 3s", "usage_flush 1m")
+	key, other := r.key("production", "memories:read"), r.key("production", "memories:read")
+	series := func(when, name string, want float64) {
+		t.Helper()
+		if n := g.series(t, name); n != want {
+			t.Errorf("%s: %s is %v, want %v", when, name, n, want)
+		}
+	}
+	cut := func(key keyadmin.Key, stream *http.Response) {
+		t.Helper()
+		stdout, stderr, code := cli(t, r.database, "keys", "revoke", key.ID, "--wait")
+		if code != 0 || strings.Count(stdout, ": confirmed after ") != 2 {
+			t.Errorf("%d %s%s: not confirmed by what ran before the reload and what runs now", code, stdout, stderr)
+		}
+		ends(t, stream)
+	}
+	stream, last := g.open("GET", "/v1/memories", demo(key, "sse"), nil), g.open("GET", "/v1/memories", demo(other, "sse"), nil)
+	g.rewrite(t, "usage_flush 1m", "usage_flush 2m")
+	g.reload()
+	eventually(t, "both report", func() bool { return len(r.edges()) == 2 })
+	series("after the reload", "rekall_requests_in_flight", 2)
+	cut(key, stream)
+	eventually(t, "the stream is over", func() bool { return g.series(t, "rekall_requests_in_flight") == 1 })
+	series("one stream is over", "rekall_requests_cut_total", 1)
+	eventually(t, "one edge shares the limits", func() bool { return g.series(t, `rekall_edges{status="live"}`) == 1 })
+	if n := len(r.edges()); n != 2 {
+		t.Errorf("%d edges report, want what ran before the reload as well", n)
+	}
+	cut(other, last)
+	eventually(t, "what ran before the reload has ended", func() bool { return len(r.edges()) == 1 })
+	series("in the end", "rekall_requests_in_flight", 0)
+	series("in the end", "rekall_requests_cut_total", 2)
 }
 
 func TestReloadWithContradictorySettingsIsRefusedAndTheEdgeGoesOn(t *testing.T) {

@@ -62,11 +62,13 @@ type Reporter struct {
 	forgetAt    time.Time // when to look for edges that went away
 
 	countAt time.Time                          // when to count the edges
+	failing bool                               // whether the last report failed
 	count   atomic.Pointer[keystore.EdgeCount] // nil: not counted yet
 
 	failure atomic.Pointer[keystore.Failure] // nil: there was none
 
 	mu   sync.Mutex
+	beat uint64          // of the last report
 	sent map[uint64]sent // the last reports
 }
 
@@ -95,21 +97,28 @@ func (r *Reporter) Changed() {
 	}
 }
 
+// Drain says from now on that this edge takes no more requests.
+func (r *Reporter) Drain() {
+	r.mu.Lock()
+	r.beat += keystore.DrainingBeat
+	r.mu.Unlock()
+	r.Changed()
+}
+
 // Run reports what applied returns until ctx is done, and then removes the edge's row.
 func (r *Reporter) Run(ctx context.Context, applied func() keycache.Applied) {
 	ticker := time.NewTicker(min(reportEvery, r.edge.MaxStaleness/4))
 	defer ticker.Stop()
-	failing := false
 	for {
 		// A report that began is finished: Postgres may carry out one that was given up after the row was removed.
 		err := r.report(context.WithoutCancel(ctx), applied())
 		switch {
-		case err != nil && ctx.Err() == nil && !failing:
+		case err != nil && ctx.Err() == nil && !r.failing:
 			r.logger().Warn("edge cannot report; others call it fail-closed or do not know of it, and keys revoke --wait has no word from it", zap.Error(err))
-		case err == nil && failing:
+		case err == nil && r.failing:
 			r.logger().Info("edge reports again")
 		}
-		if failing = err != nil; failing {
+		if r.failing = err != nil; r.failing {
 			r.failure.Store(&keystore.Failure{At: time.Now(), Err: err})
 		}
 		if !r.wait(ctx, ticker.C) {
@@ -171,10 +180,10 @@ func (r *Reporter) appliedOn(applied keycache.Applied) string {
 func (r *Reporter) nextBeat() uint64 {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.edge.Beat++
-	r.sent[r.edge.Beat] = sent{at: time.Now()}
-	delete(r.sent, r.edge.Beat-rememberBeats)
-	return r.edge.Beat
+	r.beat++
+	r.sent[r.beat] = sent{at: time.Now()}
+	delete(r.sent, r.beat-rememberBeats)
+	return r.beat
 }
 
 func (r *Reporter) taken(beat uint64, by keystore.Server) {
@@ -217,7 +226,10 @@ func (r *Reporter) countEdges(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	r.count.Store(&n)
+	// When Postgres was away, the first to report sees nobody else, and must not take the others' part of the limits.
+	if known := r.count.Load(); !r.failing || known == nil || known.Live < n.Live {
+		r.count.Store(&n)
+	}
 	every := r.edge.MaxStaleness / 2
 	r.countAt = time.Now().Add(every - every/4 + rand.N(every/2))
 	return nil

@@ -130,6 +130,51 @@ func TestEdgesAreCountedTwiceInTheTimeAfterWhichOneIsFailClosed(t *testing.T) {
 	want("a report when it is time again", 1, 1)
 }
 
+// TestFirstEdgeToReportAfterAnOutageOfPostgresStillCountsTheOthers: it would let through as much as all of them.
+func TestFirstEdgeToReportAfterAnOutageOfPostgresStillCountsTheOthers(t *testing.T) {
+	r := newRig(t)
+	r.silent("south", 0)
+	r.report()
+	count := func(when string, want keystore.EdgeCount) {
+		t.Helper()
+		r.reporter.countAt = time.Time{}
+		r.report()
+		if n, _ := r.reporter.Edges(); n != want {
+			t.Errorf("%s: %+v, want %+v", when, n, want)
+		}
+	}
+	count("before", keystore.EdgeCount{Live: 2})
+	if _, err := r.conn.Exec(t.Context(), `update rekall.edges set seen_at = now() - interval '1 minute'`); err != nil {
+		t.Fatal(err)
+	}
+	r.reporter.failing = true
+	count("the first report after it", keystore.EdgeCount{Live: 2})
+	r.reporter.failing = false
+	count("the next count", keystore.EdgeCount{Live: 1, FailClosed: 1})
+}
+
+// TestAnEdgeThatDrainsIsWaitedForAndSharesNoLimits: its streams may go on for hours, beside those of what replaced it.
+func TestAnEdgeThatDrainsIsWaitedForAndSharesNoLimits(t *testing.T) {
+	r := newRig(t)
+	r.report()
+	former := r.reporter
+	former.Drain()
+	r.report()
+	xid := r.commit()
+	if !r.confirmed(xid, r.applied()) {
+		t.Error("what it has applied is not confirmed")
+	}
+	if _, known := former.SentAt(keystore.DrainingBeat + 2); !known {
+		t.Error("a standby that shows its report vouches for nothing")
+	}
+	r.reporter = newReporter(former.store)
+	r.report()
+	r.wantNames("both report", "north", "north")
+	if n, _ := r.reporter.Edges(); n != (keystore.EdgeCount{Live: 1}) {
+		t.Errorf("%+v, want the one that takes requests", n)
+	}
+}
+
 // TestEdgeWhoseSyncIsTooOldIsFailClosedThoughItReports: it may be able to write and not to read, or read a standby that stands still.
 func TestEdgeWhoseSyncIsTooOldIsFailClosedThoughItReports(t *testing.T) {
 	r := newRig(t)
