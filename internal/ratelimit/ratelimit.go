@@ -19,8 +19,8 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 )
 
-// BurstWindow is the time in which a key may make its burst (REKALL.md, "Rate limits").
-const BurstWindow = 15 * time.Second
+// burstWindow is the time in which a key may make its burst (REKALL.md, "Rate limits").
+const burstWindow = 15 * time.Second
 
 // Limit is what a key may do. The zero value limits nothing. A Burst of less than a quarter of PerMinute counts as that.
 type Limit apikey.Limits
@@ -28,10 +28,10 @@ type Limit apikey.Limits
 // interval is the time between two requests at the sustained rate.
 func (l Limit) interval() int64 { return int64(time.Minute) / int64(l.PerMinute) }
 
-// depth is how many requests may come at once: as many as make Burst in a BurstWindow together with those that the sustained
+// depth is how many requests may come at once: as many as make Burst in a burstWindow together with those that the sustained
 // rate lets through meanwhile.
 func (l Limit) depth() int64 {
-	return max(1, int64(l.Burst)-int64(l.PerMinute)*int64(BurstWindow)/int64(time.Minute))
+	return max(1, int64(l.Burst)-int64(l.PerMinute)*int64(burstWindow)/int64(time.Minute))
 }
 
 // Verdict is the answer to one request.
@@ -219,7 +219,7 @@ func (l *Limiter) Run(ctx context.Context) {
 	if l.store != nil {
 		running.Go(func() { l.store.Run(ctx) })
 	}
-	ticker := time.NewTicker(BurstWindow)
+	ticker := time.NewTicker(burstWindow)
 	defer ticker.Stop()
 	for ctx.Err() == nil {
 		select {
@@ -271,15 +271,15 @@ type Status struct {
 
 // Status returns the state of the limiter. Without a store, all is zero that is the store's.
 func (l *Limiter) Status() Status {
-	s := Status{Keys: l.Len()}
+	s := Status{Keys: l.size()}
 	if l.store != nil {
 		s.StoreStatus = l.store.Status()
 	}
 	return s
 }
 
-// Len returns the number of buckets.
-func (l *Limiter) Len() int {
+// size returns the number of buckets.
+func (l *Limiter) size() int {
 	n := 0
 	for i := range l.shards {
 		s := &l.shards[i]

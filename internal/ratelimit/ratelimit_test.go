@@ -78,7 +78,7 @@ func TestNoWindowOf15SecondsHasMoreThanTheBurstAndNoMinuteMoreThanRateAndDepth(t
 			}
 		}
 		for window, most := range map[time.Duration]int64{
-			BurstWindow: int64(limit.Burst), time.Minute: int64(limit.PerMinute) + limit.depth(),
+			burstWindow: int64(limit.Burst), time.Minute: int64(limit.PerMinute) + limit.depth(),
 		} {
 			for i, from := range allowed {
 				end, _ := slices.BinarySearch(allowed, from+int64(window))
@@ -200,12 +200,12 @@ func TestIdleBucketsAreGivenBackAndBusyOnesAreNot(t *testing.T) {
 				b.Release()
 			}
 		}
-		if l.GiveBack(); l.Len() != 1000 {
-			t.Errorf("%d buckets, want all while they remember something", l.Len())
+		if l.GiveBack(); l.size() != 1000 {
+			t.Errorf("%d buckets, want all while they remember something", l.size())
 		}
 		<-time.After(2 * time.Second) // of the clock that synctest fakes
-		if l.GiveBack(); l.Len() != 1 {
-			t.Errorf("%d buckets, want only that of the stream", l.Len())
+		if l.GiveBack(); l.size() != 1 {
+			t.Errorf("%d buckets, want only that of the stream", l.size())
 		}
 	})
 }

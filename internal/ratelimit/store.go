@@ -55,7 +55,9 @@ type Store struct {
 	emptied   uint64   // the epoch that began with that, the last time
 	explained bool     // the log has more of the outage than that there was no answer in time
 
-	exchanges, commands, failures atomic.Uint64
+	exchanges atomic.Uint64
+	commands  atomic.Uint64 // keys settled in them
+	failures  atomic.Uint64 // exchanges and probes without a usable answer
 }
 
 // OpenStore returns a store. It does not connect. url is redis://user:password@host:6379/0, or rediss:// for TLS. edges returns how many
@@ -81,16 +83,11 @@ type StoreStatus struct {
 	Fallback  bool   // whether this edge holds keys to its part of their limits, because Redis does not answer
 	Outages   uint64 // times that Redis did not answer
 	Exchanges uint64 // round trips
-	Commands  uint64 // keys settled in them
-	Failures  uint64 // round trips without a usable answer
 }
 
 // Status returns what the store has done.
 func (s *Store) Status() StoreStatus {
-	return StoreStatus{
-		Fallback: s.fallback.Load(), Outages: s.outages.Load(),
-		Exchanges: s.exchanges.Load(), Commands: s.commands.Load(), Failures: s.failures.Load(),
-	}
+	return StoreStatus{Fallback: s.fallback.Load(), Outages: s.outages.Load(), Exchanges: s.exchanges.Load()}
 }
 
 var (

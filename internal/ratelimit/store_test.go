@@ -398,7 +398,7 @@ func TestRedisIsAskedFarLessOftenThanAKeyThatIsOverItsLimit(t *testing.T) {
 	for range 100_000 {
 		e.ask(d, limit)
 	}
-	if n := e.store.Status().Commands; n > 1000 {
+	if n := e.store.commands.Load(); n > 1000 {
 		t.Errorf("Redis was asked %d times in 100,000 requests", n)
 	}
 }
@@ -533,7 +533,7 @@ func TestAnOutageIsLoggedOnceWhenItBeginsAndOnceWhenItEnds(t *testing.T) {
 	e := startEdges(t, server.URL(), 1)[0]
 	eventually(t, "it is connected", func() bool { return e.store.connected.Load() })
 	server.Kill()
-	eventually(t, "several attempts fail", func() bool { return e.store.Status().Failures >= 3 })
+	eventually(t, "several attempts fail", func() bool { return e.store.failures.Load() >= 3 })
 	if n := e.log.lines(begins); n != 1 {
 		t.Errorf("%d lines when it begins, want 1:\n%s", n, e.log)
 	}
@@ -579,7 +579,7 @@ func TestBucketsInRedisExpireAndNameNoKey(t *testing.T) {
 	})
 	eventually(t, "idle buckets are given back", func() bool {
 		e.GiveBack()
-		return e.Len() == 0
+		return e.size() == 0
 	})
 }
 
@@ -589,7 +589,7 @@ func TestPasswordIsInNoLogAndNoError(t *testing.T) {
 	right := startEdges(t, server.URL(), 1)[0]
 	eventually(t, "it leases", func() bool {
 		right.ask(digest(1), fast)
-		return right.store.Status().Commands > 0 && right.bucket(digest(1)).lease.held.Load() > 0
+		return right.store.commands.Load() > 0 && right.bucket(digest(1)).lease.held.Load() > 0
 	})
 	wrong := startEdges(t, strings.Replace(server.URL(), password, "wrong-"+password, 1), 1)[0]
 	eventually(t, "the fallback begins", func() bool { return wrong.log.lines(begins) == 1 })
@@ -694,7 +694,7 @@ func BenchmarkSharedAcquire(b *testing.B) {
 					}
 				}
 			})
-			b.ReportMetric(float64(e.store.Status().Commands)/float64(b.N), "commands/op")
+			b.ReportMetric(float64(e.store.commands.Load())/float64(b.N), "commands/op")
 		})
 	}
 }

@@ -73,7 +73,7 @@ func restart(r *devenv.Redis) {
 }
 
 // TestEdgesHoldKeysToTheirLimits is a measurement as well: REKALL_FLEET=full takes a minute for each phase and writes the
-// table that test/load keeps.
+// table beside it, limits.md.
 func TestEdgesHoldKeysToTheirLimits(t *testing.T) {
 	length := 10 * time.Second
 	if full() {
