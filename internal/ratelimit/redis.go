@@ -15,7 +15,7 @@ import (
 // exchangeScript settles with the bucket of one key and leases from it: GCRA in microseconds of Redis's own clock, the only one that
 // all edges share. What was spent counts whatever the bucket holds; more is leased only from what it has left.
 //
-// A bucket further ahead than all edges could have spent comes from a clock that was set back: it is cut to that. Where the data has
+// A bucket that owes more than edges could have spent comes from a clock that was set back, or from other limits: it is cut to that. Where the data has
 // another name than this edge knows, Redis was emptied: nothing is leased of a bucket that is whole because it was forgotten.
 var exchangeScript = redis.NewScript(`
 if redis.call('GET', KEYS[2]) ~= ARGV[5] then
@@ -25,12 +25,8 @@ local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local interval, depth = tonumber(ARGV[1]), tonumber(ARGV[2])
 local spent, want = tonumber(ARGV[3]), tonumber(ARGV[4])
-local empty = tonumber(redis.call('GET', KEYS[1]) or '0')
-if ARGV[6] == '1' then
-	empty = math.min(empty, now + depth * interval)
-end
-empty = math.max(now, empty) + spent * interval
-empty = math.min(math.max(now, empty), now + 3 * depth * interval + 60000000)
+local empty = math.min(tonumber(redis.call('GET', KEYS[1]) or '0'), now + (depth + ARGV[6]) * interval)
+empty = math.max(now, math.max(now, empty) + spent * interval)
 local left = math.max(0, math.floor((now + depth * interval - empty) / interval + 0.001))
 local leased = math.min(want, left)
 empty = empty + leased * interval
@@ -85,7 +81,7 @@ type settlement struct {
 	spent int64 // without Redis's knowledge; below zero: given back
 	want  int64
 
-	changed bool // the limits: what the bucket has from others counts as no more than an empty one
+	debt int64 // that the bucket may have already, at most
 
 	owed   int64 // that is settled by this: what was spent, forgiven or not
 	answer *redis.Cmd
@@ -115,7 +111,7 @@ func (s *Store) send(ctx context.Context, batch []settlement) {
 		b := &batch[i]
 		interval := strconv.FormatFloat(float64(time.Minute/time.Microsecond)/float64(b.lease.minute.Load()), 'g', -1, 64)
 		b.answer = pipe.EvalSha(ctx, exchangeScript.Hash(), []string{b.lease.key, dataKey},
-			interval, b.lease.depth.Load(), b.spent, b.want, s.data, b.changed)
+			interval, b.lease.depth.Load(), b.spent, b.want, s.data, b.debt)
 	}
 	s.exchanges.Add(1)
 	s.commands.Add(uint64(len(batch)))

@@ -56,9 +56,10 @@ func newLease(s *Store, d apikey.Digest, b *Bucket) *lease {
 	return l
 }
 
-// Which part of what a minute may hold all edges together may run ahead by, and hold for the next burst. The rest of a twentieth is
-// for what leases hold for leaseFor.
+// Which part of what a minute may hold all edges together may let through beyond the limit, by running ahead, and by what they hold
+// for the next burst. The rest is for what leases hold for leaseFor.
 const (
+	overPerMinute  = 20
 	aheadPerMinute = 40
 	sparePerMinute = 60
 )
@@ -231,6 +232,20 @@ func (l *lease) refusal(limit Limit, edges, ahead, held, now int64) Verdict {
 		RetryAfter: time.Duration(wait + (1+(edges-1)*max(1, ahead)-min(held, 0))*interval),
 		ResetAfter: time.Duration(wait + (limit.depth()-min(held, 0))*interval),
 	}
+}
+
+// debt is how many requests the key's bucket may have let through already that the next exchange is to keep. After a change of limits
+// that is none, and for an edge that does not know of one what others may have run ahead by, or the limits of before would count for
+// longer than the new ones take to refill. Else it is what edges may have told after an outage.
+func (l *lease) debt() int64 {
+	minute, depth := l.minute.Load(), l.depth.Load()
+	switch {
+	case l.changed.Swap(false):
+		return 0
+	case l.next.Load() == 0:
+		return (minute + depth) / overPerMinute
+	}
+	return minute + 2*depth
 }
 
 // share is this edge's part of the limit.

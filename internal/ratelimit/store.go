@@ -181,7 +181,7 @@ func (s *Store) settle(ctx context.Context, leases []*lease) bool {
 			continue
 		}
 		if b, needed := s.plan(l, now); needed {
-			b.changed = l.changed.Swap(false)
+			b.debt = l.debt()
 			batch = append(batch, b)
 		}
 		if len(batch) == maxBatch {

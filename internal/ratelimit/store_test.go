@@ -303,6 +303,15 @@ func TestNobodyWaitsLongerAfterAChangeOfSharedLimitsThanTheNewOnesTakeToRefill(t
 			v, _ := store.take(b, before, now())
 			allowed = v.Allowed
 		}
+		// An edge that has not seen the key may be the first to come with the new limits. It keeps what others may have run ahead by.
+		other, _ := openStore(t, redis.URL(), int(edges))
+		otherBucket := NewShared(other).bucket(digest(int(edges)))
+		other.probe(t.Context())
+		other.take(otherBucket, after, other.now())
+		settle(t, other)
+		if wait := otherBucket.lease.next.Load() - other.now(); wait > (2+tolerance(after))*after.interval() {
+			t.Errorf("%d edges: an edge that is new to the key waits for %s", edges, time.Duration(wait))
+		}
 		store.take(b, after, now())
 		settle(t, store)
 		if wait := b.lease.next.Load() - now(); wait > after.interval() {
