@@ -17,6 +17,8 @@ var (
 	Migrations = migrations
 )
 
+func Unread(snapshot string) (first, last string) { return unread(snapshot) }
+
 func (s *Store) Pool() *pgxpool.Pool { return s.pool }
 
 // Grants maps each object of the table of grants to whether a role has rights on it.

@@ -97,9 +97,28 @@ const (
 	left join rekall.key_limits o on o.key_id = k.id`
 )
 
+// lastXid is the greatest xid8.
+const lastXid = "18446744073709551615"
+
+// unread returns the transactions that a pg_snapshot does not see, as ranges: the first of each and the last of each, as xid8[].
+// They are none if it is empty.
+func unread(snapshot string) (first, last string) {
+	if snapshot == "" {
+		return "{}", "{}"
+	}
+	parts := strings.Split(snapshot, ":") // xmin, xmax, and between them the transactions in progress
+	xmax, inProgress := parts[1], parts[2]
+	if inProgress != "" {
+		inProgress += ","
+	}
+	return "{" + inProgress + xmax + "}", "{" + inProgress + lastXid + "}"
+}
+
 // snapshotSQL is one statement, so that snapshot and rows belong together. It reads the rows that were stamped by transactions
-// that the snapshot before could not see, however late they committed. To name the oldest of those makes the index useful:
-// a long transaction anywhere in the cluster holds it back, but brings no row twice.
+// that the snapshot before could not see, however late they committed. A snapshot sees all but those at or above its xmax and
+// those below that it names as in progress; a stamp is never a subtransaction's, which it does not name. So what it could not see
+// is a few ranges of the index on stamps, and no row is read twice. To read on from its xmin instead would be to read all that was
+// stamped since the oldest transaction in the cluster began, in each reading for as long as that lasts.
 //
 // A standby's snapshot does not name the transactions in progress, and they would pass for seen: the one to read on from has none
 // at or above the oldest of them. There a long transaction does bring rows twice.
@@ -116,29 +135,31 @@ with s as materialized (
 	select pg_snapshot_xmin(pg_current_snapshot()) as xmin, pg_snapshot_xmax(pg_current_snapshot()) as xmax,
 		case when pg_is_in_recovery() then format('%s:%s:', pg_snapshot_xmin(pg_current_snapshot()), pg_snapshot_xmin(pg_current_snapshot()))
 			else pg_current_snapshot()::text end as snapshot,
-		coalesce((select beat from rekall.edges where instance = $2), 0) as beat, clock_timestamp() as now,` + serverColumns + `,
+		coalesce((select beat from rekall.edges where instance = $3), 0) as beat, clock_timestamp() as now,` + serverColumns + `,
 		(select json_agg(t) from rekall.tiers t) as tiers
+), unread as materialized (
+	select * from unnest($1::text::xid8[], $2::text::xid8[]) u (first, last)
 )
 select row_to_json(s)::text, null` + strings.Repeat(", null", len(new(row).targets())) + ` from s
 union all
 (select null, k.change_xid, ` + recordColumns + `
-from rekall.api_keys k` + limitsOfSome + `
-where ` + stampedSince("k") + ` order by k.change_xid limit $3)
+from unread u
+cross join lateral (select ` + keyColumns + `, k.change_xid from rekall.api_keys k where ` + stampedUnread("k") + `) k` + limitsOfSome + ` limit $4)
 union all
 (select null, c.change_xid, ` + recordColumns + `
-from rekall.account_limits c
-cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where k.account = c.account and k.environment = 'production' limit $3) k` + limitsOfSome + `
-where ` + stampedSince("c") + ` order by c.change_xid limit $3)
+from unread u
+cross join lateral (select c.account, c.change_xid from rekall.account_limits c where ` + stampedUnread("c") + `) c
+cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where k.account = c.account and k.environment = 'production' limit $4) k` + limitsOfSome + ` limit $4)
 union all
 (select null, c.change_xid, ` + recordColumns + `
-from rekall.key_limits c
-cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where k.id = c.key_id limit 1) k` + limitsOfSome + `
-where ` + stampedSince("c") + ` order by c.change_xid limit $3)`
+from unread u
+cross join lateral (select c.key_id, c.change_xid from rekall.key_limits c where ` + stampedUnread("c") + `) c
+cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where k.id = c.key_id limit 1) k` + limitsOfSome + ` limit $4)`
 
-// stampedSince is the condition that a row of a table was stamped after the snapshot $1, in this cluster.
-func stampedSince(table string) string {
-	return strings.ReplaceAll(`t.change_xid >= pg_snapshot_xmin($1::text::pg_snapshot) and t.change_xid < pg_snapshot_xmax(pg_current_snapshot())
-		and not pg_visible_in_snapshot(t.change_xid, $1::text::pg_snapshot)`, "t.", table+".")
+// stampedUnread is the condition that a row of a table was stamped by one of the unread transactions u, in this cluster.
+func stampedUnread(table string) string {
+	return strings.ReplaceAll(`t.change_xid between u.first and u.last and t.change_xid < pg_snapshot_xmax(pg_current_snapshot())
+	order by t.change_xid limit $4`, "t.", table+".")
 }
 
 // reading is what belongs to a whole reading of the feed.
@@ -155,17 +176,14 @@ type reading struct {
 // Snapshot reads the feed: every row that has changed since a snapshot, which is the Text of an earlier one of the same
 // server. With an empty one it reads no rows, only where the feed stands.
 func (s *Store) Snapshot(ctx context.Context, since string) (Snapshot, error) {
-	var from *string // null: no row compares with it
-	if since != "" {
-		from = &since
-	}
+	first, last := unread(since)
 	var (
 		snap   Snapshot
 		header column // of one row
 		xid    *uint64
 		key    row // of the others
 	)
-	rows, _ := s.pool.Query(ctx, snapshotSQL, from, s.instance, MaxChanges+1) // ForEachRow returns its error
+	rows, _ := s.pool.Query(ctx, snapshotSQL, first, last, s.instance, MaxChanges+1) // ForEachRow returns its error
 	_, err := pgx.ForEachRow(rows, append([]any{&header, &xid}, key.targets()...), func() error {
 		if header != nil {
 			return snap.begin(header)
