@@ -101,7 +101,7 @@ func newRuntime(s settings) (_ *runtime, err error) {
 			return nil, fmt.Errorf("read_database: %w", err)
 		}
 		reads = keystore.NewStandby(rt.standby, store)
-		config.NoListen, config.SentAt = true, rt.reporter.SentAt // a standby has no LISTEN
+		config.NoListen, config.Sent = true, rt.reporter.Sent // a standby has no LISTEN
 	}
 	if rt.cache, err = keycache.New(reads, config); err != nil {
 		return nil, err

@@ -4,6 +4,8 @@ package edge
 
 import (
 	"context"
+	cryptorand "crypto/rand"
+	"encoding/binary"
 	"math/rand/v2"
 	"sync"
 	"sync/atomic"
@@ -67,21 +69,16 @@ type Reporter struct {
 
 	failure atomic.Pointer[keystore.Failure] // nil: there was none
 
-	mu   sync.Mutex
-	beat uint64          // of the last report
-	sent map[uint64]sent // the last reports
-}
-
-// sent is a report: when it was sent, and the server that took it, once that has answered.
-type sent struct {
-	at      time.Time
-	takenBy keystore.Server
+	mu       sync.Mutex
+	draining bool
+	sent     map[uint64]keystore.Report // the last reports, by beat
+	last     []uint64                   // their beats, the oldest first
 }
 
 // NewReporter returns a reporter for a new instance of an edge. logger is asked at each line.
 func NewReporter(store *keystore.Store, id Identity, logger func() *zap.Logger) *Reporter {
 	return &Reporter{
-		store: store, logger: logger, changed: make(chan struct{}, 1), sent: make(map[uint64]sent), forgetEvery: forgetEvery,
+		store: store, logger: logger, changed: make(chan struct{}, 1), sent: make(map[uint64]keystore.Report), forgetEvery: forgetEvery,
 		edge: keystore.Edge{
 			Instance: id.Instance, Name: id.Name, Region: id.Region, Version: id.Version,
 			MaxStaleness: id.MaxStaleness, StartedAt: time.Now(),
@@ -100,7 +97,7 @@ func (r *Reporter) Changed() {
 // Drain says from now on that this edge takes no more requests.
 func (r *Reporter) Drain() {
 	r.mu.Lock()
-	r.beat += keystore.DrainingBeat
+	r.draining = true
 	r.mu.Unlock()
 	r.Changed()
 }
@@ -153,13 +150,13 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// SentAt returns when a report was sent, if it was a recent one of this edge. A database in which it can be read shows all
-// that was committed before.
-func (r *Reporter) SentAt(beat uint64) (time.Time, bool) {
+// Sent returns a report, if it was a recent one of this edge. A database in which it can be read shows all that was committed
+// before it was sent.
+func (r *Reporter) Sent(beat uint64) (keystore.Report, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	report, ok := r.sent[beat]
-	return report.at, ok
+	return report, ok
 }
 
 // appliedOn names the server whose transactions a snapshot names, or is empty if that is unknown. A standby's are those of the
@@ -169,7 +166,7 @@ func (r *Reporter) appliedOn(applied keycache.Applied) string {
 	if server.InRecovery {
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		server = r.sent[applied.Beat].takenBy
+		server = r.sent[applied.Beat].TakenBy
 	}
 	if server == (keystore.Server{}) {
 		return ""
@@ -177,19 +174,29 @@ func (r *Reporter) appliedOn(applied keycache.Applied) string {
 	return server.String()
 }
 
+// nextBeat returns the beat of a report that is about to be sent. Nobody can guess it: whoever could write it into this edge's row
+// before, with the same database user, would make a standby that lags pass for one that has the report.
 func (r *Reporter) nextBeat() uint64 {
+	var random [8]byte
+	_, _ = cryptorand.Read(random[:])                                           // which never fails
+	beat := binary.LittleEndian.Uint64(random[:])%(keystore.DrainingBeat-1) + 1 // a bigint above 0
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.beat++
-	r.sent[r.beat] = sent{at: time.Now()}
-	delete(r.sent, r.beat-rememberBeats)
-	return r.beat
+	if r.draining {
+		beat += keystore.DrainingBeat
+	}
+	r.sent[beat] = keystore.Report{SentAt: time.Now()}
+	if r.last = append(r.last, beat); len(r.last) > rememberBeats {
+		delete(r.sent, r.last[0])
+		r.last = r.last[1:]
+	}
+	return beat
 }
 
-func (r *Reporter) taken(beat uint64, by keystore.Server) {
+func (r *Reporter) taken(beat uint64, report keystore.Report) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.sent[beat] = sent{r.sent[beat].at, by}
+	r.sent[beat] = report
 }
 
 func (r *Reporter) report(ctx context.Context, applied keycache.Applied) error {
@@ -197,11 +204,11 @@ func (r *Reporter) report(ctx context.Context, applied keycache.Applied) error {
 	defer cancel()
 	edge := r.edge
 	edge.Beat, edge.SyncedAt, edge.Applied, edge.AppliedOn = r.nextBeat(), applied.At, applied.Snapshot, r.appliedOn(applied)
-	server, err := r.store.ReportEdge(ctx, edge)
+	taken, err := r.store.ReportEdge(ctx, edge)
 	if err != nil {
 		return err
 	}
-	r.taken(edge.Beat, server)
+	r.taken(edge.Beat, taken)
 	r.forget(ctx)
 	return r.countEdges(ctx)
 }

@@ -164,7 +164,8 @@ func TestAnEdgeThatDrainsIsWaitedForAndSharesNoLimits(t *testing.T) {
 	if !r.confirmed(xid, r.applied()) {
 		t.Error("what it has applied is not confirmed")
 	}
-	if _, known := former.SentAt(keystore.DrainingBeat + 2); !known {
+	beat := former.last[len(former.last)-1]
+	if _, known := former.Sent(beat); !known || beat < keystore.DrainingBeat {
 		t.Error("a standby that shows its report vouches for nothing")
 	}
 	r.reporter = newReporter(former.store)
@@ -311,13 +312,29 @@ func TestWhatAStandbyShowsIsConfirmedOnThePrimaryThatTookTheReportWhichItHas(t *
 	r.report()
 	xid := r.commit()
 	applied := r.applied()
-	applied.Server.InRecovery, applied.Server.StartedAt, applied.Beat = true, 1, 1
+	applied.Server.InRecovery, applied.Server.StartedAt, applied.Beat = true, 1, r.reporter.last[0]
 	if !r.confirmed(xid, applied) {
 		t.Error("not confirmed")
 	}
 	applied.Beat = 100 // nobody knows who took that
 	if r.confirmed(xid, applied) {
 		t.Error("confirmed, though the report that the standby has may have been another server's")
+	}
+}
+
+// TestBeatOfAReportCannotBeWrittenBeforeItIsSent: another edge with the same database user could make this one trust a standby that lags.
+func TestBeatOfAReportCannotBeWrittenBeforeItIsSent(t *testing.T) {
+	r := newRig(t)
+	r.report()
+	first := r.reporter.last[0]
+	r.report()
+	for beat := first + 1; beat < first+1000; beat++ {
+		if _, ok := r.reporter.Sent(beat); ok {
+			t.Errorf("the beat after %d is %d", first, beat)
+		}
+	}
+	if report, ok := r.reporter.Sent(first); !ok || report.SentAt.IsZero() || report.TakenBy == (keystore.Server{}) || report.Snapshot == "" {
+		t.Errorf("the report is remembered as %+v", report)
 	}
 }
 

@@ -51,16 +51,16 @@ type Store interface {
 	ScanRecent(ctx context.Context, n int, begin func(keystore.Server) error, each func(apikey.Record)) error
 }
 
-// Config of a Cache. Warm, NoListen, SentAt, Changed and Revoked may be left out.
+// Config of a Cache. Warm, NoListen, Sent, Changed and Revoked may be left out.
 type Config struct {
 	Size         int           // keys held, at most
 	Warm         int           // keys read into memory when the feed starts over, at most Size; 0: none
 	Refresh      time.Duration // between two syncs
 	MaxStaleness time.Duration // after which a sync vouches for nothing
 	NoListen     bool          // do not LISTEN for early wake-ups, e.g. behind PgBouncer
-	// SentAt makes the store a standby's, which may lag: a sync then vouches for no more than the last report of this edge
-	// that the standby has replayed. SentAt returns when that report was sent. Nil: the store is the primary's.
-	SentAt  func(beat uint64) (time.Time, bool)
+	// Sent makes the store a standby's, which may lag: a sync then vouches for no more than the last report of this edge
+	// that the standby has replayed. Sent returns that report. Nil: the store is the primary's.
+	Sent    func(beat uint64) (keystore.Report, bool)
 	Changed func() // called after changes were applied; must not block; may be nil
 	// Revoked is called when a key that was in memory is found to be revoked, with the time for which it stayed allowed after
 	// its revocation, by Postgres's clock, MaxStaleness at most where nobody could tell. It must not block; it may be nil.
@@ -271,7 +271,7 @@ func (c *Cache) ask(ctx context.Context, d apikey.Digest) (f Found, err error) {
 			// and a process that was stopped between the answer and now.
 			s = c.state.Load()
 			now, vouchedAt := time.Now(), a.readAt
-			if c.cfg.SentAt != nil { // a standby's row is as old as the standby
+			if c.cfg.Sent != nil { // a standby's row is as old as the standby
 				vouchedAt = s.syncedAt
 				if !s.fresh(now, c.cfg.MaxStaleness) {
 					return Found{}, fmt.Errorf("%w: %w", ErrUnavailable, errBlind)

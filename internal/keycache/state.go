@@ -124,7 +124,7 @@ func (s *state) restart(snap keystore.Snapshot, readAt, vouchedAt time.Time) *st
 func (s *state) next(snap keystore.Snapshot, readAt, vouchedAt time.Time) (n *state, changed []*entry) {
 	n = &state{
 		epoch: s.epoch + 1, origin: s.origin, horizon: s.horizon, changes: s.changes, log: s.log,
-		server: snap.Server, seen: snap.Text, watermark: snap.Xmin, xmax: snap.Xmax, tiers: s.same(snap.Tiers),
+		server: snap.Server, seen: keystore.LaterSnapshot(snap.Text, s.seen), watermark: snap.Xmin, xmax: snap.Xmax, tiers: s.same(snap.Tiers),
 		syncedAt: vouchedAt, readAt: readAt, gotAt: time.Now(), pgNow: snap.Now, superseded: make(chan struct{}),
 	}
 	var digests []apikey.Digest
@@ -136,6 +136,12 @@ func (s *state) next(snap keystore.Snapshot, readAt, vouchedAt time.Time) (n *st
 		n.remember(changed, digests)
 	}
 	return n, changed
+}
+
+// knewRevoked reports whether the feed has brought the key as a revoked one before.
+func (s *state) knewRevoked(d *apikey.Digest) bool {
+	ch, ok := s.changes[*d]
+	return ok && !ch.entry.record.RevokedAt.IsZero()
 }
 
 // remember adds the changes of epoch n and forgets the oldest epochs while there are too many.

@@ -148,7 +148,7 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 		c.counts.syncErrors.Add(1)
 		return fmt.Errorf("read changes: %w", err)
 	}
-	vouchedAt, err := c.vouchedAt(snap, startedAt)
+	vouchedAt, err := c.vouchedAt(&snap, startedAt)
 	if err != nil {
 		c.counts.syncErrors.Add(1)
 		return err
@@ -189,13 +189,14 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 		return fmt.Errorf("verify keys in flight: %w", err)
 	}
 	for _, e := range changed {
-		if e.record.Account == keystore.CanaryAccount && !e.record.RevokedAt.IsZero() {
+		// What came before, or may have been revoked before the feed began, is no measure.
+		if e.record.Account == keystore.CanaryAccount && !e.record.RevokedAt.IsZero() && old.epoch > old.origin && !old.knewRevoked(&e.record.Digest) {
 			c.canary.Store(int64(c.stayedAllowed(old, e)))
 			c.canaryAt.Store(time.Now().UnixNano())
 		}
 	}
 	// Only now: a confirmed change has also reached the requests in flight.
-	c.applied.Store(&Applied{At: snap.Now.Add(vouchedAt.Sub(startedAt)), Snapshot: snap.Text, Server: snap.Server, Beat: snap.Beat})
+	c.applied.Store(&Applied{At: snap.Now.Add(vouchedAt.Sub(startedAt)), Snapshot: c.state.Load().seen, Server: snap.Server, Beat: snap.Beat})
 	if news && c.cfg.Changed != nil {
 		c.cfg.Changed()
 	}
@@ -249,18 +250,23 @@ func (c *Cache) stayedAllowed(old *state, e *entry) time.Duration {
 
 // vouchedAt returns the moment up to which a reading shows all changes. A primary shows them all when the reading starts. A
 // standby may lag, or have its replay paused and look healthy: it shows those before the last report of ours that it has.
-func (c *Cache) vouchedAt(snap keystore.Snapshot, startedAt time.Time) (time.Time, error) {
-	if c.cfg.SentAt == nil {
+// Its own snapshot names no transaction in progress on the primary, but that does under which the primary took the report, and
+// the standby shows all that it saw.
+func (c *Cache) vouchedAt(snap *keystore.Snapshot, startedAt time.Time) (time.Time, error) {
+	if c.cfg.Sent == nil {
 		if snap.Server.InRecovery {
 			return time.Time{}, errStandby
 		}
 		return startedAt, nil
 	}
-	sentAt, ok := c.cfg.SentAt(snap.Beat)
-	if !ok || age(sentAt, startedAt) >= c.cfg.MaxStaleness {
+	report, ok := c.cfg.Sent(snap.Beat)
+	if !ok || age(report.SentAt, startedAt) >= c.cfg.MaxStaleness {
 		return time.Time{}, errBlind
 	}
-	return sentAt, nil
+	if snap.Server.InRecovery && report.TakenBy.SystemID == snap.Server.SystemID {
+		snap.Text = keystore.LaterSnapshot(snap.Text, report.Snapshot)
+	}
+	return report.SentAt, nil
 }
 
 func (c *Cache) publish(old, n *state) {

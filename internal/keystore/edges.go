@@ -15,7 +15,7 @@ type Edge struct {
 	Version      string
 	MaxStaleness time.Duration
 	StartedAt    time.Time // by the edge's clock
-	Beat         uint64    // counts its reports
+	Beat         uint64    // a random number of the report
 	SyncedAt     time.Time // up to when it knew every change, by Postgres's clock; zero: it has not synced yet
 	Applied      string    // the snapshot that it read, as pg_snapshot; empty: none yet
 	AppliedOn    string    // whose transactions that names, as Server.String; empty: unknown
@@ -26,24 +26,33 @@ type Edge struct {
 // their roles are made anew.
 const DrainingBeat uint64 = 1 << 62
 
-// ReportEdge writes an edge's row, and returns the server that took it.
-func (s *Store) ReportEdge(ctx context.Context, e Edge) (Server, error) {
+// Report is one that an edge has made of itself.
+type Report struct {
+	SentAt   time.Time // both clocks
+	TakenBy  Server    // zero: it has not answered yet
+	Snapshot string    // under which it took the report, as pg_snapshot: a standby that has the report has all that this saw
+}
+
+// ReportEdge writes an edge's row.
+func (s *Store) ReportEdge(ctx context.Context, e Edge) (Report, error) {
 	var syncedAt *time.Time
 	if !e.SyncedAt.IsZero() {
 		syncedAt = &e.SyncedAt
 	}
 	var server serverRow
+	report := Report{SentAt: time.Now()}
 	err := s.pool.QueryRow(ctx, `
 insert into rekall.edges (instance, name, region, version, max_staleness, started_at, synced_at, applied, applied_on, beat, seen_at)
 values ($1, $2, $3, $4, $5, $6, $7, nullif($8, '')::pg_snapshot, nullif($9, ''), $10, clock_timestamp())
 on conflict (instance) do update set synced_at = excluded.synced_at, applied = excluded.applied, applied_on = excluded.applied_on,
 	beat = excluded.beat, seen_at = excluded.seen_at
-returning `+serverSQL,
-		e.Instance, e.Name, e.Region, e.Version, e.MaxStaleness, e.StartedAt, syncedAt, e.Applied, e.AppliedOn, e.Beat).Scan(&server)
+returning `+serverSQL+`, pg_current_snapshot()::text`,
+		e.Instance, e.Name, e.Region, e.Version, e.MaxStaleness, e.StartedAt, syncedAt, e.Applied, e.AppliedOn, e.Beat).Scan(&server, &report.Snapshot)
 	if err != nil {
-		return Server{}, failedAtEdge("report edge", err)
+		return Report{}, failedAtEdge("report edge", err)
 	}
-	return server.server(), nil
+	report.TakenBy = server.server()
+	return report, nil
 }
 
 // ForgetEdges removes the rows of edges that have not reported for so long.

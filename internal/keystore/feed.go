@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
@@ -66,8 +67,8 @@ type Snapshot struct {
 	Xmin    uint64    // every transaction below it had ended
 	Xmax    uint64    // no transaction at or above it had ended; never falls while Server stays the same
 	Now     time.Time // the server's clock
-	Beat    uint64    // the last report that Options.Instance has made, as far as this server knows
-	Text    string    // the snapshot itself, as pg_snapshot: where to read on from
+	Beat    uint64    // of the last report that Options.Instance has made, as far as this server knows
+	Text    string    // a snapshot, as pg_snapshot, that saw no more than this: where to read on from
 	Changes []Change  // in no order
 	Tiers   apikey.Tiers
 	Overrun bool // there were more than MaxChanges: Changes is of no use, and all that was read before may be out of date
@@ -114,14 +115,30 @@ func unread(snapshot string) (first, last string) {
 	return "{" + inProgress + xmax + "}", "{" + inProgress + lastXid + "}"
 }
 
+// LaterSnapshot returns the one that saw more of two pg_snapshots, the first if they are of the same time.
+func LaterSnapshot(a, b string) string {
+	if xmaxOf(b) > xmaxOf(a) {
+		return b
+	}
+	return a
+}
+
+// xmaxOf is 0 if the snapshot is empty.
+func xmaxOf(snapshot string) uint64 {
+	_, rest, _ := strings.Cut(snapshot, ":")
+	xmax, _, _ := strings.Cut(rest, ":")
+	n, _ := strconv.ParseUint(xmax, 10, 64)
+	return n
+}
+
 // snapshotSQL is one statement, so that snapshot and rows belong together. It reads the rows that were stamped by transactions
 // that the snapshot before could not see, however late they committed. A snapshot sees all but those at or above its xmax and
 // those below that it names as in progress; a stamp is never a subtransaction's, which it does not name. So what it could not see
 // is a few ranges of the index on stamps, and no row is read twice. To read on from its xmin instead would be to read all that was
 // stamped since the oldest transaction in the cluster began, in each reading for as long as that lasts.
 //
-// A standby's snapshot does not name the transactions in progress, and they would pass for seen: the one to read on from has none
-// at or above the oldest of them. There a long transaction does bring rows twice.
+// A standby's snapshot does not name the transactions in progress, and they would pass for seen: the one to read on from sees none
+// at or above the oldest of them. While that lasts, the snapshot of a Report sees more.
 //
 // Rows at or above xmax were stamped by another cluster, from which they were restored: this one's ids are not that far.
 // Without the upper bound every reading would return them all until they are.

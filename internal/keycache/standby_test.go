@@ -1,0 +1,148 @@
+package keycache
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keystore"
+)
+
+// standbyDatabase is a primary with a hot standby, from which a cache reads.
+type standbyDatabase struct {
+	*database
+	reads    *keystore.Store
+	instance string
+
+	mu   sync.Mutex
+	sent map[uint64]keystore.Report
+}
+
+func newStandbyDatabase(t *testing.T) *standbyDatabase {
+	t.Helper()
+	primary := pgtest.Server(t)
+	db := &standbyDatabase{database: newDatabase(t, primary.URL()), instance: apikey.RandomText(22), sent: make(map[uint64]keystore.Report)}
+	standby, err := primary.StartStandby(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = standby.Stop(context.Background()) })
+	if db.reads, err = keystore.Open(standby.URL(), keystore.Options{Instance: db.instance, PlanOnce: true}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(db.reads.Close)
+	return db
+}
+
+// cache reports itself.
+func (db *standbyDatabase) cache(t *testing.T, change func(*Config)) *Cache {
+	t.Helper()
+	return newCache(t, keystore.NewStandby(db.reads, db.store), func(cfg *Config) {
+		cfg.NoListen = true
+		cfg.Sent = func(beat uint64) (keystore.Report, bool) {
+			db.mu.Lock()
+			defer db.mu.Unlock()
+			report, ok := db.sent[beat]
+			return report, ok
+		}
+		if change != nil {
+			change(cfg)
+		}
+	})
+}
+
+// report reports the edge, and returns when the standby has the report and all that was committed before.
+func (db *standbyDatabase) report(t *testing.T) {
+	t.Helper()
+	beat := uint64(len(db.sent) + 1)
+	report, err := db.store.ReportEdge(t.Context(), keystore.Edge{
+		Instance: db.instance, Name: "north", Version: "v1", MaxStaleness: 30 * time.Second, StartedAt: time.Now(), Beat: beat,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	db.mu.Lock()
+	db.sent[beat] = report
+	db.mu.Unlock()
+	eventually(t, "the standby has the report", func() bool {
+		snap, err := db.reads.Snapshot(t.Context(), "")
+		return err == nil && snap.Beat == beat
+	})
+}
+
+// TestChangesComeToAStandbyNoLongerThanUntilTheNextReportThoughALongTransactionIsOpen: a standby's snapshot does not name it. If they
+// came with every sync, no key in memory would be usable, or the feed would start over each second, and no revocation be confirmed.
+func TestChangesComeToAStandbyNoLongerThanUntilTheNextReportThoughALongTransactionIsOpen(t *testing.T) {
+	for _, rows := range []int{maxChanges + 2000, keystore.MaxChanges + 1000} {
+		t.Run(fmt.Sprint(rows), func(t *testing.T) {
+			db := newStandbyDatabase(t)
+			key, revoked := db.create(t), db.create(t)
+			tx, err := db.pool.Begin(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = tx.Rollback(context.Background()) }()
+			if _, err := tx.Exec(t.Context(), "select pg_current_xact_id()"); err != nil {
+				t.Fatal(err)
+			}
+			c, s := db.cache(t, nil), new(syncer)
+			db.report(t)
+			tick(t, s, c)
+			canary, err := db.store.CreateCanary(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			db.report(t)
+			tick(t, s, c)
+			db.exec(t, "update rekall.api_keys set revoked_at = now() where id = any($1)", []string{canary, revoked.id})
+			db.report(t)
+			tick(t, s, c)
+			db.makeKeys(t, rows)
+			for range 2 { // syncs that bring them: once, and again until a report is there that was made after them
+				db.report(t)
+				eventually(t, "a sync", func() bool { return s.sync(t.Context(), c) == nil })
+			}
+			want(t, c, key.digest, apikey.Allowed)
+			c.known.Wait()
+			before, status := c.state.Load(), c.Status()
+			if status.Canary == 0 {
+				t.Fatal("the canary is not measured: the test shows nothing")
+			}
+			for range 5 {
+				tick(t, s, c)
+				want(t, c, key.digest, apikey.Allowed)
+			}
+			want(t, c, revoked.digest, apikey.Revoked)
+			after, now := c.state.Load(), c.Status()
+			if after.horizon != before.horizon || !maps.Equal(after.changes, before.changes) {
+				t.Errorf("changes come again: the horizon was %d and is %d", before.horizon, after.horizon)
+			}
+			if now.Restarts != status.Restarts || now.Canary != status.Canary || now.CanaryAt != status.CanaryAt {
+				t.Errorf("%d restarts, canary %v at %v; then %d, %v at %v", status.Restarts, status.Canary, status.CanaryAt, now.Restarts, now.Canary, now.CanaryAt)
+			}
+			var confirmed bool
+			if err := db.pool.QueryRow(t.Context(), "select pg_visible_in_snapshot(change_xid, $2::text::pg_snapshot) from rekall.api_keys where id = $1",
+				revoked.id, c.Applied().Snapshot).Scan(&confirmed); err != nil || !confirmed {
+				t.Errorf("the revocation is confirmed: %v, %v", confirmed, err)
+			}
+			slow := db.create(t)
+			if _, err := tx.Exec(t.Context(), "update rekall.api_keys set revoked_at = now() where id = $1", slow.id); err != nil {
+				t.Fatal(err)
+			}
+			db.report(t)
+			tick(t, s, c)
+			want(t, c, slow.digest, apikey.Allowed)
+			if err := tx.Commit(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			db.report(t)
+			tick(t, s, c)
+			want(t, c, slow.digest, apikey.Revoked)
+		})
+	}
+}
