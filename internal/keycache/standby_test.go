@@ -2,6 +2,7 @@ package keycache
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"sync"
@@ -143,6 +144,58 @@ func TestChangesComeToAStandbyNoLongerThanUntilTheNextReportThoughALongTransacti
 			db.report(t)
 			tick(t, s, c)
 			want(t, c, slow.digest, apikey.Revoked)
+		})
+	}
+}
+
+// twoStandbys are two of one primary behind one name.
+type twoStandbys struct {
+	Store
+	snap  keystore.Snapshot
+	found keystore.Found
+}
+
+func (s *twoStandbys) Snapshot(context.Context, string) (keystore.Snapshot, error) {
+	return s.snap, nil
+}
+
+func (s *twoStandbys) Lookup(context.Context, []apikey.Digest) (keystore.Found, error) {
+	return s.found, nil
+}
+
+// TestRevocationIsNotUndoneByAStandbyThatHasReplayedLess: the name in read_database leads to another, or the same was restarted at an
+// earlier point of its replay.
+func TestRevocationIsNotUndoneByAStandbyThatHasReplayedLess(t *testing.T) {
+	began := time.Now()
+	for name, reported := range map[string]uint64{"it lacks a report that the first had": 1, "it has the same report": 2} {
+		t.Run(name, func(t *testing.T) {
+			db := new(twoStandbys)
+			sent := map[uint64]keystore.Report{1: {SentAt: began.Add(-10 * time.Second)}, 2: {SentAt: began}}
+			c, s := newCache(t, db, func(cfg *Config) {
+				cfg.Sent = func(beat uint64) (keystore.Report, bool) { report, ok := sent[beat]; return report, ok }
+			}), new(syncer)
+			good := &apikey.Record{ID: "key_a", Digest: unknownKey(), Environment: apikey.Production}
+			revoked := *good
+			revoked.RevokedAt = apikey.TimeOf(began)
+			show := func(startedAt int64, beat uint64, record *apikey.Record) {
+				db.snap = keystore.Snapshot{
+					Server: keystore.Server{StartedAt: startedAt, InRecovery: true}, Beat: beat, Now: began, Text: "5:5:", Xmin: 5, Xmax: 5,
+				}
+				db.found = keystore.Found{StartedAt: startedAt, InRecovery: true, Now: began, Records: []*apikey.Record{record}}
+			}
+			show(1, 2, &revoked)
+			tick(t, s, c)
+			want(t, c, good.Digest, apikey.Revoked)
+			c.known.Wait()
+			show(2, reported, good)
+			if err := s.sync(t.Context(), c); !errors.Is(err, errBlind) {
+				t.Errorf("a sync with it: %v, want errBlind", err)
+			}
+			want(t, c, good.Digest, apikey.Revoked)
+			sent[3] = keystore.Report{SentAt: time.Now()}
+			show(2, 3, &revoked) // it has caught up
+			tick(t, s, c)
+			want(t, c, good.Digest, apikey.Revoked)
 		})
 	}
 }

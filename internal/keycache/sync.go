@@ -149,6 +149,11 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 		return fmt.Errorf("read changes: %w", err)
 	}
 	vouchedAt, err := c.vouchedAt(&snap, startedAt)
+	// Another standby, or this one restarted, may have replayed less than what was known here: a revocation that is in force and
+	// confirmed must not be undone. It has as much if it has a report that was made afterwards.
+	if err == nil && !old.sameServer(snap) && vouchedAt.Before(old.gotAt) {
+		err = errBlind
+	}
 	if err != nil {
 		c.counts.syncErrors.Add(1)
 		return err
