@@ -9,7 +9,11 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
+
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
@@ -17,6 +21,7 @@ import (
 // standbyDatabase is a primary with a hot standby, from which a cache reads.
 type standbyDatabase struct {
 	*database
+	standby  *devenv.Postgres
 	reads    *keystore.Store
 	instance string
 
@@ -33,6 +38,7 @@ func newStandbyDatabase(t *testing.T) *standbyDatabase {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = standby.Stop(context.Background()) })
+	db.standby = standby
 	if db.reads, err = keystore.Open(standby.URL(), keystore.Options{Instance: db.instance, PlanOnce: true}); err != nil {
 		t.Fatal(err)
 	}
@@ -145,6 +151,23 @@ func TestChangesComeToAStandbyNoLongerThanUntilTheNextReportThoughALongTransacti
 			tick(t, s, c)
 			want(t, c, slow.digest, apikey.Revoked)
 		})
+	}
+}
+
+func TestStandbyWhoseReplayALongReadCanStopIsWarnedOf(t *testing.T) {
+	db := newStandbyDatabase(t)
+	core, logs := observer.New(zap.WarnLevel)
+	for warnings, feedback := range []string{"on", "off"} {
+		pgtest.Exec(t, db.standby.URL(), "alter system set hot_standby_feedback = "+feedback)
+		if err := db.standby.Restart(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		c, s := db.cache(t, func(cfg *Config) { cfg.Logger = func() *zap.Logger { return zap.New(core) } }), new(syncer)
+		db.report(t)
+		eventually(t, "a sync", func() bool { return s.sync(t.Context(), c) == nil })
+		if n := logs.FilterMessageSnippet("hot_standby_feedback").Len(); n != warnings {
+			t.Errorf("%s: %d warnings, want %d", feedback, n, warnings)
+		}
 	}
 }
 

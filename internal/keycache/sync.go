@@ -166,6 +166,9 @@ func (s *syncer) sync(ctx context.Context, c *Cache) error {
 		c.carryOver(ctx, old, n)
 		c.publish(old, n)
 		c.cfg.Logger().Info("key sync starts over", zap.Bool("first", old.syncedAt.IsZero()), zap.Bool("too_many_changes", snap.Overrun))
+		if snap.Server.InRecovery && !snap.Feedback {
+			c.cfg.Logger().Warn("read_database has hot_standby_feedback off: set it to on, or a long read by an edge stops the replay for all")
+		}
 		// Flights that begin from here on are checked against the new state by Track.
 		s.unverified = c.flight.doubt(old.syncedAt)
 		c.wantFill()

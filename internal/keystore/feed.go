@@ -71,7 +71,10 @@ type Snapshot struct {
 	Text    string    // a snapshot, as pg_snapshot, that saw no more than this: where to read on from
 	Changes []Change  // in no order
 	Tiers   apikey.Tiers
-	Overrun bool // there were more than MaxChanges: Changes is of no use, and all that was read before may be out of date
+	// Feedback is whether a standby keeps the primary from removing row versions that are still read here (hot_standby_feedback).
+	// Without it their removal waits for the read, and all that comes after it, until max_standby_streaming_delay has passed.
+	Feedback bool
+	Overrun  bool // there were more than MaxChanges: Changes is of no use, and all that was read before may be out of date
 }
 
 // MaxChanges is the most changes that are read at a time, in some 0.3 s. All edges read all changes: one import of millions, or
@@ -152,7 +155,8 @@ with s as materialized (
 	select pg_snapshot_xmin(pg_current_snapshot()) as xmin, pg_snapshot_xmax(pg_current_snapshot()) as xmax,
 		case when pg_is_in_recovery() then format('%s:%s:', pg_snapshot_xmin(pg_current_snapshot()), pg_snapshot_xmin(pg_current_snapshot()))
 			else pg_current_snapshot()::text end as snapshot,
-		coalesce((select beat from rekall.edges where instance = $3), 0) as beat, clock_timestamp() as now,` + serverColumns + `,
+		coalesce((select beat from rekall.edges where instance = $3), 0) as beat, clock_timestamp() as now,
+		current_setting('hot_standby_feedback')::boolean as feedback,` + serverColumns + `,
 		(select json_agg(t) from rekall.tiers t) as tiers
 ), unread as materialized (
 	select * from unnest($1::text::xid8[], $2::text::xid8[]) u (first, last)
@@ -187,6 +191,7 @@ type reading struct {
 	Snapshot string
 	Beat     uint64
 	Now      time.Time
+	Feedback bool
 	Tiers    []tierRow
 }
 
@@ -228,6 +233,7 @@ func (snap *Snapshot) begin(header []byte) (err error) {
 		return fmt.Errorf("decode snapshot: %w", err)
 	}
 	snap.Server, snap.Xmin, snap.Xmax, snap.Text, snap.Now, snap.Beat = r.server(), r.Xmin, r.Xmax, r.Snapshot, r.Now, r.Beat
+	snap.Feedback = r.Feedback
 	snap.Tiers, err = tiersOf(r.Tiers)
 	return err
 }
