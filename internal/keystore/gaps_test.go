@@ -116,6 +116,22 @@ func TestListenWakesForSecurityChangesOnly(t *testing.T) {
 	}
 }
 
+// TestFirstIndexOfScopesDoesNotMatter: a row that cannot be read would stop the feed of every edge.
+func TestFirstIndexOfScopesDoesNotMatter(t *testing.T) {
+	for _, mode := range []string{"cache_statement", "exec", "simple_protocol"} {
+		databaseURL := database(t) + "&default_query_exec_mode=" + mode
+		store := open(t, databaseURL, keystore.Options{})
+		start, key := snapshot(t, store, ""), insert(t, store)
+		pgtest.Exec(t, databaseURL, `update rekall.api_keys set scopes = '[0:1]={hives:read,agents:read}'`)
+		snap, err := store.Snapshot(t.Context(), start.Text)
+		if err != nil {
+			t.Errorf("%s: %v", mode, err)
+		} else if record := change(snap, key); record == nil || record.Scopes != apikey.HivesRead|apikey.AgentsRead {
+			t.Errorf("%s: change %+v", mode, record)
+		}
+	}
+}
+
 func TestLookupWorksWithExecModeInTheURL(t *testing.T) {
 	u, err := url.Parse(database(t))
 	if err != nil {

@@ -95,7 +95,8 @@ func (r *row) knownScopes() (apikey.Scopes, error) {
 		return scopes, nil
 	}
 	format := int16(pgtype.BinaryFormatCode)
-	if len(r.scopes) > 0 && r.scopes[0] == '{' { // an array in text begins so, one in binary with its dimensions
+	// An array in text begins so, the second if its first index is not 1; one in binary begins with its dimensions.
+	if len(r.scopes) > 0 && (r.scopes[0] == '{' || r.scopes[0] == '[') {
 		format = pgtype.TextFormatCode
 	}
 	var names []string
