@@ -239,7 +239,7 @@ func (c *Cache) read(ctx context.Context, digests []apikey.Digest, epoch uint64)
 	if err != nil {
 		return nil, err
 	}
-	if found.InRecovery && c.cfg.Sent == nil {
+	if found.Server.InRecovery && c.cfg.Sent == nil {
 		return nil, errStandby
 	}
 	s := c.state.Load()

@@ -204,7 +204,7 @@ func TestRevocationIsNotUndoneByAStandbyThatHasReplayedLess(t *testing.T) {
 				db.snap = keystore.Snapshot{
 					Server: keystore.Server{StartedAt: startedAt, InRecovery: true}, Beat: beat, Now: began, Text: "5:5:", Xmin: 5, Xmax: 5,
 				}
-				db.found = keystore.Found{StartedAt: startedAt, InRecovery: true, Now: began, Records: []*apikey.Record{record}}
+				db.found = keystore.Found{Server: db.snap.Server, Now: began, Records: []*apikey.Record{record}}
 			}
 			show(1, 2, &revoked)
 			tick(t, s, c)

@@ -108,7 +108,7 @@ func (s *state) sameServer(snap keystore.Snapshot) bool {
 
 // foundHere reports whether rows were found on the server that the feed of s is read from.
 func (s *state) foundHere(found keystore.Found) bool {
-	return found.StartedAt == s.server.StartedAt && found.InRecovery == s.server.InRecovery
+	return found.Server == s.server
 }
 
 // restart returns the state after a sync that has nothing in common with s: no entry read before it is usable.

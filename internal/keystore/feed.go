@@ -240,17 +240,14 @@ func (snap *Snapshot) begin(header []byte) (err error) {
 
 // Found is the answer to a lookup, and the server that gave it.
 type Found struct {
-	StartedAt  int64            // as in Server
-	InRecovery bool             // as in Server
-	Now        time.Time        // the server's clock
-	Records    []*apikey.Record // of the keys that exist, in no order
+	Server  Server
+	Now     time.Time        // the server's clock
+	Records []*apikey.Record // of the keys that exist, in no order
 }
 
 const lookupSQL = `
-with s as materialized (
-	select pg_postmaster_start_time() as started_at, pg_is_in_recovery() as in_recovery, clock_timestamp() as now
-)
-select s.started_at, s.in_recovery, s.now, ` + recordColumns + `
+with s as materialized (select ` + serverColumns + `, clock_timestamp() as now)
+select s.system_id, s.started_at, s.recovered_at, s.in_recovery, s.database, s.table_id, s.now, ` + recordColumns + `
 from s left join rekall.api_keys k on k.key_hash = any($1::bytea[])` + limitsOfSome
 
 // Lookup reads the rows of the keys with these digests, in one statement.
@@ -260,11 +257,12 @@ func (s *Store) Lookup(ctx context.Context, digests []apikey.Digest) (Found, err
 		hashes[i] = digests[i][:]
 	}
 	var (
-		found   Found
-		started time.Time
-		key     row
+		found  Found
+		server serverRow
+		key    row
 	)
-	targets := append([]any{&started, &found.InRecovery, &found.Now}, key.targets()...)
+	targets := append([]any{&server.SystemID, &server.StartedAt, &server.RecoveredAt, &server.InRecovery, &server.Database, &server.Table,
+		&found.Now}, key.targets()...)
 	rows, _ := s.pool.Query(ctx, lookupSQL, hashes) // ForEachRow returns its error
 	_, err := pgx.ForEachRow(rows, targets, func() error {
 		if key.id == nil {
@@ -280,6 +278,6 @@ func (s *Store) Lookup(ctx context.Context, digests []apikey.Digest) (Found, err
 	if err != nil {
 		return Found{}, failedAtEdge("look up keys", err)
 	}
-	found.StartedAt = started.UnixMicro()
+	found.Server = server.server()
 	return found, nil
 }

@@ -145,7 +145,7 @@ func TestLookupWorksWithExecModeInTheURL(t *testing.T) {
 		start := snapshot(t, store, "")
 		key := insert(t, store)
 		found, err := store.Lookup(t.Context(), []apikey.Digest{newKey().Digest, key.Digest})
-		if err != nil || len(found.Records) != 1 || found.Records[0].ID != key.ID || found.StartedAt != start.Server.StartedAt {
+		if err != nil || len(found.Records) != 1 || found.Records[0].ID != key.ID || found.Server != start.Server {
 			t.Errorf("%s: Lookup = %+v, %v", mode, found, err)
 		}
 		if record := change(snapshot(t, store, start.Text), key); record == nil || record.Digest != key.Digest {
@@ -171,7 +171,7 @@ func TestLookupIsByIndex(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if plan := strings.Join(lines, "\n"); strings.Contains(plan, "Seq Scan") || !strings.Contains(plan, "api_keys_key_hash_key") {
+		if plan := strings.Join(lines, "\n"); strings.Contains(plan, "Seq Scan on api_keys") || !strings.Contains(plan, "api_keys_key_hash_key") {
 			t.Errorf("%s:\n%s", mode, plan)
 		}
 	}

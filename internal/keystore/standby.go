@@ -21,7 +21,7 @@ type Standby struct {
 // NewStandby returns a Standby. Both stores remain the caller's, to be closed.
 func NewStandby(standby, primary *Store) *Standby { return &Standby{standby, primary} }
 
-// Lookup reads the rows of the keys with these digests. The server fields of the answer are the standby's.
+// Lookup reads the rows of the keys with these digests. The server of the answer is the standby.
 func (s *Standby) Lookup(ctx context.Context, digests []apikey.Digest) (Found, error) {
 	found, err := s.Store.Lookup(ctx, digests)
 	if err != nil || len(found.Records) == len(digests) {
@@ -41,7 +41,7 @@ func (s *Standby) Lookup(ctx context.Context, digests []apikey.Digest) (Found, e
 	if err != nil {
 		return Found{}, err
 	}
-	if newer.InRecovery {
+	if newer.Server.InRecovery {
 		return Found{}, fmt.Errorf("look up keys: %w", errPrimaryInRecovery)
 	}
 	found.Records = append(found.Records, newer.Records...)
