@@ -1,6 +1,7 @@
 package keystore_test
 
 import (
+	"fmt"
 	"net/url"
 	"slices"
 	"strings"
@@ -151,6 +152,32 @@ func TestLookupWorksWithExecModeInTheURL(t *testing.T) {
 		if record := change(snapshot(t, store, start.Text), key); record == nil || record.Digest != key.Digest {
 			t.Errorf("%s: change %+v", mode, record)
 		}
+	}
+}
+
+// TestLookupPlannedWhileThereWereFewKeysIsByIndexWhenThereAreMany: a connection keeps the plan for an hour.
+func TestLookupPlannedWhileThereWereFewKeysIsByIndexWhenThereAreMany(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{MaxConns: 1, PlanOnce: true})
+	if _, err := store.Lookup(t.Context(), []apikey.Digest{newKey().Digest}); err != nil {
+		t.Fatal(err)
+	}
+	pgtest.Exec(t, databaseURL, `
+		insert into rekall.api_keys (id, account, name, environment, key_hash, scopes)
+		select 'key_' || lpad(i::text, 22, '0'), 'acme', 'Key', 'sandbox', sha256(i::text::bytea), '{}'
+		from generate_series(1, 20000) i`)
+	var name string
+	err := store.Pool().QueryRow(t.Context(), "select name from pg_prepared_statements where statement = $1", keystore.LookupSQL).Scan(&name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows, _ := store.Pool().Query(t.Context(), fmt.Sprintf("explain execute %q (array[sha256('1')])", name))
+	lines, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if plan := strings.Join(lines, "\n"); strings.Contains(plan, "Seq Scan on api_keys") {
+		t.Error(plan)
 	}
 }
 

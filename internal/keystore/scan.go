@@ -131,7 +131,8 @@ func (s *Store) scan(ctx context.Context, doing string, do func(pgx.Tx, Server) 
 	ctx, cancel := context.WithTimeout(ctx, scanTimeout)
 	defer cancel()
 	err := pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
-		settings := fmt.Sprintf("set local statement_timeout = %d; set local work_mem = %s; set local plan_cache_mode = force_custom_plan",
+		settings := fmt.Sprintf("set local statement_timeout = %d; set local work_mem = %s; set local plan_cache_mode = force_custom_plan; "+
+			"set local enable_seqscan = on",
 			scanTimeout.Milliseconds(), scanMemory)
 		if _, err := tx.Exec(ctx, settings); err != nil {
 			return err
