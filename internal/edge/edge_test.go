@@ -277,7 +277,7 @@ func (r *rig) confirmed(xid uint64, applied keycache.Applied) bool {
 	if err := r.reporter.report(r.t.Context(), applied); err != nil {
 		r.t.Fatal(err)
 	}
-	edges, err := r.reporter.store.Edges(r.t.Context(), xid)
+	edges, _, err := r.reporter.store.Edges(r.t.Context(), xid)
 	if err != nil || len(edges) != 1 {
 		r.t.Fatalf("edges %+v, %v", edges, err)
 	}

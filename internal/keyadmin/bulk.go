@@ -62,7 +62,10 @@ func revokeMany(ctx context.Context, tx *keystore.Tx, actor string, reach keysto
 	if r.At, err = tx.Now(ctx); err != nil {
 		return Revocation{}, err
 	}
-	r.xid, err = tx.Xid(ctx)
+	if r.xid, err = tx.Xid(ctx); err != nil {
+		return Revocation{}, err
+	}
+	r.server, err = tx.Server(ctx)
 	return r, err
 }
 

@@ -48,6 +48,42 @@ func fixture(t *testing.T) (admin *keyadmin.Admin, store *keystore.Store, databa
 	return admin, store, databaseURL, keys
 }
 
+// TestRevocationIsNotConfirmedByAnotherServer: an asynchronous failover may have lost it, and its transaction's id is another's there.
+func TestRevocationIsNotConfirmedByAnotherServer(t *testing.T) {
+	server := pgtest.Server(t)
+	if _, _, err := keystore.Migrate(t.Context(), server.URL()); err != nil {
+		t.Fatal(err)
+	}
+	admin := func() *keyadmin.Admin {
+		store, err := keystore.Open(server.URL(), keystore.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(store.Close)
+		return keyadmin.New(store)
+	}
+	before := admin()
+	key := create(t, before, request())
+	revocation, err := before.RevokeMany(t.Context(), operator, keyadmin.Selection{Account: key.Account}, false)
+	if err != nil || revocation.Count != 1 {
+		t.Fatalf("%d keys are revoked, %v", revocation.Count, err)
+	}
+	none := func(keyadmin.Confirmation) {}
+	if err := before.Wait(t.Context(), revocation, none); err != nil {
+		t.Error(err)
+	}
+	if err := server.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	after := admin()
+	if err := after.Wait(t.Context(), revocation, none); err == nil || !strings.Contains(err.Error(), "another server") {
+		t.Errorf("it is confirmed by another server: %v", err)
+	}
+	if err := after.WaitRevoked(t.Context(), key.ID, none); err != nil {
+		t.Errorf("a key that is revoked there: %v", err)
+	}
+}
+
 func revokedNames(t *testing.T, admin *keyadmin.Admin, keys map[string]keyadmin.Key) string {
 	t.Helper()
 	var names []string

@@ -2,6 +2,7 @@ package keyadmin
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -33,7 +34,7 @@ type Edge struct {
 
 // Edges lists the edges that are running, and those that went silent a short while ago.
 func (a *Admin) Edges(ctx context.Context) ([]Edge, error) {
-	seen, err := a.store.Edges(ctx, 0)
+	seen, _, err := a.store.Edges(ctx, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -75,30 +76,49 @@ type Revocation struct {
 	Count int64     `json:"count"`      // of the keys
 	At    time.Time `json:"revoked_at"` // by Postgres's clock; zero: it was a dry run
 	xid   uint64
+
+	server keystore.Server // whose xid that is
 }
+
+// errOtherServer keeps a revocation that was lost from being confirmed: its id may be another transaction's there.
+var errOtherServer = errors.New("database has become another server, or was restarted, since the keys were revoked: revoke them again, " +
+	"which changes nothing if the revocation was not lost")
 
 // WaitRevoked is Wait for one revoked key.
 func (a *Admin) WaitRevoked(ctx context.Context, id string, progress func(Confirmation)) error {
-	row, err := a.store.Get(ctx, keystore.Everything(), id)
+	revocation := Revocation{Count: 1}
+	err := a.store.Change(ctx, func(tx *keystore.Tx) error {
+		row, err := tx.Get(ctx, keystore.Everything(), id)
+		if err != nil {
+			return err
+		}
+		if row.RevokedAt == nil {
+			return fmt.Errorf("key %s is not revoked", id)
+		}
+		revocation.At, revocation.xid = *row.RevokedAt, row.ChangeXid
+		revocation.server, err = tx.Server(ctx)
+		return err
+	})
 	if err != nil {
 		return err
 	}
-	if row.RevokedAt == nil {
-		return fmt.Errorf("key %s is not revoked", id)
-	}
-	return a.Wait(ctx, Revocation{Count: 1, At: *row.RevokedAt, xid: row.ChangeXid}, progress)
+	return a.Wait(ctx, revocation, progress)
 }
 
 // Wait waits until every edge that knew the keys may no longer allow them: it has confirmed the revocation, or its
-// max_staleness has passed since. progress is called once for each edge. It ends within 60 seconds, or with ctx.
+// max_staleness has passed since. progress is called once for each edge. It ends within 60 seconds, or with ctx; and with an error if
+// the database becomes another server.
 func (a *Admin) Wait(ctx context.Context, revocation Revocation, progress func(Confirmation)) error {
 	done := make(map[string]bool)
 	ticker := time.NewTicker(confirmPoll)
 	defer ticker.Stop()
 	for began := time.Now(); ; {
-		seen, err := a.store.Edges(ctx, revocation.xid)
+		seen, server, err := a.store.Edges(ctx, revocation.xid)
 		if err != nil {
 			return err
+		}
+		if server.String() != revocation.server.String() {
+			return errOtherServer
 		}
 		waiting := 0
 		for _, e := range seen {

@@ -167,6 +167,15 @@ func (k Keys) Now(ctx context.Context) (now time.Time, err error) {
 	return now, nil
 }
 
+// Server returns the server: in a Tx, whose Xid is that server's.
+func (k Keys) Server(ctx context.Context) (Server, error) {
+	var server serverRow
+	if err := k.db.QueryRow(ctx, `select `+serverSQL).Scan(&server); err != nil {
+		return Server{}, failed("read the server", err)
+	}
+	return server.server(), nil
+}
+
 // Xid returns the id of the transaction.
 func (t *Tx) Xid(ctx context.Context) (xid uint64, err error) {
 	if err := t.tx.QueryRow(ctx, `select pg_current_xact_id()`).Scan(&xid); err != nil {

@@ -112,25 +112,25 @@ type SeenEdge struct {
 	Applied                         bool          // whether it has applied the transaction that was asked about
 }
 
-// Edges returns all edges, and which of them have applied this server's transaction xid (0: none is asked about).
-func (s *Store) Edges(ctx context.Context, xid uint64) ([]SeenEdge, error) {
-	rows, _ := s.pool.Query(ctx, `
+// Edges returns all edges, which of them have applied this server's transaction xid (0: none is asked about), and the server.
+func (s *Store) Edges(ctx context.Context, xid uint64) (edges []SeenEdge, server Server, err error) {
+	// One transaction is on one server, even behind a pooler.
+	err = pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) (err error) {
+		if server, err = (Keys{tx}).Server(ctx); err != nil {
+			return err
+		}
+		rows, _ := tx.Query(ctx, `
 select instance, name, region, version, max_staleness, synced_at, seen_at, `+edgeAge+`,
-	coalesce(pg_visible_in_snapshot($1::xid8, applied), false), coalesce(applied_on, ''), `+serverSQL+`
-from rekall.edges order by name, instance`, xid) // CollectRows returns its error
-	edges, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (SeenEdge, error) {
-		var (
-			e         SeenEdge
-			appliedOn string
-			server    serverRow
-		)
-		err := row.Scan(&e.Instance, &e.Name, &e.Region, &e.Version, &e.MaxStaleness, &e.SyncedAt, &e.SeenAt, &e.Age, &e.Applied,
-			&appliedOn, &server)
-		e.Applied = e.Applied && appliedOn == server.server().String()
-		return e, err
+	coalesce(pg_visible_in_snapshot($1::xid8, applied) and applied_on = $2, false)
+from rekall.edges order by name, instance`, xid, server.String()) // CollectRows returns its error
+		edges, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (e SeenEdge, err error) {
+			err = row.Scan(&e.Instance, &e.Name, &e.Region, &e.Version, &e.MaxStaleness, &e.SyncedAt, &e.SeenAt, &e.Age, &e.Applied)
+			return e, err
+		})
+		return err
 	})
 	if err != nil {
-		return nil, failed("list edges", err)
+		return nil, Server{}, failed("list edges", err)
 	}
-	return edges, nil
+	return edges, server, nil
 }

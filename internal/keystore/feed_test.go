@@ -194,7 +194,7 @@ func TestSnapshotOfAnotherServersTransactionsConfirmsNothing(t *testing.T) {
 			appliedOn = server.String()
 		}
 		e := report(t, store, keystore.Edge{Name: name, Applied: snap.Text, AppliedOn: appliedOn})
-		edges, err := store.Edges(t.Context(), row.ChangeXid)
+		edges, _, err := store.Edges(t.Context(), row.ChangeXid)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -176,7 +176,7 @@ func TestEdgeRoleSufficesForAnEdge(t *testing.T) {
 	if err := edge.RemoveEdge(ctx, e.Instance); err != nil {
 		t.Error(err)
 	}
-	if left, err := owner.Edges(ctx, 0); err != nil || len(left) != 0 {
+	if left, _, err := owner.Edges(ctx, 0); err != nil || len(left) != 0 {
 		t.Errorf("edges %+v, %v", left, err)
 	}
 }
@@ -210,7 +210,7 @@ func TestEdgeForgetsItsFormerSelvesAndNobodyElse(t *testing.T) {
 
 func instances(t *testing.T, store *keystore.Store) []string {
 	t.Helper()
-	edges, err := store.Edges(t.Context(), 0)
+	edges, _, err := store.Edges(t.Context(), 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -303,7 +303,7 @@ func TestEdgesThatLogInAsDifferentUsersCannotTouchEachOthersRow(t *testing.T) {
 		t.Errorf("an edge for which others would wait an hour: %v", err)
 	}
 	pgtest.Exec(t, southURL, `set role `+roles.Edge+`; update rekall.edges set beat = 99`)
-	if seen, err := owner.Edges(ctx, 0); err != nil || len(seen) != 1 {
+	if seen, _, err := owner.Edges(ctx, 0); err != nil || len(seen) != 1 {
 		t.Fatalf("edges %+v, %v", seen, err)
 	}
 	if beat := beatOf(t, databaseURL, e.Instance); beat != 1 {
@@ -316,7 +316,7 @@ func TestEdgesThatLogInAsDifferentUsersCannotTouchEachOthersRow(t *testing.T) {
 	if err := south.ForgetEdges(ctx, 10*time.Minute); err != nil {
 		t.Error(err)
 	}
-	if seen, err := owner.Edges(ctx, 0); err != nil || len(seen) != 1 || seen[0].Name != "south" {
+	if seen, _, err := owner.Edges(ctx, 0); err != nil || len(seen) != 1 || seen[0].Name != "south" {
 		t.Errorf("edges %+v, %v", seen, err)
 	}
 }

@@ -137,11 +137,11 @@ func (s *Store) scan(ctx context.Context, doing string, do func(pgx.Tx, Server) 
 		if _, err := tx.Exec(ctx, settings); err != nil {
 			return err
 		}
-		var server serverRow
-		if err := tx.QueryRow(ctx, `select `+serverSQL).Scan(&server); err != nil {
+		server, err := (Keys{tx}).Server(ctx)
+		if err != nil {
 			return err
 		}
-		return do(tx, server.server())
+		return do(tx, server)
 	})
 	if err != nil {
 		return failedAtEdge(doing, err)

@@ -169,7 +169,7 @@ func (f *fleet) watchGood(ctx context.Context, e *edgeUnderTest, key keyadmin.Ke
 // confirmed reports whether every edge is live and has applied a transaction.
 func (f *fleet) confirmed(xid uint64) bool {
 	f.t.Helper()
-	seen, err := f.store.Edges(f.t.Context(), xid)
+	seen, _, err := f.store.Edges(f.t.Context(), xid)
 	if err != nil {
 		f.t.Fatal(err)
 	}
