@@ -457,7 +457,7 @@ func TestEntryInUseNeverFallsBehindTheHorizon(t *testing.T) {
 	store.change = func(snap *keystore.Snapshot) {
 		for range maxChanges / 2 {
 			changed++
-			snap.Changes = append(snap.Changes, keystore.Change{Record: &apikey.Record{Digest: numbered(changed)}})
+			snap.Changes = append(snap.Changes, &apikey.Record{Digest: numbered(changed)})
 		}
 	}
 	for range 4 {

@@ -128,9 +128,9 @@ func (s *state) next(snap keystore.Snapshot, readAt, vouchedAt time.Time) (n *st
 		syncedAt: vouchedAt, readAt: readAt, gotAt: time.Now(), pgNow: snap.Now, superseded: make(chan struct{}),
 	}
 	var digests []apikey.Digest
-	for _, ch := range snap.Changes {
-		changed = append(changed, newEntry(*ch.Record, n.epoch))
-		digests = append(digests, ch.Record.Digest)
+	for _, record := range snap.Changes {
+		changed = append(changed, newEntry(*record, n.epoch))
+		digests = append(digests, record.Digest)
 	}
 	if len(changed) > 0 {
 		n.remember(changed, digests)

@@ -55,26 +55,21 @@ func (r serverRow) server() Server {
 	}
 }
 
-// Change is a key whose row changed, and the transaction that stamped it.
-type Change struct {
-	Record *apikey.Record
-	Xid    uint64
-}
-
 // Snapshot is one reading of the change feed: all of it as of one moment of the server.
 type Snapshot struct {
 	Server  Server
-	Xmin    uint64    // every transaction below it had ended
-	Xmax    uint64    // no transaction at or above it had ended; never falls while Server stays the same
-	Now     time.Time // the server's clock
-	Beat    uint64    // of the last report that Options.Instance has made, as far as this server knows
-	Text    string    // a snapshot, as pg_snapshot, that saw no more than this: where to read on from
-	Changes []Change  // in no order
+	Xmin    uint64           // every transaction below it had ended
+	Xmax    uint64           // no transaction at or above it had ended; never falls while Server stays the same
+	Now     time.Time        // the server's clock
+	Beat    uint64           // of the last report that Options.Instance has made, as far as this server knows
+	Text    string           // a snapshot, as pg_snapshot, that saw no more than this: where to read on from
+	Changes []*apikey.Record // of the keys whose rows have changed, in no order
 	Tiers   apikey.Tiers
-	// Feedback is whether a standby keeps the primary from removing row versions that are still read here (hot_standby_feedback).
-	// Without it their removal waits for the read, and all that comes after it, until max_standby_streaming_delay has passed.
+	Overrun bool // there were more than MaxChanges: Changes is of no use, and all that was read before may be out of date
+
+	// Feedback is hot_standby_feedback: without it, a primary removes row versions that a long read needs here, and a standby's replay
+	// waits for the read, max_standby_streaming_delay long.
 	Feedback bool
-	Overrun  bool // there were more than MaxChanges: Changes is of no use, and all that was read before may be out of date
 }
 
 // MaxChanges is the most changes that are read at a time, in some 0.3 s. All edges read all changes: one import of millions, or
@@ -161,20 +156,20 @@ with s as materialized (
 ), unread as materialized (
 	select * from unnest($1::text::xid8[], $2::text::xid8[]) u (first, last)
 )
-select row_to_json(s)::text, null` + strings.Repeat(", null", len(new(row).targets())) + ` from s
+select row_to_json(s)::text` + strings.Repeat(", null", len(new(row).targets())) + ` from s
 union all
-(select null, k.change_xid, ` + recordColumns + `
+(select null, ` + recordColumns + `
 from unread u
-cross join lateral (select ` + keyColumns + `, k.change_xid from rekall.api_keys k where ` + stampedUnread("k") + `) k` + limitsOfSome + ` limit $4)
+cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where ` + stampedUnread("k") + `) k` + limitsOfSome + ` limit $4)
 union all
-(select null, c.change_xid, ` + recordColumns + `
+(select null, ` + recordColumns + `
 from unread u
-cross join lateral (select c.account, c.change_xid from rekall.account_limits c where ` + stampedUnread("c") + `) c
+cross join lateral (select c.account from rekall.account_limits c where ` + stampedUnread("c") + `) c
 cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where k.account = c.account and k.environment = 'production' limit $4) k` + limitsOfSome + ` limit $4)
 union all
-(select null, c.change_xid, ` + recordColumns + `
+(select null, ` + recordColumns + `
 from unread u
-cross join lateral (select c.key_id, c.change_xid from rekall.key_limits c where ` + stampedUnread("c") + `) c
+cross join lateral (select c.key_id from rekall.key_limits c where ` + stampedUnread("c") + `) c
 cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where k.id = c.key_id limit 1) k` + limitsOfSome + ` limit $4)`
 
 // stampedUnread is the condition that a row of a table was stamped by one of the unread transactions u, in this cluster.
@@ -202,11 +197,10 @@ func (s *Store) Snapshot(ctx context.Context, since string) (Snapshot, error) {
 	var (
 		snap   Snapshot
 		header column // of one row
-		xid    *uint64
-		key    row // of the others
+		key    row    // of the others
 	)
 	rows, _ := s.pool.Query(ctx, snapshotSQL, first, last, s.instance, MaxChanges+1) // ForEachRow returns its error
-	_, err := pgx.ForEachRow(rows, append([]any{&header, &xid}, key.targets()...), func() error {
+	_, err := pgx.ForEachRow(rows, append([]any{&header}, key.targets()...), func() error {
 		if header != nil {
 			return snap.begin(header)
 		}
@@ -214,7 +208,7 @@ func (s *Store) Snapshot(ctx context.Context, since string) (Snapshot, error) {
 		if err != nil {
 			return err
 		}
-		snap.Changes = append(snap.Changes, Change{Record: &record, Xid: *xid})
+		snap.Changes = append(snap.Changes, &record)
 		return nil
 	})
 	if err != nil {

@@ -198,7 +198,7 @@ func TestExecModePreparesNothing(t *testing.T) {
 	if _, revoked, err := store.Revoke(ctx, keystore.Everything(), key.ID); err != nil || !revoked {
 		t.Fatalf("Revoke = %v, %v", revoked, err)
 	}
-	if changes := snapshot(t, store, start.Text).Changes; len(changes) != 1 || changes[0].Record.RevokedAt.IsZero() {
+	if changes := snapshot(t, store, start.Text).Changes; len(changes) != 1 || changes[0].RevokedAt.IsZero() {
 		t.Fatalf("changes %+v", changes)
 	}
 	var prepared int

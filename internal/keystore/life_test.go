@@ -79,8 +79,8 @@ func TestManageKeysReachesTheFeed(t *testing.T) {
 	}
 	insert(t, store)
 	for _, change := range snapshot(t, store, start.Text).Changes {
-		if change.Record.ManageKeys != (change.Record.ID == key.ID) {
-			t.Errorf("record %+v", change.Record)
+		if change.ManageKeys != (change.ID == key.ID) {
+			t.Errorf("record %+v", change)
 		}
 	}
 	found, err := store.Lookup(t.Context(), []apikey.Digest{key.Digest})

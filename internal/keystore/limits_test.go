@@ -113,7 +113,7 @@ func TestFeedBringsEachKeyWhoseLimitsChanged(t *testing.T) {
 	}
 	setKeyLimits(t, store, keystore.KeyLimits{KeyID: sandbox.ID, Own: apikey.Limits{Concurrent: 1}})
 	second := snapshot(t, store, first.Text)
-	if len(second.Changes) != 1 || change(second, sandbox) == nil || documented.Of(second.Changes[0].Record.Limits).Concurrent != 1 {
+	if len(second.Changes) != 1 || change(second, sandbox) == nil || documented.Of(second.Changes[0].Limits).Concurrent != 1 {
 		t.Errorf("%d changes", len(second.Changes))
 	}
 	if again := snapshot(t, store, second.Text); len(again.Changes) != 0 {
