@@ -61,13 +61,13 @@ func TestExpiryFollowsPostgresClock(t *testing.T) {
 func TestKeyIsNotExpiredBeforePostgresSaysSoHoweverLongTheSyncTook(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	store := &hookedStore{Store: db.store}
-	c, s := newCache(t, store, nil), new(syncer)
+	c := newCache(t, store, nil)
 	key := db.create(t)
-	tick(t, s, c)
+	tick(t, c)
 	db.exec(t, "update rekall.api_keys set expires_at = now() + interval '1 minute' where id = $1", key.id)
 	var got time.Time
 	store.change = func(*keystore.Snapshot) { got = time.Now() }
-	tick(t, s, c)
+	tick(t, c)
 	inFlight := track(t, c, key)
 	long := *c.state.Load()
 	long.readAt, long.superseded = long.readAt.Add(-2*time.Minute), make(chan struct{})
@@ -370,16 +370,16 @@ func TestListenersOfAFleetDoNotComeBackInStep(t *testing.T) {
 func TestTickWithoutNewsAsksForNoReport(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	reports := 0
-	c, s := newCache(t, db.store, func(cfg *Config) { cfg.Changed = func() { reports++ } }), new(syncer)
-	tick(t, s, c)
+	c := newCache(t, db.store, func(cfg *Config) { cfg.Changed = func() { reports++ } })
+	tick(t, c)
 	for range 20 {
-		tick(t, s, c)
+		tick(t, c)
 	}
 	if reports != 1 {
 		t.Errorf("%d reports were asked for by the first sync and 20 ticks, want one", reports)
 	}
 	db.revoke(t, db.create(t))
-	tick(t, s, c)
+	tick(t, c)
 	if reports != 2 {
 		t.Errorf("%d reports were asked for after a change, want two", reports)
 	}
@@ -530,12 +530,12 @@ func wantCut(t *testing.T, ctx context.Context, why apikey.Outcome) {
 
 func TestRequestInFlightIsCutWhenItsKeyIsRevoked(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
-	c, s := newCache(t, db.store, nil), new(syncer)
-	tick(t, s, c)
+	c := newCache(t, db.store, nil)
+	tick(t, c)
 	key, other := db.create(t), db.create(t)
 	cutMe, spareMe := track(t, c, key), track(t, c, other)
 	db.revoke(t, key)
-	tick(t, s, c)
+	tick(t, c)
 	if cutMe.Err() == nil {
 		t.Error("the revocation counts as applied before the request is cut")
 	}
@@ -568,8 +568,8 @@ func TestRequestInFlightIsCutWhenNobodyCanTell(t *testing.T) {
 func TestRequestInFlightOfAKeyRevokedWhileTheFeedStartsOverIsCut(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	store := &hookedStore{Store: db.store}
-	c, s := newCache(t, store, nil), new(syncer)
-	tick(t, s, c)
+	c := newCache(t, store, nil)
+	tick(t, c)
 	key, other := db.create(t), db.create(t)
 	cutMe, spareMe := track(t, c, key), track(t, c, other)
 	db.revoke(t, key)
@@ -578,7 +578,7 @@ func TestRequestInFlightOfAKeyRevokedWhileTheFeedStartsOverIsCut(t *testing.T) {
 	old.server.SystemID++
 	old.superseded = make(chan struct{})
 	c.state.Store(&old)
-	tick(t, s, c)
+	tick(t, c)
 	wantCut(t, cutMe, apikey.Revoked)
 	if spareMe.Err() != nil {
 		t.Error("the request of a good key was cut")
@@ -591,8 +591,8 @@ func TestRequestInFlightThatCannotBeVerifiedIsCutAtTheBoundHoweverOftenTheFeedSt
 	for _, times := range []int{1, 3} {
 		db := newDatabase(t, pgtest.URL(t))
 		store := &hookedStore{Store: db.store}
-		c, s := newCache(t, store, nil), new(syncer)
-		tick(t, s, c)
+		c := newCache(t, store, nil)
+		tick(t, c)
 		ctx := track(t, c, db.create(t))
 		old := *c.state.Load()
 		old.syncedAt = old.syncedAt.Add(2*time.Second - c.cfg.MaxStaleness) // time for the syncs below
@@ -604,12 +604,12 @@ func TestRequestInFlightThatCannotBeVerifiedIsCutAtTheBoundHoweverOftenTheFeedSt
 		restarted := int64(0)
 		store.change = func(snap *keystore.Snapshot) { restarted++; snap.Server.StartedAt += restarted }
 		for range times { // rows come from another server than the feed
-			if err := s.sync(t.Context(), c); !errors.Is(err, errOtherServer) {
+			if err := c.sync(t.Context()); !errors.Is(err, errOtherServer) {
 				t.Fatalf("sync: %v, want errOtherServer", err)
 			}
 		}
 		store.failing = errors.New("down") // and no sync comes as far as the rows any more
-		if err := s.sync(t.Context(), c); !errors.Is(err, store.failing) {
+		if err := c.sync(t.Context()); !errors.Is(err, store.failing) {
 			t.Fatal(err)
 		}
 		watching, stop := context.WithCancel(t.Context())
@@ -624,11 +624,11 @@ func TestRequestInFlightThatCannotBeVerifiedIsCutAtTheBoundHoweverOftenTheFeedSt
 func TestRequestInFlightThatWasVerifiedAfterTheFeedStartedOverGoesOn(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	store := &hookedStore{Store: db.store}
-	c, s := newCache(t, store, nil), new(syncer)
-	tick(t, s, c)
+	c := newCache(t, store, nil)
+	tick(t, c)
 	ctx := track(t, c, db.create(t))
-	store.change = func(snap *keystore.Snapshot) { snap.Server.SystemID++ }
-	tick(t, s, c)
+	store.change = func(snap *keystore.Snapshot) { snap.Xmax = 1 } // transaction ids have gone back
+	tick(t, c)
 	c.cutEnded(c.state.Load().pgNow, time.Now().Add(c.cfg.MaxStaleness)) // as if watch looked for the first time after the bound
 	if ctx.Err() != nil {
 		t.Errorf("the request of a good key was cut: %v", context.Cause(ctx))
@@ -642,20 +642,20 @@ func TestRevocationAfterACrashThatThePostmasterOutlivedIsNotMissed(t *testing.T)
 	db := newDatabase(t, server.URL())
 	db.exec(t, "alter system set wal_writer_delay = '10s'") // else it may bring the end to the disk
 	db.exec(t, "select pg_reload_conf()")
-	c, s := newCache(t, db.store, nil), new(syncer)
+	c := newCache(t, db.store, nil)
 	for attempt := 1; ; attempt++ {
 		key := db.create(t)
-		tick(t, s, c)
+		tick(t, c)
 		want(t, c, key.digest, apikey.Allowed)
 		c.known.Wait()
 		ctx := track(t, c, key)
-		lost := crashWithLostID(t, server.URL(), func() { tick(t, s, c) })
+		lost := crashWithLostID(t, server.URL(), func() { tick(t, c) })
 		var given uint64
 		eventually(t, "Postgres has recovered and the key is revoked", func() bool {
 			return db.pool.QueryRow(t.Context(),
 				"update rekall.api_keys set revoked_at = now() where id = $1 returning change_xid::text::bigint", key.id).Scan(&given) == nil
 		})
-		eventually(t, "a sync", func() bool { return s.sync(t.Context(), c) == nil })
+		eventually(t, "a sync", func() bool { return c.sync(t.Context()) == nil })
 		want(t, c, key.digest, apikey.Revoked)
 		wantCut(t, ctx, apikey.Revoked)
 		if given <= lost {
@@ -701,15 +701,15 @@ func connect(t *testing.T, url string) *pgx.Conn {
 
 func TestKeyThatChangedBetweenFindAndTrackIsFoundAgain(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
-	c, s := newCache(t, db.store, nil), new(syncer)
-	tick(t, s, c)
+	c := newCache(t, db.store, nil)
+	tick(t, c)
 	key := db.create(t)
 	found, err := c.Find(t.Context(), key.digest)
 	if err != nil {
 		t.Fatal(err)
 	}
 	db.revoke(t, key)
-	tick(t, s, c)
+	tick(t, c)
 	var f Flight
 	if c.Track(&f, found, requestFunc(func(error) {})) {
 		t.Error("a request was let go with a key revoked since it was found")
@@ -788,7 +788,7 @@ func BenchmarkFind(b *testing.B) {
 	const keys = 20_000
 	db.makeKeys(b, keys)
 	c := newCache(b, db.store, func(cfg *Config) { cfg.Size, cfg.Warm, cfg.MaxStaleness = keys, keys, time.Hour })
-	tick(b, new(syncer), c)
+	tick(b, c)
 	fill(b, c)
 	digests := make([]apikey.Digest, 0, keys)
 	for n := range keys {

@@ -100,6 +100,10 @@ type Cache struct {
 
 	canaryAt atomic.Int64 // when that was told, in nanoseconds since 1970
 
+	// unverified are the keys that were in flight when the feed started over: changes to them may have been missed, so their rows must
+	// be read again. Only sync uses it.
+	unverified []apikey.Digest
+
 	stopped atomic.Bool  // Run has returned: nobody cuts requests any longer
 	closing sync.RWMutex // ristretto panics when Set races Close
 	closed  bool

@@ -104,9 +104,9 @@ func run(t testing.TB, c *Cache) {
 	})
 }
 
-func tick(t testing.TB, s *syncer, c *Cache) {
+func tick(t testing.TB, c *Cache) {
 	t.Helper()
-	if err := s.sync(context.Background(), c); err != nil {
+	if err := c.sync(context.Background()); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -153,14 +153,14 @@ func eventually(t testing.TB, what string, condition func() bool) {
 
 func TestKnownKeyIsAskedOfPostgresOnce(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
-	c, s := newCache(t, db.store, nil), new(syncer)
-	tick(t, s, c)
+	c := newCache(t, db.store, nil)
+	tick(t, c)
 	key := db.create(t)
 	want(t, c, key.digest, apikey.Allowed)
 	c.known.Wait()
 	for range 10 {
 		want(t, c, key.digest, apikey.Allowed)
-		tick(t, s, c)
+		tick(t, c)
 	}
 	if n := c.Status().Lookups; n != 1 {
 		t.Errorf("%d lookups, want 1", n)
@@ -169,8 +169,8 @@ func TestKnownKeyIsAskedOfPostgresOnce(t *testing.T) {
 
 func TestRevokedAndExpiredKeysAreRefusedAfterTheTick(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
-	c, s := newCache(t, db.store, nil), new(syncer)
-	tick(t, s, c)
+	c := newCache(t, db.store, nil)
+	tick(t, c)
 	revoked, expired, renamed := db.create(t), db.create(t), db.create(t)
 	for _, key := range []testKey{revoked, expired, renamed} {
 		want(t, c, key.digest, apikey.Allowed)
@@ -179,7 +179,7 @@ func TestRevokedAndExpiredKeysAreRefusedAfterTheTick(t *testing.T) {
 	db.revoke(t, revoked)
 	db.exec(t, "update rekall.api_keys set expires_at = now() where id = $1", expired.id)
 	db.exec(t, "update rekall.api_keys set name = 'other' where id = $1", renamed.id)
-	tick(t, s, c)
+	tick(t, c)
 	want(t, c, revoked.digest, apikey.Revoked)
 	want(t, c, expired.digest, apikey.Expired)
 	want(t, c, renamed.digest, apikey.Allowed)
@@ -187,8 +187,8 @@ func TestRevokedAndExpiredKeysAreRefusedAfterTheTick(t *testing.T) {
 
 func TestUnknownKeyIsRememberedForOneTickAndNotLonger(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
-	c, s := newCache(t, db.store, func(cfg *Config) { cfg.Refresh = time.Hour }), new(syncer)
-	tick(t, s, c)
+	c := newCache(t, db.store, func(cfg *Config) { cfg.Refresh = time.Hour })
+	tick(t, c)
 	unknown := apikey.Hash(apikey.Generate(apikey.Production))
 	want(t, c, unknown, apikey.Unknown)
 	want(t, c, unknown, apikey.Unknown)
@@ -204,8 +204,8 @@ func TestUnknownKeyIsRememberedForOneTickAndNotLonger(t *testing.T) {
 
 func TestKeyCreatedAfterItWasUnknownWorksAfterTheTick(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
-	c, s := newCache(t, db.store, func(cfg *Config) { cfg.Refresh = time.Hour }), new(syncer)
-	tick(t, s, c)
+	c := newCache(t, db.store, func(cfg *Config) { cfg.Refresh = time.Hour })
+	tick(t, c)
 	secret := apikey.Generate(apikey.Production)
 	want(t, c, apikey.Hash(secret), apikey.Unknown)
 	if _, err := db.store.Insert(t.Context(), keystore.NewKey{
@@ -214,15 +214,15 @@ func TestKeyCreatedAfterItWasUnknownWorksAfterTheTick(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	tick(t, s, c)
+	tick(t, c)
 	want(t, c, apikey.Hash(secret), apikey.Allowed)
 }
 
 func TestConcurrentMissesOfOneKeyAreOneLookup(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	store := &hookedStore{Store: db.store}
-	c, s := newCache(t, store, nil), new(syncer)
-	tick(t, s, c)
+	c := newCache(t, store, nil)
+	tick(t, c)
 	key := db.create(t)
 	release := make(chan struct{})
 	store.afterLookup = func() { <-release }
@@ -242,8 +242,8 @@ func TestConcurrentMissesOfOneKeyAreOneLookup(t *testing.T) {
 func TestMissesAreReadInBatches(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	store := &hookedStore{Store: db.store}
-	c, s := newCache(t, store, nil), new(syncer)
-	tick(t, s, c)
+	c := newCache(t, store, nil)
+	tick(t, c)
 	release := make(chan struct{})
 	store.afterLookup = func() { <-release }
 	var wg sync.WaitGroup
@@ -306,13 +306,13 @@ func (s *hookedStore) ScanHashes(ctx context.Context, begin func(keystore.Server
 func TestFillThatRacesARevocationIsNotBelieved(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	store := &hookedStore{Store: db.store}
-	c, s := newCache(t, store, nil), new(syncer)
+	c := newCache(t, store, nil)
 	key := db.create(t) // before the feed begins, which would bring the row itself
-	tick(t, s, c)
+	tick(t, c)
 	store.afterLookup = func() { // the good row is on its way when the revocation commits and the feed applies it
 		store.afterLookup = nil
 		db.revoke(t, key)
-		tick(t, s, c)
+		tick(t, c)
 	}
 	want(t, c, key.digest, apikey.Revoked)
 	c.known.Wait()
@@ -325,19 +325,19 @@ func TestFeedThatStartsOverTrustsNoEarlierEntry(t *testing.T) {
 		want   apikey.Outcome
 	}{
 		// Rows come from the server before: they are not carried over, nor found.
-		"another cluster":    {func(s *keystore.Snapshot) { s.Server.SystemID++ }, apikey.Unavailable},
-		"another database":   {func(s *keystore.Snapshot) { s.Server.Database++ }, apikey.Unavailable},
-		"another table":      {func(s *keystore.Snapshot) { s.Server.Table++ }, apikey.Unavailable},
-		"a restarted server": {func(s *keystore.Snapshot) { s.Server.StartedAt++ }, apikey.Unavailable},
-		"a server that the postmaster has brought up": {func(s *keystore.Snapshot) { s.Server.RecoveredAt++ }, apikey.Unavailable},
-		"transaction ids that went back":              {func(s *keystore.Snapshot) { s.Xmax = 1 }, apikey.Revoked},
+		"another cluster":                {func(s *keystore.Snapshot) { s.Server.SystemID++ }, apikey.Unavailable},
+		"another database":               {func(s *keystore.Snapshot) { s.Server.Database++ }, apikey.Unavailable},
+		"another table":                  {func(s *keystore.Snapshot) { s.Server.Table++ }, apikey.Unavailable},
+		"a restarted server":             {func(s *keystore.Snapshot) { s.Server.StartedAt++ }, apikey.Unavailable},
+		"a server that has recovered":    {func(s *keystore.Snapshot) { s.Server.RecoveredAt++ }, apikey.Unavailable},
+		"transaction ids that went back": {func(s *keystore.Snapshot) { s.Xmax = 1 }, apikey.Revoked},
 	} {
 		t.Run(name, func(t *testing.T) {
 			db := newDatabase(t, pgtest.URL(t))
 			store := &hookedStore{Store: db.store}
-			c, s := newCache(t, store, nil), new(syncer)
+			c := newCache(t, store, nil)
 			key := db.create(t)
-			tick(t, s, c)
+			tick(t, c)
 			want(t, c, key.digest, apikey.Allowed)
 			c.known.Wait()
 			before := mustCached(t, c, key.digest)
@@ -347,7 +347,7 @@ func TestFeedThatStartsOverTrustsNoEarlierEntry(t *testing.T) {
 				snap.Changes = nil // the new server's feed does not tell of the change
 				tc.change(snap)
 			}
-			tick(t, s, c)
+			tick(t, c)
 			if c.state.Load().usable(before) {
 				t.Error("an entry from before is still usable")
 			}
@@ -359,9 +359,9 @@ func TestFeedThatStartsOverTrustsNoEarlierEntry(t *testing.T) {
 // TestKeysThatWereRestoredInTheSameDatabaseAreReadAnew: pg_restore makes tables and brings rows before the triggers, with old stamps.
 func TestKeysThatWereRestoredInTheSameDatabaseAreReadAnew(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
-	c, s := newCache(t, db.store, nil), new(syncer)
+	c := newCache(t, db.store, nil)
 	key, later := db.create(t), db.create(t)
-	tick(t, s, c)
+	tick(t, c)
 	want(t, c, key.digest, apikey.Allowed)
 	want(t, c, later.digest, apikey.Allowed)
 	c.known.Wait()
@@ -373,7 +373,7 @@ func TestKeysThatWereRestoredInTheSameDatabaseAreReadAnew(t *testing.T) {
 	}
 	db.exec(t, "alter table rekall.api_keys disable trigger user")
 	db.exec(t, "insert into rekall.api_keys select * from public.dump")
-	eventually(t, "a sync", func() bool { return s.sync(t.Context(), c) == nil }) // plans of the former tables may fail once
+	eventually(t, "a sync", func() bool { return c.sync(t.Context()) == nil }) // plans of the former tables may fail once
 	want(t, c, key.digest, apikey.Allowed)
 	want(t, c, later.digest, apikey.Unknown)
 	wantCut(t, ctx, apikey.Unknown)
@@ -401,13 +401,13 @@ func TestRowFromAnotherServerThanTheFeedsIsNotBelieved(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			db := newDatabase(t, pgtest.URL(t))
 			store := &hookedStore{Store: db.store}
-			c, s := newCache(t, store, nil), new(syncer)
+			c := newCache(t, store, nil)
 			store.change = func(snap *keystore.Snapshot) { change(&snap.Server) }
-			tick(t, s, c)
+			tick(t, c)
 			key := db.create(t)
 			want(t, c, key.digest, apikey.Unavailable)
 			store.change = nil
-			tick(t, s, c)
+			tick(t, c)
 			want(t, c, key.digest, apikey.Allowed)
 		})
 	}
@@ -417,7 +417,7 @@ func TestStandbyIsRefused(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	store := &hookedStore{Store: db.store, change: func(s *keystore.Snapshot) { s.Server.InRecovery = true }}
 	c := newCache(t, store, nil)
-	if err := new(syncer).sync(t.Context(), c); !errors.Is(err, errStandby) {
+	if err := c.sync(t.Context()); !errors.Is(err, errStandby) {
 		t.Errorf("sync with a standby: %v, want errStandby", err)
 	}
 	if c.Status().Fresh {
@@ -427,8 +427,8 @@ func TestStandbyIsRefused(t *testing.T) {
 
 func TestManyChangesMoveTheHorizonAndLoseNone(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
-	c, s := newCache(t, db.store, nil), new(syncer)
-	tick(t, s, c)
+	c := newCache(t, db.store, nil)
+	tick(t, c)
 	key, quiet := db.create(t), db.create(t)
 	want(t, c, key.digest, apikey.Allowed)
 	want(t, c, quiet.digest, apikey.Allowed)
@@ -437,7 +437,7 @@ func TestManyChangesMoveTheHorizonAndLoseNone(t *testing.T) {
 	db.exec(t, `insert into rekall.api_keys (id, account, name, environment, key_hash, scopes)
 		select 'key_' || lpad(n::text, 22, '0'), 'a', 'n', 'production', sha256(n::text::bytea), '{}'
 		from generate_series(1, $1::int) n`, maxChanges+1)
-	tick(t, s, c)
+	tick(t, c)
 	if st := c.state.Load(); st.horizon != st.epoch || len(st.changes) != 0 {
 		t.Errorf("horizon %d of epoch %d with %d changes kept", st.horizon, st.epoch, len(st.changes))
 	}
@@ -448,8 +448,8 @@ func TestManyChangesMoveTheHorizonAndLoseNone(t *testing.T) {
 func TestEntryInUseNeverFallsBehindTheHorizon(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	store, changed := &hookedStore{Store: db.store}, 0
-	c, s := newCache(t, store, nil), new(syncer)
-	tick(t, s, c)
+	c := newCache(t, store, nil)
+	tick(t, c)
 	key := db.create(t)
 	want(t, c, key.digest, apikey.Allowed)
 	c.known.Wait()
@@ -461,7 +461,7 @@ func TestEntryInUseNeverFallsBehindTheHorizon(t *testing.T) {
 		}
 	}
 	for range 4 {
-		tick(t, s, c)
+		tick(t, c)
 		want(t, c, key.digest, apikey.Allowed)
 	}
 	if horizon := c.state.Load().horizon; horizon <= read {
@@ -474,8 +474,8 @@ func TestEntryInUseNeverFallsBehindTheHorizon(t *testing.T) {
 
 func TestRowsThatALongTransactionMakesTheFeedRepeatAreAppliedOnce(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
-	c, s := newCache(t, db.store, nil), new(syncer)
-	tick(t, s, c)
+	c := newCache(t, db.store, nil)
+	tick(t, c)
 	tx, err := db.pool.Begin(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -485,10 +485,10 @@ func TestRowsThatALongTransactionMakesTheFeedRepeatAreAppliedOnce(t *testing.T) 
 		t.Fatal(err)
 	}
 	db.create(t)
-	tick(t, s, c)
+	tick(t, c)
 	first := len(c.state.Load().log)
-	tick(t, s, c)
-	tick(t, s, c)
+	tick(t, c)
+	tick(t, c)
 	if again := len(c.state.Load().log); again != first || first != 1 {
 		t.Errorf("epochs with changes: %d, then %d; want 1", first, again)
 	}
@@ -518,10 +518,10 @@ func TestInterleavingIsNeverWrong(t *testing.T) {
 		}
 	}
 	db := newDatabase(t, pgtest.URL(t))
-	c, s := newCache(t, db.store, func(cfg *Config) { cfg.Size = 40; cfg.Refresh = 20 * time.Millisecond }), new(syncer)
+	c := newCache(t, db.store, func(cfg *Config) { cfg.Size = 40; cfg.Refresh = 20 * time.Millisecond })
 	c.loader.turns.gap = 0                // more fills, more races
 	c.unknown.asking = pace{gap: 1 << 62} // and proofs in place of them
-	tick(t, s, c)
+	tick(t, c)
 
 	const universe = 80
 	var recent [32]atomic.Pointer[apikey.Digest] // keys that ended a moment ago
@@ -580,7 +580,7 @@ func TestInterleavingIsNeverWrong(t *testing.T) {
 			committed := pending
 			pending = nil
 			pendingMu.Unlock()
-			if err := s.sync(context.Background(), c); err != nil {
+			if err := c.sync(context.Background()); err != nil {
 				t.Error(err)
 				return
 			}
@@ -651,9 +651,9 @@ func TestInterleavingIsNeverWrong(t *testing.T) {
 
 func TestHotEntryIsBelievedNoMoreThanAnyOther(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
-	c, s := newCache(t, db.store, nil), new(syncer)
+	c := newCache(t, db.store, nil)
 	key, other := db.create(t), db.create(t)
-	tick(t, s, c)
+	tick(t, c)
 	found, err := c.Find(t.Context(), key.digest)
 	if err != nil {
 		t.Fatal(err)
@@ -668,7 +668,7 @@ func TestHotEntryIsBelievedNoMoreThanAnyOther(t *testing.T) {
 	}
 	db.revoke(t, key)
 	db.revoke(t, other)
-	tick(t, s, c)
+	tick(t, c)
 	hot(key.digest)
 	hot(other.digest)
 	for range 10 * hotShare {
@@ -680,9 +680,9 @@ func TestHotEntryIsBelievedNoMoreThanAnyOther(t *testing.T) {
 // TestKeyThatIsFoundOftenNeedsNoLookupWhenRistrettoGivesItUp: few of its finds are seen by ristretto, which keeps what it sees.
 func TestKeyThatIsFoundOftenNeedsNoLookupWhenRistrettoGivesItUp(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
-	c, s := newCache(t, db.store, nil), new(syncer)
+	c := newCache(t, db.store, nil)
 	key := db.create(t)
-	tick(t, s, c)
+	tick(t, c)
 	found, err := c.Find(t.Context(), key.digest)
 	if err != nil {
 		t.Fatal(err)

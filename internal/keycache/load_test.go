@@ -70,8 +70,8 @@ func TestWarmCacheKnowsEveryKeyWithoutALookup(t *testing.T) {
 	const keys = 20_000
 	db := newDatabase(t, pgtest.URL(t))
 	digests := db.made(t, keys)
-	c, s := newCache(t, db.store, func(cfg *Config) { cfg.Size, cfg.Warm = keys, 2*keys }), new(syncer)
-	tick(t, s, c)
+	c := newCache(t, db.store, func(cfg *Config) { cfg.Size, cfg.Warm = keys, 2*keys })
+	tick(t, c)
 	fill(t, c)
 	for _, d := range digests {
 		want(t, c, d, apikey.Allowed)
@@ -174,8 +174,8 @@ func TestWarmCacheHoldsTheKeysThatAreTheLikeliestToBeUsed(t *testing.T) {
 	digests := db.made(t, 50)
 	db.exec(t, `insert into rekall.last_used (key_id, first_used_at, last_used_at)
 		select id, now() - interval '9 days', now() - make_interval(hours => right(id, 2)::int) from rekall.api_keys where right(id, 2)::int > 20`)
-	c, s := newCache(t, db.store, func(cfg *Config) { cfg.Warm = 10 }), new(syncer)
-	tick(t, s, c)
+	c := newCache(t, db.store, func(cfg *Config) { cfg.Warm = 10 })
+	tick(t, c)
 	fill(t, c)
 	for i, d := range digests {
 		n := i + 1
@@ -188,15 +188,15 @@ func TestWarmCacheHoldsTheKeysThatAreTheLikeliestToBeUsed(t *testing.T) {
 func TestKeyRevokedWhileTheCacheIsWarmedIsRefused(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	key := db.create(t)
-	c, s := newCache(t, db.store, func(cfg *Config) { cfg.Warm = 10 }), new(syncer)
-	tick(t, s, c)
+	c := newCache(t, db.store, func(cfg *Config) { cfg.Warm = 10 })
+	tick(t, c)
 	stale := c.state.Load() // from before the revocation, as is the row that is kept
 	read := make(map[apikey.Digest]apikey.Record)
 	if err := db.store.ScanRecent(t.Context(), 1, stale.isOn, func(r apikey.Record) { read[r.Digest] = r }); err != nil {
 		t.Fatal(err)
 	}
 	db.revoke(t, key)
-	tick(t, s, c)
+	tick(t, c)
 	c.keep(newEntry(read[key.digest], stale.epoch))
 	c.known.Wait()
 	want(t, c, key.digest, apikey.Revoked)
@@ -205,8 +205,8 @@ func TestKeyRevokedWhileTheCacheIsWarmedIsRefused(t *testing.T) {
 func TestLookupThatNobodyWaitsForIsNotMade(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	store := &hookedStore{Store: db.store}
-	c, s := newCache(t, store, nil), new(syncer)
-	tick(t, s, c)
+	c := newCache(t, store, nil)
+	tick(t, c)
 	release := make(chan struct{})
 	store.afterLookup = func() { <-release }
 	var held, gone sync.WaitGroup
@@ -247,9 +247,9 @@ func TestScanAndLookupsTogetherLeaveTheSyncItsConnection(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	release := make(chan struct{})
 	store := &hookedStore{Store: db.store, afterLookup: func() { <-release }}
-	c, s := newCache(t, store, nil), new(syncer)
+	c := newCache(t, store, nil)
 	db.create(t) // for the scan
-	tick(t, s, c)
+	tick(t, c)
 	var held sync.WaitGroup
 	store.afterScan = func() {
 		for n := range maxLookups {

@@ -51,8 +51,8 @@ func TestCachedKeyTakesLittleMemory(t *testing.T) {
 	entries = nil
 
 	before = heap()
-	c, s := newCache(t, db.store, func(cfg *Config) { cfg.Size, cfg.Warm = keys, keys }), new(syncer)
-	tick(t, s, c)
+	c := newCache(t, db.store, func(cfg *Config) { cfg.Size, cfg.Warm = keys, keys })
+	tick(t, c)
 	fill(t, c)
 	total := (heap() - before - int64(c.Status().FilterBytes)) / keys
 	t.Logf("%d bytes for a key in the cache, ristretto's own included", total)

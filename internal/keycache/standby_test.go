@@ -97,22 +97,22 @@ func TestChangesComeToAStandbyNoLongerThanUntilTheNextReportThoughALongTransacti
 			if _, err := tx.Exec(t.Context(), "select pg_current_xact_id()"); err != nil {
 				t.Fatal(err)
 			}
-			c, s := db.cache(t, nil), new(syncer)
+			c := db.cache(t, nil)
 			db.report(t)
-			tick(t, s, c)
+			tick(t, c)
 			canary, err := db.store.CreateCanary(t.Context())
 			if err != nil {
 				t.Fatal(err)
 			}
 			db.report(t)
-			tick(t, s, c)
+			tick(t, c)
 			db.exec(t, "update rekall.api_keys set revoked_at = now() where id = any($1)", []string{canary, revoked.id})
 			db.report(t)
-			tick(t, s, c)
+			tick(t, c)
 			db.makeKeys(t, rows)
 			for range 2 { // syncs that bring them: once, and again until a report is there that was made after them
 				db.report(t)
-				eventually(t, "a sync", func() bool { return s.sync(t.Context(), c) == nil })
+				eventually(t, "a sync", func() bool { return c.sync(t.Context()) == nil })
 			}
 			want(t, c, key.digest, apikey.Allowed)
 			c.known.Wait()
@@ -121,7 +121,7 @@ func TestChangesComeToAStandbyNoLongerThanUntilTheNextReportThoughALongTransacti
 				t.Fatal("the canary is not measured: the test shows nothing")
 			}
 			for range 5 {
-				tick(t, s, c)
+				tick(t, c)
 				want(t, c, key.digest, apikey.Allowed)
 			}
 			want(t, c, revoked.digest, apikey.Revoked)
@@ -142,13 +142,13 @@ func TestChangesComeToAStandbyNoLongerThanUntilTheNextReportThoughALongTransacti
 				t.Fatal(err)
 			}
 			db.report(t)
-			tick(t, s, c)
+			tick(t, c)
 			want(t, c, slow.digest, apikey.Allowed)
 			if err := tx.Commit(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 			db.report(t)
-			tick(t, s, c)
+			tick(t, c)
 			want(t, c, slow.digest, apikey.Revoked)
 		})
 	}
@@ -162,9 +162,9 @@ func TestStandbyWhoseReplayALongReadCanStopIsWarnedOf(t *testing.T) {
 		if err := db.standby.Restart(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		c, s := db.cache(t, func(cfg *Config) { cfg.Logger = func() *zap.Logger { return zap.New(core) } }), new(syncer)
+		c := db.cache(t, func(cfg *Config) { cfg.Logger = func() *zap.Logger { return zap.New(core) } })
 		db.report(t)
-		eventually(t, "a sync", func() bool { return s.sync(t.Context(), c) == nil })
+		eventually(t, "a sync", func() bool { return c.sync(t.Context()) == nil })
 		if n := logs.FilterMessageSnippet("hot_standby_feedback").Len(); n != warnings {
 			t.Errorf("%s: %d warnings, want %d", feedback, n, warnings)
 		}
@@ -194,9 +194,9 @@ func TestRevocationIsNotUndoneByAStandbyThatHasReplayedLess(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			db := new(twoStandbys)
 			sent := map[uint64]keystore.Report{1: {SentAt: began.Add(-10 * time.Second)}, 2: {SentAt: began}}
-			c, s := newCache(t, db, func(cfg *Config) {
+			c := newCache(t, db, func(cfg *Config) {
 				cfg.Sent = func(beat uint64) (keystore.Report, bool) { report, ok := sent[beat]; return report, ok }
-			}), new(syncer)
+			})
 			good := &apikey.Record{ID: "key_a", Digest: unknownKey(), Environment: apikey.Production}
 			revoked := *good
 			revoked.RevokedAt = apikey.TimeOf(began)
@@ -207,17 +207,17 @@ func TestRevocationIsNotUndoneByAStandbyThatHasReplayedLess(t *testing.T) {
 				db.found = keystore.Found{Server: db.snap.Server, Now: began, Records: []*apikey.Record{record}}
 			}
 			show(1, 2, &revoked)
-			tick(t, s, c)
+			tick(t, c)
 			want(t, c, good.Digest, apikey.Revoked)
 			c.known.Wait()
 			show(2, reported, good)
-			if err := s.sync(t.Context(), c); !errors.Is(err, errBlind) {
+			if err := c.sync(t.Context()); !errors.Is(err, errBlind) {
 				t.Errorf("a sync with it: %v, want errBlind", err)
 			}
 			want(t, c, good.Digest, apikey.Revoked)
 			sent[3] = keystore.Report{SentAt: time.Now()}
 			show(2, 3, &revoked) // it has caught up
-			tick(t, s, c)
+			tick(t, c)
 			want(t, c, good.Digest, apikey.Revoked)
 		})
 	}

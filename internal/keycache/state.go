@@ -112,23 +112,23 @@ func (s *state) foundHere(found keystore.Found) bool {
 }
 
 // restart returns the state after a sync that has nothing in common with s: no entry read before it is usable.
-func (s *state) restart(snap keystore.Snapshot, readAt, vouchedAt time.Time) *state {
+func (s *state) restart(r reading) *state {
 	return &state{
 		epoch: s.epoch + 1, origin: s.epoch + 1, horizon: s.epoch + 1,
-		server: snap.Server, seen: snap.Text, watermark: snap.Xmin, xmax: snap.Xmax, tiers: s.same(snap.Tiers),
-		syncedAt: vouchedAt, readAt: readAt, gotAt: time.Now(), pgNow: snap.Now, superseded: make(chan struct{}),
+		server: r.Server, seen: r.Text, watermark: r.Xmin, xmax: r.Xmax, tiers: s.same(r.Tiers),
+		syncedAt: r.vouchedAt, readAt: r.startedAt, gotAt: time.Now(), pgNow: r.Now, superseded: make(chan struct{}),
 	}
 }
 
 // next returns the state after a sync that continues s, and the keys changed in it.
-func (s *state) next(snap keystore.Snapshot, readAt, vouchedAt time.Time) (n *state, changed []*entry) {
+func (s *state) next(r reading) (n *state, changed []*entry) {
 	n = &state{
 		epoch: s.epoch + 1, origin: s.origin, horizon: s.horizon, changes: s.changes, log: s.log,
-		server: snap.Server, seen: keystore.LaterSnapshot(snap.Text, s.seen), watermark: snap.Xmin, xmax: snap.Xmax, tiers: s.same(snap.Tiers),
-		syncedAt: vouchedAt, readAt: readAt, gotAt: time.Now(), pgNow: snap.Now, superseded: make(chan struct{}),
+		server: r.Server, seen: keystore.LaterSnapshot(r.Text, s.seen), watermark: r.Xmin, xmax: r.Xmax, tiers: s.same(r.Tiers),
+		syncedAt: r.vouchedAt, readAt: r.startedAt, gotAt: time.Now(), pgNow: r.Now, superseded: make(chan struct{}),
 	}
 	var digests []apikey.Digest
-	for _, record := range snap.Changes {
+	for _, record := range r.Changes {
 		changed = append(changed, newEntry(*record, n.epoch))
 		digests = append(digests, record.Digest)
 	}

@@ -18,10 +18,10 @@ import (
 func TestDelayOfARevocationIsToldOnceAndOnlyOfKeysInMemory(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	var delays []time.Duration
-	c, s := newCache(t, db.store, func(cfg *Config) {
+	c := newCache(t, db.store, func(cfg *Config) {
 		cfg.Revoked = func(delay time.Duration) { delays = append(delays, delay) }
-	}), new(syncer)
-	tick(t, s, c)
+	})
+	tick(t, c)
 	held, other, renamed := db.create(t), db.create(t), db.create(t)
 	want(t, c, held.digest, apikey.Allowed)
 	want(t, c, renamed.digest, apikey.Allowed)
@@ -30,7 +30,7 @@ func TestDelayOfARevocationIsToldOnceAndOnlyOfKeysInMemory(t *testing.T) {
 		db.revoke(t, key)
 	}
 	db.exec(t, "update rekall.api_keys set name = 'other' where id = $1", renamed.id)
-	tick(t, s, c)
+	tick(t, c)
 	if len(delays) != 1 || delays[0] <= 0 {
 		t.Fatalf("delays %v, want that of the key in memory", delays)
 	}
@@ -38,15 +38,15 @@ func TestDelayOfARevocationIsToldOnceAndOnlyOfKeysInMemory(t *testing.T) {
 		for _, key := range []testKey{held, other} {
 			db.exec(t, "update rekall.api_keys set name = name || '.' where id = $1", key.id)
 		}
-		tick(t, s, c)
+		tick(t, c)
 	}
 	if len(delays) != 1 {
 		t.Errorf("delays %v after other changes of the revoked keys", delays)
 	}
 	brought := db.create(t)
-	tick(t, s, c)
+	tick(t, c)
 	db.revoke(t, brought)
-	tick(t, s, c)
+	tick(t, c)
 	if len(delays) != 2 {
 		t.Errorf("delays %v, want that of the key that the feed brought too", delays)
 	}
@@ -57,16 +57,16 @@ func TestDelayOfARevocationIsToldOnceAndOnlyOfKeysInMemory(t *testing.T) {
 func TestDelayOfARevocationEndsWhenTheEdgeTrustedNothing(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	var delays []time.Duration
-	c, s := newCache(t, db.store, func(cfg *Config) {
+	c := newCache(t, db.store, func(cfg *Config) {
 		cfg.Revoked = func(delay time.Duration) { delays = append(delays, delay.Round(time.Second)) }
-	}), new(syncer)
-	tick(t, s, c)
+	})
+	tick(t, c)
 	soon, late := db.create(t), db.create(t)
 	canary, err := db.store.CreateCanary(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	tick(t, s, c) // brings them all
+	tick(t, c) // brings them all
 	const outage = 10 * time.Minute
 	before := *c.state.Load()
 	before.syncedAt, before.readAt, before.pgNow = before.syncedAt.Add(-outage), before.readAt.Add(-outage), before.pgNow.Add(-outage)
@@ -75,7 +75,7 @@ func TestDelayOfARevocationEndsWhenTheEdgeTrustedNothing(t *testing.T) {
 	for id, ago := range map[string]string{soon.id: "590s", late.id: "60s", canary: "580s"} { // 10, 540 and 20 s after the last sync
 		db.exec(t, "update rekall.api_keys set revoked_at = now() - $2::interval where id = $1", id, ago)
 	}
-	tick(t, s, c)
+	tick(t, c)
 	slices.Sort(delays)
 	if !slices.Equal(delays, []time.Duration{0, 10 * time.Second, 20 * time.Second}) {
 		t.Errorf("delays %v", delays)
@@ -130,9 +130,9 @@ func TestStatusCountsWhatMemoryHoldsAndWhatItDoesNotTake(t *testing.T) {
 func TestStatusCountsALookupThatFailsWhileTheFeedStartsOver(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	store := &hookedStore{Store: db.store}
-	c, s := newCache(t, store, nil), new(syncer)
+	c := newCache(t, store, nil)
 	key := db.create(t)
-	tick(t, s, c)
+	tick(t, c)
 	found, err := c.Find(t.Context(), key.digest)
 	if err != nil {
 		t.Fatal(err)
@@ -140,7 +140,7 @@ func TestStatusCountsALookupThatFailsWhileTheFeedStartsOver(t *testing.T) {
 	c.hot[place(&key.digest)%hotSlots].Store(found.entry)
 	store.change = func(snap *keystore.Snapshot) { snap.Server.StartedAt++ }
 	store.unreadable = errors.New("connection reset by peer")
-	tick(t, s, c)
+	tick(t, c)
 	if st := c.Status(); st.Lookups != 2 || st.LookupErrors != 1 {
 		t.Errorf("%d lookups and %d errors, want 2 and 1", st.Lookups, st.LookupErrors)
 	}

@@ -49,12 +49,11 @@ func (c *Cache) Run(ctx context.Context) {
 }
 
 func (c *Cache) syncLoop(ctx context.Context) {
-	var s syncer
 	failing := false
 	for ctx.Err() == nil {
 		c.unknown.unwant()
 		startedAt := time.Now()
-		err := s.sync(ctx, c)
+		err := c.sync(ctx)
 		took := age(startedAt, time.Now())
 		switch {
 		case ctx.Err() != nil:
@@ -130,85 +129,123 @@ func pause(ctx context.Context, d time.Duration, wake <-chan struct{}) bool {
 // carryOverTimeout bounds how long changes can wait for keys to be carried over.
 const carryOverTimeout = 500 * time.Millisecond
 
-// syncer holds what one sync leaves to the next besides the published state.
-type syncer struct {
-	// unverified are the keys that were in flight when the feed started over: changes to them may have been missed, so
-	// their rows must be read again.
-	unverified []apikey.Digest
+// reading is what a sync has read.
+type reading struct {
+	keystore.Snapshot
+	startedAt time.Time
+	vouchedAt time.Time // up to which it shows all changes
 }
 
-// sync reads the feed once and publishes what it says.
-func (s *syncer) sync(ctx context.Context, c *Cache) error {
+// sync reads the feed once and publishes what it says. Nobody else may at the same time.
+func (c *Cache) sync(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, syncTimeout)
 	defer cancel()
 	c.counts.syncs.Add(1)
-	old, startedAt := c.state.Load(), time.Now()
-	snap, err := c.store.Snapshot(ctx, old.seen)
+	err := c.follow(ctx)
 	if err != nil {
 		c.counts.syncErrors.Add(1)
-		return fmt.Errorf("read changes: %w", err)
 	}
-	vouchedAt, err := c.vouchedAt(&snap, startedAt)
-	// Another standby, or this one restarted, may have replayed less than what was known here: a revocation that is in force and
-	// confirmed must not be undone. It has as much if it has a report that was made afterwards.
-	if err == nil && !old.sameServer(snap) && vouchedAt.Before(old.gotAt) {
-		err = errBlind
-	}
+	return err
+}
+
+func (c *Cache) follow(ctx context.Context) error {
+	old := c.state.Load()
+	r, err := c.readFeed(ctx, old)
 	if err != nil {
-		c.counts.syncErrors.Add(1)
 		return err
 	}
-	news := true
+	over := old.syncedAt.IsZero() || !old.sameServer(r.Snapshot) || r.Overrun
 	var changed []*entry
-	if old.syncedAt.IsZero() || !old.sameServer(snap) || snap.Overrun {
-		c.counts.restarts.Add(1)
-		n := old.restart(snap, startedAt, vouchedAt)
-		c.carryOver(ctx, old, n)
-		c.publish(old, n)
-		c.cfg.Logger().Info("key sync starts over", zap.Bool("first", old.syncedAt.IsZero()), zap.Bool("too_many_changes", snap.Overrun))
-		if snap.Server.InRecovery && !snap.Feedback {
-			c.cfg.Logger().Warn("read_database has hot_standby_feedback off: set it to on, or a long read by an edge stops the replay for all")
-		}
-		// Flights that begin from here on are checked against the new state by Track.
-		s.unverified = c.flight.doubt(old.syncedAt)
-		c.wantFill()
+	if over {
+		c.startOver(ctx, old, r)
 	} else {
-		var n *state
-		n, changed = old.next(snap, startedAt, vouchedAt)
-		for _, e := range changed {
-			c.learn(&e.record.Digest)
-		}
-		c.publish(old, n)
-		news = len(changed) > 0
-		for _, e := range changed {
-			was, ok := c.known.Get(place(&e.record.Digest))
-			if ok {
-				c.keep(e) // thrift: a key in use needs no lookup after its change
-			}
-			if ch, ok := old.changes[e.record.Digest]; ok { // which is found without the cache
-				was = ch.entry
-			}
-			c.tellOfRevocation(old, was, e)
-			c.apply(&e.record.Digest, &e.record, snap.Now)
-		}
+		changed = c.advance(old, r)
 	}
-	if err := s.verify(ctx, c); err != nil {
-		c.counts.syncErrors.Add(1)
+	if err := c.verify(ctx); err != nil {
 		return fmt.Errorf("verify keys in flight: %w", err)
 	}
-	for _, e := range changed {
-		// What came before, or may have been revoked before the feed began, is no measure.
-		if e.record.Account == keystore.CanaryAccount && !e.record.RevokedAt.IsZero() && old.epoch > old.origin && !old.knewRevoked(&e.record.Digest) {
-			c.canary.Store(int64(c.stayedAllowed(old, e)))
-			c.canaryAt.Store(time.Now().UnixNano())
-		}
-	}
+	c.measureCanary(old, changed)
 	// Only now: a confirmed change has also reached the requests in flight.
-	c.applied.Store(&Applied{At: snap.Now.Add(vouchedAt.Sub(startedAt)), Snapshot: c.state.Load().seen, Server: snap.Server, Beat: snap.Beat})
-	if news && c.cfg.Changed != nil {
+	c.applied.Store(&Applied{At: r.Now.Add(r.vouchedAt.Sub(r.startedAt)), Snapshot: c.state.Load().seen, Server: r.Server, Beat: r.Beat})
+	if (over || len(changed) > 0) && c.cfg.Changed != nil {
 		c.cfg.Changed()
 	}
 	return nil
+}
+
+// readFeed reads what has changed since old.
+func (c *Cache) readFeed(ctx context.Context, old *state) (r reading, err error) {
+	r.startedAt = time.Now()
+	if r.Snapshot, err = c.store.Snapshot(ctx, old.seen); err != nil {
+		return r, fmt.Errorf("read changes: %w", err)
+	}
+	if err := c.vouch(&r); err != nil {
+		return r, err
+	}
+	// Another standby, or this one restarted, may have replayed less than what was known here: a revocation that is in force and
+	// confirmed must not be undone. It has as much if it has a report that was made afterwards.
+	if !old.sameServer(r.Snapshot) && r.vouchedAt.Before(old.gotAt) {
+		return r, errBlind
+	}
+	return r, nil
+}
+
+// vouch sets vouchedAt. A primary shows all changes when the reading starts. A standby may lag, or have its replay paused and look
+// healthy: it shows those before the last report of ours that it has. Its own snapshot names no transaction in progress on the
+// primary, but that does under which the primary took the report, and the standby shows all that it saw.
+func (c *Cache) vouch(r *reading) error {
+	if c.cfg.Sent == nil {
+		if r.Server.InRecovery {
+			return errStandby
+		}
+		r.vouchedAt = r.startedAt
+		return nil
+	}
+	report, ok := c.cfg.Sent(r.Beat)
+	if !ok || age(report.SentAt, r.startedAt) >= c.cfg.MaxStaleness {
+		return errBlind
+	}
+	r.vouchedAt = report.SentAt
+	if r.Server.InRecovery && report.TakenBy.SystemID == r.Server.SystemID {
+		r.Text = keystore.LaterSnapshot(r.Text, report.Snapshot)
+	}
+	return nil
+}
+
+// startOver publishes a state in which nothing that was read before is usable.
+func (c *Cache) startOver(ctx context.Context, old *state, r reading) {
+	c.counts.restarts.Add(1)
+	n := old.restart(r)
+	c.carryOver(ctx, old, n)
+	c.publish(old, n)
+	c.cfg.Logger().Info("key sync starts over", zap.Bool("first", old.syncedAt.IsZero()), zap.Bool("too_many_changes", r.Overrun))
+	if r.Server.InRecovery && !r.Feedback {
+		c.cfg.Logger().Warn("read_database has hot_standby_feedback off: set it to on, or a long read by an edge stops the replay for all")
+	}
+	// Flights that begin from here on are checked against the new state by Track.
+	c.unverified = c.flight.doubt(old.syncedAt)
+	c.wantFill()
+}
+
+// advance publishes the changes that were read, tells the requests in flight of them, and returns them.
+func (c *Cache) advance(old *state, r reading) []*entry {
+	n, changed := old.next(r)
+	for _, e := range changed {
+		c.learn(&e.record.Digest)
+	}
+	c.publish(old, n)
+	for _, e := range changed {
+		was, ok := c.known.Get(place(&e.record.Digest))
+		if ok {
+			c.keep(e) // thrift: a key in use needs no lookup after its change
+		}
+		if ch, ok := old.changes[e.record.Digest]; ok { // which is found without the cache
+			was = ch.entry
+		}
+		c.tellOfRevocation(old, was, e)
+		c.apply(&e.record.Digest, &e.record, r.Now)
+	}
+	return changed
 }
 
 // carryOver reads the keys that are found often anew before n, in which nothing read earlier is usable, takes the place of old:
@@ -256,25 +293,18 @@ func (c *Cache) stayedAllowed(old *state, e *entry) time.Duration {
 	return max(0, min(c.state.Load().pgTime(time.Now()).Sub(revokedAt), trusted))
 }
 
-// vouchedAt returns the moment up to which a reading shows all changes. A primary shows them all when the reading starts. A
-// standby may lag, or have its replay paused and look healthy: it shows those before the last report of ours that it has.
-// Its own snapshot names no transaction in progress on the primary, but that does under which the primary took the report, and
-// the standby shows all that it saw.
-func (c *Cache) vouchedAt(snap *keystore.Snapshot, startedAt time.Time) (time.Time, error) {
-	if c.cfg.Sent == nil {
-		if snap.Server.InRecovery {
-			return time.Time{}, errStandby
+// measureCanary notes how long a canary stayed allowed. What the feed has brought before, or may have been revoked before it began, is
+// no measure.
+func (c *Cache) measureCanary(old *state, changed []*entry) {
+	if old.epoch == old.origin {
+		return
+	}
+	for _, e := range changed {
+		if e.record.Account == keystore.CanaryAccount && !e.record.RevokedAt.IsZero() && !old.knewRevoked(&e.record.Digest) {
+			c.canary.Store(int64(c.stayedAllowed(old, e)))
+			c.canaryAt.Store(time.Now().UnixNano())
 		}
-		return startedAt, nil
 	}
-	report, ok := c.cfg.Sent(snap.Beat)
-	if !ok || age(report.SentAt, startedAt) >= c.cfg.MaxStaleness {
-		return time.Time{}, errBlind
-	}
-	if snap.Server.InRecovery && report.TakenBy.SystemID == snap.Server.SystemID {
-		snap.Text = keystore.LaterSnapshot(snap.Text, report.Snapshot)
-	}
-	return report.SentAt, nil
 }
 
 func (c *Cache) publish(old, n *state) {
@@ -284,11 +314,11 @@ func (c *Cache) publish(old, n *state) {
 
 // verify reads the rows of the unverified keys and cuts the requests of those that ended. While that fails, watch cuts those for
 // which nobody vouches any longer.
-func (s *syncer) verify(ctx context.Context, c *Cache) error {
-	for len(s.unverified) > 0 {
-		n := min(len(s.unverified), lookupBatch)
+func (c *Cache) verify(ctx context.Context) error {
+	for len(c.unverified) > 0 {
+		n := min(len(c.unverified), lookupBatch)
 		state := c.state.Load()
-		answers, err := c.read(ctx, s.unverified[:n], state.epoch)
+		answers, err := c.read(ctx, c.unverified[:n], state.epoch)
 		if err != nil {
 			return err
 		}
@@ -296,7 +326,7 @@ func (s *syncer) verify(ctx context.Context, c *Cache) error {
 			c.accept(&answers[i])
 			c.apply(&answers[i].digest, answers[i].record(), answers[i].pgNow)
 		}
-		s.unverified = s.unverified[n:]
+		c.unverified = c.unverified[n:]
 	}
 	return nil
 }

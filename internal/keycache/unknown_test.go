@@ -17,13 +17,13 @@ import (
 func unknownKey() apikey.Digest { return apikey.Hash(apikey.Generate(apikey.Production)) }
 
 // newFiltered returns a cache with a filter, whose budget of lookups for unknown keys is used up.
-func newFiltered(t *testing.T, store Store) (*Cache, *syncer) {
+func newFiltered(t *testing.T, store Store) *Cache {
 	t.Helper()
-	c, s := newCache(t, store, nil), new(syncer)
-	tick(t, s, c)
+	c := newCache(t, store, nil)
+	tick(t, c)
 	fill(t, c)
 	c.unknown.asking = pace{gap: time.Hour, next: time.Now().Add(time.Hour)}
-	return c, s
+	return c
 }
 
 // find begins to find a key that has to wait, and returns where its outcome will arrive.
@@ -122,7 +122,7 @@ func TestFloodOfUnknownKeysCausesFewStatementsAndHarmsNoKnownKey(t *testing.T) {
 func TestKeyThatTheFilterLacksIsUnknownOnlyAfterASyncThatBeganLater(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	store := &hookedStore{Store: db.store}
-	c, s := newFiltered(t, store)
+	c := newFiltered(t, store)
 	var created testKey
 	var absent, present <-chan apikey.Outcome
 	store.change = func(*keystore.Snapshot) { // the sync has read the feed, and nothing is published yet
@@ -130,12 +130,12 @@ func TestKeyThatTheFilterLacksIsUnknownOnlyAfterASyncThatBeganLater(t *testing.T
 		created = db.create(t)
 		present, absent = find(t, c, created.digest), find(t, c, unknownKey())
 	}
-	tick(t, s, c)
+	tick(t, c)
 	runtime.Gosched()
 	if len(present)+len(absent) > 0 {
 		t.Error("a sync that began before the request proved something to it")
 	}
-	tick(t, s, c)
+	tick(t, c)
 	if got := <-present; got != apikey.Allowed {
 		t.Errorf("the key just created is %v", got)
 	}
@@ -150,11 +150,11 @@ func TestKeyThatTheFilterLacksIsUnknownOnlyAfterASyncThatBeganLater(t *testing.T
 func TestKeyThatTheFilterLacksIsNotUnknownWhileNobodyCanTell(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	store := &hookedStore{Store: db.store}
-	c, s := newFiltered(t, store)
+	c := newFiltered(t, store)
 	store.failing = errors.New("down")
 	got := find(t, c, unknownKey())
 	for range 3 {
-		if err := s.sync(t.Context(), c); err == nil {
+		if err := c.sync(t.Context()); err == nil {
 			t.Fatal("the sync did not fail")
 		}
 	}
@@ -165,7 +165,7 @@ func TestKeyThatTheFilterLacksIsNotUnknownWhileNobodyCanTell(t *testing.T) {
 
 func TestRequestsForWhichThereIsNoRoomToWaitAreRefusedAtOnce(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
-	c, s := newFiltered(t, db.store)
+	c := newFiltered(t, db.store)
 	c.unknown.proving.Store(maxProving)
 	want(t, c, unknownKey(), apikey.Unavailable)
 	if st := c.Status(); st.Refused != 1 || c.unknown.proving.Load() != maxProving {
@@ -173,7 +173,7 @@ func TestRequestsForWhichThereIsNoRoomToWaitAreRefusedAtOnce(t *testing.T) {
 	}
 	c.unknown.proving.Store(0)
 	got := find(t, c, unknownKey())
-	tick(t, s, c)
+	tick(t, c)
 	if got := <-got; got != apikey.Unknown {
 		t.Errorf("outcome %v, want unknown", got)
 	}
@@ -181,8 +181,8 @@ func TestRequestsForWhichThereIsNoRoomToWaitAreRefusedAtOnce(t *testing.T) {
 
 func TestUnknownKeyIsAskedForAtOnceWhileThereAreFew(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
-	c, s := newCache(t, db.store, nil), new(syncer)
-	tick(t, s, c)
+	c := newCache(t, db.store, nil)
+	tick(t, c)
 	fill(t, c)
 	// A row that the feed does not tell of, as a restore with triggers switched off leaves.
 	secret := apikey.Generate(apikey.Production)
@@ -203,13 +203,13 @@ func TestUnknownKeyIsAskedForAtOnceWhileThereAreFew(t *testing.T) {
 func TestKeyCreatedWhileTheFilterIsBuiltIsInIt(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	store := &hookedStore{Store: db.store}
-	c, s := newCache(t, store, nil), new(syncer)
+	c := newCache(t, store, nil)
 	db.create(t)
-	tick(t, s, c)
+	tick(t, c)
 	var created testKey
 	store.afterScan = func() { // the scan does not see it
 		created = db.create(t)
-		tick(t, s, c)
+		tick(t, c)
 	}
 	fill(t, c)
 	if f := c.unknown.filter.Load(); !f.has(&created.digest) || f.keys.Load() != 2 {
@@ -219,13 +219,13 @@ func TestKeyCreatedWhileTheFilterIsBuiltIsInIt(t *testing.T) {
 
 func TestFilterOfAnEarlierServerIsNotBelieved(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
-	c, s := newFiltered(t, db.store)
+	c := newFiltered(t, db.store)
 	key := db.create(t)
 	old := *c.state.Load()
 	old.server.SystemID++
 	old.superseded = make(chan struct{})
 	c.state.Store(&old)
-	tick(t, s, c) // starts over: the feed does not tell of the key
+	tick(t, c) // starts over: the feed does not tell of the key
 	want(t, c, key.digest, apikey.Allowed)
 	want(t, c, unknownKey(), apikey.Unknown)
 	if n := c.Status().Lookups; n != 2 {
@@ -235,21 +235,21 @@ func TestFilterOfAnEarlierServerIsNotBelieved(t *testing.T) {
 
 func TestMoreChangesThanATickCanReadAreInForceAfterIt(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
-	c, s := newFiltered(t, db.store)
+	c := newFiltered(t, db.store)
 	kept, revoked := db.create(t), db.create(t)
-	tick(t, s, c)
+	tick(t, c)
 	for _, key := range []testKey{kept, revoked} {
 		want(t, c, key.digest, apikey.Allowed)
 	}
 	db.exec(t, `insert into rekall.api_keys (id, account, name, environment, key_hash, scopes)
 		select 'key_' || lpad(n::text, 22, '0'), 'many', 'n', 'production', sha256(n::text::bytea), '{}' from generate_series(1, $1::int) n`, keystore.MaxChanges)
 	db.revoke(t, revoked)
-	tick(t, s, c)
+	tick(t, c)
 	want(t, c, revoked.digest, apikey.Revoked)
 	want(t, c, kept.digest, apikey.Allowed)
 	want(t, c, apikey.Hash("1"), apikey.Allowed) // the filter of before has not heard of it
 	want(t, c, unknownKey(), apikey.Unknown)
-	tick(t, s, c)
+	tick(t, c)
 	if c.state.Load().epoch == c.state.Load().origin {
 		t.Error("the feed starts over again")
 	}
@@ -260,7 +260,7 @@ func TestFilterReadFromAnotherServerThanTheFeedsIsNotUsed(t *testing.T) {
 	store := &hookedStore{Store: db.store, change: func(snap *keystore.Snapshot) { snap.Server.StartedAt-- }}
 	c := newCache(t, store, func(cfg *Config) { cfg.Warm = 10 })
 	db.create(t)
-	tick(t, new(syncer), c)
+	tick(t, c)
 	for _, warm := range []int{0, 10} {
 		c.cfg.Warm = warm
 		if err := c.fill(t.Context(), new(uint64)); !errors.Is(err, errOtherServer) {
