@@ -40,11 +40,11 @@ func (r *rig) edge(name string, maxStaleness time.Duration) *edge {
 func (e *edge) report() keystore.Server {
 	e.r.t.Helper()
 	e.row.Beat++
-	server, err := e.store.ReportEdge(e.r.t.Context(), e.row)
+	report, err := e.store.ReportEdge(e.r.t.Context(), e.row)
 	if err != nil {
 		e.r.t.Fatal(err)
 	}
-	return server
+	return report.TakenBy
 }
 
 // catchUp reports that the edge knows all that is committed.
