@@ -21,8 +21,9 @@ on for the overlap, so that both do while the new one is deployed. Until the old
 revokes its successor.
 
 With --older-than it rotates every key of that age, each in a transaction of its own, and prints each successor as it is
-made: with --json, one object a line. It can be run again after it was interrupted: keys that have a successor are
-passed over. It acts only with --yes; without, it shows what it would rotate.`,
+made: with --json, one object a line. A successor that nobody reads within three seconds ends the run and is not in force.
+It can be run again after it was interrupted: keys that have a successor are passed over. It acts only with --yes; without,
+it shows what it would rotate.`,
 		Example: `  rekall-gateway keys rotate key_0123456789abcdefABCDEF --overlap 48h
   rekall-gateway keys rotate key_0123456789abcdefABCDEF --overlap on-first-use
   rekall-gateway keys rotate --older-than 90d --yes --json >> successors.jsonl`,

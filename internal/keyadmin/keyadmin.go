@@ -84,6 +84,7 @@ func (a *Admin) Create(ctx context.Context, actor Actor, request CreateRequest) 
 	}
 	secret := generate(&key)
 	key.ID, key.CreatedBy = newID(), actor.String()
+	var handed handedOut
 	err = a.change(ctx, actor, func(tx *keystore.Tx, actor Actor) error {
 		if err := actor.mayHold(key.Account, key.Environment, key.Scopes); err != nil {
 			return err
@@ -105,15 +106,35 @@ func (a *Admin) Create(ctx context.Context, actor Actor, request CreateRequest) 
 		}
 		created = fromRow(row)
 		created.Key = Secret(secret)
-		if request.HandOut != nil {
-			return request.HandOut(created)
-		}
-		return nil
+		return handed.over(created, request.HandOut)
 	})
 	if err != nil {
-		return Key{}, false, err
+		return Key{}, false, handed.unless(err)
 	}
 	return created, replayed, nil
+}
+
+// handedOut is the id of a key that somebody was given in a transaction; empty: of none.
+type handedOut string
+
+// over hands a new key out, as the last step before it is in force.
+func (h *handedOut) over(key Key, handOut func(Key) error) error {
+	if handOut == nil {
+		return nil
+	}
+	if err := handOut(key); err != nil {
+		return err
+	}
+	*h = handedOut(key.ID)
+	return nil
+}
+
+// unless says of the key that was handed out what it is worth where the transaction has failed all the same.
+func (h handedOut) unless(err error) error {
+	if h == "" {
+		return err
+	}
+	return fmt.Errorf(`%s was shown, but it is not in force unless "keys show" finds it: %w`, h, err)
 }
 
 // generate gives a key its digest and hint, and returns the key itself.

@@ -85,7 +85,7 @@ func (a *Admin) RotateOnce(ctx context.Context, actor Actor, id string, overlap 
 	if err := checkIdempotencyKey(idempotencyKey); err != nil {
 		return Key{}, false, err
 	}
-	return a.rotate(ctx, actor, id, overlap, idempotencyKey, func(Key) error { return nil })
+	return a.rotate(ctx, actor, id, overlap, idempotencyKey, nil)
 }
 
 // rotate is RotateOnce, and hands the successor out as its last step before it commits. A key that could not be handed out is
@@ -97,6 +97,7 @@ func (a *Admin) rotate(ctx context.Context, actor Actor, id string, overlap Over
 	if err := overlap.check(); err != nil {
 		return Key{}, false, err
 	}
+	var handed handedOut
 	err = a.change(ctx, actor, func(tx *keystore.Tx, actor Actor) error {
 		old, err := tx.Lock(ctx, actor.reach(), id)
 		if err != nil {
@@ -115,10 +116,10 @@ func (a *Admin) rotate(ctx context.Context, actor Actor, id string, overlap Over
 		if successor, err = succeed(ctx, tx, actor, old, nextID, overlap); err != nil {
 			return err
 		}
-		return handOut(successor)
+		return handed.over(successor, handOut)
 	})
 	if err != nil {
-		return Key{}, false, notFound(err, id)
+		return Key{}, false, handed.unless(notFound(err, id))
 	}
 	return successor, replayed, nil
 }

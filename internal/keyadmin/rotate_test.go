@@ -1,6 +1,7 @@
 package keyadmin_test
 
 import (
+	"context"
 	"errors"
 	"strings"
 	"sync"
@@ -551,5 +552,43 @@ func TestRotationOfAllKeysEnds(t *testing.T) {
 		func(keyadmin.Key) error { return nil })
 	if err != nil || count != 4 {
 		t.Errorf("rotated %d keys, %v", count, err)
+	}
+}
+
+// A terminal that was stopped, or the reader of a pipe, may keep a rotation waiting for ever, and with it all who wait for the key.
+func TestReaderWhoStopsReadingDoesNotHoldUpARevocation(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	for what, rotate := range map[string]func(id string, handOut func(keyadmin.Key) error) error{
+		"one": func(id string, handOut func(keyadmin.Key) error) error {
+			return admin.RotateAndHandOut(t.Context(), operator, id, day(t), handOut)
+		},
+		"all": func(_ string, handOut func(keyadmin.Key) error) error {
+			_, err := admin.RotateDue(t.Context(), operator, keyadmin.RotateDueRequest{OlderThan: "90d"}, false, handOut)
+			return err
+		},
+	} {
+		old := due(t, admin, databaseURL, 1)[0]
+		shown, read, ended := make(chan keyadmin.Key, 9), make(chan struct{}), make(chan error, 1)
+		go func() {
+			ended <- rotate(old.ID, func(key keyadmin.Key) error {
+				shown <- key
+				<-read
+				return nil
+			})
+		}()
+		key := <-shown
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		_, err := admin.RevokeMany(ctx, operator, keyadmin.Selection{Account: old.Account}, false)
+		cancel()
+		if err != nil || get(t, admin, old.ID).Status != keyadmin.Revoked {
+			t.Errorf("%s: the revocation waits: %v", what, err)
+		}
+		close(read)
+		if err := <-ended; err == nil || !strings.Contains(err.Error(), key.ID+" was shown") {
+			t.Errorf("%s: %v", what, err)
+		}
+		if _, err := admin.Get(t.Context(), operator, key.ID); !errors.Is(err, keyadmin.ErrNotFound) {
+			t.Errorf("%s: a key that was not read in time is in force: %v", what, err)
+		}
 	}
 }

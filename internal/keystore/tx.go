@@ -26,8 +26,12 @@ type Tx struct {
 // Change runs do in a transaction, which is committed if do returns nil. It runs do again if Postgres broke a deadlock at
 // its expense: two keys that revoke each other wait for each other.
 func (s *Store) Change(ctx context.Context, do func(*Tx) error) error {
-	return repeatDeadlocked(func() error { return s.ChangeOnce(ctx, do) })
+	return repeatDeadlocked(func() error { return s.changeOnce(ctx, pgx.TxOptions{BeginQuery: beginBriefly}, do) })
 }
+
+// beginBriefly has Postgres roll back where do waits for something else, such as somebody to read the key that it prints: others
+// may wait for what it has locked. A revocation among them is then still answered within the time that the API gives it.
+const beginBriefly = `begin isolation level read committed; set local idle_in_transaction_session_timeout = '3s'`
 
 // repeatDeadlocked runs a transaction again, a few times, if Postgres ended it because another waited for it in turn.
 func repeatDeadlocked(transaction func() error) error {
@@ -40,11 +44,15 @@ func repeatDeadlocked(transaction func() error) error {
 	}
 }
 
-// ChangeOnce is Change without a second attempt: what do reads may not be there twice. What was locked is read as it is then,
-// whatever the default of the database or the role is.
+// ChangeOnce is Change without a second attempt, since what do reads may not be there twice, and for as long as that takes. What was
+// locked is read as it is then, whatever the default of the database or the role is.
 func (s *Store) ChangeOnce(ctx context.Context, do func(*Tx) error) error {
+	return s.changeOnce(ctx, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, do)
+}
+
+func (s *Store) changeOnce(ctx context.Context, options pgx.TxOptions, do func(*Tx) error) error {
 	var failure error
-	err := pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
+	err := pgx.BeginTxFunc(ctx, s.pool, options, func(tx pgx.Tx) error {
 		failure = do(&Tx{Keys{tx}, tx})
 		return failure
 	})
