@@ -158,7 +158,7 @@ func (f fields) read(name string, to any) bool {
 // whole reports whether a text came through as it was sent: half a surrogate pair becomes a replacement character.
 func whole(s string) bool { return !strings.ContainsRune(s, utf8.RuneError) }
 
-// readQuery reads the query parameters, of which there may be no others than the known ones.
+// readQuery reads the query parameters, of which there may be no others than the known ones, and none that is empty.
 func readQuery(r *http.Request, known ...string) (url.Values, error) {
 	query, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
@@ -170,6 +170,9 @@ func readQuery(r *http.Request, known ...string) (url.Values, error) {
 		}
 		if len(values) > 1 {
 			return nil, invalid(name, name+" is given twice.")
+		}
+		if values[0] == "" { // most likely a variable that nobody set: a filter would become all keys
+			return nil, &keyadmin.InvalidError{Field: name, Reason: "must not be empty: leave it out for its default"}
 		}
 	}
 	return query, nil

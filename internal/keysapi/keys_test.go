@@ -192,13 +192,9 @@ func TestListPagesAndFilters(t *testing.T) {
 	}
 	for query, count := range map[string]int{
 		"environment=sandbox": 2, "status=revoked": 1, "status=active": 4, "status=expired": 0, "status=expiring": 0, "name=key": 5, "name=KEY+3": 1,
-		"environment=production&status=active": 2, "environment=&status=&name=&cursor=": 5,
+		"environment=production&status=active": 2,
 	} {
-		send := r.call
-		if strings.Contains(query, "=&") { // an empty filter is what forms send; the document has no word for it
-			send = r.bad
-		}
-		if page := send("GET", path+"?"+query, ann, "").keys(t); len(page.Data) != count || *page.Pagination.TotalCount != count {
+		if page := r.call("GET", path+"?"+query, ann, "").keys(t); len(page.Data) != count || *page.Pagination.TotalCount != count {
 			t.Errorf("%s: %d keys of %d, want %d", query, len(page.Data), *page.Pagination.TotalCount, count)
 		}
 	}
