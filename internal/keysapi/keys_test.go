@@ -1,12 +1,16 @@
 package keysapi_test
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
+	"os"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/getkin/kin-openapi/openapi3"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
@@ -305,5 +309,41 @@ func TestDescriptionHasEveryPathAndMethod(t *testing.T) {
 	}
 	if len(document.Paths) != 11 {
 		t.Errorf("%d paths", len(document.Paths))
+	}
+}
+
+func TestDocumentHasEveryActionAndActorOfTheAudit(t *testing.T) {
+	r := newRig(t)
+	ann := person("ann@acme")
+	text, err := os.ReadFile("openapi.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	document, err := openapi3.NewLoader().LoadFromData(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var documented []string
+	for _, action := range document.Components.Schemas["Action"].Value.Enum {
+		documented = append(documented, action.(string))
+	}
+	var invalid *keyadmin.InvalidError
+	if _, err := r.admin.Audit(t.Context(), operator, keyadmin.AuditRequest{Action: "unknown"}); !errors.As(err, &invalid) {
+		t.Fatal(err)
+	}
+	if known := strings.Split(strings.TrimPrefix(invalid.Reason, "must be one of "), ", "); !slices.Equal(known, documented) {
+		t.Errorf("the document has %v, the audit %v", documented, known)
+	}
+	perMinute := 100
+	if _, err := r.admin.SetAccountLimits(t.Context(), operator, "acme", "", keyadmin.LimitsChange{PerMinute: &perMinute}); err != nil {
+		t.Fatal(err)
+	}
+	if entries := r.call("GET", path+"/audit", ann, "").audit(t).Data; len(entries) != 1 || entries[0].Action != keyadmin.AccountLimitsChanged {
+		t.Errorf("audit %+v", entries)
+	}
+	for _, kind := range []string{"user", "system"} {
+		if entries := r.call("GET", path+"/audit?actor="+kind+":"+strings.Repeat("a", 200), ann, "").audit(t).Data; len(entries) != 0 {
+			t.Errorf("audit %+v", entries)
+		}
 	}
 }
