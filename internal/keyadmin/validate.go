@@ -73,11 +73,30 @@ func parseScopes(names []string) (apikey.Scopes, error) {
 	if len(names) == 0 {
 		return 0, &InvalidError{"scopes", "must name at least one of " + strings.Join(apikey.ScopeNames(), ", ")}
 	}
-	scopes, err := apikey.ParseScopes(names)
+	shown := slices.Clone(names)
+	for i, name := range names {
+		if name != "" {
+			shown[i] = Shown(name) // of a scope, it is the name itself
+		}
+	}
+	scopes, err := apikey.ParseScopes(shown)
 	if err != nil {
 		return 0, &InvalidError{"scopes", err.Error()}
 	}
 	return scopes, nil
+}
+
+// Shown is a name of the client's own, fit to be repeated to it.
+func Shown(name string) string {
+	const longest = 40
+	name = apikey.Redact(name)
+	if name == "" {
+		return `""`
+	}
+	if runes := []rune(name); len(runes) > longest {
+		name = string(runes[:longest]) + "…"
+	}
+	return name
 }
 
 func parseLifetime(s string) (time.Duration, error) {

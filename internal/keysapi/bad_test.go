@@ -48,6 +48,7 @@ func TestBadInputIsRefusedWithTheFieldNamedAndNothingChanged(t *testing.T) {
 		{"POST", path, `{"name": "a", "Name": "a", "scopes": ["hives:read"]}`, plain, invalid, "Name"},
 		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "` + pasted + `": 1}`, plain, invalid, "rk_…"},
 		{"POST", path, `{"` + strings.Repeat("n", 500) + `": 1}`, plain, invalid, strings.Repeat("n", 40) + "…"},
+		{"POST", path, `{"": 1}`, plain, invalid, `""`},
 		{"POST", path, `{"name": "a", "name": "a", "scopes": ["hives:read"]}`, plain, invalid, "name"},
 		{"POST", path, `{"name": "a", "n\u0061me": "b", "scopes": ["hives:read"]}`, plain, invalid, "name"},
 		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "expires_in": "1d", "expiresIn": "2d"}`, plain, invalid, "expires_in"},
@@ -75,6 +76,8 @@ func TestBadInputIsRefusedWithTheFieldNamedAndNothingChanged(t *testing.T) {
 		{"POST", path, `{"name": "a", "scopes": null}`, plain, unacceptable, "scopes"},
 		{"POST", path, `{"name": "a", "scopes": []}`, plain, unacceptable, "scopes"},
 		{"POST", path, `{"name": "a", "scopes": ["hives:admin"]}`, plain, unacceptable, "scopes"},
+		{"POST", path, `{"name": "a", "scopes": [""]}`, plain, unacceptable, "scopes"},
+		{"POST", path, `{"name": "a", "scopes": ["` + strings.Repeat("hives:read", 6000) + `"]}`, plain, unacceptable, "scopes"},
 		{"POST", path, `{"name": "a", "scopes": ["` + pasted + `"]}`, plain, unacceptable, "scopes"},
 		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "environment": "live"}`, plain, unacceptable, "environment"},
 		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "expires_in": "soon"}`, plain, unacceptable, "expires_in"},
@@ -137,6 +140,7 @@ func TestBadInputIsRefusedWithTheFieldNamedAndNothingChanged(t *testing.T) {
 		{"GET", path + "?account=other", "", plain, invalid, "account"},
 		{"GET", path + "?a%zz", "", plain, invalid, ""},
 		{"GET", path + "?a;b", "", plain, invalid, ""},
+		{"GET", path + "?=1", "", plain, invalid, `""`},
 		{"GET", one + "?show=key", "", plain, invalid, "show"},
 		{"POST", path + "?dry_run=true", `{"name": "a", "scopes": ["hives:read"]}`, plain, invalid, "dry_run"},
 		{"PATCH", one + "?dry_run=true", `{"name": "b"}`, plain, invalid, "dry_run"},
@@ -195,6 +199,9 @@ func TestBadInputIsRefusedWithTheFieldNamedAndNothingChanged(t *testing.T) {
 			continue
 		}
 		answer.refused(t, answer.StatusCode, code, test.field)
+		if len(answer.body) > 1000 {
+			t.Errorf("%s %s %.80q: a long answer, %.200s", test.method, test.path, test.body, answer.body)
+		}
 	}
 	if page := r.call("GET", path, by(manager), "").keys(t); len(page.Data) != 2 {
 		t.Errorf("%d keys", len(page.Data))

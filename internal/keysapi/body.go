@@ -12,7 +12,6 @@ import (
 	"strings"
 	"unicode/utf8"
 
-	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
@@ -88,28 +87,18 @@ func readFields(r *http.Request, limit int64, known ...string) (fields, error) {
 			name = s
 		}
 		if !slices.Contains(known, name) {
-			return nil, invalid(shown(spelling), "There is no field "+shown(spelling)+".")
+			return nil, invalid(keyadmin.Shown(spelling), "There is no field "+keyadmin.Shown(spelling)+".")
 		}
 		before, twice := found[name]
 		switch {
 		case written[spelling]:
-			return nil, invalid(name, shown(spelling)+" is given twice.")
+			return nil, invalid(name, keyadmin.Shown(spelling)+" is given twice.")
 		case twice && !bytes.Equal(before, value):
 			return nil, invalid(name, name+" is given in two spellings with different values.")
 		}
 		found[name], written[spelling] = value, true
 	}
 	return found, nil
-}
-
-// shown is a name of the client's own, fit to be repeated to it.
-func shown(name string) string {
-	const longest = 40
-	name = apikey.Redact(name)
-	if runes := []rune(name); len(runes) > longest {
-		name = string(runes[:longest]) + "…"
-	}
-	return name
 }
 
 // text reads a field that is a text. Like the next three, it leaves what is not given, or null, as it was.
@@ -166,7 +155,7 @@ func readQuery(r *http.Request, known ...string) (url.Values, error) {
 	}
 	for name, values := range query {
 		if !slices.Contains(known, name) {
-			return nil, invalid(shown(name), "There is no query parameter "+shown(name)+".")
+			return nil, invalid(keyadmin.Shown(name), "There is no query parameter "+keyadmin.Shown(name)+".")
 		}
 		if len(values) > 1 {
 			return nil, invalid(name, name+" is given twice.")
