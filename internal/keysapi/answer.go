@@ -41,11 +41,11 @@ type errorBody struct {
 }
 
 type errorData struct {
-	Code      string            `json:"code"`
-	Message   string            `json:"message"`
-	Status    int               `json:"status"`
-	Details   map[string]string `json:"details"`
-	RequestID string            `json:"request_id"`
+	Code      string         `json:"code"`
+	Message   string         `json:"message"`
+	Status    int            `json:"status"`
+	Details   map[string]any `json:"details"`
+	RequestID string         `json:"request_id"`
 }
 
 type pagination struct {
@@ -100,7 +100,7 @@ type Error struct {
 	Status  int
 	Code    string            // in upper snake case
 	Message string            // a sentence for people; nothing of the request but names of fields
-	Details map[string]string // may be nil
+	Details map[string]any    // texts and numbers; may be nil
 	Header  map[string]string // to be set, such as WWW-Authenticate; may be nil
 }
 
@@ -112,7 +112,7 @@ func (e *Error) write(w http.ResponseWriter) {
 	}
 	details := e.Details
 	if details == nil {
-		details = map[string]string{}
+		details = map[string]any{}
 	}
 	send(w, e.Status, encode(errorBody{errorData{e.Code, e.Message, e.Status, details, w.Header().Get(requestID)}}))
 }
@@ -152,7 +152,7 @@ var (
 func invalid(field, message string) *Error {
 	e := &Error{Status: http.StatusBadRequest, Code: "INVALID_REQUEST", Message: message}
 	if field != "" {
-		e.Details = map[string]string{"field": field}
+		e.Details = map[string]any{"field": field}
 	}
 	return e
 }
@@ -183,7 +183,7 @@ func explain(err error) *Error {
 	case errors.As(err, &malformed):
 		return &Error{
 			Status: http.StatusUnprocessableEntity, Code: "VALIDATION_FAILED", Message: malformed.Field + " " + malformed.Reason + ".",
-			Details: map[string]string{"field": malformed.Field},
+			Details: map[string]any{"field": malformed.Field},
 		}
 	case errors.As(err, &forbidden):
 		return forbiddenError(forbidden)
@@ -207,7 +207,7 @@ func forbiddenError(forbidden *keyadmin.ForbiddenError) *Error {
 	e := &Error{Status: http.StatusForbidden, Code: "PERMISSION_DENIED", Message: "This API key may not manage keys. Use one made with manage_keys."}
 	if forbidden.Field != "" {
 		e.Message = forbidden.Field + " " + forbidden.Reason + "."
-		e.Details = map[string]string{"field": forbidden.Field}
+		e.Details = map[string]any{"field": forbidden.Field}
 	}
 	return e
 }

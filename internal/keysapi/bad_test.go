@@ -8,6 +8,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/internal/keysapi"
 )
 
 // Every bad input is refused with the field named, and leaves nothing behind.
@@ -279,4 +280,16 @@ func TestRightsAreReadAgainBeforeAnythingIsWritten(t *testing.T) {
 	r.actorIs = &stale
 	r.call("DELETE", path+"/"+manager.ID, nil, "").object(t, http.StatusOK)
 	r.call("POST", path, nil, `{"name": "a", "scopes": ["hives:read"]}`).refused(t, http.StatusForbidden, "PERMISSION_DENIED", "")
+}
+
+// A client tells from numbers how long to wait.
+func TestDetailsOfARefusalMayBeNumbers(t *testing.T) {
+	r := newRig(t)
+	r.actorErr = &keysapi.Error{
+		Status: http.StatusTooManyRequests, Code: "RATE_LIMIT_EXCEEDED", Message: "Too many.", Header: map[string]string{"Retry-After": "1"},
+		Details: map[string]any{"limit": 100, "remaining": 0, "reset_at": int64(1900000000)},
+	}
+	if answer := r.call("GET", path, nil, ""); !strings.Contains(answer.body, `"details":{"limit":100,"remaining":0,"reset_at":1900000000}`) {
+		t.Errorf("%d %s", answer.StatusCode, answer.body)
+	}
 }

@@ -2,6 +2,7 @@ package keysapi_test
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"io"
@@ -41,6 +42,7 @@ type rig struct {
 	document routers.Router
 	log      *bytes.Buffer
 	actorIs  *keyadmin.Actor // whoever asks; nil: whom the request names
+	actorErr error           // why nobody may ask
 }
 
 func newRig(t *testing.T) *rig {
@@ -74,8 +76,8 @@ func newRigOn(t *testing.T, database string, gitHub *keysapi.GitHub) *rig {
 var errNobody = &keysapi.Error{Status: http.StatusUnauthorized, Code: "API_KEY_INVALID", Message: "Nobody asks."}
 
 func (r *rig) actor(req *http.Request) (keyadmin.Actor, error) {
-	if r.actorIs != nil {
-		return *r.actorIs, nil
+	if r.actorIs != nil || r.actorErr != nil {
+		return *cmp.Or(r.actorIs, new(keyadmin.Actor)), r.actorErr
 	}
 	if person := req.Header.Get("X-Person"); person != "" {
 		name, account, _ := strings.Cut(person, "@")
@@ -219,17 +221,18 @@ func (r reply) refused(t *testing.T, status int, code, field string) {
 	t.Helper()
 	var e struct {
 		Error struct {
-			Code      string            `json:"code"`
-			Status    int               `json:"status"`
-			Message   string            `json:"message"`
-			Details   map[string]string `json:"details"`
-			RequestID string            `json:"request_id"`
+			Code      string         `json:"code"`
+			Status    int            `json:"status"`
+			Message   string         `json:"message"`
+			Details   map[string]any `json:"details"`
+			RequestID string         `json:"request_id"`
 		} `json:"error"`
 	}
 	if err := json.Unmarshal([]byte(r.body), &e); err != nil {
 		t.Fatalf("not an error's envelope: %d %q", r.StatusCode, r.body)
 	}
-	if r.StatusCode != status || e.Error.Code != code || e.Error.Details["field"] != field {
+	about, _ := e.Error.Details["field"].(string)
+	if r.StatusCode != status || e.Error.Code != code || about != field {
 		t.Errorf("got %d %s, want %d %s about %q", r.StatusCode, r.body, status, code, field)
 	}
 	if e.Error.Status != status || e.Error.Message == "" || e.Error.RequestID == "" || e.Error.RequestID != r.Header.Get("X-Request-Id") {
