@@ -10,7 +10,6 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -51,13 +50,13 @@ type Config struct {
 type API struct {
 	Config
 	mux     *http.ServeMux
-	limiter *ratelimit.Limiter // of leak reports
-	reports atomic.Uint64
+	finders *ratelimit.Addresses // that report leaks
+	limiter *ratelimit.Limiter   // of all their reports
 }
 
 // New returns an API.
 func New(config Config) *API {
-	a := &API{Config: config, mux: http.NewServeMux(), limiter: ratelimit.New()}
+	a := &API{Config: config, mux: http.NewServeMux(), finders: ratelimit.NewAddresses(leaksOfOne, leaksOfOne), limiter: ratelimit.New()}
 	for path, endpoints := range a.routes() {
 		a.mux.Handle(path, resource{a, endpoints})
 	}

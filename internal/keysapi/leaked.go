@@ -2,7 +2,6 @@ package keysapi
 
 import (
 	"context"
-	"crypto/sha256"
 	"encoding/json"
 	"math"
 	"net/http"
@@ -28,13 +27,11 @@ const (
 	gitHubBatch = 1000
 )
 
-var (
-	// leaksOfOne is how often one address may report, ten times at once: a finder has one key, or all in one report.
-	leaksOfOne = ratelimit.Limit{PerMinute: 10, Burst: 12}
+// leaksOfOne is how often one address may report, at once and per minute: a finder has one key, or all in one report.
+const leaksOfOne = 10
 
-	// leaksOfAll bounds what all addresses together can write into the audit, 300 reports at once.
-	leaksOfAll = ratelimit.Limit{PerMinute: 300, Burst: 375}
-)
+// leaksOfAll bounds what all addresses together can write into the audit: 300 reports at once, and per minute.
+var leaksOfAll = ratelimit.Limit{PerMinute: 300, Burst: 375}
 
 // received is all that anybody is told of a report, whatever was in it.
 type received struct {
@@ -73,35 +70,17 @@ func (a *API) report(ctx context.Context, reporter string, keys []string) (answe
 	return answer{status: http.StatusAccepted, body: resourceBody{received{len(keys)}}}, nil
 }
 
-// everyone is the bucket of leaksOfAll. No address hashes to it.
-var everyone apikey.Digest
-
 // admit refuses an address that reports too often.
 func (a *API) admit(ctx context.Context, client netip.Addr) error {
-	const sweep = 256
-	if a.reports.Add(1)%sweep == 0 {
-		a.limiter.GiveBack()
+	if verdict := a.finders.Take(client); !verdict.Allowed {
+		return tooOften(verdict.RetryAfter)
 	}
-	for _, one := range []struct {
-		digest apikey.Digest
-		limit  ratelimit.Limit
-	}{{sha256.Sum256(network(client)), leaksOfOne}, {everyone, leaksOfAll}} {
-		bucket, verdict := a.limiter.Acquire(ctx, one.digest, one.limit)
-		if !verdict.Allowed {
-			return tooOften(verdict.RetryAfter)
-		}
-		bucket.Release()
+	bucket, verdict := a.limiter.Acquire(ctx, apikey.Digest{}, leaksOfAll) // the one bucket that there is
+	if !verdict.Allowed {
+		return tooOften(verdict.RetryAfter)
 	}
+	bucket.Release()
 	return nil
-}
-
-// network is what one host can send from: an IPv4 address, or the 64 bits that providers give to a customer at least.
-func network(client netip.Addr) []byte {
-	client = client.Unmap().WithZone("")
-	if client.Is6() {
-		client = netip.PrefixFrom(client, 64).Masked().Addr()
-	}
-	return client.AsSlice()
 }
 
 func tooOften(retryAfter time.Duration) *Error {
