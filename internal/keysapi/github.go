@@ -79,22 +79,32 @@ func loopback(host string) bool {
 	return host == "localhost" || ip != nil && ip.IsLoopback()
 }
 
-// verify checks that GitHub has signed a body.
-func (g *GitHub) verify(ctx context.Context, h http.Header, body []byte) error {
+// signature is what a request says of who has signed its body.
+type signature struct {
+	identifier string // of a published key
+	der        []byte
+}
+
+func readSignature(h http.Header) (signature, error) {
 	identifiers, signatures := h["Github-Public-Key-Identifier"], h["Github-Public-Key-Signature"]
 	if len(identifiers) != 1 || len(signatures) != 1 {
-		return errSignature
+		return signature{}, errSignature
 	}
-	signature, err := base64.StdEncoding.DecodeString(signatures[0])
+	der, err := base64.StdEncoding.DecodeString(signatures[0])
 	if err != nil {
-		return errSignature
+		return signature{}, errSignature
 	}
-	key, err := g.key(ctx, identifiers[0])
+	return signature{identifiers[0], der}, nil
+}
+
+// verify checks that GitHub has signed a body.
+func (g *GitHub) verify(ctx context.Context, s signature, body []byte) error {
+	key, err := g.key(ctx, s.identifier)
 	if err != nil {
 		return err
 	}
 	digest := sha256.Sum256(body)
-	if !ecdsa.VerifyASN1(key, digest[:], signature) {
+	if !ecdsa.VerifyASN1(key, digest[:], s.der) {
 		return errSignature
 	}
 	return nil

@@ -26,6 +26,10 @@ const Root = "/v1/api-keys"
 // answerWithin bounds a request, so that it is answered though Postgres hangs. Management is patient: it may wait for a lock.
 const answerWithin = 5 * time.Second
 
+// readWithin bounds how long a body may take to come. It is longer, since reading on is what tells that a client has gone away: an
+// answer that Postgres keeps waiting would look unwanted.
+const readWithin = answerWithin + time.Second
+
 // Config of an API. GitHub and Refused may be left out.
 type Config struct {
 	Admin *keyadmin.Admin
@@ -52,11 +56,16 @@ type API struct {
 	mux     *http.ServeMux
 	finders *ratelimit.Addresses // that report leaks
 	limiter *ratelimit.Limiter   // of all their reports
+
+	longReports chan struct{} // a place for each that is read
 }
 
 // New returns an API.
 func New(config Config) *API {
-	a := &API{Config: config, mux: http.NewServeMux(), finders: ratelimit.NewAddresses(leaksOfOne, leaksOfOne), limiter: ratelimit.New()}
+	a := &API{
+		Config: config, mux: http.NewServeMux(), finders: ratelimit.NewAddresses(leaksOfOne, leaksOfOne), limiter: ratelimit.New(),
+		longReports: make(chan struct{}, longReports),
+	}
 	for path, endpoints := range a.routes() {
 		a.mux.Handle(path, resource{a, endpoints})
 	}
@@ -107,6 +116,7 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		a.refuse(w, r, errPath)
 		return
 	}
+	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(readWithin)) // where that cannot be set, the server's holds
 	ctx, cancel := context.WithTimeout(r.Context(), answerWithin)
 	defer cancel()
 	a.mux.ServeHTTP(w, r.WithContext(ctx))

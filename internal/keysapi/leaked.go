@@ -23,6 +23,9 @@ const (
 	// maxGitHubReport is that of one of GitHub's, which has no documented limit and an address for each key.
 	maxGitHubReport = 4 << 20
 
+	// longReports is how many of GitHub's that are longer than others' are read at once: anyone can send what looks like one.
+	longReports = 4
+
 	// gitHubBatch is how many keys of one are looked for in one transaction: keyadmin's limit.
 	gitHubBatch = 1000
 )
@@ -94,13 +97,25 @@ func tooOften(retryAfter time.Duration) *Error {
 var errGitHubBody = invalid("", "The body must be a list of objects that each have a token.")
 
 // leakedOnGitHub revokes the keys that GitHub's secret scanning has found. Nothing of the body is believed, and not even
-// parsed, before its signature is.
+// parsed, before its signature is; without one it is not even read.
 func (a *API) leakedOnGitHub(r *http.Request) (answer, error) {
+	signature, err := readSignature(r.Header)
+	if err != nil {
+		return answer{}, err
+	}
+	if r.ContentLength < 0 || r.ContentLength > maxReport {
+		select {
+		case a.longReports <- struct{}{}:
+			defer func() { <-a.longReports }()
+		case <-r.Context().Done():
+			return answer{}, errUnavailable
+		}
+	}
 	body, err := readBody(r, maxGitHubReport)
 	if err != nil {
 		return answer{}, err
 	}
-	if err := a.GitHub.verify(r.Context(), r.Header, body); err != nil {
+	if err := a.GitHub.verify(r.Context(), signature, body); err != nil {
 		return answer{}, err
 	}
 	var matches []struct {

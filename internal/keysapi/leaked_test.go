@@ -1,6 +1,7 @@
 package keysapi_test
 
 import (
+	"bufio"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -10,6 +11,8 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -376,6 +379,85 @@ func TestReportThatGitHubDidNotSignIsRefused(t *testing.T) {
 	}
 	if r.status(key.ID) != keyadmin.Active || len(r.reports()) != 0 {
 		t.Errorf("the key is %s, the audit has %+v", r.status(key.ID), r.reports())
+	}
+}
+
+// waiting is the head of a report of that many bytes whose sender waits for the word to send them.
+func waiting(path string, length int, header string) string {
+	return fmt.Sprintf("POST %s HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\nExpect: 100-continue\r\n%s\r\n",
+		path, length, header)
+}
+
+const looksSigned = "Github-Public-Key-Identifier: current\r\nGithub-Public-Key-Signature: AAAA\r\n"
+
+func TestReportWithoutASignatureIsRefusedUnread(t *testing.T) {
+	hub := newGitHub(t)
+	r := newRigOn(t, pgtest.URL(t), checker(t, hub.server.URL))
+	for what, header := range map[string]string{
+		"no signature":       "",
+		"no identifier":      "Github-Public-Key-Signature: AAAA\r\n",
+		"no base64":          "Github-Public-Key-Identifier: current\r\nGithub-Public-Key-Signature: %\r\n",
+		"another identifier": looksSigned + "Github-Public-Key-Identifier: other\r\n",
+		"another signature":  looksSigned + "Github-Public-Key-Signature: BBBB\r\n",
+	} {
+		answer := raw(t, r.server.Listener.Addr().String(), waiting(leaked+"/github", 4<<20, header))
+		if !strings.HasPrefix(answer, "HTTP/1.1 403 ") || !strings.Contains(answer, "SIGNATURE_INVALID") {
+			t.Errorf("%s: %q", what, answer)
+		}
+	}
+}
+
+func TestLongReportsAreReadFewAtATimeAndShortOnesAtOnce(t *testing.T) {
+	hub := newGitHub(t)
+	signer := hub.publish("current", elliptic.P256())
+	r := newRigOn(t, pgtest.URL(t), checker(t, hub.server.URL))
+	send := func() (conn net.Conn, word <-chan string) {
+		conn = begin(t, r.server.Listener.Addr().String(), waiting(leaked+"/github", 4<<20, looksSigned))
+		first := make(chan string, 1)
+		go func() {
+			line, _ := bufio.NewReader(conn).ReadString('\n')
+			first <- line
+		}()
+		return conn, first
+	}
+	var reading []net.Conn
+	for range 4 {
+		conn, word := send()
+		if got := <-word; !strings.Contains(got, " 100 ") {
+			t.Fatalf("a long report is answered %q", got)
+		}
+		reading = append(reading, conn)
+	}
+	_, word := send()
+	body := matchOf("x")
+	if answer := r.call("POST", leaked+"/github", signed(t, "current", signer, body), body); answer.StatusCode != http.StatusAccepted {
+		t.Errorf("a short report: %d %s", answer.StatusCode, answer.body)
+	}
+	select {
+	case got := <-word:
+		for _, conn := range reading {
+			if err := conn.SetReadDeadline(time.Now().Add(time.Millisecond)); err != nil {
+				t.Fatal(err)
+			}
+			if n, _ := conn.Read(make([]byte, 1)); n > 0 {
+				return // it took so long that a place is free
+			}
+		}
+		t.Fatalf("one more is answered %q", got)
+	default:
+	}
+	_ = reading[0].Close()
+	if got := <-word; !strings.Contains(got, " 100 ") {
+		t.Errorf("where there is room again: %q", got)
+	}
+}
+
+func TestReportThatDoesNotComeIsNotWaitedFor(t *testing.T) {
+	r := newRig(t)
+	conn := begin(t, r.server.Listener.Addr().String(), waiting(leaked, 100, "")+`{"keys": [`)
+	answer, err := io.ReadAll(conn)
+	if err != nil || !strings.Contains(string(answer), " 400 ") || !strings.Contains(string(answer), "BODY_INVALID") {
+		t.Errorf("%q, %v", answer, err)
 	}
 }
 

@@ -20,20 +20,28 @@ import (
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
-// raw sends bytes, says that there are no more, and returns the answer.
-func raw(t *testing.T, address, request string) string {
+// begin sends bytes, after which there may be more.
+func begin(t *testing.T, address, request string) net.Conn {
 	t.Helper()
 	conn, err := net.Dial("tcp", address)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = conn.Close() }()
-	if err := conn.SetDeadline(time.Now().Add(30 * time.Second)); err != nil {
+	t.Cleanup(func() { _ = conn.Close() })
+	if err := conn.SetDeadline(time.Now().Add(time.Minute)); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := io.WriteString(conn, request); err != nil {
 		t.Fatal(err)
 	}
+	return conn
+}
+
+// raw sends bytes, says that there are no more, and returns the answer.
+func raw(t *testing.T, address, request string) string {
+	t.Helper()
+	conn := begin(t, address, request)
+	defer func() { _ = conn.Close() }()
 	if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
 		t.Fatal(err)
 	}
