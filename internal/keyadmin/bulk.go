@@ -2,6 +2,7 @@ package keyadmin
 
 import (
 	"context"
+	"regexp"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keystore"
@@ -122,6 +123,9 @@ func (s Selection) details() map[string]any {
 // maxLeaked is how many keys a report of a leak may have.
 const maxLeaked = 1000
 
+// keyPattern finds a key in what was found with it: a line feed, a header, the line of a file.
+var keyPattern = regexp.MustCompile(`rk_(?:[0-9A-Za-z]{45}|test_[0-9A-Za-z]{40})`)
+
 // Leaked revokes the keys that somebody has found: possession is the proof. source says who reported them, in the audit as
 // "leak:<source>". What is no key of ours is passed over. The count is for the log alone: told to the reporter, it would
 // tell which keys exist. A report that is not acceptable is an *InvalidError, which does not quote it.
@@ -133,8 +137,8 @@ func (a *Admin) Leaked(ctx context.Context, source string, keys []string) (Revoc
 		return Revocation{}, &InvalidError{"keys", "must have 1 to 1000 keys"}
 	}
 	selected := keystore.Selection{Digests: []apikey.Digest{}}
-	for _, key := range keys {
-		if _, err := apikey.Parse(key); err == nil {
+	for _, text := range keys {
+		for _, key := range keyPattern.FindAllString(text, -1) {
 			selected.Digests = append(selected.Digests, apikey.Hash(key))
 		}
 	}

@@ -253,3 +253,15 @@ func TestLeakedKeysAreRevokedAndTheErrorTellsNothing(t *testing.T) {
 		t.Error("a reported key was stored")
 	}
 }
+
+func TestLeakedKeyIsFoundInWhatWasCopiedWithIt(t *testing.T) {
+	admin, _, _, keys := fixture(t)
+	at := func(name string) string { return keys[name].Key.Reveal() }
+	report := []string{
+		" " + at("manager") + "\r\n", "Authorization: Bearer " + at("child"), at("bystander") + "," + at("stranger"), `{"key": "` + at("grandchild") + `x"}`,
+	}
+	done, err := admin.Leaked(t.Context(), "finder", report)
+	if got := revokedNames(t, admin, keys); err != nil || done.Count != 5 || got != "bystander child grandchild manager stranger" {
+		t.Errorf("%+v, %v, revoked %s", done, err, got)
+	}
+}

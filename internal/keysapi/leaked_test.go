@@ -64,11 +64,13 @@ func (r *rig) reports() []keyadmin.AuditEntry {
 func TestReportedKeyIsRevokedAndTheAnswerDoesNotTellWhetherItExisted(t *testing.T) {
 	r := newRig(t)
 	first, second, other := r.manager("acme", "production"), r.manager("other", "sandbox"), r.manager("acme", "production")
+	third, fourth := r.manager("acme", "production"), r.manager("acme", "sandbox")
 	answers := map[string]reply{}
 	for what, key := range map[string]string{
 		"one that exists": first.Key.Reveal(), "one that does not": apikey.Generate(apikey.Production),
 		"one of the sandbox": second.Key.Reveal(), "no key at all": "AKIA0123456789", "an empty text": "",
 		"one that exists, with more": first.Key.Reveal() + "x", "an id": other.ID,
+		"one and a line feed": third.Key.Reveal() + "\n", "a header": "Bearer " + fourth.Key.Reveal(),
 	} {
 		answers[what] = r.call("POST", leaked, from("192.0.2.1"), keysBody(t, key))
 	}
@@ -85,6 +87,9 @@ func TestReportedKeyIsRevokedAndTheAnswerDoesNotTellWhetherItExisted(t *testing.
 	}
 	if a, b, c := r.status(first.ID), r.status(second.ID), r.status(other.ID); a != keyadmin.Revoked || b != keyadmin.Revoked || c != keyadmin.Active {
 		t.Errorf("statuses %s, %s, %s", a, b, c)
+	}
+	if a, b := r.status(third.ID), r.status(fourth.ID); a != keyadmin.Revoked || b != keyadmin.Revoked {
+		t.Errorf("keys with something around them are %s and %s", a, b)
 	}
 	entries := r.reports()
 	if len(entries) != len(answers) || entries[0].Actor != "leak:192.0.2.1" {
