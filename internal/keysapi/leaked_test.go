@@ -92,11 +92,22 @@ func TestReportedKeyIsRevokedAndTheAnswerDoesNotTellWhetherItExisted(t *testing.
 		t.Errorf("keys with something around them are %s and %s", a, b)
 	}
 	entries := r.reports()
-	if len(entries) != len(answers) || entries[0].Actor != "leak:192.0.2.1" {
+	if len(entries) != len(answers)-3 || entries[0].Actor != "leak:192.0.2.1" {
 		t.Errorf("audit %+v", entries)
 	}
 	if text := fmt.Sprint(r.log, entries); apikey.ContainsKey(text) || !strings.Contains(text, "192.0.2.1") {
 		t.Errorf("the log shows a key, or not who reported it: %s", text)
+	}
+}
+
+func TestReportWithoutAnyKeyLeavesNoLineInTheAudit(t *testing.T) {
+	r := newRig(t)
+	answer := r.call("POST", leaked, from("192.0.2.1"), keysBody(t, "AKIA0123456789", "", "rk_short", strings.Repeat("a", 48)))
+	if answer.StatusCode != http.StatusAccepted || answer.body != `{"data":{"received":4}}`+"\n" {
+		t.Errorf("%d %s", answer.StatusCode, answer.body)
+	}
+	if entries := r.reports(); len(entries) != 0 {
+		t.Errorf("audit %+v", entries)
 	}
 }
 
