@@ -180,7 +180,7 @@ func TestIncidentSwitchOfAPersonStaysInTheirAccount(t *testing.T) {
 func TestKeyThatIsBeingMadeDoesNotEscapeTheIncidentSwitch(t *testing.T) {
 	admin, store, databaseURL, keys := fixture(t)
 	made, revoked := make(chan struct{}), make(chan error, 1)
-	err := store.Change(t.Context(), func(tx *keystore.Tx) error {
+	err := store.ChangeOnce(t.Context(), func(tx *keystore.Tx) error {
 		if _, err := tx.Lock(t.Context(), keystore.Everything(), keys["manager"].ID); err != nil {
 			return err
 		}

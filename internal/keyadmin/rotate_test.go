@@ -107,7 +107,7 @@ func TestLimitsThatAreSetDuringARotationReachTheSuccessor(t *testing.T) {
 	admin, store, databaseURL := newAdmin(t)
 	old := create(t, admin, request())
 	limited, rotated := make(chan error, 1), make(chan keyadmin.Key, 1)
-	err := store.Change(t.Context(), func(tx *keystore.Tx) error {
+	err := store.ChangeOnce(t.Context(), func(tx *keystore.Tx) error {
 		if _, err := tx.LockKeyLimits(t.Context(), old.ID); err != nil {
 			return err
 		}
@@ -264,7 +264,7 @@ func TestRotationIsUndoneOnce(t *testing.T) {
 	rotate(t, admin, old.ID, day(t))
 	const undos = 2
 	done := make(chan error, undos)
-	err := store.Change(t.Context(), func(tx *keystore.Tx) error {
+	err := store.ChangeOnce(t.Context(), func(tx *keystore.Tx) error {
 		if _, err := tx.Lock(t.Context(), keystore.Everything(), old.ID); err != nil {
 			return err
 		}

@@ -127,7 +127,7 @@ func TestChangesThatWaitForEachOtherAreAllMadeWhateverIsolationIsTheDefault(t *t
 		store := open(t, databaseURL, keystore.Options{})
 		key := insert(t, store)
 		waited := make(chan error, 1)
-		err := store.Change(t.Context(), func(tx *keystore.Tx) error {
+		err := store.ChangeOnce(t.Context(), func(tx *keystore.Tx) error {
 			if _, _, err := tx.Rename(t.Context(), keystore.Everything(), key.ID, "first"); err != nil {
 				return err
 			}
