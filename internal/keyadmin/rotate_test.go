@@ -185,6 +185,41 @@ func TestUndoRestoresTheExpiryExactlyAndRevokesTheSuccessor(t *testing.T) {
 	}
 }
 
+// Whoever revokes a key in an incident must learn of the key that lives on in its place.
+func TestRevocationDuringARotationNamesTheSuccessor(t *testing.T) {
+	admin, store, databaseURL := newAdmin(t)
+	old := create(t, admin, request())
+	next := keystore.NewKey{
+		ID: "key_" + apikey.RandomText(22), Account: "acme", Name: "next", Environment: apikey.Sandbox, Digest: apikey.Hash("next"), Predecessor: old.ID,
+	}
+	type result struct {
+		key keyadmin.Key
+		err error
+	}
+	revoked := make(chan result, 1)
+	err := store.ChangeOnce(t.Context(), func(tx *keystore.Tx) error {
+		if _, err := tx.Lock(t.Context(), keystore.Everything(), old.ID); err != nil {
+			return err
+		}
+		go func() {
+			key, err := admin.Revoke(t.Context(), operator, old.ID)
+			revoked <- result{key, err}
+		}()
+		waitUntilBlocked(t, databaseURL, 1)
+		if _, err := tx.Insert(t.Context(), next); err != nil {
+			return err
+		}
+		return tx.StartGrace(t.Context(), old.ID, time.Hour)
+	})
+	got := <-revoked
+	if err := errors.Join(err, got.err); err != nil {
+		t.Fatal(err)
+	}
+	if got.key.Status != keyadmin.Revoked || got.key.Successor == nil || *got.key.Successor != next.ID {
+		t.Errorf("revoked %+v", got.key)
+	}
+}
+
 func TestKeyHasOneSuccessorAtATime(t *testing.T) {
 	admin, _, _ := newAdmin(t)
 	old := create(t, admin, request())

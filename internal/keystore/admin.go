@@ -148,15 +148,15 @@ func (t *Tx) Rename(ctx context.Context, reach Reach, id, name string) (row Row,
 }
 
 // Revoke revokes a key for good. It returns the row as it is now, and whether this call is what revoked it; the error wraps
-// ErrNoRow if there is no such key. Of many calls at once, one revokes: the others wait for its row and find it revoked.
+// ErrNoRow if there is no such key. Of many calls at once, one revokes: the others wait for its row and find it revoked. As Lock
+// does, it reads the key once it has it.
 func (k Keys) Revoke(ctx context.Context, reach Reach, id string) (row Row, revoked bool, err error) {
-	row, err = readRow(ctx, k.db, "revoke key",
-		`update rekall.api_keys k set revoked_at = now() where `+oneKey+` and k.revoked_at is null returning `+rowColumns, reach.args(id)...)
-	if errors.Is(err, ErrNoRow) {
-		row, err = k.Get(ctx, reach, id)
-		return row, false, err
+	tag, err := k.db.Exec(ctx, `update rekall.api_keys k set revoked_at = now() where `+oneKey+` and k.revoked_at is null`, reach.args(id)...)
+	if err != nil {
+		return Row{}, false, failed("revoke key", err)
 	}
-	return row, err == nil, err
+	row, err = k.Get(ctx, reach, id)
+	return row, err == nil && tag.RowsAffected() == 1, err
 }
 
 // Now returns Postgres's clock: in a Tx, when it began, which is "now" in all its statements.
