@@ -3,6 +3,7 @@ package keyadmin
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -72,6 +73,12 @@ func ManagingKey(record *apikey.Record) (Actor, error) {
 }
 
 var errNoManager = &ForbiddenError{"", "the key may not manage keys: that takes one made with manage_keys"}
+
+// The key that asks has ended, though it was taken for good a moment ago. Both are a *ForbiddenError too.
+var (
+	ErrActorRevoked = fmt.Errorf("the key that asks is revoked: %w", errNoManager)
+	ErrActorExpired = fmt.Errorf("the key that asks has expired: %w", errNoManager)
+)
 
 // ForbiddenError says what the actor may not do, which to somebody else might be allowed.
 type ForbiddenError struct {
@@ -174,7 +181,14 @@ func (a *Admin) change(ctx context.Context, actor Actor, do func(*keystore.Tx, A
 			if err != nil {
 				return err
 			}
-			if !row.ManageKeys || status(row) != Active {
+			switch status(row) {
+			case Revoked:
+				return ErrActorRevoked
+			case Expired:
+				return ErrActorExpired
+			case Active:
+			}
+			if !row.ManageKeys {
 				return errNoManager
 			}
 			actor.scopes = apikey.KnownScopes(row.Scopes)

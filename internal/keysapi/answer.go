@@ -122,6 +122,16 @@ var (
 		Status: http.StatusBadRequest, Code: "PATH_INVALID",
 		Message: "The request path is not in canonical form. Send it without '.', '..', empty segments, needless percent-encoding or an API key, and the query without spaces.",
 	}
+	// What the gateway says of such keys, too.
+	errRevoked = &Error{
+		Status: http.StatusUnauthorized, Code: "API_KEY_REVOKED", Message: "This API key has been revoked. Create a new one.",
+		Header: map[string]string{"Www-Authenticate": `Bearer realm="rekall", error="invalid_token", error_description="the API key has been revoked"`},
+	}
+	errExpired = &Error{
+		Status: http.StatusUnauthorized, Code: "API_KEY_EXPIRED", Message: "This API key has expired. Create a new one.",
+		Header: map[string]string{"Www-Authenticate": `Bearer realm="rekall", error="invalid_token", error_description="the API key has expired"`},
+	}
+
 	errNoPath   = &Error{Status: http.StatusNotFound, Code: "NOT_FOUND", Message: "There is nothing at this path."}
 	errNotFound = &Error{Status: http.StatusNotFound, Code: "NOT_FOUND", Message: "There is no such API key."}
 	errMethod   = &Error{Status: http.StatusMethodNotAllowed, Code: "METHOD_NOT_ALLOWED", Message: "This request method is not supported at this path."}
@@ -185,6 +195,10 @@ func explain(err error) *Error {
 			Status: http.StatusUnprocessableEntity, Code: "VALIDATION_FAILED", Message: malformed.Field + " " + malformed.Reason + ".",
 			Details: map[string]any{"field": malformed.Field},
 		}
+	case errors.Is(err, keyadmin.ErrActorRevoked): // before the next, which it is too
+		return errRevoked
+	case errors.Is(err, keyadmin.ErrActorExpired):
+		return errExpired
 	case errors.As(err, &forbidden):
 		return forbiddenError(forbidden)
 	case errors.Is(err, keyadmin.ErrNotFound):
