@@ -135,6 +135,18 @@ func edgesListCommand() *cobra.Command {
 	})
 }
 
+// interruptible is an input that ends with the context: from a terminal, or a pipe that nobody writes to, nothing else would come. What
+// is read ahead is lost.
+func interruptible(ctx context.Context, input io.Reader) io.Reader {
+	from, to := io.Pipe()
+	context.AfterFunc(ctx, func() { to.CloseWithError(context.Cause(ctx)) })
+	go func() {
+		_, err := io.Copy(to, input)
+		to.CloseWithError(err)
+	}()
+	return from
+}
+
 // show prints a result: JSON for programs, text for people. A key that could not be printed is lost, so it says if it failed.
 func show(cmd *cobra.Command, result any, text func(io.Writer)) error {
 	out := bufio.NewWriter(cmd.OutOrStdout())

@@ -1,7 +1,6 @@
 package caddymodule
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -407,7 +406,7 @@ func keysCheckCommand() *cobra.Command {
 }
 
 func checkKey(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
-	input, err := readSecret(cmd)
+	input, err := readSecret(ctx, cmd)
 	if err != nil {
 		return err
 	}
@@ -446,22 +445,47 @@ func explain(w io.Writer, checked keyadmin.Checked) {
 // maxSecret is more than a key with what may stand around it.
 const maxSecret = 1024
 
-// readSecret reads a line that a terminal must not show.
-func readSecret(cmd *cobra.Command) (string, error) {
-	if file, ok := cmd.InOrStdin().(*os.File); ok && term.IsTerminal(int(file.Fd())) {
-		fmt.Fprint(cmd.ErrOrStderr(), "Key: ")
-		line, err := term.ReadPassword(int(file.Fd()))
-		fmt.Fprintln(cmd.ErrOrStderr())
-		if err != nil {
-			return "", fmt.Errorf("read the key: %w", err)
-		}
-		return strings.TrimSpace(string(line)), nil
-	}
-	line, err := bufio.NewReader(io.LimitReader(cmd.InOrStdin(), maxSecret)).ReadString('\n')
-	if err != nil && !errors.Is(err, io.EOF) {
+// readSecret reads what a terminal must not show, and nothing besides: of two keys, the second would look checked too.
+func readSecret(ctx context.Context, cmd *cobra.Command) (string, error) {
+	input, err := readHidden(ctx, cmd)
+	if err != nil {
 		return "", fmt.Errorf("read the key: %w", err)
 	}
-	return strings.TrimSpace(line), nil
+	secret := strings.TrimSpace(string(input))
+	if len(input) > maxSecret || strings.ContainsAny(secret, "\r\n") {
+		return "", errors.New("give one key, and nothing besides")
+	}
+	return secret, nil
+}
+
+func readHidden(ctx context.Context, cmd *cobra.Command) ([]byte, error) {
+	file, ok := cmd.InOrStdin().(*os.File)
+	if !ok || !term.IsTerminal(int(file.Fd())) {
+		return io.ReadAll(io.LimitReader(interruptible(ctx, cmd.InOrStdin()), maxSecret+1))
+	}
+	terminal := int(file.Fd())
+	before, err := term.GetState(terminal)
+	if err != nil {
+		return nil, err
+	}
+	defer fmt.Fprintln(cmd.ErrOrStderr())
+	fmt.Fprint(cmd.ErrOrStderr(), "Key: ")
+	type input struct {
+		line []byte
+		err  error
+	}
+	read := make(chan input, 1)
+	go func() {
+		line, err := term.ReadPassword(terminal)
+		read <- input{line, err}
+	}()
+	select {
+	case <-ctx.Done():
+		_ = term.Restore(terminal, before) // or the shell would not show what is typed
+		return nil, context.Cause(ctx)
+	case i := <-read:
+		return i.line, i.err
+	}
 }
 
 // oneLine writes the details of an entry of the audit.

@@ -47,7 +47,7 @@ func importKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 	if format == "" {
 		format = args[0][strings.LastIndexByte(args[0], '.')+1:]
 	}
-	file, err := openInput(cmd, args[0])
+	file, err := openInput(ctx, cmd, args[0])
 	if err != nil {
 		return err
 	}

@@ -125,7 +125,7 @@ type revokedMany struct {
 }
 
 func revokeMany(ctx context.Context, cmd *cobra.Command, admin *keyadmin.Admin) error {
-	selection, err := selectionOf(cmd)
+	selection, err := selectionOf(ctx, cmd)
 	if err != nil {
 		return err
 	}
@@ -161,7 +161,7 @@ func revokeMany(ctx context.Context, cmd *cobra.Command, admin *keyadmin.Admin) 
 // errNoneSelected: in an incident a mistyped selection must not look like success.
 var errNoneSelected = fmt.Errorf("%w: nothing was revoked, since no key matches that is not revoked already", keyadmin.ErrNotFound)
 
-func selectionOf(cmd *cobra.Command) (keyadmin.Selection, error) {
+func selectionOf(ctx context.Context, cmd *cobra.Command) (keyadmin.Selection, error) {
 	if err := notEmpty(cmd, selectionFlags...); err != nil {
 		return keyadmin.Selection{}, err
 	}
@@ -172,7 +172,7 @@ func selectionOf(cmd *cobra.Command) (keyadmin.Selection, error) {
 	if !cmd.Flags().Changed("hashes") {
 		return selection, nil
 	}
-	file, err := openInput(cmd, text(cmd, "hashes"))
+	file, err := openInput(ctx, cmd, text(cmd, "hashes"))
 	if err != nil {
 		return selection, err
 	}
@@ -182,9 +182,9 @@ func selectionOf(cmd *cobra.Command) (keyadmin.Selection, error) {
 }
 
 // openInput opens a file, or standard input for "-".
-func openInput(cmd *cobra.Command, name string) (io.ReadCloser, error) {
+func openInput(ctx context.Context, cmd *cobra.Command, name string) (io.ReadCloser, error) {
 	if name == "-" {
-		return io.NopCloser(cmd.InOrStdin()), nil
+		return io.NopCloser(interruptible(ctx, cmd.InOrStdin())), nil
 	}
 	return os.Open(name)
 }

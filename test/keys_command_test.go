@@ -370,6 +370,9 @@ func TestCheckReadsTheKeyFromItsInputAndNeverShowsIt(t *testing.T) {
 		"unknown":   {apikey.Generate(apikey.Sandbox), 3, "well-formed sandbox key"},
 		"malformed": {"rk_short", 1, ""},
 		"nothing":   {"", 1, ""},
+		"blanks":    {"\n" + active.Key.Reveal() + "\r\n \n", 0, active.ID},
+		"two keys":  {active.Key.Reveal() + "\n" + revoked.Key.Reveal() + "\n", 1, ""},
+		"a file":    {active.Key.Reveal() + "\n" + strings.Repeat("\n", 2000), 1, ""},
 	} {
 		stdout, stderr, code := k.try(test.input, "check")
 		if code != test.code || !strings.Contains(stdout, test.say) || (stderr == "") != (code == 0) || apikey.ContainsKey(stdout) {
