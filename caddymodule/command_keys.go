@@ -83,19 +83,20 @@ func operator() keyadmin.Actor {
 	return keyadmin.Operator(account.Username)
 }
 
-// flagNames makes an error about a field of the API speak of the flag instead, and of the other flags that it names.
+// flagNames makes an error about a field of the API speak of the flag instead, and of the other flags that it names. What has no
+// flag is an argument.
 func flagNames(cmd *cobra.Command, err error) error {
 	var invalid *keyadmin.InvalidError
 	if !errors.As(err, &invalid) {
 		return err
 	}
-	reason := fieldPattern.ReplaceAllStringFunc(invalid.Reason, func(field string) string {
+	name := func(field string) string {
 		if flag := strings.ReplaceAll(field, "_", "-"); cmd.Flags().Lookup(flag) != nil {
 			return "--" + flag
 		}
 		return field
-	})
-	return fmt.Errorf("--%s %s", strings.ReplaceAll(invalid.Field, "_", "-"), reason)
+	}
+	return fmt.Errorf("%s %s", name(invalid.Field), fieldPattern.ReplaceAllStringFunc(invalid.Reason, name))
 }
 
 var fieldPattern = regexp.MustCompile(`[a-z]+(_[a-z]+)+`)

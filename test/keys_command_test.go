@@ -213,6 +213,31 @@ func TestWrongUseOfACommandIsToldInItsOwnWords(t *testing.T) {
 	}
 }
 
+func TestErrorNamesTheFlagOnlyWhereThereIsOne(t *testing.T) {
+	t.Parallel()
+	k := newKeysCLI(t)
+	const id = "key_0000000000000000000000"
+	for _, test := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"rename", id, ""}, "Error: name must have"},
+		{[]string{"create", "--name", "", "--scopes", "memories:read", "--environment", "sandbox"}, "Error: --name must have"},
+		{[]string{"create", "--name", "n", "--scopes", "memories:read", "--environment", "sandbox", "--expires-in", "x"}, "Error: --expires-in must be"},
+		{[]string{"rotate", "--older-than", "1d", "--account", "acme "}, "Error: --account must not begin or end with a space"},
+	} {
+		if stdout, stderr, code := k.try("", test.args...); code != 1 || stdout != "" || !strings.HasPrefix(stderr, test.want) {
+			t.Errorf("%q: %d %s%s, want %s", test.args, code, stdout, stderr, test.want)
+		}
+	}
+	if stdout, stderr, code := cli(t, k.database, "limits", "tier", "gold", "--burst", "1"); code != 1 || !strings.HasPrefix(stderr, "Error: tier must be") {
+		t.Errorf("limits tier: %d %s%s", code, stdout, stderr)
+	}
+	if stdout, stderr, code := k.try("", "import", "-", "--format", "jsonl"); code != 1 || !strings.Contains(stderr, "nothing was imported") {
+		t.Errorf("an import of nothing: %d %s%s", code, stdout, stderr)
+	}
+}
+
 func TestIncidentSwitchCountsBeforeItActs(t *testing.T) {
 	t.Parallel()
 	k := newKeysCLI(t)

@@ -169,6 +169,7 @@ type jsonReader struct {
 	lines     *bufio.Reader
 	plainKeys bool
 	number    int64
+	found     bool // a line
 }
 
 func (r *jsonReader) next() (importLine, error) {
@@ -176,7 +177,12 @@ func (r *jsonReader) next() (importLine, error) {
 		text, err := r.lines.ReadSlice('\n')
 		r.number++
 		if errors.Is(err, bufio.ErrBufferFull) {
+			r.found = true
 			return importLine{}, r.skip()
+		}
+		if errors.Is(err, io.EOF) && len(text) == 0 && !r.found { // what should have written the keys has most likely failed
+			r.found = true
+			return importLine{}, &BadLine{r.number, "", "is the end: there is no key"}
 		}
 		if err != nil && (!errors.Is(err, io.EOF) || len(text) == 0) {
 			return importLine{}, err
@@ -184,6 +190,7 @@ func (r *jsonReader) next() (importLine, error) {
 		if text = bytes.TrimSpace(text); len(text) == 0 {
 			continue
 		}
+		r.found = true
 		return r.parse(text)
 	}
 }

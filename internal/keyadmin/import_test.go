@@ -138,6 +138,19 @@ func TestOneBadLineImportsNothingAndIsNamedWithoutBeingQuoted(t *testing.T) {
 	}
 }
 
+// An empty stream is what a command before the pipe leaves that has failed.
+func TestImportOfNothingIsAnError(t *testing.T) {
+	admin, _, _ := newAdmin(t)
+	for _, format := range []string{"csv", "jsonl"} {
+		for _, text := range []string{"", "\n \n"} {
+			var bad *keyadmin.ImportError
+			if done, err := importText(t, admin, text, keyadmin.ImportOptions{Format: format}); !errors.As(err, &bad) || bad.Total != 1 {
+				t.Errorf("%s %q: %+v, %v", format, text, done, err)
+			}
+		}
+	}
+}
+
 func TestImportNamesTheFirstBadLinesAndCountsTheRest(t *testing.T) {
 	admin, _, _ := newAdmin(t)
 	text := importHeader + strings.Repeat("none,"+goodRest+"\n", 50) + csvLine("good", goodRest)

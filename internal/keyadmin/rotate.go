@@ -63,7 +63,7 @@ func (o Overlap) String() string {
 }
 
 // Rotate makes the successor of a key: a new key with the same name, account, environment, scopes, manage_keys and limits, and
-// with the same time to live as the old one had when it was made. The answer is the successor, with the key itself; its
+// with the same time to live as the old one had when it was made, at most ten years. The answer is the successor, with the key itself; its
 // Predecessor is the old key, which ends after the overlap. The error wraps ErrNotFound, ErrEnded, ErrAlreadyRotated or
 // ErrAwaited, or is a *ForbiddenError: whoever rotates a key holds its successor.
 func (a *Admin) Rotate(ctx context.Context, actor Actor, id string, overlap Overlap) (Key, error) {
@@ -203,7 +203,7 @@ func successorOf(old keystore.Row, actor Actor, overlap Overlap) (keystore.NewKe
 		CreatedBy: actor.String(), Predecessor: old.ID,
 	}
 	if expiry := ownExpiry(old); expiry != nil {
-		next.Lifetime = max(expiry.Sub(old.CreatedAt), minLifetime)
+		next.Lifetime = min(max(expiry.Sub(old.CreatedAt), minLifetime), maxLifetime) // an import may go beyond
 	}
 	if overlap.OnFirstUse {
 		next.OverlapOnFirstUse = &overlap.For
@@ -292,6 +292,11 @@ func (a *Admin) RotateDue(ctx context.Context, actor Actor, request RotateDueReq
 	age, err := ParseDuration(request.OlderThan)
 	if err != nil {
 		return 0, &InvalidError{"older_than", err.Error()}
+	}
+	if request.Account != "" {
+		if err := checkAccount(request.Account); err != nil {
+			return 0, err
+		}
 	}
 	now, err := a.store.Now(ctx)
 	if err != nil {

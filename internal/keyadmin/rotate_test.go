@@ -2,7 +2,9 @@ package keyadmin_test
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
+	"fmt"
 	"strings"
 	"sync"
 	"testing"
@@ -142,6 +144,34 @@ func TestRotationNeverMakesAKeyLiveLonger(t *testing.T) {
 	rotate(t, admin, old.ID, day(t))
 	if got := get(t, admin, old.ID); !got.ExpiresAt.Equal(*old.ExpiresAt) {
 		t.Errorf("expiry %v became %v", old.ExpiresAt, got.ExpiresAt)
+	}
+}
+
+func TestSuccessorOfAnImportedKeyLivesTenYearsAtMost(t *testing.T) {
+	admin, store, _ := newAdmin(t)
+	secret := apikey.Generate(apikey.Sandbox)
+	line := fmt.Sprintf(`{"hash":"%x","account":"acme","name":"n","environment":"sandbox","scopes":["memories:read"],`+
+		`"created_at":"1990-01-01T00:00:00Z","expires_at":"9000-01-01T00:00:00Z"}`, sha256.Sum256([]byte(secret)))
+	if _, err := importText(t, admin, line, keyadmin.ImportOptions{Format: "jsonl"}); err != nil {
+		t.Fatal(err)
+	}
+	old, err := store.Find(t.Context(), keystore.Everything(), apikey.Hash(secret))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if next := rotate(t, admin, old.ID, day(t)); next.ExpiresAt.Sub(next.CreatedAt) != 3650*24*time.Hour {
+		t.Errorf("the successor lives from %v to %v", next.CreatedAt, next.ExpiresAt)
+	}
+}
+
+func TestRotationOfTheKeysOfAnAccountThatCannotBeIsRefused(t *testing.T) {
+	admin, _, _ := newAdmin(t)
+	var invalid *keyadmin.InvalidError
+	for _, account := range []string{"acme ", "\n", keystore.CanaryAccount} {
+		r := keyadmin.RotateDueRequest{OlderThan: "0s", Account: account}
+		if _, err := admin.RotateDue(t.Context(), operator, r, true, nil); !errors.As(err, &invalid) || invalid.Field != "account" {
+			t.Errorf("%q: %v", account, err)
+		}
 	}
 }
 
