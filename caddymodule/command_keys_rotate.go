@@ -63,12 +63,13 @@ func rotateKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 	if is(cmd, "undo") {
 		return undoRotation(ctx, cmd, args[0], admin)
 	}
-	return admin.RotateAndHandOut(ctx, operator(), args[0], overlap, func(key keyadmin.Key) error {
+	_, _, err = admin.Rotate(ctx, operator(), args[0], keyadmin.RotateRequest{Overlap: overlap, HandOut: func(key keyadmin.Key) error {
 		return show(cmd, key, func(w io.Writer) {
 			fmt.Fprintf(w, "Rotated %s. Its successor is %s (%s).\n\n  %s\n\nThis is the only time the key is shown. Store it now.\n%s\n",
 				args[0], key.ID, key.Environment, key.Key.Reveal(), whenItEnds(args[0], overlap))
 		})
-	})
+	}})
+	return err
 }
 
 func whenItEnds(id string, overlap keyadmin.Overlap) string {

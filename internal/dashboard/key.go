@@ -293,7 +293,9 @@ func (d *Dashboard) rotate(v *visit) error {
 	if err != nil {
 		return err
 	}
-	successor, replayed, err := d.Admin.RotateOnce(v.r.Context(), v.actor, id, overlap, form.Get("once"))
+	successor, replayed, err := d.Admin.Rotate(v.r.Context(), v.actor, id, keyadmin.RotateRequest{
+		Overlap: overlap, IdempotencyKey: form.Get("once"),
+	})
 	switch {
 	case replayed:
 		return v.redirect(Root+"/"+successor.ID, "existing")

@@ -35,12 +35,12 @@ const (
 // stand in a line of the audit is left out of the name.
 func Operator(name string) Actor {
 	name = strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) || r == utf8.RuneError {
+		if unicode.IsControl(r) || deceives(r) || r == utf8.RuneError {
 			return -1
 		}
 		return r
 	}, apikey.Redact(name))
-	if name == "" {
+	if !strings.ContainsFunc(name, visible) {
 		name = "unknown"
 	}
 	if runes := []rune(name); len(runes) > maxText {
@@ -52,7 +52,7 @@ func Operator(name string) Actor {
 // Person returns the actor "user:<name>", whom somebody else has authenticated, and who manages all keys of one account.
 // Names that cannot be a user or an account are an *InvalidError.
 func Person(name, account string) (Actor, error) {
-	if err := checkText("user", name); err != nil {
+	if err := checkName("user", name); err != nil {
 		return Actor{}, err
 	}
 	if err := checkAccount(account); err != nil {

@@ -207,10 +207,10 @@ func (s *staging) check(ctx context.Context, tx *keystore.Tx) error {
 // key returns the key that a line describes, or an *InvalidError.
 func (l importLine) key(now time.Time) (*keystore.Staged, error) {
 	key := &keystore.Staged{Line: l.number, ID: newID(), Account: l.Account, Name: l.Name, ManageKeys: l.ManageKeys}
-	if err := checkAccount(l.Account); err != nil {
+	if err := checkNewAccount(l.Account); err != nil {
 		return nil, err
 	}
-	if err := checkText("name", l.Name); err != nil {
+	if err := checkName("name", l.Name); err != nil {
 		return nil, err
 	}
 	if err := l.identify(key); err != nil {

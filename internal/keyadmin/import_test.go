@@ -84,6 +84,8 @@ func TestOneBadLineImportsNothingAndIsNamedWithoutBeingQuoted(t *testing.T) {
 	for _, test := range []struct{ line, want string }{
 		{with("acme", ""), "account must have 1 to 200 characters"},
 		{with("acme", "rekall:canary"), "account must not be the one that canaries have"},
+		{with("acme", "ac\u202eme"), "account must have a visible character"},
+		{with("Old Backend", "\u200b"), "name must have a visible character"},
 		{with("Old Backend", secret), "name must not contain an API key"},
 		{with("production", "live"), "environment must be production or sandbox"},
 		{with("memories:read memories:write", ""), "scopes must name at least one"},
@@ -181,7 +183,7 @@ func TestRepeatedImportAddsNothingAndContradictionIsAnError(t *testing.T) {
 	if _, err := admin.Rename(t.Context(), operator, page.Keys[0].ID, "New Backend"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := admin.Rotate(t.Context(), operator, page.Keys[0].ID, keyadmin.Overlap{}); err != nil {
+	if _, _, err := admin.Rotate(t.Context(), operator, page.Keys[0].ID, keyadmin.RotateRequest{}); err != nil {
 		t.Fatal(err)
 	}
 	if done, err := importText(t, admin, first+csvLine("three", goodRest), options); err != nil || done != (keyadmin.Imported{Imported: 1, AlreadyThere: 2}) {

@@ -232,7 +232,7 @@ func (a *Admin) Get(ctx context.Context, actor Actor, id string) (Key, error) {
 
 // Rename gives a key another name. The error wraps ErrNotFound, or is an *InvalidError.
 func (a *Admin) Rename(ctx context.Context, actor Actor, id, name string) (Key, error) {
-	if err := checkText("name", name); err != nil {
+	if err := checkName("name", name); err != nil {
 		return Key{}, err
 	}
 	return a.changeOne(ctx, actor, id, func(tx *keystore.Tx, actor Actor) (keystore.Row, error) {

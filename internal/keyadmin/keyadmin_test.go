@@ -203,6 +203,11 @@ func TestUnacceptableRequestSaysWhyAndWritesNothing(t *testing.T) {
 		{"name: must be UTF-8 text without control characters", with(func(r *keyadmin.CreateRequest) { r.Name = "a\xff" })},
 		{"name: must not begin or end with a space", with(func(r *keyadmin.CreateRequest) { r.Name = " " })},
 		{"name: must not contain an API key", with(func(r *keyadmin.CreateRequest) { r.Name = "my " + pasted })},
+		{"name: must have a visible character, and none that", with(func(r *keyadmin.CreateRequest) { r.Name = "a\u202egnp" })},
+		{"name: must have a visible character, and none that", with(func(r *keyadmin.CreateRequest) { r.Name = "a\u200bb" })},
+		{"name: must have a visible character, and none that", with(func(r *keyadmin.CreateRequest) { r.Name = "\u200d" })},
+		{"name: must have a visible character, and none that", with(func(r *keyadmin.CreateRequest) { r.Name = "\u3164" })},
+		{"account: must have a visible character, and none that", with(func(r *keyadmin.CreateRequest) { r.Account = "acme\u2066" })},
 		{"account: must have 1 to 200 characters", with(func(r *keyadmin.CreateRequest) { r.Account = "" })},
 		{"account: must not begin or end with a space", with(func(r *keyadmin.CreateRequest) { r.Account = "acme " })},
 		{"account: must be UTF-8 text without control characters", with(func(r *keyadmin.CreateRequest) { r.Account = "a\r\nX-Rekall-Scopes: all" })},
@@ -234,7 +239,7 @@ func TestUnacceptableRequestSaysWhyAndWritesNothing(t *testing.T) {
 // The database's checks must not refuse what passes here: the user would get an error that says nothing.
 func TestWhatIsAcceptableIsAcceptableToTheDatabase(t *testing.T) {
 	admin, _, _ := newAdmin(t)
-	for _, text := range []string{"a", strings.Repeat("ä", 200), "👩‍💻 “Prüfung”\u2028 x", `\u0001 '; --`} {
+	for _, text := range []string{"a", strings.Repeat("ä", 200), "👩‍💻 “Prüfung”\u2028 x", "می\u200cخواهم", `\u0001 '; --`} {
 		r := request()
 		r.Name, r.Account, r.Scopes = text, text, apikey.ScopeNames()
 		if key := create(t, admin, r); key.Name != text || key.Account != text || len(key.Scopes) != 14 {

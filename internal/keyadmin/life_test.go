@@ -287,7 +287,7 @@ func TestNoChangeWithoutItsLineInTheAudit(t *testing.T) {
 	if _, err := admin.Revoke(t.Context(), operator, key.ID); err == nil {
 		t.Error("a key was revoked")
 	}
-	if _, err := admin.Rotate(t.Context(), operator, key.ID, day(t)); err == nil {
+	if _, _, err := admin.Rotate(t.Context(), operator, key.ID, keyadmin.RotateRequest{Overlap: day(t)}); err == nil {
 		t.Error("a key was rotated")
 	}
 	if _, err := admin.RevokeMany(t.Context(), operator, keyadmin.Selection{Account: "acme"}, false); err == nil {
@@ -306,6 +306,29 @@ func TestAuditNamesNoKey(t *testing.T) {
 	}
 	if _, err := keyadmin.Person(pasted, "acme"); err == nil || apikey.ContainsKey(err.Error()) {
 		t.Error("a key is the name of a person")
+	}
+}
+
+// An operator in an incident must not read another name in the audit, or none, and must be able to revoke what was made before.
+func TestNobodyIsKnownByANameThatDeceives(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	for name, want := range map[string]string{"a\u202egnp": "cli:agnp", "\u200b": "cli:unknown", "\u200d": "cli:unknown", "می\u200cخواهم": "cli:می\u200cخواهم"} {
+		if got := keyadmin.Operator(name).String(); got != want {
+			t.Errorf("%q is %q", name, got)
+		}
+	}
+	key := create(t, admin, request())
+	var invalid *keyadmin.InvalidError
+	if _, err := admin.Rename(t.Context(), operator, key.ID, "a\u202egnp"); !errors.As(err, &invalid) || invalid.Field != "name" {
+		t.Error(err)
+	}
+	if _, err := keyadmin.Person("a\u202egnp", "acme"); !errors.As(err, &invalid) || invalid.Field != "user" {
+		t.Error(err)
+	}
+	pgtest.Exec(t, databaseURL, `insert into rekall.api_keys (id, account, name, environment, key_hash, scopes)
+		values ('key_0123456789abcdefABCDEF', $1, 'n', 'sandbox', sha256('n'), '{}')`, "acme\u202e")
+	if done, err := admin.RevokeMany(t.Context(), operator, keyadmin.Selection{Account: "acme\u202e"}, false); err != nil || done.Count != 1 {
+		t.Errorf("%+v, %v", done, err)
 	}
 }
 

@@ -81,7 +81,8 @@ func rotateAndUndo(ctx context.Context, admin *keyadmin.Admin) error {
 	if err != nil {
 		return err
 	}
-	if _, err := admin.Rotate(ctx, operator, key.ID, keyadmin.Overlap{OnFirstUse: true}); err != nil {
+	rotation := keyadmin.RotateRequest{Overlap: keyadmin.Overlap{OnFirstUse: true}}
+	if _, _, err := admin.Rotate(ctx, operator, key.ID, rotation); err != nil {
 		return err
 	}
 	_, err = admin.UndoRotation(ctx, operator, key.ID)

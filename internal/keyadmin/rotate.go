@@ -62,39 +62,32 @@ func (o Overlap) String() string {
 	return FormatDuration(o.For)
 }
 
+// RotateRequest says how to rotate a key.
+type RotateRequest struct {
+	Overlap Overlap // how long the old key lives on
+
+	// IdempotencyKey makes a retry harmless, as CreateRequest has it: the actor's same request answers the successor that it made.
+	IdempotencyKey string
+
+	// HandOut gets a successor that is made, just before it is in force: where it could not be handed out there is none, and the old
+	// key is as it was. Nil: nobody.
+	HandOut func(Key) error
+}
+
 // Rotate makes the successor of a key: a new key with the same name, account, environment, scopes, manage_keys and limits, and
-// with the same time to live as the old one had when it was made, at most ten years. The answer is the successor, with the key itself; its
-// Predecessor is the old key, which ends after the overlap. The error wraps ErrNotFound, ErrEnded, ErrAlreadyRotated or
-// ErrAwaited, or is a *ForbiddenError: whoever rotates a key holds its successor.
-func (a *Admin) Rotate(ctx context.Context, actor Actor, id string, overlap Overlap) (Key, error) {
-	successor, _, err := a.RotateOnce(ctx, actor, id, overlap, "")
-	return successor, err
-}
-
-// RotateAndHandOut is Rotate, and hands the successor out just before it is in force. The error may be handOut's, and then the key
-// is as it was.
-func (a *Admin) RotateAndHandOut(ctx context.Context, actor Actor, id string, overlap Overlap, handOut func(Key) error) error {
-	_, _, err := a.rotate(ctx, actor, id, overlap, "", handOut)
-	return err
-}
-
-// RotateOnce is Rotate with an idempotency key, as CreateRequest has it: for 24 hours the actor's same request answers the
-// successor that it made, without the key itself, which replayed says. The error may also be an *InvalidError or wrap
-// ErrIdempotencyMismatch.
-func (a *Admin) RotateOnce(ctx context.Context, actor Actor, id string, overlap Overlap, idempotencyKey string) (successor Key, replayed bool, err error) {
-	if err := checkIdempotencyKey(idempotencyKey); err != nil {
-		return Key{}, false, err
-	}
-	return a.rotate(ctx, actor, id, overlap, idempotencyKey, nil)
-}
-
-// rotate is RotateOnce, and hands the successor out as its last step before it commits. A key that could not be handed out is
-// never in force, and its predecessor lives on.
-func (a *Admin) rotate(ctx context.Context, actor Actor, id string, overlap Overlap, idempotencyKey string, handOut func(Key) error) (successor Key, replayed bool, err error) {
+// with the same time to live as the old one had when it was made, at most ten years. The answer is the successor, with the key
+// itself; its Predecessor is the old key, which ends after the overlap. replayed says that the answer is the successor that an
+// earlier request with the same idempotency key made, without the key itself. The error wraps ErrNotFound, ErrEnded,
+// ErrAlreadyRotated, ErrAwaited or ErrIdempotencyMismatch, is an *InvalidError, or a *ForbiddenError: whoever rotates a key holds
+// its successor.
+func (a *Admin) Rotate(ctx context.Context, actor Actor, id string, request RotateRequest) (successor Key, replayed bool, err error) {
 	if err := checkID(id); err != nil {
 		return Key{}, false, err
 	}
-	if err := overlap.check(); err != nil {
+	if err := request.Overlap.check(); err != nil {
+		return Key{}, false, err
+	}
+	if err := checkIdempotencyKey(request.IdempotencyKey); err != nil {
 		return Key{}, false, err
 	}
 	var handed handedOut
@@ -105,7 +98,7 @@ func (a *Admin) rotate(ctx context.Context, actor Actor, id string, overlap Over
 		}
 		// Before anything is said of the old key: the request that came before has ended it.
 		nextID := newID()
-		before, err := claim(ctx, tx, actor, old.Account, idempotencyKey, hashRotation(id, overlap), nextID)
+		before, err := claim(ctx, tx, actor, old.Account, request.IdempotencyKey, hashRotation(id, request.Overlap), nextID)
 		if err != nil {
 			return err
 		}
@@ -113,10 +106,10 @@ func (a *Admin) rotate(ctx context.Context, actor Actor, id string, overlap Over
 			successor = *before
 			return nil
 		}
-		if successor, err = succeed(ctx, tx, actor, old, nextID, overlap); err != nil {
+		if successor, err = succeed(ctx, tx, actor, old, nextID, request.Overlap); err != nil {
 			return err
 		}
-		return handed.over(successor, handOut)
+		return handed.over(successor, request.HandOut)
 	})
 	if err != nil {
 		return Key{}, false, handed.unless(notFound(err, id))
@@ -315,7 +308,7 @@ func (a *Admin) RotateDue(ctx context.Context, actor Actor, request RotateDueReq
 			if dryRun {
 				err = handOut(fromRow(row))
 			} else {
-				_, _, err = a.rotate(ctx, actor, row.ID, request.Overlap, "", handOut)
+				_, _, err = a.Rotate(ctx, actor, row.ID, RotateRequest{Overlap: request.Overlap, HandOut: handOut})
 			}
 			if errors.Is(err, ErrEnded) || errors.Is(err, ErrAlreadyRotated) || errors.Is(err, ErrAwaited) {
 				continue // meanwhile

@@ -27,7 +27,7 @@ func get(t testing.TB, admin *keyadmin.Admin, id string) keyadmin.Key {
 
 func rotate(t testing.TB, admin *keyadmin.Admin, id string, overlap keyadmin.Overlap) keyadmin.Key {
 	t.Helper()
-	key, err := admin.Rotate(t.Context(), operator, id, overlap)
+	key, _, err := admin.Rotate(t.Context(), operator, id, keyadmin.RotateRequest{Overlap: overlap})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -91,7 +91,7 @@ func TestSuccessorHasTheLimitsOfTheOldKeysOwn(t *testing.T) {
 		t.Fatal(err)
 	}
 	for old, want := range map[string]keyadmin.Limits{throttled.ID: limits.Own, plain.ID: {}} {
-		next, err := admin.Rotate(t.Context(), owner, old, day(t))
+		next, _, err := admin.Rotate(t.Context(), owner, old, keyadmin.RotateRequest{Overlap: day(t)})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -119,7 +119,7 @@ func TestLimitsThatAreSetDuringARotationReachTheSuccessor(t *testing.T) {
 		}()
 		waitUntilBlocked(t, databaseURL, 1)
 		go func() {
-			next, err := admin.Rotate(t.Context(), operator, old.ID, day(t))
+			next, _, err := admin.Rotate(t.Context(), operator, old.ID, keyadmin.RotateRequest{Overlap: day(t)})
 			if err != nil {
 				t.Error(err)
 			}
@@ -257,7 +257,7 @@ func TestKeyHasOneSuccessorAtATime(t *testing.T) {
 	results := make(chan error, 8)
 	for range cap(results) {
 		wg.Go(func() {
-			_, err := admin.Rotate(t.Context(), operator, old.ID, keyadmin.Overlap{For: time.Hour})
+			_, _, err := admin.Rotate(t.Context(), operator, old.ID, keyadmin.RotateRequest{Overlap: keyadmin.Overlap{For: time.Hour}})
 			results <- err
 		})
 	}
@@ -358,7 +358,7 @@ func TestSameIdempotencyKeyMakesOneSuccessor(t *testing.T) {
 	admin, _, databaseURL := newAdmin(t)
 	old := create(t, admin, request())
 	once := func() (keyadmin.Key, bool, error) {
-		return admin.RotateOnce(t.Context(), operator, old.ID, day(t), "deploy-42")
+		return admin.Rotate(t.Context(), operator, old.ID, keyadmin.RotateRequest{Overlap: day(t), IdempotencyKey: "deploy-42"})
 	}
 	var wg sync.WaitGroup
 	var mu sync.Mutex
@@ -381,7 +381,8 @@ func TestSameIdempotencyKeyMakesOneSuccessor(t *testing.T) {
 	if len(ids) != 1 || secrets != 1 {
 		t.Errorf("%d successors, shown %d times", len(ids), secrets)
 	}
-	if _, _, err := admin.RotateOnce(t.Context(), keyadmin.Operator("other"), old.ID, day(t), "deploy-42"); !errors.Is(err, keyadmin.ErrAlreadyRotated) {
+	same := keyadmin.RotateRequest{Overlap: day(t), IdempotencyKey: "deploy-42"}
+	if _, _, err := admin.Rotate(t.Context(), keyadmin.Operator("other"), old.ID, same); !errors.Is(err, keyadmin.ErrAlreadyRotated) {
 		t.Errorf("another actor: %v", err)
 	}
 	pgtest.Exec(t, databaseURL, `update rekall.idempotency_keys set created_at = created_at - interval '25 hours'`)
@@ -395,7 +396,7 @@ func TestRefusedRotationDoesNotUseUpItsIdempotencyKey(t *testing.T) {
 	old := create(t, admin, request())
 	first := rotate(t, admin, old.ID, day(t))
 	once := func() (keyadmin.Key, bool, error) {
-		return admin.RotateOnce(t.Context(), operator, old.ID, day(t), "deploy-43")
+		return admin.Rotate(t.Context(), operator, old.ID, keyadmin.RotateRequest{Overlap: day(t), IdempotencyKey: "deploy-43"})
 	}
 	if _, _, err := once(); !errors.Is(err, keyadmin.ErrAlreadyRotated) {
 		t.Fatalf("a key with a successor: %v", err)
@@ -417,7 +418,7 @@ func TestEndedKeyIsNotRotated(t *testing.T) {
 	r := request()
 	r.ExpiresIn = "1us"
 	for _, key := range []keyadmin.Key{revoked, create(t, admin, r)} {
-		if _, err := admin.Rotate(t.Context(), operator, key.ID, day(t)); !errors.Is(err, keyadmin.ErrEnded) {
+		if _, _, err := admin.Rotate(t.Context(), operator, key.ID, keyadmin.RotateRequest{Overlap: day(t)}); !errors.Is(err, keyadmin.ErrEnded) {
 			t.Errorf("%s: %v", key.ID, err)
 		}
 	}
@@ -490,7 +491,8 @@ func TestKeyWhoseFirstUseIsAwaitedIsNotRotated(t *testing.T) {
 			admin, _, databaseURL := newAdmin(t)
 			old := create(t, admin, request())
 			next := rotate(t, admin, old.ID, keyadmin.Overlap{For: time.Hour, OnFirstUse: true})
-			if _, err := admin.Rotate(t.Context(), operator, next.ID, keyadmin.Overlap{}); !errors.Is(err, keyadmin.ErrAwaited) || !strings.Contains(err.Error(), old.ID) {
+			_, _, err := admin.Rotate(t.Context(), operator, next.ID, keyadmin.RotateRequest{})
+			if !errors.Is(err, keyadmin.ErrAwaited) || !strings.Contains(err.Error(), old.ID) {
 				t.Errorf("rotated: %v", err)
 			}
 			if due, err := rotateDue(t, admin, true); err != nil || len(due) != 0 {
@@ -625,7 +627,8 @@ func TestReaderWhoStopsReadingDoesNotHoldUpARevocation(t *testing.T) {
 	admin, _, databaseURL := newAdmin(t)
 	for what, rotate := range map[string]func(id string, handOut func(keyadmin.Key) error) error{
 		"one": func(id string, handOut func(keyadmin.Key) error) error {
-			return admin.RotateAndHandOut(t.Context(), operator, id, day(t), handOut)
+			_, _, err := admin.Rotate(t.Context(), operator, id, keyadmin.RotateRequest{Overlap: day(t), HandOut: handOut})
+			return err
 		},
 		"all": func(_ string, handOut func(keyadmin.Key) error) error {
 			_, err := admin.RotateDue(t.Context(), operator, keyadmin.RotateDueRequest{OlderThan: "90d"}, false, handOut)

@@ -178,7 +178,7 @@ func (w *world) call(what string, actor keyadmin.Actor, asking, target keyadmin.
 		return err
 	case "rotate":
 		var made keyadmin.Key
-		made, err = w.admin.Rotate(ctx, actor, target.ID, w.overlap())
+		made, _, err = w.admin.Rotate(ctx, actor, target.ID, keyadmin.RotateRequest{Overlap: w.overlap()})
 		w.handedOut(made, asking, err)
 		if err == nil && rightOf(made).beyond(rightOf(target)) {
 			w.t.Errorf("the successor %+v may do more than %+v", made, target)
@@ -333,7 +333,7 @@ func TestAnotherAccountsKeyIsTheSameAsNone(t *testing.T) {
 		"Rename": func(id string) error { _, err := admin.Rename(t.Context(), person, id, "n"); return err },
 		"Revoke": func(id string) error { _, err := admin.Revoke(t.Context(), person, id); return err },
 		"Rotate": func(id string) error {
-			_, err := admin.Rotate(t.Context(), person, id, keyadmin.Overlap{})
+			_, _, err := admin.Rotate(t.Context(), person, id, keyadmin.RotateRequest{})
 			return err
 		},
 		"UndoRotation": func(id string) error { _, err := admin.UndoRotation(t.Context(), person, id); return err },

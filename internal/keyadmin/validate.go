@@ -33,10 +33,10 @@ const (
 // validate returns the key that the request asks for, without what is random.
 func (r CreateRequest) validate() (keystore.NewKey, error) {
 	key := keystore.NewKey{Name: r.Name, Account: r.Account, ManageKeys: r.ManageKeys}
-	if err := checkText("name", r.Name); err != nil {
+	if err := checkName("name", r.Name); err != nil {
 		return key, err
 	}
-	if err := checkAccount(r.Account); err != nil {
+	if err := checkNewAccount(r.Account); err != nil {
 		return key, err
 	}
 	var err error
@@ -148,6 +148,15 @@ func checkAccount(account string) error {
 	return checkText("account", account)
 }
 
+// checkNewAccount is checkAccount for an account that is to own a key. Of one that has keys already, they can be revoked whatever it
+// is called.
+func checkNewAccount(account string) error {
+	if err := checkAccount(account); err != nil {
+		return err
+	}
+	return checkName("account", account)
+}
+
 func checkIdempotencyKey(s string) error {
 	const field, maxLength = "Idempotency-Key", 255
 	switch {
@@ -173,6 +182,28 @@ func checkText(field, s string) error {
 		return &InvalidError{field, "must not contain an API key"}
 	}
 	return nil
+}
+
+// checkName is checkText for what is to be stored and read by people: it refuses what they would read as something else, such as text
+// that runs backwards, or not see at all.
+func checkName(field, s string) error {
+	if err := checkText(field, s); err != nil {
+		return err
+	}
+	if strings.ContainsFunc(s, deceives) || !strings.ContainsFunc(s, visible) {
+		return &InvalidError{field, "must have a visible character, and none that is invisible or changes the direction of the text"}
+	}
+	return nil
+}
+
+// deceives is about characters without a shape of their own, but for the two that some scripts and emoji are written with.
+func deceives(r rune) bool {
+	const zeroWidthNonJoiner, zeroWidthJoiner = '\u200c', '\u200d'
+	return unicode.Is(unicode.Cf, r) && r != zeroWidthNonJoiner && r != zeroWidthJoiner
+}
+
+func visible(r rune) bool {
+	return unicode.In(r, unicode.L, unicode.N, unicode.P, unicode.S) && !unicode.Is(unicode.Other_Default_Ignorable_Code_Point, r)
 }
 
 // actorKinds are what an actor begins with, as the database checks it.

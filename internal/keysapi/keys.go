@@ -150,15 +150,14 @@ func (a *API) rotate(r *http.Request, actor keyadmin.Actor) (answer, error) {
 	if err := f.option("overlap", &text); err != nil {
 		return answer{}, err
 	}
-	overlap, err := keyadmin.ParseOverlap(text)
-	if err != nil {
+	var request keyadmin.RotateRequest
+	if request.Overlap, err = keyadmin.ParseOverlap(text); err != nil {
 		return answer{}, err
 	}
-	once, err := idempotencyKey(r.Header)
-	if err != nil {
+	if request.IdempotencyKey, err = idempotencyKey(r.Header); err != nil {
 		return answer{}, err
 	}
-	successor, replayed, err := a.Admin.RotateOnce(r.Context(), actor, r.PathValue("id"), overlap, once)
+	successor, replayed, err := a.Admin.Rotate(r.Context(), actor, r.PathValue("id"), request)
 	if err != nil {
 		return answer{}, err
 	}

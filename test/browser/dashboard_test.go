@@ -145,7 +145,8 @@ func useRotateRevoke(t *testing.T) {
 func livePage(t *testing.T) {
 	b := newTab(t)
 	manager, old := key(t, "idle", "Manager", true), key(t, "idle", "Old", false)
-	if _, err := world.admin.Rotate(t.Context(), keyadmin.Operator("test"), old.ID, keyadmin.Overlap{For: time.Hour}); err != nil {
+	rotation := keyadmin.RotateRequest{Overlap: keyadmin.Overlap{For: time.Hour}}
+	if _, _, err := world.admin.Rotate(t.Context(), keyadmin.Operator("test"), old.ID, rotation); err != nil {
 		t.Fatal(err)
 	}
 	polls := make(chan network.Headers, 1)
@@ -180,7 +181,7 @@ func livePageInUse(t *testing.T) {
 	manager, old, moving := key(t, "working", "Manager", true), key(t, "working", "Old", false), key(t, "working", "Moving", false)
 	rotate := func(old keyadmin.Key) string {
 		overlap := keyadmin.Overlap{OnFirstUse: true, For: 24 * time.Hour}
-		successor, err := world.admin.Rotate(t.Context(), keyadmin.Operator("test"), old.ID, overlap)
+		successor, err := world.admin.Rotate(t.Context(), keyadmin.Operator("test"), old.ID, keyadmin.RotateRequest{Overlap: overlap})
 		if err != nil {
 			t.Fatal(err)
 		}
