@@ -181,7 +181,7 @@ func livePageInUse(t *testing.T) {
 	manager, old, moving := key(t, "working", "Manager", true), key(t, "working", "Old", false), key(t, "working", "Moving", false)
 	rotate := func(old keyadmin.Key) string {
 		overlap := keyadmin.Overlap{OnFirstUse: true, For: 24 * time.Hour}
-		successor, err := world.admin.Rotate(t.Context(), keyadmin.Operator("test"), old.ID, keyadmin.RotateRequest{Overlap: overlap})
+		successor, _, err := world.admin.Rotate(t.Context(), keyadmin.Operator("test"), old.ID, keyadmin.RotateRequest{Overlap: overlap})
 		if err != nil {
 			t.Fatal(err)
 		}
