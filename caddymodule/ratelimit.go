@@ -53,6 +53,16 @@ func (a *allowance) refusal() (limitKind, answer) {
 	return rateLimit, answers[apikey.RateLimited]
 }
 
+// details are those of an answer beyond the limits. now is by Postgres's clock.
+func (a *allowance) details(now time.Time) map[string]any {
+	if a.verdict.Concurrent {
+		return map[string]any{
+			"limit": a.limits.Concurrent, "remaining": 0, "reset_at": now.Add(a.verdict.RetryAfter + time.Second - 1).Unix(),
+		}
+	}
+	return map[string]any{"limit": a.limits.PerMinute, "remaining": a.remaining(), "reset_at": a.resetAt(now)}
+}
+
 // release says that the request has ended.
 func (a *allowance) release() {
 	if a.bucket != nil {
@@ -116,17 +126,8 @@ var limitNames = [...]string{rateLimit: "rate", concurrencyLimit: "concurrency",
 
 // refuseLimited answers a request beyond the limits of its key.
 func (x *exchange) refuseLimited(w http.ResponseWriter) error {
-	verdict := x.allowance.verdict
-	details := map[string]any{
-		"limit": x.allowance.limits.PerMinute, "remaining": x.allowance.remaining(), "reset_at": x.allowance.resetAt(x.now.Time()),
-	}
-	if verdict.Concurrent {
-		details = map[string]any{
-			"limit": x.allowance.limits.Concurrent, "remaining": 0, "reset_at": x.now.Time().Add(verdict.RetryAfter + time.Second - 1).Unix(),
-		}
-	}
 	kind, answer := x.allowance.refusal()
-	return x.refuseBeyond(w, kind, answer, verdict.RetryAfter, details)
+	return x.refuseBeyond(w, kind, answer, x.allowance.verdict.RetryAfter, x.allowance.details(x.now.Time()))
 }
 
 // tooManyAtOnce is RateLimited where it is not the rate.
@@ -173,19 +174,19 @@ func (k *Keys) hold(r *http.Request, found *keycache.Found) error {
 		return nil
 	}
 	kind, answer := m.refusal()
-	return k.refuseBeyond(kind, answer, m.verdict.RetryAfter)
+	return k.refuseBeyond(kind, answer, m.verdict.RetryAfter, m.details(found.Now))
 }
 
 // refuseAddress is what is answered to an address that is over its limit.
 func (k *Keys) refuseAddress(verdict ratelimit.Verdict, cred *credential.Credential) error {
 	k.metrics.decisions[apikey.RateLimited][cred.Environment].Inc()
-	return k.refuseBeyond(addressLimit, addressLimited, verdict.RetryAfter)
+	return k.refuseBeyond(addressLimit, addressLimited, verdict.RetryAfter, nil)
 }
 
 // refuseBeyond is what is answered beyond a limit.
-func (k *Keys) refuseBeyond(kind limitKind, a answer, retryAfter time.Duration) error {
+func (k *Keys) refuseBeyond(kind limitKind, a answer, retryAfter time.Duration, details map[string]any) error {
 	k.metrics.limited[kind].Inc()
 	refusal := a.asError()
-	refusal.Header["Retry-After"] = inSeconds(retryAfter)
+	refusal.Header["Retry-After"], refusal.Details = inSeconds(retryAfter), details
 	return refusal
 }

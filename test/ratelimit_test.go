@@ -512,6 +512,20 @@ func TestKeysAreLimitedWhereTheyAreManagedToo(t *testing.T) {
 	if limited.Header.Get("Retry-After") == "" {
 		t.Error("no Retry-After")
 	}
+	var said struct {
+		Error struct {
+			Details struct {
+				Limit, Remaining int
+				ResetAt          int64 `json:"reset_at"`
+			}
+		}
+	}
+	if err := json.Unmarshal([]byte(limited.body), &said); err != nil {
+		t.Fatal(err)
+	}
+	if d := said.Error.Details; d.Limit != 4 || d.Remaining != 0 || strconv.FormatInt(d.ResetAt, 10) != limited.Header.Get("X-Ratelimit-Reset") {
+		t.Errorf("details %+v beside %v", d, limited.Header)
+	}
 	g.get(key).wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
 
 	for range 2 {

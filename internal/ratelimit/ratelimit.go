@@ -224,15 +224,15 @@ func (l *Limiter) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		select {
 		case <-ticker.C:
-			l.GiveBack()
+			l.giveBackIdle()
 		case <-ctx.Done():
 		}
 	}
 	running.Wait()
 }
 
-// GiveBack forgets the buckets that are full and not in use.
-func (l *Limiter) GiveBack() {
+// giveBackIdle forgets the buckets that are full and not in use.
+func (l *Limiter) giveBackIdle() {
 	now := int64(time.Since(l.start))
 	for i := range l.shards {
 		s := &l.shards[i]

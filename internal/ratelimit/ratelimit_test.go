@@ -200,11 +200,11 @@ func TestIdleBucketsAreGivenBackAndBusyOnesAreNot(t *testing.T) {
 				b.Release()
 			}
 		}
-		if l.GiveBack(); l.size() != 1000 {
+		if l.giveBackIdle(); l.size() != 1000 {
 			t.Errorf("%d buckets, want all while they remember something", l.size())
 		}
 		<-time.After(2 * time.Second) // of the clock that synctest fakes
-		if l.GiveBack(); l.size() != 1 {
+		if l.giveBackIdle(); l.size() != 1 {
 			t.Errorf("%d buckets, want only that of the stream", l.size())
 		}
 	})
@@ -222,7 +222,7 @@ func TestNothingIsForgottenWhenABucketIsGivenBackInTheMiddleOfARequest(t *testin
 			case <-stop:
 				return
 			default:
-				l.GiveBack()
+				l.giveBackIdle()
 			}
 		}
 	})

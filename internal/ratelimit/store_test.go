@@ -587,7 +587,7 @@ func TestBucketsInRedisExpireAndNameNoKey(t *testing.T) {
 		return client.DBSize(t.Context()).Val() == 1 && client.PTTL(t.Context(), dataKey).Val() > 0
 	})
 	eventually(t, "idle buckets are given back", func() bool {
-		e.GiveBack()
+		e.giveBackIdle()
 		return e.size() == 0
 	})
 }
