@@ -5,7 +5,6 @@ package caddymodule
 import (
 	"errors"
 	"fmt"
-	"math"
 	"os"
 	"strings"
 	"sync/atomic"
@@ -15,7 +14,6 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
 	"github.com/rekall-ai/gateway/internal/garbage"
 	"github.com/rekall-ai/gateway/internal/identitytoken"
@@ -103,7 +101,6 @@ type App struct {
 	ctx     caddy.Context
 	runtime *runtime
 	poolKey string
-	guarded []*reverseproxy.Handler // those to which only requests come that a gateway allowed
 	issuers []*identitytoken.Issuer // of the gateways of this configuration that send identity tokens
 	limits  bool                    // a gateway of this configuration holds keys to their limits
 
@@ -226,8 +223,7 @@ func (a *App) settings() (settings, error) {
 // a database that cannot be read it fails, so that Caddy keeps the configuration before.
 func (a *App) Start() error {
 	if app, err := a.ctx.App("http"); err == nil {
-		var err error
-		if a.guarded, err = checkRoutes(app.(*caddyhttp.App), a.ctx.Logger(a)); err != nil {
+		if err := checkRoutes(app.(*caddyhttp.App), a.ctx.Logger(a)); err != nil {
 			return err
 		}
 	}
@@ -249,23 +245,8 @@ func (a *App) Start() error {
 	return nil
 }
 
-// untilTheKeyEnds is how long a WebSocket may outlive the configuration that it was opened with.
-const untilTheKeyEnds = caddy.Duration(math.MaxInt64)
-
-// Stop lets WebSockets outlive a reload, as event streams do. Caddy closes those of a proxy without a stream_close_delay at once when
-// it cleans up the proxy, next; at the end of the process that is right. All else goes on: requests may be in flight, and the next
-// configuration may share the runtime.
-func (a *App) Stop() error {
-	if caddy.Exiting() {
-		return nil
-	}
-	for _, proxy := range a.guarded {
-		if proxy.StreamCloseDelay == 0 {
-			proxy.StreamCloseDelay = untilTheKeyEnds
-		}
-	}
-	return nil
-}
+// Stop does nothing: requests may still be in flight, and the next configuration may share the runtime.
+func (a *App) Stop() error { return nil }
 
 // Cleanup gives the runtime back. Unlike Stop it also runs when provisioning failed.
 func (a *App) Cleanup() error {

@@ -22,9 +22,7 @@ import (
 //
 // It compares addresses as they are written, with the spellings of one address folded. Two names of one machine, and
 // handlers of third parties that hold routes of their own, are beyond it; the transport "rekall" is for those.
-//
-// It returns the proxies to which only requests come that a gateway allowed.
-func checkRoutes(app *caddyhttp.App, logger *zap.Logger) ([]*reverseproxy.Handler, error) {
+func checkRoutes(app *caddyhttp.App, logger *zap.Logger) error {
 	c := routeCheck{dialled: map[string]dial{}, logger: logger}
 	for name, server := range app.Servers {
 		c.named, c.invoked = server.NamedRoutes, map[invocation]bool{}
@@ -33,7 +31,7 @@ func checkRoutes(app *caddyhttp.App, logger *zap.Logger) ([]*reverseproxy.Handle
 			c.routes("server "+name+", error routes", 0, server.Errors.Routes)
 		}
 	}
-	return c.guarded, c.verdict()
+	return c.verdict()
 }
 
 // dial is how a backend is reached: by requests of one environment that a gateway allowed, or by any (0).
@@ -53,7 +51,6 @@ type routeCheck struct {
 	invoked map[invocation]bool         // so that routes which invoke each other end
 	dialled map[string]dial
 	gateway bool // there is one, or its transport
-	guarded []*reverseproxy.Handler
 	open    string
 	err     error
 	logger  *zap.Logger
@@ -122,12 +119,9 @@ func (c *routeCheck) proxy(where string, env apikey.Environment, h *reverseproxy
 		c.logger.Warn("a reverse_proxy of a named route counts errors of clients as failures of its backends; give it the transport rekall",
 			zap.String("transport", "rekall "+env.String()), zap.String("where", where))
 	}
-	if env != 0 {
-		c.guarded = append(c.guarded, h)
-		if countsSlowness(h) {
-			c.logger.Warn("unhealthy_latency and unhealthy_request_count count slow uploads and streams of clients as failures of the backends; leave them out",
-				zap.String("where", where))
-		}
+	if env != 0 && countsSlowness(h) {
+		c.logger.Warn("unhealthy_latency and unhealthy_request_count count slow uploads and streams of clients as failures of the backends; leave them out",
+			zap.String("where", where))
 	}
 	for _, upstream := range h.Upstreams {
 		c.add(upstream.Dial, dial{env, where})

@@ -250,11 +250,19 @@ func (rt *runtime) Destruct() error {
 	return nil
 }
 
-// close stops the loops before what they use. The last counts are flushed as their loop stops.
+// partingPoll is how often to look whether what was cut at the end of the process has said so to its clients.
+const partingPoll = 5 * time.Millisecond
+
+// close stops the loops before what they use. The last counts are flushed as their loop stops, and the requests that are still in
+// flight are cut as that of the cache stops.
 func (rt *runtime) close() {
 	rt.closeOnce.Do(func() {
 		rt.cancel()
 		rt.running.Wait()
+		poll := time.NewTicker(partingPoll)
+		defer poll.Stop()
+		for deadline := time.Now().Add(cutGrace); rt.cache.InFlight() > 0 && time.Now().Before(deadline); <-poll.C {
+		}
 		rt.release()
 	})
 }

@@ -90,9 +90,13 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 // 32 of the transport "http" a busy edge dials again and again, a tenth of its time.
 const idleConnsPerHost = 512
 
+// untilTheKeyEnds is how long a WebSocket may outlive the configuration that it was opened with: a hundred years.
+const untilTheKeyEnds = "876000h"
+
 // withTransport returns a block's handlers with the transport "rekall" in each of their proxies that has the transport "http",
-// which is also what one without any has. It does so before they are loaded: the health checks of a proxy that is loaded read
-// its transport.
+// which is also what one without any has. And it lets WebSockets outlive a reload, as event streams do: those of a proxy without a
+// stream_close_delay Caddy closes with its configuration. It does so before the proxies are loaded: their health checks read the
+// transport then, and requests read all of a proxy.
 func withTransport(handlers json.RawMessage, environment apikey.Environment) (json.RawMessage, error) {
 	var block any
 	decoder := json.NewDecoder(bytes.NewReader(handlers))
@@ -115,6 +119,9 @@ func setTransport(config any, environment apikey.Environment) {
 		case "rekall_gateway": // has environments of its own
 			return
 		case "reverse_proxy":
+			if config["stream_close_delay"] == nil {
+				config["stream_close_delay"] = untilTheKeyEnds
+			}
 			if config["transport"] == nil {
 				config["transport"] = map[string]any{"protocol": "http"}
 			}

@@ -28,6 +28,13 @@ func TestCookieIsSecureWhereverTheVisitorUsedTLS(t *testing.T) {
 		t.Fatal(err)
 	}
 	form := url.Values{"key": {manager.Key.Reveal()}}.Encode()
+	eventually(t, "Caddy has made a certificate", func() bool {
+		conn, err := tls.Dial("tcp", strings.TrimPrefix(withTLS, "https://"), &tls.Config{InsecureSkipVerify: true})
+		if err == nil {
+			_ = conn.Close()
+		}
+		return err == nil
+	})
 	for _, one := range []struct {
 		site, from, scheme string
 		secure             bool
