@@ -183,7 +183,8 @@ var observed = []series{
 	gauge("rekall_cache_keys", "Keys in memory.", func(o *observation) float64 { return float64(o.Keys) }),
 	gauge("rekall_cache_size_keys", "Keys that memory holds at most, as configured.", func(o *observation) float64 { return float64(o.Size) }),
 	counter("rekall_cache_hits_total", "Keys answered from memory.", func(o *observation) uint64 { return o.Hits }),
-	counter("rekall_cache_misses_total", "Keys that memory had no answer for: Postgres was asked, or the change feed proved that there is no such key.", func(o *observation) uint64 { return o.Misses }),
+	counter("rekall_cache_misses_total", "Keys that memory had no answer for: Postgres was asked, or the change feed proved that there is no such key.",
+		func(o *observation) uint64 { return o.Misses }),
 	counter("rekall_cache_evictions_total", "Keys that left memory in favour of others.", func(o *observation) uint64 { return o.Evictions }),
 	counter("rekall_cache_drops_total", "Keys that were not taken into memory: it was busy, or others are used more.",
 		func(o *observation) uint64 { return o.Drops }),
@@ -242,12 +243,8 @@ func (w *observer) Collect(collected chan<- prometheus.Metric) {
 	o := &observation{
 		Status: w.rt.cache.Status(), usage: w.rt.usage.Status(), limits: w.rt.limiter.Status(), canSign: canSign(*w.rt.issuers.Load()),
 	}
-	o.Cut += cutBefore.Load()
-	draining.Range(func(rt, _ any) bool {
-		former := rt.(*runtime).cache.Status()
-		o.InFlight, o.Cut = o.InFlight+former.InFlight, o.Cut+former.Cut
-		return true
-	})
+	inFlight, cut := formerRequests()
+	o.InFlight, o.Cut = o.InFlight+inFlight, o.Cut+cut
 	for _, s := range observed {
 		collected <- prometheus.MustNewConstMetric(s.desc, s.kind, s.value(o))
 	}

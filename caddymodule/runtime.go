@@ -3,6 +3,7 @@ package caddymodule
 import (
 	"context"
 	"fmt"
+	"maps"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -166,19 +167,35 @@ func (rt *runtime) awaitFirstSync(ctx context.Context) error {
 	return nil
 }
 
-// draining are the runtimes that no configuration uses any longer, but requests do.
-var draining sync.Map
+// former are the runtimes that no configuration uses any longer. A scrape counts their requests with those of the one in use, and must
+// see none twice and none left out as a runtime goes from draining to cut: a counter would fall.
+var former struct {
+	mu       sync.Mutex
+	draining map[*runtime]struct{} // whose requests are not all done
+	cut      uint64                // how many requests were cut that those had which have ended
+}
 
-// cutBefore is how many requests were cut that runtimes had which have ended.
-var cutBefore atomic.Uint64
+// formerRequests are those of the former runtimes: how many are in flight, and how many were cut.
+func formerRequests() (inFlight int, cut uint64) {
+	former.mu.Lock()
+	defer former.mu.Unlock()
+	cut = former.cut
+	for rt := range former.draining {
+		status := rt.cache.Status()
+		inFlight, cut = inFlight+status.InFlight, cut+status.Cut
+	}
+	return inFlight, cut
+}
 
 // A process that ends does not wait for them, and would lose what they have counted.
 func init() {
 	caddy.OnExit(func(context.Context) {
-		draining.Range(func(rt, _ any) bool {
-			rt.(*runtime).close()
-			return true
-		})
+		former.mu.Lock()
+		draining := slices.Collect(maps.Keys(former.draining))
+		former.mu.Unlock()
+		for _, rt := range draining {
+			rt.close()
+		}
 	})
 }
 
@@ -236,16 +253,23 @@ func (rt *runtime) Destruct() error {
 		rt.close()
 		return nil
 	}
-	draining.Store(rt, nil)
+	former.mu.Lock()
+	if former.draining == nil {
+		former.draining = make(map[*runtime]struct{})
+	}
+	former.draining[rt] = struct{}{}
+	former.mu.Unlock()
 	rt.reporter.Drain()
 	go func() {
-		defer draining.Delete(rt)
-		defer func() { cutBefore.Add(rt.cache.Status().Cut) }()
 		poll := time.NewTicker(drainPoll)
 		defer poll.Stop()
 		for <-poll.C; rt.cache.InFlight() > 0; <-poll.C {
 		}
 		rt.close()
+		former.mu.Lock()
+		defer former.mu.Unlock()
+		delete(former.draining, rt)
+		former.cut += rt.cache.Status().Cut
 	}()
 	return nil
 }

@@ -58,7 +58,7 @@ type Transport struct {
 	logger      *zap.Logger
 	debug       bool // whether the log shows requests in full
 
-	cannotUpgrade bool // net/http refuses an upgrade where it speaks no HTTP/1: an error, which would count against the backend
+	cannotUpgrade bool // with h2c or HTTP/3 net/http refuses an upgrade: an error, which would count against the backend
 	http2         bool // to backends with TLS that speak it
 }
 
@@ -243,8 +243,8 @@ var errBeyondHTTP2 = errors.New("headers are beyond what backends take over HTTP
 
 // beyondHTTP2 reports whether a request has more in its headers, of which its method, scheme, host and target are part.
 func beyondHTTP2(r *http.Request) bool {
-	target := len(r.URL.RequestURI())
-	fields, total, longest := 4, target+len(r.Host)+len(r.URL.Host), target
+	target := len(r.URL.EscapedPath()) + len("?") + len(r.URL.RawQuery)
+	fields, total, longest := 4, target+max(len(r.Host), len(r.URL.Host)), target
 	for name, values := range r.Header {
 		for _, value := range values {
 			fields++

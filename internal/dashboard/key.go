@@ -313,36 +313,27 @@ func (d *Dashboard) rotate(v *visit) error {
 	return v.showKey(successor)
 }
 
-// inUse is the successor that undoing a rotation would take away from whoever uses it; nil: nobody does.
-func (v *visit) inUse(old keyadmin.Key) (*keyadmin.Key, error) {
-	if old.Successor == nil {
-		return nil, nil
+// undoing is the form that takes back a rotation, and whether it would take the successor away from whoever uses it.
+func (d *Dashboard) undoing(v *visit) (data changeData, inUse bool, err error) {
+	if data, err = d.changeForm(v); err != nil || data.Key.Successor == nil {
+		return data, false, err
 	}
-	successor, err := v.Admin.Get(v.r.Context(), v.actor, *old.Successor)
-	if err != nil || successor.Status != keyadmin.Active || successor.LastUsedAt == nil {
-		return nil, err
+	if data.Successor, err = d.Admin.Get(v.r.Context(), v.actor, *data.Key.Successor); err != nil {
+		return data, false, err
 	}
-	return &successor, nil
+	data.Self = data.Successor.ID == v.actor.KeyID()
+	return data, data.Successor.Status == keyadmin.Active && data.Successor.LastUsedAt != nil, nil
 }
 
 func (d *Dashboard) undoForm(v *visit) error {
-	data, err := d.changeForm(v)
+	data, inUse, err := d.undoing(v)
 	if err != nil {
 		return err
 	}
-	successor, err := v.inUse(data.Key)
-	if err != nil {
-		return err
-	}
-	if successor == nil {
+	if !inUse {
 		return v.redirect(Root+"/"+data.Key.ID, "")
 	}
-	return v.showUndo(http.StatusOK, data, *successor)
-}
-
-func (v *visit) showUndo(status int, data changeData, successor keyadmin.Key) error {
-	data.Successor, data.Self = successor, successor.ID == v.actor.KeyID()
-	return v.show(status, "undo", layout{Title: "Undo rotation", Data: data})
+	return v.show(http.StatusOK, "undo", layout{Title: "Undo rotation", Data: data})
 }
 
 // undoRotation wants the name of a successor typed that is in use: it is revoked, as by revoke.
@@ -351,20 +342,17 @@ func (d *Dashboard) undoRotation(v *visit) error {
 	if err != nil {
 		return err
 	}
-	data, err := d.changeForm(v)
+	data, inUse, err := d.undoing(v)
 	if err != nil {
 		return err
 	}
-	successor, err := v.inUse(data.Key)
-	if err != nil {
-		return err
-	}
-	if data.Typed = strings.TrimSpace(form.Get("name")); successor != nil && data.Typed != successor.Name && data.Typed != successor.ID {
+	data.Typed = strings.TrimSpace(form.Get("name"))
+	if inUse && data.Typed != data.Successor.Name && data.Typed != data.Successor.ID {
 		data.Problem = "That is not the successor's name. Nothing was undone."
 		if data.Typed == "" {
 			data.Problem = "The successor is in use. Nothing was undone."
 		}
-		return v.showUndo(http.StatusUnprocessableEntity, data, *successor)
+		return v.show(http.StatusUnprocessableEntity, "undo", layout{Title: "Undo rotation", Data: data})
 	}
 	id := data.Key.ID
 	_, err = d.Admin.UndoRotation(v.r.Context(), v.actor, id)

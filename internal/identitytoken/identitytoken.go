@@ -43,9 +43,9 @@ const (
 
 // Options of an Issuer. The zero value stands for the defaults.
 type Options struct {
-	Issuer   string        // iss; default defaultIssuer
+	Issuer   string        // iss; default "rekall-gateway"
 	Audience []string      // aud; default none
-	Lifetime time.Duration // exp - iat; default defaultLifetime
+	Lifetime time.Duration // exp - iat; default 5 minutes
 }
 
 const shards = 64

@@ -80,7 +80,8 @@ func (c *Cache) Applied() Applied { return *c.applied.Load() }
 func (c *Cache) Status() Status {
 	s := c.state.Load()
 	st := Status{
-		Epoch: s.epoch, SyncedAt: s.syncedAt, InFlight: c.InFlight(), Canary: time.Duration(c.canary.Load()), CanaryAt: time.Unix(0, c.canaryAt.Load()), Watermark: s.watermark,
+		Epoch: s.epoch, SyncedAt: s.syncedAt, Watermark: s.watermark, InFlight: c.InFlight(),
+		Canary: time.Duration(c.canary.Load()), CanaryAt: time.Unix(0, c.canaryAt.Load()),
 		Hits: c.counts.hits.load(), Misses: c.counts.misses.Load(), Proofs: c.counts.proofs.Load(), Refused: c.counts.refused.Load(),
 		Lookups: c.counts.lookups.Load(), LookupErrors: c.counts.lookupErrors.Load(),
 		Keys: int(c.known.MaxCost() - c.known.RemainingCost()), Size: c.cfg.Size, MaxStaleness: c.cfg.MaxStaleness,

@@ -15,8 +15,9 @@ import (
 // exchangeScript settles with the bucket of one key and leases from it: GCRA in microseconds of Redis's own clock, the only one that
 // all edges share. What was spent counts whatever the bucket holds; more is leased only from what it has left.
 //
-// A bucket that owes more than edges could have spent comes from a clock that was set back, or from other limits: it is cut to that. Where the data has
-// another name than this edge knows, Redis was emptied: nothing is leased of a bucket that is whole because it was forgotten.
+// A bucket that owes more than edges could have spent comes from a clock that was set back, or from other limits: it is cut to
+// that. Where the data has another name than this edge knows, Redis was emptied: nothing is leased of a bucket that is whole
+// because it was forgotten.
 var exchangeScript = redis.NewScript(`
 if redis.call('GET', KEYS[2]) ~= ARGV[5] then
 	return redis.error_reply('EMPTIED redis was emptied')

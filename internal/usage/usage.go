@@ -40,7 +40,7 @@ type Config struct {
 	Instance    string             // edge.NewInstance's; a second counter must not have it
 	Flush       time.Duration      // between two flushes
 	Retention   time.Duration      // after which counts are removed from Postgres; the shortest of all edges wins
-	MaxBuffered int                // keys and hours counted in memory, at most, besides those that a flush has taken; 0: defaultMaxBuffered
+	MaxBuffered int                // keys and hours counted in memory, at most, besides those that a flush has taken; 0: 500,000
 	Logger      func() *zap.Logger // asked at each line: a config reload closes the old logger's writers
 }
 
