@@ -47,7 +47,7 @@ func (x *exchange) MarshalLogObject(to zapcore.ObjectEncoder) error {
 	if x.outcome == apikey.RateLimited {
 		kind := addressLimit // before any key is found
 		if x.record != nil {
-			kind, _ = x.allowance.refusal()
+			kind = x.allowance.kind()
 		}
 		to.AddString("limit", limitNames[kind])
 	}

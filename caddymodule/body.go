@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 
 	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/apierror"
 )
 
 // clientBody is the body of a forwarded request.
@@ -42,7 +44,7 @@ func tooLarge(err error) bool {
 // checks one client that sends a malformed chunk would take the backend away from all others. So it looks like a request that
 // was cancelled, which is nobody's failure and is not tried again, and the exchange answers it.
 type clientError struct {
-	answer answer
+	answer *apierror.Error
 	error
 }
 
@@ -50,20 +52,20 @@ func (e *clientError) Unwrap() error        { return e.error }
 func (e *clientError) Is(target error) bool { return target == context.Canceled }
 
 var (
-	bodyInvalid  = newAnswer(http.StatusBadRequest, "BODY_INVALID", "The request body could not be read to its end.", "")
-	bodyTooLarge = newAnswer(http.StatusRequestEntityTooLarge, "BODY_TOO_LARGE", "The request body is larger than this address takes.", "")
+	bodyInvalid  = apierror.New(http.StatusBadRequest, "BODY_INVALID", "The request body could not be read to its end.")
+	bodyTooLarge = apierror.New(http.StatusRequestEntityTooLarge, "BODY_TOO_LARGE", "The request body is larger than this address takes.")
 
-	headersTooLarge = newAnswer(http.StatusRequestHeaderFieldsTooLarge, "HEADERS_TOO_LARGE",
-		"The request's headers are larger than this address takes.", "")
+	headersTooLarge = apierror.New(http.StatusRequestHeaderFieldsTooLarge, "HEADERS_TOO_LARGE",
+		"The request's headers are larger than this address takes.")
 )
 
 // refuseFailed answers a request that failed by its client's doing.
 func (x *exchange) refuseFailed(failed *clientError) {
 	x.wroteHeader = true
-	if failed.answer.status >= http.StatusInternalServerError {
+	if failed.answer.Status >= http.StatusInternalServerError {
 		x.refuseUpstream(failed.answer, failed.error)
 		return
 	}
 	x.gateway.logger.Debug("request not passed on whole", zap.String("request_id", x.requestID), zap.Error(failed))
-	x.answer(x.ResponseWriter, failed.answer, nil)
+	x.answer(x.ResponseWriter, failed.answer)
 }

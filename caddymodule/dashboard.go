@@ -7,11 +7,11 @@ import (
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
+	"github.com/rekall-ai/gateway/internal/apierror"
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/credential"
 	"github.com/rekall-ai/gateway/internal/dashboard"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
-	"github.com/rekall-ai/gateway/internal/keysapi"
 )
 
 // visitor is the person whom Caddy has authenticated in front of the dashboard. A key in a header is for programs, which
@@ -51,7 +51,7 @@ func secure(r *http.Request) bool {
 
 // forPeople makes an answer of the API one of the dashboard. Other errors stay what they are.
 func forPeople(err error) error {
-	var answer *keysapi.Error
+	var answer *apierror.Error
 	if errors.As(err, &answer) {
 		return &dashboard.Refusal{Status: answer.Status, Message: answer.Message}
 	}

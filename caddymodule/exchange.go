@@ -16,6 +16,7 @@ import (
 	"go.opentelemetry.io/otel/trace"
 	"go.uber.org/zap"
 
+	"github.com/rekall-ai/gateway/internal/apierror"
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keycache"
 )
@@ -78,24 +79,22 @@ func (x *exchange) refuse(w http.ResponseWriter, r *http.Request) error {
 		return x.refuseLimited(w)
 	}
 	if verdict := countRefusal(x.gateway.addresses, r, x.outcome); !verdict.Allowed {
-		return x.refuseBeyond(w, addressLimit, addressLimited, verdict.RetryAfter, nil)
+		return x.refuseBeyond(w, addressLimit, addressLimited.Later(verdict.RetryAfter))
 	}
 	x.count()
-	a := answers[x.outcome]
-	var details map[string]any
+	e := apierror.Of(x.outcome)
 	if x.outcome == apikey.Insufficient {
-		details = map[string]any{"required_scope": x.required.String()}
-		a.authenticate += `, scope="` + x.required.String() + `"`
+		e = apierror.InsufficientScope(x.required)
 	}
-	x.answer(w, a, details)
+	x.answer(w, e)
 	return nil
 }
 
 // answer answers in place of a backend.
-func (x *exchange) answer(w http.ResponseWriter, a answer, details map[string]any) {
-	x.reason = a.code
+func (x *exchange) answer(w http.ResponseWriter, e *apierror.Error) {
+	x.reason = e.Code
 	x.tellLimits(w.Header())
-	a.write(w, x.requestID, details)
+	e.Write(w, x.requestID)
 }
 
 func (x *exchange) unavailable(w http.ResponseWriter, r *http.Request, err error) error {
@@ -183,7 +182,7 @@ func (x *exchange) end(r *http.Request, request trace.Span) {
 		x.mu.Lock()
 		x.done = true
 		x.mu.Unlock()
-		x.outcome, x.reason = cut.Outcome, answers[cut.Outcome].code
+		x.outcome, x.reason = cut.Outcome, apierror.Of(cut.Outcome).Code
 	}
 	x.traceDecision(request)
 }
@@ -252,13 +251,12 @@ func (x *exchange) refuseCut(cut *keycache.Cut, sent bool) {
 	if x.closing {
 		x.Header()["Connection"] = []string{"close"}
 	}
-	a := answers[cut.Outcome]
-	var details map[string]any
+	e := apierror.Of(cut.Outcome)
 	if sent {
-		a.message += " The request may have been carried out."
-		details = map[string]any{"may_have_been_carried_out": true}
+		e = e.With(map[string]any{"may_have_been_carried_out": true})
+		e.Message += " The request may have been carried out."
 	}
-	x.answer(x.ResponseWriter, a, details)
+	x.answer(x.ResponseWriter, e)
 }
 
 // finish turns what the environment's handlers returned into the gateway's own answer, where there is none yet.
@@ -284,26 +282,26 @@ func (x *exchange) finish(err error) error {
 	if !errors.As(err, &failed) {
 		return err
 	}
-	a := upstreamUnavailable
+	e := upstreamUnavailable
 	switch failed.StatusCode {
 	case http.StatusRequestEntityTooLarge: // of request_body, by the length that the request tells
 		x.refuseFailed(&clientError{bodyTooLarge, err})
 		return nil
 	case http.StatusGatewayTimeout:
-		a = upstreamTimeout
+		e = upstreamTimeout
 	case http.StatusBadGateway, http.StatusServiceUnavailable:
 	default:
 		return err
 	}
-	x.refuseUpstream(a, failed.Err)
+	x.refuseUpstream(e, failed.Err)
 	return nil
 }
 
 // refuseUpstream answers a request that its backend did not. It counts also where the client may have brought it about: a backend that
 // breaks every upload looks no different.
-func (x *exchange) refuseUpstream(a answer, err error) {
+func (x *exchange) refuseUpstream(e *apierror.Error, err error) {
 	reason := upstreamUnavailableReason
-	if a.status == http.StatusGatewayTimeout {
+	if e.Status == http.StatusGatewayTimeout {
 		reason = upstreamTimeoutReason
 	}
 	x.gateway.metrics.upstreamErrors.WithLabelValues(x.environment.String(), reason).Inc()
@@ -313,7 +311,7 @@ func (x *exchange) refuseUpstream(a answer, err error) {
 	}
 	x.gateway.logger.Log(level, "upstream unavailable", zap.String("request_id", x.requestID),
 		zap.Stringer("environment", x.environment), zap.Error(err))
-	x.answer(x.ResponseWriter, a, nil)
+	x.answer(x.ResponseWriter, e)
 }
 
 const upstreamMessage = "The API could not be reached. Try again shortly."
@@ -325,8 +323,8 @@ const (
 )
 
 var (
-	upstreamUnavailable = newAnswer(http.StatusBadGateway, "UPSTREAM_UNAVAILABLE", upstreamMessage, "")
-	upstreamTimeout     = newAnswer(http.StatusGatewayTimeout, "UPSTREAM_UNAVAILABLE", upstreamMessage, "")
+	upstreamUnavailable = apierror.New(http.StatusBadGateway, "UPSTREAM_UNAVAILABLE", upstreamMessage)
+	upstreamTimeout     = apierror.New(http.StatusGatewayTimeout, "UPSTREAM_UNAVAILABLE", upstreamMessage)
 )
 
 // Hijack gives a WebSocket's connection to the proxy, wrapped so that a cut ends it with a close frame.

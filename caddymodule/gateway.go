@@ -212,7 +212,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	}
 	var verdict ratelimit.Verdict
 	if verdict, x.pending = mayLookUp(g.addresses, r, g.cache, cred.Digest); !verdict.Allowed {
-		return x.refuseBeyond(w, addressLimit, addressLimited, verdict.RetryAfter, nil)
+		return x.refuseBeyond(w, addressLimit, addressLimited.Later(verdict.RetryAfter))
 	}
 	for range maxFinds {
 		found, err := find(r.Context(), span, g.cache, cred.Digest)

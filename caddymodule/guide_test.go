@@ -5,6 +5,7 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"go/types"
 	"maps"
 	"net/http"
 	"os"
@@ -18,7 +19,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// codesInCode are the errors that are answered, as "403 TLS_REQUIRED": all, and of these the gateway's own, which newAnswer makes.
+// codesInCode are the errors that are answered, as "403 TLS_REQUIRED": all, and of these the gateway's own, which apierror.New or its
+// like in apierror makes.
 func codesInCode(t *testing.T) (all, own map[string]bool) {
 	t.Helper()
 	statuses := map[string]int{} // by the name of its constant in net/http
@@ -38,7 +40,7 @@ func codesInCode(t *testing.T) (all, own map[string]bool) {
 		}
 		found[fmt.Sprintf("%d %s", statuses[name.Sel.Name], unquoted)] = true
 	}
-	for _, folder := range []string{".", "../internal/keysapi"} {
+	for _, folder := range []string{".", "../internal/apierror", "../internal/keysapi"} {
 		files, err := filepath.Glob(folder + "/*.go")
 		if err != nil || len(files) == 0 {
 			t.Fatal("no source in", folder, err)
@@ -54,7 +56,8 @@ func codesInCode(t *testing.T) (all, own map[string]bool) {
 			ast.Inspect(file, func(n ast.Node) bool {
 				switch n := n.(type) {
 				case *ast.CallExpr:
-					if f, ok := n.Fun.(*ast.Ident); ok && f.Name == "newAnswer" {
+					name := types.ExprString(n.Fun)
+					if name == "apierror.New" || file.Name.Name == "apierror" && (name == "New" || name == "challenge") {
 						add(all, n.Args[0], n.Args[1])
 						add(own, n.Args[0], n.Args[1])
 					}

@@ -10,6 +10,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
 
+	"github.com/rekall-ai/gateway/internal/apierror"
 	"github.com/rekall-ai/gateway/internal/identitytoken"
 	"github.com/rekall-ai/gateway/internal/keycache"
 )
@@ -76,7 +77,7 @@ func (j *JWKS) Provision(ctx caddy.Context) error {
 }
 
 var (
-	jwksUnavailable = newAnswer(http.StatusServiceUnavailable, "JWKS_UNAVAILABLE", "The signing keys cannot be read right now. Try again shortly.", "")
+	jwksUnavailable = apierror.New(http.StatusServiceUnavailable, "JWKS_UNAVAILABLE", "The signing keys cannot be read right now. Try again shortly.")
 	jwksMaxAge      = "public, max-age=" + strconv.Itoa(int(identitytoken.JWKSMaxAge.Seconds()))
 )
 
@@ -87,7 +88,7 @@ func (j *JWKS) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Han
 	document, err := j.signer.JWKS(r.Context())
 	if err != nil {
 		j.logger.Debug("key set cannot be served", zap.Error(err))
-		jwksUnavailable.refuse(w, r)
+		refuse(w, r, jwksUnavailable)
 		return nil
 	}
 	h := w.Header()

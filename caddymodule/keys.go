@@ -14,6 +14,7 @@ import (
 	"go.opentelemetry.io/otel/trace"
 	"go.uber.org/zap"
 
+	"github.com/rekall-ai/gateway/internal/apierror"
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/credential"
 	"github.com/rekall-ai/gateway/internal/dashboard"
@@ -218,7 +219,7 @@ func isBelow(path, root string) bool {
 }
 
 // actor finds out who asks: the holder of an API key, or a person whom Caddy has authenticated in front. Its error is a
-// *keysapi.Error, or one of keyadmin's. It takes the credential out of the request, so it can be asked once only.
+// *apierror.Error, or one of keyadmin's. It takes the credential out of the request, so it can be asked once only.
 func (k *Keys) actor(r *http.Request) (keyadmin.Actor, error) {
 	cred := credential.Take(r)
 	outcome := parse(r.Method, r.URL.EscapedPath(), r.URL.RawQuery, &cred)
@@ -244,18 +245,7 @@ func (k *Keys) refusal(r *http.Request, outcome apikey.Outcome, cred *credential
 		return k.refuseAddress(verdict, cred)
 	}
 	k.metrics.decisions[outcome][cred.Environment].Inc()
-	return answers[outcome].asError()
-}
-
-func (a answer) asError() *keysapi.Error {
-	e := &keysapi.Error{Status: a.status, Code: a.code, Message: a.message, Header: map[string]string{}}
-	if a.authenticate != "" {
-		e.Header["Www-Authenticate"] = a.authenticate
-	}
-	if a.status == http.StatusServiceUnavailable {
-		e.Header["Retry-After"] = "1"
-	}
-	return e
+	return apierror.Of(outcome)
 }
 
 // holder is who holds a key that is good.
@@ -317,10 +307,10 @@ func replacer(r *http.Request) *caddy.Replacer {
 }
 
 var (
-	errCrossOrigin = &keysapi.Error{
+	errCrossOrigin = &apierror.Error{
 		Status: http.StatusForbidden, Code: "CROSS_ORIGIN_REQUEST", Message: "A page of another site sent this request. Send it from the site that serves the API.",
 	}
-	errNoAccount = &keysapi.Error{Status: http.StatusForbidden, Code: "PERMISSION_DENIED", Message: "Nobody knows an account whose keys you may manage."}
+	errNoAccount = &apierror.Error{Status: http.StatusForbidden, Code: "PERMISSION_DENIED", Message: "Nobody knows an account whose keys you may manage."}
 )
 
 // personally is a person who asks with intent: their browser authenticates them also to requests of other sites.
@@ -341,7 +331,7 @@ func (k *Keys) personally(r *http.Request, name string) (keyadmin.Actor, error) 
 }
 
 // logRefusal has the access log say why the API refused.
-func logRefusal(r *http.Request, requestID string, e *keysapi.Error) {
+func logRefusal(r *http.Request, requestID string, e *apierror.Error) {
 	logLater(r.Context(), refused{requestID, e.Code})
 }
 

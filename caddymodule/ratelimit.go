@@ -6,6 +6,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/rekall-ai/gateway/internal/apierror"
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/credential"
 	"github.com/rekall-ai/gateway/internal/keycache"
@@ -45,15 +46,24 @@ func (a *allowance) acquire(ctx context.Context, limiter *ratelimit.Limiter, fou
 	return verdict.Allowed
 }
 
-// refusal is what is answered beyond the limits.
-func (a *allowance) refusal() (limitKind, answer) {
+// kind is which of the limits a request is beyond.
+func (a *allowance) kind() limitKind {
 	if a.verdict.Concurrent {
-		return concurrencyLimit, tooManyAtOnce
+		return concurrencyLimit
 	}
-	return rateLimit, answers[apikey.RateLimited]
+	return rateLimit
 }
 
-// details are those of an answer beyond the limits. now is by Postgres's clock.
+// refusal is what is answered beyond the limits. now is by Postgres's clock.
+func (a *allowance) refusal(now time.Time) *apierror.Error {
+	e := apierror.Of(apikey.RateLimited)
+	if a.verdict.Concurrent {
+		e = tooManyAtOnce
+	}
+	return e.With(a.details(now)).Later(a.verdict.RetryAfter)
+}
+
+// details are those of an answer beyond the limits.
 func (a *allowance) details(now time.Time) map[string]any {
 	if a.verdict.Concurrent {
 		return map[string]any{
@@ -126,28 +136,25 @@ var limitNames = [...]string{rateLimit: "rate", concurrencyLimit: "concurrency",
 
 // refuseLimited answers a request beyond the limits of its key.
 func (x *exchange) refuseLimited(w http.ResponseWriter) error {
-	kind, answer := x.allowance.refusal()
-	return x.refuseBeyond(w, kind, answer, x.allowance.verdict.RetryAfter, x.allowance.details(x.now.Time()))
+	return x.refuseBeyond(w, x.allowance.kind(), x.allowance.refusal(x.now.Time()))
 }
 
 // tooManyAtOnce is RateLimited where it is not the rate.
-var tooManyAtOnce = newAnswer(http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDED",
-	"This API key has too many requests in flight at the same time. Try again when one of them has ended.", "")
+var tooManyAtOnce = apierror.New(http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDED",
+	"This API key has too many requests in flight at the same time. Try again when one of them has ended.")
 
 // refuseBeyond refuses a request that is beyond a limit.
-func (x *exchange) refuseBeyond(w http.ResponseWriter, kind limitKind, a answer, retryAfter time.Duration, details map[string]any) error {
+func (x *exchange) refuseBeyond(w http.ResponseWriter, kind limitKind, e *apierror.Error) error {
 	x.outcome = apikey.RateLimited
 	x.count()
 	x.gateway.metrics.limited[kind].Inc()
-	w.Header()["Retry-After"] = []string{inSeconds(retryAfter)}
-	x.answer(w, a, details)
+	x.answer(w, e)
 	return nil
 }
 
-// inSeconds is what Retry-After says, rounded up: who obeys it is not refused again.
-func inSeconds(retryAfter time.Duration) string {
-	return strconv.FormatInt(int64((retryAfter+time.Second-1)/time.Second), 10)
-}
+// addressLimited is RateLimited where no key is to blame.
+var addressLimited = apierror.New(http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDED",
+	"Too many requests without a valid API key came from your address. Check the key, and try again after the time in Retry-After.")
 
 // managing is what a request to the API of keys holds while it runs. It is in the request's context: who asks is found out below.
 type managing struct {
@@ -173,20 +180,17 @@ func (k *Keys) hold(r *http.Request, found *keycache.Found) error {
 	if allowed {
 		return nil
 	}
-	kind, answer := m.refusal()
-	return k.refuseBeyond(kind, answer, m.verdict.RetryAfter, m.details(found.Now))
+	return k.refuseBeyond(m.kind(), m.refusal(found.Now))
 }
 
 // refuseAddress is what is answered to an address that is over its limit.
 func (k *Keys) refuseAddress(verdict ratelimit.Verdict, cred *credential.Credential) error {
 	k.metrics.decisions[apikey.RateLimited][cred.Environment].Inc()
-	return k.refuseBeyond(addressLimit, addressLimited, verdict.RetryAfter, nil)
+	return k.refuseBeyond(addressLimit, addressLimited.Later(verdict.RetryAfter))
 }
 
 // refuseBeyond is what is answered beyond a limit.
-func (k *Keys) refuseBeyond(kind limitKind, a answer, retryAfter time.Duration, details map[string]any) error {
+func (k *Keys) refuseBeyond(kind limitKind, e *apierror.Error) error {
 	k.metrics.limited[kind].Inc()
-	refusal := a.asError()
-	refusal.Header["Retry-After"], refusal.Details = inSeconds(retryAfter), details
-	return refusal
+	return e
 }

@@ -5,6 +5,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/rekall-ai/gateway/internal/apierror"
 )
 
 func init() {
@@ -23,8 +25,8 @@ func (TLSOnly) CaddyModule() caddy.ModuleInfo {
 // Provision guards the server's door.
 func (*TLSOnly) Provision(ctx caddy.Context) error { return guardDoor(ctx) }
 
-var tlsRequired = newAnswer(http.StatusForbidden, "TLS_REQUIRED",
-	"This API is served over HTTPS only. Replace any API key that was sent over plain HTTP.", "")
+var tlsRequired = apierror.New(http.StatusForbidden, "TLS_REQUIRED",
+	"This API is served over HTTPS only. Replace any API key that was sent over plain HTTP.")
 
 func (*TLSOnly) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 	if r.TLS != nil {
@@ -32,7 +34,7 @@ func (*TLSOnly) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp
 	}
 	// The client's connection is not worth keeping: whatever it sends next is in the clear as well.
 	w.Header().Set("Connection", "close")
-	tlsRequired.refuse(w, r)
+	refuse(w, r, tlsRequired)
 	return nil
 }
 

@@ -20,6 +20,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 	"go.uber.org/zap"
 
+	"github.com/rekall-ai/gateway/internal/apierror"
 	"github.com/rekall-ai/gateway/internal/apikey"
 )
 
@@ -162,7 +163,7 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	case isHealthCheck(r):
 		return t.HTTPTransport.RoundTrip(r)
 	case decided:
-		return t.refuse(r, answers[apikey.Mismatch], r.Header.Get("X-Request-Id")), nil // which the gateway set
+		return t.refuse(r, apierror.Of(apikey.Mismatch), r.Header.Get("X-Request-Id")), nil // which the gateway set
 	}
 	return t.refuse(r, gatewayRequired, newRequestID()), nil
 }
@@ -255,25 +256,25 @@ func beyondHTTP2(r *http.Request) bool {
 	return fields > maxFields || total > maxHeaderBytes || longest > maxFieldBytes
 }
 
-var gatewayRequired = newAnswer(http.StatusForbidden, "GATEWAY_REQUIRED", "This resource is not served here.", "")
+var gatewayRequired = apierror.New(http.StatusForbidden, "GATEWAY_REQUIRED", "This resource is not served here.")
 
 // isHealthCheck recognises the proxy's active health checks: every request of a client has variables.
 func isHealthCheck(r *http.Request) bool { return r.Context().Value(caddyhttp.VarsCtxKey) == nil }
 
 // refuse answers in the backend's place. It is no error: the proxy would count that against the backend, and with passive
 // health checks anybody could take it away from those who may use it.
-func (t *Transport) refuse(r *http.Request, a answer, requestID string) *http.Response {
+func (t *Transport) refuse(r *http.Request, e *apierror.Error, requestID string) *http.Response {
 	if r.Body != nil {
 		_ = r.Body.Close() // a RoundTripper's duty
 	}
-	logLater(r.Context(), refused{requestID, a.code})
+	logLater(r.Context(), refused{requestID, e.Code})
 	t.logger.Error("refused a request that no rekall_gateway allowed for this environment; move its reverse_proxy into one",
 		zap.String("request_id", requestID), zap.Stringer("environment", t.environment))
 	answer := refusal{header: http.Header{}}
-	a.write(&answer, requestID, nil)
+	e.Write(&answer, requestID)
 	return &http.Response{
-		Status:     strconv.Itoa(a.status) + " " + http.StatusText(a.status),
-		StatusCode: a.status,
+		Status:     strconv.Itoa(e.Status) + " " + http.StatusText(e.Status),
+		StatusCode: e.Status,
 		Proto:      "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 		Header:        answer.header,
 		Body:          io.NopCloser(&answer.body),

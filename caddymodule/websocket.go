@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/rekall-ai/gateway/internal/apierror"
 	"github.com/rekall-ai/gateway/internal/apikey"
 )
 
@@ -61,7 +62,7 @@ func (c *webSocketConn) CloseWrite() error {
 }
 
 func closeFrame(outcome apikey.Outcome) []byte {
-	code, reason := uint16(webSocketPolicyViolation), answers[outcome].code
+	code, reason := uint16(webSocketPolicyViolation), apierror.Of(outcome).Code
 	if outcome == apikey.Unavailable {
 		code = webSocketTryAgainLater
 	}

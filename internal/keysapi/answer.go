@@ -9,6 +9,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/rekall-ai/gateway/internal/apierror"
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
@@ -33,19 +34,6 @@ type resourceBody struct {
 type collectionBody struct {
 	Data       any        `json:"data"`
 	Pagination pagination `json:"pagination"`
-}
-
-// errorBody is the envelope of every error.
-type errorBody struct {
-	Error errorData `json:"error"`
-}
-
-type errorData struct {
-	Code      string         `json:"code"`
-	Message   string         `json:"message"`
-	Status    int            `json:"status"`
-	Details   map[string]any `json:"details"`
-	RequestID string         `json:"request_id"`
 }
 
 type pagination struct {
@@ -74,7 +62,13 @@ func (a answer) write(w http.ResponseWriter) {
 	if a.replayed {
 		w.Header().Set("Idempotent-Replayed", "true")
 	}
-	send(w, a.status, body)
+	h := w.Header()
+	h.Set("Content-Type", "application/json")
+	h.Set("Content-Length", strconv.Itoa(len(body)))
+	h.Set("Cache-Control", "no-store")
+	h.Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(a.status)
+	_, _ = w.Write(body) // the client may be gone
 }
 
 func encode(body any) []byte {
@@ -85,82 +79,35 @@ func encode(body any) []byte {
 	return append(text, '\n')
 }
 
-func send(w http.ResponseWriter, status int, body []byte) {
-	h := w.Header()
-	h.Set("Content-Type", "application/json")
-	h.Set("Content-Length", strconv.Itoa(len(body)))
-	h.Set("Cache-Control", "no-store")
-	h.Set("X-Content-Type-Options", "nosniff")
-	w.WriteHeader(status)
-	_, _ = w.Write(body) // the client may be gone
-}
-
-// Error is a refusal as the API says it.
-type Error struct {
-	Status  int
-	Code    string            // in upper snake case
-	Message string            // a sentence for people; nothing of the request but names of fields
-	Details map[string]any    // texts and numbers; may be nil
-	Header  map[string]string // to be set, such as WWW-Authenticate; may be nil
-}
-
-func (e *Error) Error() string { return e.Code + ": " + e.Message }
-
-func (e *Error) write(w http.ResponseWriter) {
-	for name, value := range e.Header {
-		w.Header().Set(name, value)
-	}
-	details := e.Details
-	if details == nil {
-		details = map[string]any{}
-	}
-	send(w, e.Status, encode(errorBody{errorData{e.Code, e.Message, e.Status, details, w.Header().Get(requestID)}}))
-}
-
 var (
-	errPath = &Error{
-		Status: http.StatusBadRequest, Code: "PATH_INVALID",
-		Message: "The request path is not in canonical form. Send it without '.', '..', empty segments, needless percent-encoding or an API key, and the query without spaces.",
-	}
-	// What the gateway says of such keys, too.
-	errRevoked = &Error{
-		Status: http.StatusUnauthorized, Code: "API_KEY_REVOKED", Message: "This API key has been revoked. Create a new one.",
-		Header: map[string]string{"Www-Authenticate": `Bearer realm="rekall", error="invalid_token", error_description="the API key has been revoked"`},
-	}
-	errExpired = &Error{
-		Status: http.StatusUnauthorized, Code: "API_KEY_EXPIRED", Message: "This API key has expired. Create a new one.",
-		Header: map[string]string{"Www-Authenticate": `Bearer realm="rekall", error="invalid_token", error_description="the API key has expired"`},
-	}
+	errNoPath   = &apierror.Error{Status: http.StatusNotFound, Code: "NOT_FOUND", Message: "There is nothing at this path."}
+	errNotFound = &apierror.Error{Status: http.StatusNotFound, Code: "NOT_FOUND", Message: "There is no such API key."}
+	errMethod   = &apierror.Error{Status: http.StatusMethodNotAllowed, Code: "METHOD_NOT_ALLOWED", Message: "This request method is not supported at this path."}
 
-	errNoPath   = &Error{Status: http.StatusNotFound, Code: "NOT_FOUND", Message: "There is nothing at this path."}
-	errNotFound = &Error{Status: http.StatusNotFound, Code: "NOT_FOUND", Message: "There is no such API key."}
-	errMethod   = &Error{Status: http.StatusMethodNotAllowed, Code: "METHOD_NOT_ALLOWED", Message: "This request method is not supported at this path."}
-
-	errMismatch = &Error{
+	errMismatch = &apierror.Error{
 		Status: http.StatusConflict, Code: "IDEMPOTENCY_MISMATCH",
 		Message: "This Idempotency-Key came with another request before. Use a new one for each key.",
 	}
-	errEnded = &Error{
+	errEnded = &apierror.Error{
 		Status: http.StatusConflict, Code: "KEY_ENDED", Message: "This API key is revoked or expired, which is for good. Create a new one.",
 	}
-	errAlreadyRotated = &Error{
+	errAlreadyRotated = &apierror.Error{
 		Status: http.StatusConflict, Code: "KEY_ALREADY_ROTATED",
 		Message: "This API key has a successor already. Undo its rotation or revoke the successor first.",
 	}
-	errAwaited = &Error{
+	errAwaited = &apierror.Error{
 		Status: http.StatusConflict, Code: "KEY_AWAITED",
 		Message: "This API key was not used yet, and the one that it replaces lives on until then. Use it first, or undo that rotation.",
 	}
-	errNotRotated  = &Error{Status: http.StatusConflict, Code: "KEY_NOT_ROTATED", Message: "This API key is not being rotated: there is nothing to undo."}
-	errUnavailable = &Error{
+	errNotRotated  = &apierror.Error{Status: http.StatusConflict, Code: "KEY_NOT_ROTATED", Message: "This API key is not being rotated: there is nothing to undo."}
+	errUnavailable = &apierror.Error{
 		Status: http.StatusServiceUnavailable, Code: "SERVICE_UNAVAILABLE", Message: "API keys cannot be managed right now. Try again shortly.",
-		Header: map[string]string{"Retry-After": "1"},
 	}
 )
 
 // invalid refuses what cannot be read, and names the field it is about, if it is about one.
-func invalid(field, message string) *Error {
-	e := &Error{Status: http.StatusBadRequest, Code: "INVALID_REQUEST", Message: message}
+func invalid(field, message string) *apierror.Error {
+	e := &apierror.Error{Status: http.StatusBadRequest, Code: "INVALID_REQUEST", Message: message}
 	if field != "" {
 		e.Details = map[string]any{"field": field}
 	}
@@ -177,13 +124,13 @@ func (a *API) refuse(w http.ResponseWriter, r *http.Request, err error) {
 		a.Logger.Error("API keys cannot be managed", zap.String("request_id", w.Header().Get(requestID)),
 			zap.String("method", r.Method), zap.String("error", apikey.Redact(err.Error())))
 	}
-	refusal.write(w)
+	refusal.Write(w, w.Header().Get(requestID))
 }
 
 // explain finds the refusal that says an error.
-func explain(err error) *Error {
+func explain(err error) *apierror.Error {
 	var (
-		refusal   *Error
+		refusal   *apierror.Error
 		malformed *keyadmin.InvalidError
 		forbidden *keyadmin.ForbiddenError
 	)
@@ -191,14 +138,14 @@ func explain(err error) *Error {
 	case errors.As(err, &refusal):
 		return refusal
 	case errors.As(err, &malformed):
-		return &Error{
+		return &apierror.Error{
 			Status: http.StatusUnprocessableEntity, Code: "VALIDATION_FAILED", Message: malformed.Field + " " + malformed.Reason + ".",
 			Details: map[string]any{"field": malformed.Field},
 		}
 	case errors.Is(err, keyadmin.ErrActorRevoked): // before the next, which it is too
-		return errRevoked
+		return apierror.Of(apikey.Revoked)
 	case errors.Is(err, keyadmin.ErrActorExpired):
-		return errExpired
+		return apierror.Of(apikey.Expired)
 	case errors.As(err, &forbidden):
 		return forbiddenError(forbidden)
 	case errors.Is(err, keyadmin.ErrNotFound):
@@ -217,8 +164,8 @@ func explain(err error) *Error {
 	return errUnavailable
 }
 
-func forbiddenError(forbidden *keyadmin.ForbiddenError) *Error {
-	e := &Error{Status: http.StatusForbidden, Code: "PERMISSION_DENIED", Message: "This API key may not manage keys. Use one made with manage_keys."}
+func forbiddenError(forbidden *keyadmin.ForbiddenError) *apierror.Error {
+	e := &apierror.Error{Status: http.StatusForbidden, Code: "PERMISSION_DENIED", Message: "This API key may not manage keys. Use one made with manage_keys."}
 	if forbidden.Field != "" {
 		e.Message = forbidden.Field + " " + forbidden.Reason + "."
 		e.Details = map[string]any{"field": forbidden.Field}

@@ -4,11 +4,12 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/rekall-ai/gateway/internal/apierror"
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
-	"github.com/rekall-ai/gateway/internal/keysapi"
 )
 
 // Every bad input is refused with the field named, and leaves nothing behind.
@@ -297,8 +298,8 @@ func TestRightsAreReadAgainBeforeAnythingIsWritten(t *testing.T) {
 // A client tells from numbers how long to wait.
 func TestDetailsOfARefusalMayBeNumbers(t *testing.T) {
 	r := newRig(t)
-	r.actorErr = &keysapi.Error{
-		Status: http.StatusTooManyRequests, Code: "RATE_LIMIT_EXCEEDED", Message: "Too many.", Header: map[string]string{"Retry-After": "1"},
+	r.actorErr = &apierror.Error{
+		Status: http.StatusTooManyRequests, Code: "RATE_LIMIT_EXCEEDED", Message: "Too many.", RetryAfter: time.Second,
 		Details: map[string]any{"limit": 100, "remaining": 0, "reset_at": int64(1900000000)},
 	}
 	if answer := r.call("GET", path, nil, ""); !strings.Contains(answer.body, `"details":{"limit":100,"remaining":0,"reset_at":1900000000}`) {

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"unicode/utf8"
 
+	"github.com/rekall-ai/gateway/internal/apierror"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
@@ -19,12 +20,12 @@ import (
 const maxBody = 64 << 10
 
 var (
-	errMediaType = &Error{
+	errMediaType = &apierror.Error{
 		Status: http.StatusUnsupportedMediaType, Code: "UNSUPPORTED_MEDIA_TYPE",
 		Message: "The body must be JSON in UTF-8 and not compressed: send it with 'Content-Type: application/json'.",
 	}
-	errTooLarge   = &Error{Status: http.StatusRequestEntityTooLarge, Code: "BODY_TOO_LARGE", Message: "The body is too large."}
-	errIncomplete = &Error{Status: http.StatusBadRequest, Code: "BODY_INVALID", Message: "The body could not be read to its end."}
+	errTooLarge   = &apierror.Error{Status: http.StatusRequestEntityTooLarge, Code: "BODY_TOO_LARGE", Message: "The body is too large."}
+	errIncomplete = &apierror.Error{Status: http.StatusBadRequest, Code: "BODY_INVALID", Message: "The body could not be read to its end."}
 	errNotUTF8    = invalid("", "The body is not UTF-8.")
 	errSyntax     = invalid("", "The body must be one JSON object, and nothing after it.")
 	errQuery      = invalid("", "The query could not be read: percent-encode special characters.")

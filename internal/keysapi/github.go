@@ -18,6 +18,8 @@ import (
 	"os"
 	"sync"
 	"time"
+
+	"github.com/rekall-ai/gateway/internal/apierror"
 )
 
 // GitHubKeys is where GitHub publishes the keys that its secret scanning signs with.
@@ -38,7 +40,7 @@ const (
 )
 
 var (
-	errSignature = &Error{
+	errSignature = &apierror.Error{
 		Status: http.StatusForbidden, Code: "SIGNATURE_INVALID",
 		Message: "The signature of the report is missing or wrong: only GitHub's secret scanning may send here.",
 	}

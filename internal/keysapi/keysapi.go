@@ -14,6 +14,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/rekall-ai/gateway/internal/apierror"
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/ratelimit"
@@ -34,7 +35,7 @@ const readWithin = answerWithin + time.Second
 type Config struct {
 	Admin *keyadmin.Admin
 
-	// Actor returns who asks. Its error is an *Error, or one of keyadmin's.
+	// Actor returns who asks. Its error is an *apierror.Error, or one of keyadmin's.
 	Actor func(*http.Request) (keyadmin.Actor, error)
 
 	// Client returns the address that a request comes from; the zero value if it is unknown. Reports of leaks, which
@@ -45,7 +46,7 @@ type Config struct {
 	GitHub *GitHub
 
 	// Refused is told of each refusal before it is answered; nil: nobody is.
-	Refused func(r *http.Request, requestID string, e *Error)
+	Refused func(r *http.Request, requestID string, e *apierror.Error)
 
 	Logger *zap.Logger
 }
@@ -113,7 +114,7 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set(requestID, "req_"+apikey.RandomText(20))
 	// The mux would redirect what is not canonical; a redirect invites to send the key again.
 	if !scoperule.Canonical(r.URL.EscapedPath()) {
-		a.refuse(w, r, errPath)
+		a.refuse(w, r, apierror.Of(apikey.PathInvalid))
 		return
 	}
 	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(readWithin)) // where that cannot be set, the server's holds

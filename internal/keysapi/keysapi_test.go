@@ -20,6 +20,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
+	"github.com/rekall-ai/gateway/internal/apierror"
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
@@ -73,7 +74,7 @@ func newRigOn(t *testing.T, database string, gitHub *keysapi.GitHub) *rig {
 	return r
 }
 
-var errNobody = &keysapi.Error{Status: http.StatusUnauthorized, Code: "API_KEY_INVALID", Message: "Nobody asks."}
+var errNobody = &apierror.Error{Status: http.StatusUnauthorized, Code: "API_KEY_INVALID", Message: "Nobody asks."}
 
 func (r *rig) actor(req *http.Request) (keyadmin.Actor, error) {
 	if r.actorIs != nil || r.actorErr != nil {

@@ -3,15 +3,13 @@ package keysapi
 import (
 	"context"
 	"encoding/json"
-	"math"
 	"net/http"
 	"net/netip"
 	"slices"
-	"strconv"
-	"time"
 
 	"go.uber.org/zap"
 
+	"github.com/rekall-ai/gateway/internal/apierror"
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/ratelimit"
 )
@@ -76,22 +74,18 @@ func (a *API) report(ctx context.Context, reporter string, keys []string) (answe
 // admit refuses an address that reports too often.
 func (a *API) admit(ctx context.Context, client netip.Addr) error {
 	if verdict := a.finders.Take(client); !verdict.Allowed {
-		return tooOften(verdict.RetryAfter)
+		return errTooOften.Later(verdict.RetryAfter)
 	}
 	bucket, verdict := a.limiter.Acquire(ctx, apikey.Digest{}, leaksOfAll) // the one bucket that there is
 	if !verdict.Allowed {
-		return tooOften(verdict.RetryAfter)
+		return errTooOften.Later(verdict.RetryAfter)
 	}
 	bucket.Release()
 	return nil
 }
 
-func tooOften(retryAfter time.Duration) *Error {
-	seconds := strconv.Itoa(int(math.Ceil(retryAfter.Seconds())))
-	return &Error{
-		Status: http.StatusTooManyRequests, Code: "RATE_LIMIT_EXCEEDED", Message: "Too many reports. Send many keys in one report, or try again later.",
-		Header: map[string]string{"Retry-After": seconds},
-	}
+var errTooOften = &apierror.Error{
+	Status: http.StatusTooManyRequests, Code: "RATE_LIMIT_EXCEEDED", Message: "Too many reports. Send many keys in one report, or try again later.",
 }
 
 var errGitHubBody = invalid("", "The body must be a list of objects that each have a token.")
