@@ -48,7 +48,7 @@ func TestWhatIsToldOfOneRequestIsNotToldToTheNext(t *testing.T) {
 	if w.Body.String() != body || w.Header().Get("Retry-After") != "2" {
 		t.Errorf("Retry-After %q, body %s", w.Header().Get("Retry-After"), w.Body)
 	}
-	apierror.InsufficientScope(0)
+	_ = apierror.InsufficientScope(apikey.AllScopes)
 	if after := written(apierror.Of(apikey.RateLimited)); !cmp.Equal(before.Header(), after.Header()) || before.Body.String() != after.Body.String() {
 		t.Errorf("then %v %s", after.Header(), after.Body)
 	}
