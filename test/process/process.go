@@ -76,7 +76,7 @@ func Run(o Options, program string, args ...string) (*Process, error) {
 		p.Log = new(Log)
 	}
 	// A race that ends the process is seen though nobody reads the log.
-	p.cmd.Env = append(append(os.Environ(), "GORACE=halt_on_error=1"), o.Env...)
+	p.cmd.Env = append(append(os.Environ(), "GORACE=halt_on_error=1 "+os.Getenv("GORACE")), o.Env...)
 	p.cmd.ExtraFiles = o.Files
 	p.cmd.Stdout, p.cmd.Stderr = p.Log, p.Log
 	if err := p.cmd.Start(); err != nil {
