@@ -18,11 +18,9 @@ import (
 	"github.com/rekall-ai/gateway/internal/garbage"
 	"github.com/rekall-ai/gateway/internal/identitytoken"
 	"github.com/rekall-ai/gateway/internal/keycache"
+	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/internal/ratelimit"
 )
-
-// databaseVariable names the database where the configuration and the command line do not.
-const databaseVariable = "REKALL_DATABASE_URL"
 
 // promise is that to users: a revocation holds within 60 seconds at every edge (REKALL.md, "Keys").
 const promise = 60 * time.Second
@@ -178,7 +176,7 @@ func (a *App) settings() (settings, error) {
 	}
 	database := a.Database
 	if database == "" {
-		database = os.Getenv(databaseVariable)
+		database = os.Getenv(keystore.DatabaseVariable)
 	}
 	for _, option := range []struct {
 		name, value string
@@ -214,7 +212,7 @@ func (a *App) settings() (settings, error) {
 		return s, errors.New("edge must have a name and a region in UTF-8 without control characters")
 	}
 	if s.database == "" {
-		return s, errors.New("no database: set database in the rekall global option, or " + databaseVariable)
+		return s, errors.New("no database: set database in the rekall global option, or " + keystore.DatabaseVariable)
 	}
 	return s, nil
 }

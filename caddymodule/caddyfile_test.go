@@ -13,6 +13,8 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
+
+	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
 var update = flag.Bool("update", false, "write the golden files")
@@ -77,7 +79,7 @@ func validate(t *testing.T, caddyfile string) error {
 }
 
 func TestContradictorySettingsAreRefusedWithTheReason(t *testing.T) {
-	t.Setenv(databaseVariable, "")
+	t.Setenv(keystore.DatabaseVariable, "")
 	site := "\nhttp://127.0.0.1:1 {\nrekall_gateway {\nproduction {\nrespond 200\n}\n}\n}\n"
 	for name, tc := range map[string]struct{ options, reason string }{
 		"no database":                   {"refresh 1s", "set database"},
@@ -107,7 +109,7 @@ func TestContradictorySettingsAreRefusedWithTheReason(t *testing.T) {
 }
 
 func TestServerThatOnlySpeaksHTTP3IsRefused(t *testing.T) {
-	t.Setenv(databaseVariable, "postgres://h/d")
+	t.Setenv(keystore.DatabaseVariable, "postgres://h/d")
 	for name, tc := range map[string]struct{ servers, bind string }{
 		"server":   {"servers {\nprotocols h3\n}\n", ""},
 		"listener": {"", "bind 127.0.0.1 {\nprotocols h3\n}\n"},
@@ -122,7 +124,7 @@ func TestServerThatOnlySpeaksHTTP3IsRefused(t *testing.T) {
 }
 
 func TestIdentityTokenThatLivesTooShortOrTooLongIsRefused(t *testing.T) {
-	t.Setenv(databaseVariable, "postgres://h/d")
+	t.Setenv(keystore.DatabaseVariable, "postgres://h/d")
 	for _, lifetime := range []string{"1m59s", "61m"} {
 		err := validate(t, "{\nadmin off\n}\nhttp://127.0.0.1:1 {\nrekall_gateway {\nidentity_token {\nlifetime "+lifetime+
 			"\n}\nproduction {\nrespond 200\n}\n}\n}\n")

@@ -49,7 +49,7 @@ func init() {
 }
 
 func databaseFlags(cmd *cobra.Command) {
-	cmd.Flags().String("database", "", "Postgres connection URL (default: $"+databaseVariable+")")
+	cmd.Flags().String("database", "", "Postgres connection URL (default: $"+keystore.DatabaseVariable+")")
 	cmd.Flags().Bool("json", false, "Print JSON")
 }
 
@@ -90,10 +90,10 @@ func databaseURL(cmd *cobra.Command) (string, error) {
 	}
 	url := text(cmd, "database")
 	if url == "" {
-		url = os.Getenv(databaseVariable)
+		url = os.Getenv(keystore.DatabaseVariable)
 	}
 	if url = strings.TrimSpace(url); url == "" { // one from a file ends with a line feed
-		return "", errors.New("no database: give --database or set " + databaseVariable)
+		return "", errors.New("no database: give --database or set " + keystore.DatabaseVariable)
 	}
 	return url, nil
 }

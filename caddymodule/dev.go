@@ -199,7 +199,7 @@ func (d *dev) startGateway() error {
 	}
 	d.stops = append(d.stops, func(context.Context) error { return os.RemoveAll(storage) })
 	// Caddy notes its instance's id below this folder.
-	if err := errors.Join(os.Setenv("XDG_DATA_HOME", storage), os.Setenv(databaseVariable, d.database)); err != nil {
+	if err := errors.Join(os.Setenv("XDG_DATA_HOME", storage), os.Setenv(keystore.DatabaseVariable, d.database)); err != nil {
 		return fmt.Errorf("configure the gateway: %w", err)
 	}
 	host, port, _ := net.SplitHostPort(d.listen)

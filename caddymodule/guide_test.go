@@ -17,6 +17,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
 // codesInCode are the errors that are answered, as "403 TLS_REQUIRED": all, and of these the gateway's own, which apierror.New or its
@@ -131,7 +133,7 @@ func TestDefaultsAreThoseOfTheReadme(t *testing.T) {
 			documented[strings.Trim(option, "`")] = strings.Trim(defaults[i], "`")
 		}
 	}
-	t.Setenv(databaseVariable, "postgres://example")
+	t.Setenv(keystore.DatabaseVariable, "postgres://example")
 	host, err := os.Hostname()
 	if err != nil {
 		t.Fatal(err)
@@ -147,7 +149,7 @@ func TestDefaultsAreThoseOfTheReadme(t *testing.T) {
 		return fmt.Sprint(value)
 	}
 	if diff := cmp.Diff(documented, map[string]string{
-		"database":         inWords(s.database, "postgres://example", "{env."+databaseVariable+"}"),
+		"database":         inWords(s.database, "postgres://example", "{env."+keystore.DatabaseVariable+"}"),
 		"refresh":          s.refresh.String(),
 		"max_staleness":    s.maxStaleness.String(),
 		"cache_size":       strconv.Itoa(s.cacheSize),

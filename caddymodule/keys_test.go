@@ -3,10 +3,12 @@ package caddymodule
 import (
 	"strings"
 	"testing"
+
+	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
 func TestKeysSettingsByWhichEverybodyWouldBeSomebodyAreRefused(t *testing.T) {
-	t.Setenv(databaseVariable, "postgres://h/d")
+	t.Setenv(keystore.DatabaseVariable, "postgres://h/d")
 	for options, reason := range map[string]string{
 		"":                            "",
 		"account {http.auth.user.id}": "",

@@ -14,6 +14,9 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
+// DatabaseVariable is the environment variable that names the database where neither the configuration nor the command line does.
+const DatabaseVariable = "REKALL_DATABASE_URL"
+
 // ErrNotMigrated says that the database lacks tables, columns or functions that this binary needs.
 var ErrNotMigrated = errors.New(`database has no schema rekall, or an older one: run "rekall-gateway migrate"`)
 
