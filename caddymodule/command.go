@@ -11,10 +11,7 @@ import (
 	"os/signal"
 	"strings"
 	"syscall"
-	"text/tabwriter"
-	"time"
 
-	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 	"github.com/spf13/cobra"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
@@ -28,24 +25,42 @@ const (
 	exitEnded    = 4 // the key is revoked or expired already
 )
 
-func init() {
-	// Caddy's root command quotes what is no command of its: a key that was pasted alone.
-	if len(os.Args) > 1 {
-		os.Args[1] = apikey.Redact(os.Args[1])
+// command is one of the commands, for a registry that makes the cobra command itself and has it set up, as Caddy's does.
+type command struct {
+	Name, Usage, Short, Long string
+
+	// Add gives the command its flags and subcommands.
+	Add func(*cobra.Command)
+
+	// Do is what the command does. Its context ends with an interrupt, and its error is shown without the keys in it.
+	Do func(context.Context, *cobra.Command, []string) error
+}
+
+// commands are those that manage keys.
+func commands() []command {
+	return []command{edgesCommand(), keysCommand(), limitsCommand(), migrateCommand()}
+}
+
+// setUp gives cmd, which has the name and the texts of c, the rest of it.
+func (c command) setUp(cmd *cobra.Command) {
+	cmd.Args = noArgs
+	// Keys stay out of what cobra says of the flags of a command and its subcommands.
+	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return errors.New(apikey.Redact(err.Error())) })
+	cmd.RunE = run(c.Do)
+	c.Add(cmd)
+}
+
+// exitCode is that of a process whose command ended with err.
+func exitCode(err error) int {
+	switch {
+	case err == nil:
+		return 0
+	case errors.Is(err, keyadmin.ErrNotFound):
+		return exitNotFound
+	case errors.Is(err, keyadmin.ErrAlreadyRevoked), errors.Is(err, keyadmin.ErrEnded):
+		return exitEnded
 	}
-	caddycmd.RegisterCommand(caddycmd.Command{
-		Name:  "edges",
-		Usage: "list",
-		Short: "Shows the gateways that are running",
-		CobraFunc: func(cmd *cobra.Command) {
-			cmd.Args = noArgs
-			quoteNoKey(cmd)
-			cmd.RunE = run(func(context.Context, *cobra.Command, []string) error {
-				return errors.New("say what to do with edges: list (see --help)")
-			})
-			cmd.AddCommand(edgesListCommand())
-		},
-	})
+	return 1
 }
 
 func databaseFlags(cmd *cobra.Command) {
@@ -53,33 +68,17 @@ func databaseFlags(cmd *cobra.Command) {
 	cmd.Flags().Bool("json", false, "Print JSON")
 }
 
-// quoteNoKey keeps keys out of what cobra says of the flags of a command and its subcommands.
-func quoteNoKey(cmd *cobra.Command) {
-	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return errors.New(apikey.Redact(err.Error())) })
-}
-
-// run adapts a command: its context ends with an interrupt, its error is one line on stderr, and its exit code says what
-// kind of error it was.
+// run adapts a command: its context ends with an interrupt, and its error is one line on stderr.
 func run(do func(context.Context, *cobra.Command, []string) error) func(*cobra.Command, []string) error {
 	return func(cmd *cobra.Command, args []string) error {
 		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 		defer stop()
 		err := do(ctx, cmd, args)
-		if err == nil {
-			return nil
+		if err != nil {
+			cmd.SilenceErrors = true
+			fmt.Fprintln(cmd.ErrOrStderr(), "Error:", apikey.Redact(err.Error()))
 		}
-		cmd.SilenceErrors = true
-		fmt.Fprintln(cmd.ErrOrStderr(), "Error:", apikey.Redact(err.Error()))
-		code := 1
-		switch {
-		case errors.Is(err, keyadmin.ErrNotFound):
-			code = exitNotFound
-		case errors.Is(err, keyadmin.ErrAlreadyRevoked), errors.Is(err, keyadmin.ErrEnded):
-			code = exitEnded
-		default:
-			return err
-		}
-		return caddycmd.WrapCommandFuncForCobra(func(caddycmd.Flags) (int, error) { return code, nil })(cmd, args)
+		return err
 	}
 }
 
@@ -111,27 +110,6 @@ func admin(do func(context.Context, *cobra.Command, []string, *keyadmin.Admin) e
 		}
 		defer store.Close()
 		return do(ctx, cmd, args, keyadmin.New(store))
-	})
-}
-
-func edgesListCommand() *cobra.Command {
-	return keysCommand(&cobra.Command{Use: "list", Short: "Lists edges", Args: noArgs}, func(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
-		edges, err := admin.Edges(ctx)
-		if err != nil {
-			return err
-		}
-		return show(cmd, edges, func(w io.Writer) {
-			table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-			fmt.Fprintln(table, "NAME\tREGION\tVERSION\tSTATUS\tLAST SYNC\tLAG")
-			for _, e := range edges {
-				lastSync := "never"
-				if e.LastSyncAt != nil {
-					lastSync = e.LastSyncAt.Format(time.RFC3339)
-				}
-				fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%.1fs\n", e.Name, e.Region, e.Version, e.Status, lastSync, e.LagSeconds)
-			}
-			_ = table.Flush()
-		})
 	})
 }
 

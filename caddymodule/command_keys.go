@@ -15,7 +15,6 @@ import (
 	"text/tabwriter"
 	"time"
 
-	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	"golang.org/x/term"
@@ -24,29 +23,27 @@ import (
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
-func init() {
-	caddycmd.RegisterCommand(caddycmd.Command{
+func keysCommand() command {
+	return command{
 		Name:  "keys",
 		Usage: "create|list|show|rename|rotate|revoke|usage|audit|import|check",
 		Short: "Manages API keys",
 		Long: `Manages API keys in Postgres, those of all accounts. Edges follow on their own.
 
 Exit codes: 3 where there is no such key or none to revoke, 4 where it is revoked or expired already, 1 for whatever else failed.`,
-		CobraFunc: func(cmd *cobra.Command) {
-			cmd.Args = noArgs
-			quoteNoKey(cmd)
-			cmd.RunE = run(func(_ context.Context, cmd *cobra.Command, _ []string) error {
-				return errors.New("say what to do with keys: create, list, show, rename, rotate, revoke, usage, audit, import or check (see --help)")
-			})
+		Add: func(cmd *cobra.Command) {
 			cmd.AddCommand(keysCreateCommand(), keysListCommand(), keysShowCommand(), keysRenameCommand(), keysRotateCommand(),
 				keysRevokeCommand(), keysUsageCommand(), keysAuditCommand(), keysImportCommand(), keysCheckCommand())
 		},
-	})
+		Do: func(context.Context, *cobra.Command, []string) error {
+			return errors.New("say what to do with keys: create, list, show, rename, rotate, revoke, usage, audit, import or check (see --help)")
+		},
+	}
 }
 
-// keysCommand makes a subcommand of keys. What it is called with is searched for keys: they have no place in a shell's
-// history or a list of processes, and in no error either.
-func keysCommand(cmd *cobra.Command, do func(context.Context, *cobra.Command, []string, *keyadmin.Admin) error) *cobra.Command {
+// subcommand has cmd work with the key administration of its database. What it is called with is searched for keys: they
+// have no place in a shell's history or a list of processes, and in no error either.
+func subcommand(cmd *cobra.Command, do func(context.Context, *cobra.Command, []string, *keyadmin.Admin) error) *cobra.Command {
 	databaseFlags(cmd)
 	cmd.RunE = admin(func(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
 		given := slices.Clone(args)
@@ -172,7 +169,7 @@ func onlyForMany(cmd *cobra.Command, flags ...string) error {
 }
 
 func keysCreateCommand() *cobra.Command {
-	cmd := keysCommand(&cobra.Command{
+	cmd := subcommand(&cobra.Command{
 		Use:     "create --name <name> --scopes <scope,...> --environment production|sandbox",
 		Short:   "Creates a key and shows it once",
 		Example: "  rekall-gateway keys create --name 'Production Backend' --scopes memories:read,memories:write --environment production --expires-in 90d",
@@ -210,7 +207,7 @@ func createKey(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyad
 }
 
 func keysListCommand() *cobra.Command {
-	cmd := keysCommand(&cobra.Command{Use: "list", Short: "Lists keys, the newest first", Args: noArgs}, listKeys)
+	cmd := subcommand(&cobra.Command{Use: "list", Short: "Lists keys, the newest first", Args: noArgs}, listKeys)
 	cmd.Flags().String("account", "", "Only keys of this account")
 	cmd.Flags().String("environment", "", "Only keys of production or sandbox")
 	cmd.Flags().String("status", "", "Only keys that are active, expiring (within 14 days), expired or revoked")
@@ -300,7 +297,7 @@ func permissions(key keyadmin.Key) string {
 }
 
 func keysShowCommand() *cobra.Command {
-	return keysCommand(&cobra.Command{Use: "show <id>", Short: "Shows a key, but for the key itself", Args: arguments("the id of a key")}, showKey)
+	return subcommand(&cobra.Command{Use: "show <id>", Short: "Shows a key, but for the key itself", Args: arguments("the id of a key")}, showKey)
 }
 
 func showKey(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
@@ -334,7 +331,7 @@ func describe(w io.Writer, key keyadmin.Key) {
 }
 
 func keysRenameCommand() *cobra.Command {
-	return keysCommand(&cobra.Command{Use: "rename <id> <name>", Short: "Gives a key another name", Args: arguments("the id of a key", "its new name")}, renameKey)
+	return subcommand(&cobra.Command{Use: "rename <id> <name>", Short: "Gives a key another name", Args: arguments("the id of a key", "its new name")}, renameKey)
 }
 
 func renameKey(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
@@ -346,7 +343,7 @@ func renameKey(ctx context.Context, cmd *cobra.Command, args []string, admin *ke
 }
 
 func keysAuditCommand() *cobra.Command {
-	cmd := keysCommand(&cobra.Command{Use: "audit", Short: "Shows who did what to which key, the newest first", Args: noArgs}, showAudit)
+	cmd := subcommand(&cobra.Command{Use: "audit", Short: "Shows who did what to which key, the newest first", Args: noArgs}, showAudit)
 	cmd.Flags().String("account", "", "Only keys of this account")
 	cmd.Flags().String("key-id", "", "Only this key")
 	cmd.Flags().String("actor", "", "Only what this actor did, e.g. cli:root or key:<id>")
@@ -397,7 +394,7 @@ func showAudit(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyad
 }
 
 func keysCheckCommand() *cobra.Command {
-	return keysCommand(&cobra.Command{
+	return subcommand(&cobra.Command{
 		Use:     "check",
 		Short:   "Says what the key on standard input is",
 		Long:    "Reads a key from standard input and says whether it is well-formed, known and in force. The key is neither shown nor stored.",

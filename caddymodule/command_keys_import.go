@@ -13,7 +13,7 @@ import (
 )
 
 func keysImportCommand() *cobra.Command {
-	cmd := keysCommand(&cobra.Command{
+	cmd := subcommand(&cobra.Command{
 		Use:   "import <file>",
 		Short: "Imports existing keys, all of a file or none",
 		Long: `Imports existing keys as the SHA-256 of each, from CSV, whose first line names the columns, or from JSON lines. The columns:

@@ -14,7 +14,7 @@ import (
 )
 
 func keysRevokeCommand() *cobra.Command {
-	cmd := keysCommand(&cobra.Command{
+	cmd := subcommand(&cobra.Command{
 		Use:   "revoke <id> | revoke [--account <account>] [--created-by <actor>] [--created-after <time>] [--created-before <time>] [--hashes <file>]",
 		Short: "Revokes a key, or in an incident many at once, for good",
 		Long: `Revokes a key for good, or in one transaction all keys to which everything applies that is given: an account, the actor

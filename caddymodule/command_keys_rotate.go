@@ -13,7 +13,7 @@ import (
 )
 
 func keysRotateCommand() *cobra.Command {
-	cmd := keysCommand(&cobra.Command{
+	cmd := subcommand(&cobra.Command{
 		Use:   "rotate <id> | rotate --older-than <age>",
 		Short: "Replaces a key, or all that are old, by a new one with the same rights",
 		Long: `Makes a successor with the same name, account, environment, scopes and time to live, and shows it once. The old key works

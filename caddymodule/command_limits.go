@@ -8,14 +8,13 @@ import (
 	"strconv"
 	"text/tabwriter"
 
-	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 	"github.com/spf13/cobra"
 
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
-func init() {
-	caddycmd.RegisterCommand(caddycmd.Command{
+func limitsCommand() command {
+	return command{
 		Name:  "limits",
 		Usage: "show|tier|account|key",
 		Short: "Shows and sets how much keys may be used",
@@ -23,19 +22,17 @@ func init() {
 
 A production key has the limits of its account's tier, free unless you say otherwise; a sandbox key has those of the tier
 sandbox. What an account has of its own comes before its tier, and what a key has of its own before both.`,
-		CobraFunc: func(cmd *cobra.Command) {
-			cmd.Args = noArgs
-			quoteNoKey(cmd)
-			cmd.RunE = run(func(context.Context, *cobra.Command, []string) error {
-				return errors.New("say what to do with limits: show, tier, account or key (see --help)")
-			})
+		Add: func(cmd *cobra.Command) {
 			cmd.AddCommand(limitsShowCommand(), limitsTierCommand(), limitsAccountCommand(), limitsKeyCommand())
 		},
-	})
+		Do: func(context.Context, *cobra.Command, []string) error {
+			return errors.New("say what to do with limits: show, tier, account or key (see --help)")
+		},
+	}
 }
 
 func limitsShowCommand() *cobra.Command {
-	cmd := keysCommand(&cobra.Command{
+	cmd := subcommand(&cobra.Command{
 		Use: "show [--account <account> | --key <id>]", Short: "Shows the limits of all tiers, of an account or of a key", Args: noArgs,
 	}, showLimits)
 	cmd.Flags().String("account", "", "The account")
@@ -98,7 +95,7 @@ func limitsChange(cmd *cobra.Command) (change keyadmin.LimitsChange) {
 var errNoLimit = errors.New("say what to change: --requests-per-minute, --burst, --concurrent-requests, or --tier of an account")
 
 func limitsTierCommand() *cobra.Command {
-	cmd := keysCommand(&cobra.Command{
+	cmd := subcommand(&cobra.Command{
 		Use: "tier <tier> [flags]", Short: "Sets the limits of a tier", Args: arguments("a tier"),
 		Example:           "  rekall-gateway limits tier free --requests-per-minute 200 --burst 300",
 		ValidArgsFunction: cobra.FixedCompletions([]string{"free", "pro", "team", "enterprise", "sandbox"}, cobra.ShellCompDirectiveNoFileComp),
@@ -118,7 +115,7 @@ func limitsTierCommand() *cobra.Command {
 }
 
 func limitsAccountCommand() *cobra.Command {
-	cmd := keysCommand(&cobra.Command{
+	cmd := subcommand(&cobra.Command{
 		Use: "account <account> [--tier <tier>] [flags]", Short: "Sets the tier and the limits of an account", Args: arguments("an account"),
 		Example: `  rekall-gateway limits account acme --tier pro
   rekall-gateway limits account globex --tier enterprise --requests-per-minute 20000 --concurrent-requests 400`,
@@ -143,7 +140,7 @@ func limitsAccountCommand() *cobra.Command {
 }
 
 func limitsKeyCommand() *cobra.Command {
-	cmd := keysCommand(&cobra.Command{
+	cmd := subcommand(&cobra.Command{
 		Use: "key <id> [flags]", Short: "Sets the limits of a key", Args: arguments("the id of a key"),
 		Example: "  rekall-gateway limits key key_0123456789abcdefABCDEF --concurrent-requests 1",
 	}, func(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {

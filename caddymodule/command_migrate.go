@@ -6,14 +6,13 @@ import (
 	"io"
 	"strings"
 
-	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 	"github.com/spf13/cobra"
 
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
-func init() {
-	caddycmd.RegisterCommand(caddycmd.Command{
+func migrateCommand() command {
+	return command{
 		Name:  "migrate",
 		Usage: "[--database <url>] [--edge-role <name>] [--admin-role <name>] [--plan] [--json]",
 		Short: "Creates or updates Rekall's schema in Postgres",
@@ -32,16 +31,14 @@ that cannot log in; grant it to the users that do:
 The rights become exactly these: what the roles, or everybody, could do besides in the schema is revoked. Give the same
 flags at every upgrade, or a new version may lack a right. Run it as the owner of the schema; creating roles needs
 CREATEROLE.`,
-		CobraFunc: func(cmd *cobra.Command) {
-			cmd.Args = noArgs
-			quoteNoKey(cmd)
+		Add: func(cmd *cobra.Command) {
 			databaseFlags(cmd)
 			cmd.Flags().String("edge-role", "", "Postgres role of the gateways")
 			cmd.Flags().String("admin-role", "", "Postgres role of those who manage keys")
 			cmd.Flags().Bool("plan", false, "Show what would be run, and change nothing")
-			cmd.RunE = run(migrate)
 		},
-	})
+		Do: migrate,
+	}
 }
 
 func migrate(ctx context.Context, cmd *cobra.Command, _ []string) error {

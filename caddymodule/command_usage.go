@@ -16,7 +16,7 @@ import (
 )
 
 func keysUsageCommand() *cobra.Command {
-	cmd := keysCommand(&cobra.Command{
+	cmd := subcommand(&cobra.Command{
 		Use:     "usage <id>",
 		Short:   "Shows what a key was used for",
 		Long:    "Shows how many requests with a key were allowed, and denied for which reasons, by day or by hour (UTC).",

@@ -13,7 +13,6 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
-	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 	"github.com/spf13/cobra"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
@@ -24,32 +23,30 @@ import (
 )
 
 func init() {
-	caddycmd.RegisterCommand(caddycmd.Command{
+	register(command{
 		Name:  "dev",
 		Usage: "[--listen <address>] [--production <url>] [--sandbox <url>] [--data <dir>] [--database <url>]",
 		Short: "Runs the gateway with everything it needs, to try it",
 		Long: "Starts a private Postgres, makes a production key, a sandbox key and one for the dashboard, starts two demo backends that echo what they receive, " +
 			"and the gateway in front of them, on loopback and without TLS. Ctrl-C stops all and leaves nothing behind.",
-		CobraFunc: func(cmd *cobra.Command) {
-			cmd.Args = noArgs
-			quoteNoKey(cmd)
+		Add: func(cmd *cobra.Command) {
 			cmd.Flags().String("listen", "127.0.0.1:8080", "Address of the gateway")
 			cmd.Flags().String("production", "", "URL of your own production backend (default: a demo backend)")
 			cmd.Flags().String("sandbox", "", "URL of your own sandbox backend (default: a demo backend)")
 			cmd.Flags().String("data", "", "Directory that keeps the database between runs (default: a temporary one)")
 			cmd.Flags().String("database", "", "URL of your own Postgres (default: a private one)")
-			cmd.RunE = run(func(ctx context.Context, cmd *cobra.Command, _ []string) error {
-				if err := notEmpty(cmd, "production", "sandbox", "data", "database"); err != nil {
-					return err
-				}
-				d := dev{out: cmd.OutOrStdout()}
-				d.listen, _ = cmd.Flags().GetString("listen")
-				d.production, _ = cmd.Flags().GetString("production")
-				d.sandbox, _ = cmd.Flags().GetString("sandbox")
-				d.data, _ = cmd.Flags().GetString("data")
-				d.database, _ = cmd.Flags().GetString("database")
-				return d.run(ctx)
-			})
+		},
+		Do: func(ctx context.Context, cmd *cobra.Command, _ []string) error {
+			if err := notEmpty(cmd, "production", "sandbox", "data", "database"); err != nil {
+				return err
+			}
+			d := dev{out: cmd.OutOrStdout()}
+			d.listen, _ = cmd.Flags().GetString("listen")
+			d.production, _ = cmd.Flags().GetString("production")
+			d.sandbox, _ = cmd.Flags().GetString("sandbox")
+			d.data, _ = cmd.Flags().GetString("data")
+			d.database, _ = cmd.Flags().GetString("database")
+			return d.run(ctx)
 		},
 	})
 }

@@ -1,0 +1,47 @@
+package caddymodule
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+)
+
+func edgesCommand() command {
+	return command{
+		Name:  "edges",
+		Usage: "list",
+		Short: "Shows the gateways that are running",
+		Add:   func(cmd *cobra.Command) { cmd.AddCommand(edgesListCommand()) },
+		Do: func(context.Context, *cobra.Command, []string) error {
+			return errors.New("say what to do with edges: list (see --help)")
+		},
+	}
+}
+
+func edgesListCommand() *cobra.Command {
+	return subcommand(&cobra.Command{Use: "list", Short: "Lists edges", Args: noArgs}, func(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
+		edges, err := admin.Edges(ctx)
+		if err != nil {
+			return err
+		}
+		return show(cmd, edges, func(w io.Writer) {
+			table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+			fmt.Fprintln(table, "NAME\tREGION\tVERSION\tSTATUS\tLAST SYNC\tLAG")
+			for _, e := range edges {
+				lastSync := "never"
+				if e.LastSyncAt != nil {
+					lastSync = e.LastSyncAt.Format(time.RFC3339)
+				}
+				fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%.1fs\n", e.Name, e.Region, e.Version, e.Status, lastSync, e.LagSeconds)
+			}
+			_ = table.Flush()
+		})
+	})
+}

@@ -1,0 +1,44 @@
+package caddymodule
+
+import (
+	"os"
+
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+	"github.com/spf13/cobra"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+)
+
+func init() {
+	// Caddy's root command quotes what is no command of its: a key that was pasted alone.
+	if len(os.Args) > 1 {
+		os.Args[1] = apikey.Redact(os.Args[1])
+	}
+	for _, c := range commands() {
+		register(c)
+	}
+}
+
+// register makes c a command of every binary that this package is built into.
+func register(c command) {
+	caddycmd.RegisterCommand(caddycmd.Command{Name: c.Name, Usage: c.Usage, Short: c.Short, Long: c.Long, CobraFunc: func(cmd *cobra.Command) {
+		c.setUp(cmd)
+		useExitCodes(cmd)
+	}})
+}
+
+// useExitCodes has Caddy end the process as the errors of cmd and its subcommands say: by itself it would with 1.
+func useExitCodes(cmd *cobra.Command) {
+	for _, sub := range cmd.Commands() {
+		useExitCodes(sub)
+	}
+	run := cmd.RunE
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		err := run(cmd, args)
+		code := exitCode(err)
+		if code <= 1 {
+			return err
+		}
+		return caddycmd.WrapCommandFuncForCobra(func(caddycmd.Flags) (int, error) { return code, nil })(cmd, args)
+	}
+}
