@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/command"
 	"github.com/rekall-ai/gateway/internal/dashboard"
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
@@ -23,7 +24,7 @@ import (
 )
 
 func init() {
-	register(command{
+	register(command.Command{
 		Name:  "dev",
 		Usage: "[--listen <address>] [--production <url>] [--sandbox <url>] [--data <dir>] [--database <url>]",
 		Short: "Runs the gateway with everything it needs, to try it",
@@ -37,7 +38,7 @@ func init() {
 			cmd.Flags().String("database", "", "URL of your own Postgres (default: a private one)")
 		},
 		Do: func(ctx context.Context, cmd *cobra.Command, _ []string) error {
-			if err := notEmpty(cmd, "production", "sandbox", "data", "database"); err != nil {
+			if err := command.NotEmpty(cmd, "production", "sandbox", "data", "database"); err != nil {
 				return err
 			}
 			d := dev{out: cmd.OutOrStdout()}

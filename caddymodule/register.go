@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/command"
 )
 
 func init() {
@@ -14,15 +15,15 @@ func init() {
 	if len(os.Args) > 1 {
 		os.Args[1] = apikey.Redact(os.Args[1])
 	}
-	for _, c := range commands() {
+	for _, c := range command.All() {
 		register(c)
 	}
 }
 
 // register makes c a command of every binary that this package is built into.
-func register(c command) {
+func register(c command.Command) {
 	caddycmd.RegisterCommand(caddycmd.Command{Name: c.Name, Usage: c.Usage, Short: c.Short, Long: c.Long, CobraFunc: func(cmd *cobra.Command) {
-		c.setUp(cmd)
+		c.SetUp(cmd)
 		useExitCodes(cmd)
 	}})
 }
@@ -35,7 +36,7 @@ func useExitCodes(cmd *cobra.Command) {
 	run := cmd.RunE
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		err := run(cmd, args)
-		code := exitCode(err)
+		code := command.ExitCode(err)
 		if code <= 1 {
 			return err
 		}

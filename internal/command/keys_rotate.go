@@ -1,4 +1,4 @@
-package caddymodule
+package command
 
 import (
 	"context"
@@ -43,7 +43,7 @@ it shows what it would rotate.`,
 }
 
 func rotateKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
-	if err := notEmpty(cmd, "overlap", "older-than", "account"); err != nil {
+	if err := NotEmpty(cmd, "overlap", "older-than", "account"); err != nil {
 		return err
 	}
 	overlap, err := keyadmin.ParseOverlap(text(cmd, "overlap"))

@@ -1,4 +1,4 @@
-package caddymodule
+package command
 
 import (
 	"context"
@@ -162,7 +162,7 @@ func revokeMany(ctx context.Context, cmd *cobra.Command, admin *keyadmin.Admin) 
 var errNoneSelected = fmt.Errorf("%w: nothing was revoked, since no key matches that is not revoked already", keyadmin.ErrNotFound)
 
 func selectionOf(ctx context.Context, cmd *cobra.Command) (keyadmin.Selection, error) {
-	if err := notEmpty(cmd, selectionFlags...); err != nil {
+	if err := NotEmpty(cmd, selectionFlags...); err != nil {
 		return keyadmin.Selection{}, err
 	}
 	selection := keyadmin.Selection{

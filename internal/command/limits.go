@@ -1,4 +1,4 @@
-package caddymodule
+package command
 
 import (
 	"context"
@@ -13,8 +13,8 @@ import (
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
-func limitsCommand() command {
-	return command{
+func limitsCommand() Command {
+	return Command{
 		Name:  "limits",
 		Usage: "show|tier|account|key",
 		Short: "Shows and sets how much keys may be used",
@@ -42,7 +42,7 @@ func limitsShowCommand() *cobra.Command {
 }
 
 func showLimits(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
-	if err := notEmpty(cmd, "account", "key"); err != nil {
+	if err := NotEmpty(cmd, "account", "key"); err != nil {
 		return err
 	}
 	switch {
@@ -121,7 +121,7 @@ func limitsAccountCommand() *cobra.Command {
   rekall-gateway limits account globex --tier enterprise --requests-per-minute 20000 --concurrent-requests 400`,
 	}, func(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
 		change := limitsChange(cmd)
-		if err := notEmpty(cmd, "tier"); err != nil {
+		if err := NotEmpty(cmd, "tier"); err != nil {
 			return err
 		}
 		if change == (keyadmin.LimitsChange{}) && text(cmd, "tier") == "" {

@@ -1,4 +1,4 @@
-package caddymodule
+package command
 
 import (
 	"context"
@@ -11,8 +11,8 @@ import (
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
-func migrateCommand() command {
-	return command{
+func migrateCommand() Command {
+	return Command{
 		Name:  "migrate",
 		Usage: "[--database <url>] [--edge-role <name>] [--admin-role <name>] [--plan] [--json]",
 		Short: "Creates or updates Rekall's schema in Postgres",

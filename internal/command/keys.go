@@ -1,4 +1,4 @@
-package caddymodule
+package command
 
 import (
 	"context"
@@ -23,8 +23,8 @@ import (
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
-func keysCommand() command {
-	return command{
+func keysCommand() Command {
+	return Command{
 		Name:  "keys",
 		Usage: "create|list|show|rename|rotate|revoke|usage|audit|import|check",
 		Short: "Manages API keys",
@@ -147,9 +147,9 @@ func choices(cmd *cobra.Command, flag string, values ...string) {
 	_ = cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
 }
 
-// notEmpty refuses flags that are given and empty, most likely by an unset variable of a script: left out, they would mean
+// NotEmpty refuses flags that are given and empty, most likely by an unset variable of a script: left out, they would mean
 // their default, such as a key that never ends or the keys of all accounts.
-func notEmpty(cmd *cobra.Command, flags ...string) error {
+func NotEmpty(cmd *cobra.Command, flags ...string) error {
 	for _, flag := range flags {
 		if cmd.Flags().Changed(flag) && text(cmd, flag) == "" {
 			return fmt.Errorf("--%s must not be empty", flag)
@@ -189,7 +189,7 @@ func keysCreateCommand() *cobra.Command {
 }
 
 func createKey(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
-	if err := notEmpty(cmd, "expires-in", "expires-at"); err != nil {
+	if err := NotEmpty(cmd, "expires-in", "expires-at"); err != nil {
 		return err
 	}
 	scopes, _ := cmd.Flags().GetStringSlice("scopes")
@@ -220,7 +220,7 @@ func keysListCommand() *cobra.Command {
 }
 
 func listKeys(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
-	if err := notEmpty(cmd, "account", "environment", "status", "name", "created-by"); err != nil {
+	if err := NotEmpty(cmd, "account", "environment", "status", "name", "created-by"); err != nil {
 		return err
 	}
 	request := keyadmin.ListRequest{
@@ -355,7 +355,7 @@ func keysAuditCommand() *cobra.Command {
 }
 
 func showAudit(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
-	if err := notEmpty(cmd, "account", "key-id", "actor", "action", "since", "until"); err != nil {
+	if err := NotEmpty(cmd, "account", "key-id", "actor", "action", "since", "until"); err != nil {
 		return err
 	}
 	request := keyadmin.AuditRequest{

@@ -1,4 +1,4 @@
-package caddymodule
+package command
 
 import (
 	"context"
@@ -13,8 +13,8 @@ import (
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
-func edgesCommand() command {
-	return command{
+func edgesCommand() Command {
+	return Command{
 		Name:  "edges",
 		Usage: "list",
 		Short: "Shows the gateways that are running",

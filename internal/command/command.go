@@ -1,4 +1,6 @@
-package caddymodule
+// Package command is the commands that manage keys: the keys, their limits, the schema that both stand in, and the edges
+// that go by it. It knows nothing of the server whose binary they are commands of.
+package command
 
 import (
 	"bufio"
@@ -25,8 +27,8 @@ const (
 	exitEnded    = 4 // the key is revoked or expired already
 )
 
-// command is one of the commands, for a registry that makes the cobra command itself and has it set up, as Caddy's does.
-type command struct {
+// Command is one of the commands, for a registry that makes the cobra command itself and has it set up, as Caddy's does.
+type Command struct {
 	Name, Usage, Short, Long string
 
 	// Add gives the command its flags and subcommands.
@@ -36,13 +38,13 @@ type command struct {
 	Do func(context.Context, *cobra.Command, []string) error
 }
 
-// commands are those that manage keys.
-func commands() []command {
-	return []command{edgesCommand(), keysCommand(), limitsCommand(), migrateCommand()}
+// All returns the commands that manage keys.
+func All() []Command {
+	return []Command{edgesCommand(), keysCommand(), limitsCommand(), migrateCommand()}
 }
 
-// setUp gives cmd, which has the name and the texts of c, the rest of it.
-func (c command) setUp(cmd *cobra.Command) {
+// SetUp gives cmd, which has the name and the texts of c, the rest of it.
+func (c Command) SetUp(cmd *cobra.Command) {
 	cmd.Args = noArgs
 	// Keys stay out of what cobra says of the flags of a command and its subcommands.
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return errors.New(apikey.Redact(err.Error())) })
@@ -50,8 +52,8 @@ func (c command) setUp(cmd *cobra.Command) {
 	c.Add(cmd)
 }
 
-// exitCode is that of a process whose command ended with err.
-func exitCode(err error) int {
+// ExitCode returns what a process exits with whose command returned err.
+func ExitCode(err error) int {
 	switch {
 	case err == nil:
 		return 0
@@ -84,7 +86,7 @@ func run(do func(context.Context, *cobra.Command, []string) error) func(*cobra.C
 
 func databaseURL(cmd *cobra.Command) (string, error) {
 	// Passed over, it would be the other database that keys are revoked in.
-	if err := notEmpty(cmd, "database"); err != nil {
+	if err := NotEmpty(cmd, "database"); err != nil {
 		return "", err
 	}
 	url := text(cmd, "database")
