@@ -122,11 +122,9 @@ func (s *state) restart(r reading) *state {
 
 // next returns the state after a sync that continues s, and the keys changed in it.
 func (s *state) next(r reading) (n *state, changed []*entry) {
-	n = &state{
-		epoch: s.epoch + 1, origin: s.origin, horizon: s.horizon, changes: s.changes, log: s.log,
-		server: r.Server, seen: keystore.LaterSnapshot(r.Text, s.seen), watermark: r.Xmin, xmax: r.Xmax, tiers: s.same(r.Tiers),
-		syncedAt: r.vouchedAt, readAt: r.startedAt, gotAt: time.Now(), pgNow: r.Now, superseded: make(chan struct{}),
-	}
+	n = s.restart(r)
+	n.origin, n.horizon, n.changes, n.log = s.origin, s.horizon, s.changes, s.log
+	n.seen = keystore.LaterSnapshot(r.Text, s.seen)
 	var digests []apikey.Digest
 	for _, record := range r.Changes {
 		changed = append(changed, newEntry(*record, n.epoch))
