@@ -516,7 +516,8 @@ func TestARedisThatIsEmptiedGivesNoKeyItsBurstAgain(t *testing.T) {
 				eventually(t, "the fallback ends", func() bool { return e.store.Status().Outages > 0 && !e.store.Status().Fallback })
 			}
 			after += use()
-			if most := limit.depth() / 4; before < limit.depth() || after > most {
+			// How evenly the edges shared the burst is chance, and each remembers its part of it at most. A burst again would be all of it.
+			if most := limit.depth() / 2; before < limit.depth() || after > most {
 				t.Errorf("%d were let through before and %d after, want at least %d and at most %d", before, after, limit.depth(), most)
 			}
 		})
