@@ -152,3 +152,39 @@ func TestTriggersIgnoreTheCallersSearchPath(t *testing.T) {
 		t.Error("the stamp came from another schema")
 	}
 }
+
+// TestWhatAnEdgeWritesCanBeReadWhereverKeysAreManaged: an edge that was taken over could otherwise make a key one that nobody can
+// revoke by its id, or write on an administrator's terminal.
+func TestWhatAnEdgeWritesCanBeReadWhereverKeysAreManaged(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	key := insert(t, store)
+	exec(t, connect(t, databaseURL), `insert into rekall.edges (instance, name, region, version, max_staleness, started_at, beat)
+		values ('0123456789abcdefABCDEF', 'north', 'eu', 'v1', '30s', now(), 1)`)
+	mustFlush(t, store, flushOf(instance(), 1, anHour, counts(key.ID, 1, 0, 0)))
+	for _, column := range []string{
+		"last_used.first_used_at", "last_used.last_used_at", "usage.hour", "usage.used_at", "edges.seen_at", "edges.synced_at",
+	} {
+		table, column, _ := strings.Cut(column, ".")
+		for _, value := range []string{"infinity", "-infinity", "10000-01-01", "0001-01-01 00:00Z"} {
+			sql := "update rekall." + table + " set " + column + " = '" + value + "'"
+			if err := pgtest.TryExec(databaseURL, sql); sqlState(err) != checkViolation {
+				t.Errorf("%s: %v", sql, err)
+			}
+		}
+	}
+	for _, sql := range []string{
+		"insert into rekall.spikes (key_id, hour, threshold) values ('k', 'infinity', 1)",
+		`update rekall.usage set outcome = E'allowed\n'`,
+		"update rekall.usage set outcome = 'Allowed'",
+		`update rekall.edges set name = E'a\x1b[2J'`,
+		`update rekall.edges set region = E'a\u0085'`,
+		`update rekall.edges set version = E'\n'`,
+		`update rekall.edges set applied_on = E'\n'`,
+		"update rekall.edges set max_staleness = '2 days'",
+	} {
+		if err := pgtest.TryExec(databaseURL, sql); sqlState(err) != checkViolation {
+			t.Errorf("%s: %v", sql, err)
+		}
+	}
+}

@@ -328,3 +328,24 @@ func TestBusyKeysAreThoseOfTheHourInUTC(t *testing.T) {
 		}
 	}
 }
+
+// TestFirstUseReadsAKeyByItsIndexHoweverManyThereAre: at ten million, a key that is used for the first time would hold up the flush of all.
+func TestFirstUseReadsAKeyByItsIndexHoweverManyThereAre(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	for range 300 {
+		insert(t, store)
+	}
+	conn := connect(t, databaseURL)
+	exec(t, conn, "analyze rekall.api_keys")
+	exec(t, conn, "begin")
+	exec(t, conn, "insert into rekall.last_used (key_id, first_used_at, last_used_at) select id, now(), now() from rekall.api_keys limit 2")
+	var sequential, byIndex int
+	if err := conn.QueryRow(t.Context(), `
+select seq_scan, idx_tup_fetch from pg_stat_xact_user_tables where relid = 'rekall.api_keys'::regclass`).Scan(&sequential, &byIndex); err != nil {
+		t.Fatal(err)
+	}
+	if sequential != 1 || byIndex != 2 { // the insert's own
+		t.Errorf("%d reads of the whole table besides, and %d keys by index, want 2", sequential-1, byIndex)
+	}
+}
