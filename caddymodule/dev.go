@@ -29,7 +29,8 @@ func init() {
 		Usage: "[--listen <address>] [--production <url>] [--sandbox <url>] [--data <dir>] [--database <url>]",
 		Short: "Runs the gateway with everything it needs, to try it",
 		Long: "Starts a private Postgres, makes a production key, a sandbox key and one for the dashboard, starts two demo backends that echo what they receive, " +
-			"and the gateway in front of them, on loopback and without TLS. Ctrl-C stops all and leaves nothing behind.",
+			"and the gateway in front of them, on loopback and without TLS. Ctrl-C stops all and leaves nothing behind, but for what is in --data, and in --database: " +
+			"the schema, and three keys of the account demo that do not expire, one of which manages keys.",
 		Add: func(cmd *cobra.Command) {
 			cmd.Flags().String("listen", "127.0.0.1:8080", "Address of the gateway")
 			cmd.Flags().String("production", "", "URL of your own production backend (default: a demo backend)")

@@ -18,6 +18,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/rekall-ai/gateway/internal/apikey"
+
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
@@ -163,5 +165,28 @@ func TestDefaultsAreThoseOfTheReadme(t *testing.T) {
 		"listen":           inWords(s.listen, true, "on"),
 	}); diff != "" {
 		t.Errorf("defaults (-README +settings)\n%s", diff)
+	}
+}
+
+// TestGuideNamesEachDecision: they are what a log is searched for.
+func TestGuideNamesEachDecision(t *testing.T) {
+	page, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, list, found := strings.Cut(string(page), "\nThe decisions are ")
+	list, _, ends := strings.Cut(list, ". Handlers ")
+	var named []string
+	for _, name := range regexp.MustCompile("`([a-z_]+)`").FindAllStringSubmatch(list, -1) {
+		named = append(named, name[1])
+	}
+	var outcomes []string
+	for o := range apikey.OutcomeCount {
+		outcomes = append(outcomes, o.String())
+	}
+	slices.Sort(named)
+	slices.Sort(outcomes)
+	if diff := cmp.Diff(outcomes, named); !found || !ends || diff != "" {
+		t.Errorf("decisions (-code +page)\n%s", diff)
 	}
 }

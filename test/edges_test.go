@@ -72,7 +72,7 @@ func TestRevocationIsConfirmedByEveryEdgeAndTheSilentOneIsNamed(t *testing.T) {
 	if code != 0 || !strings.Contains(stdout, "fail-closed") || strings.Count(stdout, " live ") != 2 {
 		t.Errorf("edges list: %d %s %s", code, stdout, stderr)
 	}
-	if !regexp.MustCompile(`(?m)^NAME +REGION +VERSION +STATUS +LAST SYNC +LAG\n(.*\n)*north +eu +\S+ +live +\d{4}-\S+ +\d+\.\ds$`).MatchString(stdout) {
+	if !regexp.MustCompile(`(?m)^NAME +REGION +VERSION +STATUS +LAST SYNC +AGE\n(.*\n)*north +eu +\S+ +live +\d{4}-\S+ +\d+\.\ds$`).MatchString(stdout) {
 		t.Errorf("edges list: %s", stdout)
 	}
 	silent.process.Signal(t, syscall.SIGCONT)

@@ -45,7 +45,7 @@ func TestStandbyWhoseReplayIsPausedIsNotTrusted(t *testing.T) {
 
 	eventually(t, "it says that it is fail-closed, though it reports to the primary", func() bool {
 		edges, err := r.admin.Edges(t.Context())
-		return err == nil && len(edges) == 1 && edges[0].Status == keyadmin.FailClosed && edges[0].LagSeconds > faultBound.Seconds()
+		return err == nil && len(edges) == 1 && edges[0].Status == keyadmin.FailClosed && edges[0].AgeSeconds > faultBound.Seconds()
 	})
 
 	pgtest.Exec(t, standby.URL(), "select pg_wal_replay_resume()")

@@ -33,13 +33,13 @@ func edgesListCommand() *cobra.Command {
 		}
 		return show(cmd, edges, func(w io.Writer) {
 			table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-			fmt.Fprintln(table, "NAME\tREGION\tVERSION\tSTATUS\tLAST SYNC\tLAG")
+			fmt.Fprintln(table, "NAME\tREGION\tVERSION\tSTATUS\tLAST SYNC\tAGE")
 			for _, e := range edges {
 				lastSync := "never"
 				if e.LastSyncAt != nil {
 					lastSync = e.LastSyncAt.Format(time.RFC3339)
 				}
-				fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%.1fs\n", e.Name, e.Region, e.Version, e.Status, lastSync, e.LagSeconds)
+				fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%.1fs\n", e.Name, e.Region, e.Version, e.Status, lastSync, e.AgeSeconds)
 			}
 			_ = table.Flush()
 		})

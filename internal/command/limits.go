@@ -18,7 +18,7 @@ func limitsCommand() Command {
 		Name:  "limits",
 		Usage: "show|tier|account|key",
 		Short: "Shows and sets how much keys may be used",
-		Long: `Shows and sets the rate limits of tiers, accounts and keys in Postgres. Gateways that have rate_limits follow within a tick.
+		Long: `Shows and sets the rate limits of tiers, accounts and keys in Postgres. Gateways that have rate_limits follow within their refresh.
 
 A production key has the limits of its account's tier, free unless you say otherwise; a sandbox key has those of the tier
 sandbox. What an account has of its own comes before its tier, and what a key has of its own before both.`,

@@ -128,6 +128,7 @@ type (
 		Spec   struct {
 			Type                  string
 			ExternalTrafficPolicy string `yaml:"externalTrafficPolicy"`
+			SessionAffinity       string `yaml:"sessionAffinity"`
 			Selector              map[string]string
 			Ports                 []struct {
 				Name       string
@@ -199,6 +200,11 @@ func TestManifestFitsTogether(t *testing.T) {
 		if len(s) == 0 || !maps.Equal(s, labels) {
 			t.Errorf("the %s selects %v, and the pods are %v", what, s, labels)
 		}
+	}
+
+	// Edges must see the client's address, and a session of the dashboard must find its edge again.
+	if s := m.service.Spec; s.ExternalTrafficPolicy != "Local" || s.SessionAffinity != "ClientIP" {
+		t.Errorf("externalTrafficPolicy %s and sessionAffinity %s", s.ExternalTrafficPolicy, s.SessionAffinity)
 	}
 
 	// Ports: of the Service, of the container, of the Caddyfile.
