@@ -20,6 +20,7 @@ var measures = []struct {
 	{"tick, 1,000 changes", "#d95f02", func(c costs) time.Duration { return c.changesTick }},
 	{"lookup of 1 key", "#7570b3", func(c costs) time.Duration { return c.lookup }},
 	{"lookup of 256 keys", "#e7298a", func(c costs) time.Duration { return c.lookup256 }},
+	{"counting a key's first use", "#66a61e", func(c costs) time.Duration { return c.firstUse }},
 	{"building the filter", "#e6ab02", func(c costs) time.Duration { return c.filter }},
 	{"warming the cache, at most 1,000,000 keys", "#666666", func(c costs) time.Duration { return c.warm }},
 }

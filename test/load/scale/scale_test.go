@@ -34,6 +34,7 @@ type costs struct {
 	emptyTick, changesTick           time.Duration
 	emptyPages                       float64
 	lookup, lookup256                time.Duration
+	firstUse                         time.Duration
 	filter, warm                     time.Duration
 	filterBytes, warmed, cachedBytes int
 }
@@ -86,6 +87,7 @@ func measure(t *testing.T, keys int) costs {
 	c.emptyTick, c.emptyPages = db.emptyTicks(t)
 	c.changesTick = db.changesTicks(t)
 	c.lookup, c.lookup256 = db.lookups(t, 1), db.lookups(t, 256)
+	c.firstUse = db.firstUses(t)
 	db.fill(t, &c)
 	return c
 }
@@ -144,6 +146,8 @@ func (db *database) makeKeys(t *testing.T) {
 }
 
 func digest(n int) apikey.Digest { return apikey.Hash(fmt.Sprintf("rk_%045d", n)) }
+
+func keyID(n int) string { return fmt.Sprintf("key_%022d", n) }
 
 // median runs do several times and returns the time that the middle one took.
 func median(t *testing.T, times int, do func() error) time.Duration {
@@ -231,6 +235,28 @@ func (db *database) lookups(t *testing.T, batch int) time.Duration {
 		}
 		_, err := db.store.Lookup(t.Context(), digests)
 		return err
+	})
+}
+
+// firstUses flushes one use each of keys that were not used before.
+func (db *database) firstUses(t *testing.T) time.Duration {
+	const uses = 100
+	if _, err := db.pool.Exec(t.Context(), "delete from rekall.last_used where key_id between $1 and $2", keyID(1), keyID(uses)); err != nil {
+		t.Fatal(err)
+	}
+	store, err := keystore.Open(db.pool.Config().ConnString(), keystore.Options{}) // as the edge's own for its counts
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	instance, now, n := apikey.RandomText(22), time.Now(), 0
+	return median(t, uses, func() error {
+		n++
+		used := &keystore.KeyCounts{KeyID: keyID(n), UsedAt: now.UnixMicro()}
+		used.Counts[apikey.Allowed] = 1
+		return store.FlushUsage(t.Context(), keystore.UsageFlush{
+			Instance: instance, Sequence: int64(n), Hour: now.Unix() / 3600, Keys: []*keystore.KeyCounts{used},
+		})
 	})
 }
 
