@@ -1,6 +1,7 @@
 package dashboard
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -89,7 +90,7 @@ func (d *Dashboard) showKeyPage(v *visit, status int, newName, problem string) e
 	if err != nil {
 		return err
 	}
-	data := keyData{Key: key, Problem: problem, NewName: or(newName, key.Name), Self: key.ID == v.actor.KeyID()}
+	data := keyData{Key: key, Problem: problem, NewName: cmp.Or(newName, key.Name), Self: key.ID == v.actor.KeyID()}
 	limits, err := d.Admin.KeyLimits(ctx, v.actor, key.ID)
 	if err != nil {
 		return err

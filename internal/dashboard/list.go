@@ -234,6 +234,3 @@ func marks(key keyadmin.Key, usage keyadmin.Usage) []mark {
 	}
 	return slices.Clip(marks)
 }
-
-// or is the first text that is not empty.
-func or(texts ...string) string { return cmp.Or(texts...) }

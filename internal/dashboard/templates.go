@@ -1,6 +1,7 @@
 package dashboard
 
 import (
+	"cmp"
 	"embed"
 	"fmt"
 	"html/template"
@@ -31,11 +32,9 @@ var functions = template.FuncMap{
 	"clock":   func(t time.Time) string { return t.UTC().Format("15:04 MST") },
 	"number":  number,
 	"num":     func(f float64) string { return fmt.Sprintf("%.2f", f) },
-	"action":  func(a keyadmin.Action) string { return or(actions[a], string(a)) },
+	"action":  func(a keyadmin.Action) string { return cmp.Or(actions[a], string(a)) },
 	"delay":   delay,
 	"percent": func(n int64) string { return fmt.Sprintf("%d %%", n) },
-	"first":   first,
-	"plus":    func(a, b int64) int64 { return a + b },
 	"short":   short,
 	"redact":  apikey.Redact, // a key that was typed into the wrong field is not to come back in the page
 	"ranges":  func() []string { return []string{"24h", "7d", "30d"} },
@@ -123,12 +122,10 @@ func number(n int64) string {
 	return text
 }
 
-// first is the beginning of a list, and short how many scopes stand in a row of the list.
-func first(n int, list []string) []string { return list[:min(n, len(list))] }
-
+// short is what stands of scopes in a row of the list.
 func short(scopes []string) string {
 	const shown = 2
-	text := strings.Join(first(shown, scopes), ", ")
+	text := strings.Join(scopes[:min(shown, len(scopes))], ", ")
 	if more := len(scopes) - shown; more > 0 {
 		text += fmt.Sprintf(" +%d", more)
 	}
