@@ -19,10 +19,10 @@ func (a *Admin) Manager(ctx context.Context, id string) (Actor, error) {
 		return Actor{}, err
 	}
 	environment, err := apikey.ParseEnvironment(row.Environment)
-	if err != nil || !row.ManageKeys || status(row) != Active {
+	if err != nil || status(row) != Active {
 		return Actor{}, errNoManager
 	}
-	return Actor{
-		rank: key, name: "key:" + row.ID, account: row.Account, keyID: row.ID, environment: environment, scopes: apikey.KnownScopes(row.Scopes),
-	}, nil
+	return ManagingKey(&apikey.Record{
+		ID: row.ID, Account: row.Account, Environment: environment, Scopes: apikey.KnownScopes(row.Scopes), ManageKeys: row.ManageKeys,
+	})
 }
