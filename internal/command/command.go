@@ -130,7 +130,7 @@ func interruptible(ctx context.Context, input io.Reader) io.Reader {
 // show prints a result: JSON for programs, text for people. A key that could not be printed is lost, so it says if it failed.
 func show(cmd *cobra.Command, result any, text func(io.Writer)) error {
 	out := bufio.NewWriter(cmd.OutOrStdout())
-	if asJSON, _ := cmd.Flags().GetBool("json"); asJSON {
+	if is(cmd, "json") {
 		encoder := json.NewEncoder(out)
 		encoder.SetIndent("", "  ")
 		if err := encoder.Encode(result); err != nil {

@@ -46,14 +46,12 @@ func migrate(ctx context.Context, cmd *cobra.Command, _ []string) error {
 	if err != nil {
 		return err
 	}
-	var roles keystore.Roles
-	if roles.Edge, err = roleFlag(cmd, "edge-role"); err != nil {
+	// An empty name would pass for having no such role.
+	if err := NotEmpty(cmd, "edge-role", "admin-role"); err != nil {
 		return err
 	}
-	if roles.Admin, err = roleFlag(cmd, "admin-role"); err != nil {
-		return err
-	}
-	if planned, _ := cmd.Flags().GetBool("plan"); planned {
+	roles := keystore.Roles{Edge: text(cmd, "edge-role"), Admin: text(cmd, "admin-role")}
+	if is(cmd, "plan") {
 		return plan(ctx, cmd, url, roles)
 	}
 	from, to, err := keystore.MigrateAndGrant(ctx, url, roles)
@@ -107,13 +105,4 @@ func plan(ctx context.Context, cmd *cobra.Command, url string, roles keystore.Ro
 			fmt.Fprintf(w, "\nRole %s would have the rights to manage keys, and no more.\n", roles.Admin)
 		}
 	})
-}
-
-// roleFlag refuses an empty name, which an unset variable of a script leaves: it would pass for having no such role.
-func roleFlag(cmd *cobra.Command, name string) (string, error) {
-	role, _ := cmd.Flags().GetString(name)
-	if role == "" && cmd.Flags().Changed(name) {
-		return "", fmt.Errorf("--%s is empty: name a Postgres role, or leave the flag away", name)
-	}
-	return role, nil
 }
