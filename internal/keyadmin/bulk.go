@@ -16,7 +16,7 @@ type Selection struct {
 	CreatedBefore string // RFC 3339: before it
 
 	// Hashes are the SHA-256 of the keys. Not nil and empty: no key at all.
-	Hashes [][32]byte
+	Hashes []apikey.Digest
 }
 
 // RevokeMany revokes the keys of a selection for good, in one transaction, and returns how many there were; those that are
@@ -94,13 +94,7 @@ func (s Selection) validate() (selected keystore.Selection, err error) {
 			return selected, err
 		}
 	}
-	selected.CreatedBy = s.CreatedBy
-	if s.Hashes != nil {
-		selected.Digests = make([]apikey.Digest, len(s.Hashes))
-		for i, hash := range s.Hashes {
-			selected.Digests[i] = hash
-		}
-	}
+	selected.CreatedBy, selected.Digests = s.CreatedBy, s.Hashes
 	return selected, nil
 }
 

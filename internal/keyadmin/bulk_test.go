@@ -110,12 +110,12 @@ func TestIncidentSwitchRevokesTheSelectionAndNothingElse(t *testing.T) {
 			return keyadmin.Selection{CreatedAfter: at(k["child"]), CreatedBefore: at(k["bystander"])}
 		}, "child grandchild"},
 		"hashes": {func(k map[string]keyadmin.Key) keyadmin.Selection {
-			return keyadmin.Selection{Hashes: [][32]byte{hash(k["stranger"]), hash(k["child"]), {1}}}
+			return keyadmin.Selection{Hashes: []apikey.Digest{hash(k["stranger"]), hash(k["child"]), {1}}}
 		}, "child stranger"},
 		"both": {func(k map[string]keyadmin.Key) keyadmin.Selection {
-			return keyadmin.Selection{Account: "acme", Hashes: [][32]byte{hash(k["stranger"]), hash(k["child"])}}
+			return keyadmin.Selection{Account: "acme", Hashes: []apikey.Digest{hash(k["stranger"]), hash(k["child"])}}
 		}, "child"},
-		"a list of no hash": {func(map[string]keyadmin.Key) keyadmin.Selection { return keyadmin.Selection{Hashes: [][32]byte{}} }, ""},
+		"a list of no hash": {func(map[string]keyadmin.Key) keyadmin.Selection { return keyadmin.Selection{Hashes: []apikey.Digest{}} }, ""},
 		"none":              {func(map[string]keyadmin.Key) keyadmin.Selection { return keyadmin.Selection{Account: "nobody"} }, ""},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -256,8 +256,8 @@ func parseHash(s string) (apikey.Digest, error) {
 var errHash = &InvalidError{"hash", "must be 64 hexadecimal digits: the SHA-256 of the whole key"}
 
 // ParseHashes reads SHA-256 hashes of keys, one a line, in hexadecimal. What is none is an *InvalidError.
-func ParseHashes(file io.Reader) ([][32]byte, error) {
-	hashes := [][32]byte{}
+func ParseHashes(file io.Reader) ([]apikey.Digest, error) {
+	hashes := []apikey.Digest{}
 	scanner := bufio.NewScanner(file)
 	for number := int64(1); scanner.Scan(); number++ {
 		text := strings.TrimSpace(scanner.Text())
