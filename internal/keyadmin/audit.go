@@ -114,15 +114,11 @@ func (r AuditRequest) validate() (filter keystore.AuditFilter, limit int, err er
 	if r.Action != "" && !slices.Contains(actions, Action(r.Action)) {
 		return filter, 0, &InvalidError{"action", "must be one of " + joined(actions)}
 	}
-	if r.Since != "" {
-		if filter.Since, err = parseTime("since", r.Since); err != nil {
-			return filter, 0, err
-		}
+	if filter.Since, err = parseTime("since", r.Since); err != nil {
+		return filter, 0, err
 	}
-	if r.Until != "" {
-		if filter.Until, err = parseTime("until", r.Until); err != nil {
-			return filter, 0, err
-		}
+	if filter.Until, err = parseTime("until", r.Until); err != nil {
+		return filter, 0, err
 	}
 	if r.Cursor != "" {
 		if filter.Before, err = strconv.ParseInt(r.Cursor, 10, 64); err != nil || filter.Before < 1 {

@@ -84,15 +84,11 @@ func (s Selection) validate() (selected keystore.Selection, err error) {
 			return selected, err
 		}
 	}
-	if s.CreatedAfter != "" {
-		if selected.CreatedAfter, err = parseTime("created_after", s.CreatedAfter); err != nil {
-			return selected, err
-		}
+	if selected.CreatedAfter, err = parseTime("created_after", s.CreatedAfter); err != nil {
+		return selected, err
 	}
-	if s.CreatedBefore != "" {
-		if selected.CreatedBefore, err = parseTime("created_before", s.CreatedBefore); err != nil {
-			return selected, err
-		}
+	if selected.CreatedBefore, err = parseTime("created_before", s.CreatedBefore); err != nil {
+		return selected, err
 	}
 	selected.CreatedBy, selected.Digests = s.CreatedBy, s.Hashes
 	return selected, nil

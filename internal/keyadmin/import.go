@@ -265,11 +265,8 @@ func (l importLine) identify(key *keystore.Staged) error {
 
 // time reads a moment within what the database accepts.
 func (l importLine) time(field, s string) (*time.Time, error) {
-	if s == "" {
-		return nil, nil
-	}
 	t, err := parseTime(field, s)
-	if err != nil {
+	if t == nil {
 		return nil, err
 	}
 	return t, checkYear(field, *t)

@@ -52,18 +52,26 @@ const (
 	maxUsageRange     = 366 * 24 * time.Hour
 )
 
-// Usage returns what a key was used for in the hours that begin before to, from the one that from lies in. A zero to is now, a
-// zero from 30 days before to. A range that is not acceptable is an *InvalidError; the error wraps ErrNotFound if there is no
-// key with that id.
-func (a *Admin) Usage(ctx context.Context, actor Actor, id string, from, to time.Time) (Usage, error) {
+// Usage returns what a key was used for in the hours that begin before to, from the one that from lies in, which are times as
+// RFC 3339 has them. An empty to is now, an empty from 30 days before to. A range that is not acceptable is an *InvalidError; the
+// error wraps ErrNotFound if there is no key with that id.
+func (a *Admin) Usage(ctx context.Context, actor Actor, id, from, to string) (Usage, error) {
+	begin, err := parseTime("from", from)
+	if err != nil {
+		return Usage{}, err
+	}
+	end, err := parseTime("to", to)
+	if err != nil {
+		return Usage{}, err
+	}
 	return a.usage(ctx, actor, id, func(now time.Time) (time.Time, time.Time) {
-		if to.IsZero() {
-			to = now
+		if end == nil {
+			end = &now
 		}
-		if from.IsZero() {
-			from = to.Add(-defaultUsageRange)
+		if begin == nil {
+			return end.Add(-defaultUsageRange), *end
 		}
-		return from, to
+		return *begin, *end
 	})
 }
 

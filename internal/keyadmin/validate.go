@@ -110,7 +110,11 @@ func parseLifetime(s string) (time.Duration, error) {
 	return lifetime, nil
 }
 
+// parseTime returns nil for no text.
 func parseTime(field, s string) (*time.Time, error) {
+	if s == "" {
+		return nil, nil
+	}
 	t, err := time.Parse(time.RFC3339, s)
 	if err != nil {
 		return nil, &InvalidError{field, "must be a time as RFC 3339 has it, such as 2030-12-31T23:59:59Z"}

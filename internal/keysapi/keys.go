@@ -4,9 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"net/http"
-	"net/url"
 	"strconv"
-	"time"
 
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
@@ -180,27 +178,11 @@ func (a *API) usage(r *http.Request, actor keyadmin.Actor) (answer, error) {
 	if err != nil {
 		return answer{}, err
 	}
-	var from, to time.Time
-	if err := cmp.Or(parseTime(query, "from", &from), parseTime(query, "to", &to)); err != nil {
-		return answer{}, err
-	}
-	used, err := a.Admin.Usage(r.Context(), actor, r.PathValue("id"), from, to)
+	used, err := a.Admin.Usage(r.Context(), actor, r.PathValue("id"), query.Get("from"), query.Get("to"))
 	if err != nil {
 		return answer{}, err
 	}
 	return answer{status: http.StatusOK, body: resourceBody{used}}, nil
-}
-
-// parseTime reads a query parameter. Like the fields of a body, one that is not given is left as it was.
-func parseTime(query url.Values, name string, to *time.Time) (err error) {
-	text := query.Get(name)
-	if text == "" {
-		return nil
-	}
-	if *to, err = time.Parse(time.RFC3339, text); err != nil {
-		return &keyadmin.InvalidError{Field: name, Reason: "must be a time as RFC 3339 has it, such as 2030-12-31T23:59:59Z"}
-	}
-	return nil
 }
 
 func (a *API) audit(r *http.Request, actor keyadmin.Actor) (answer, error) {

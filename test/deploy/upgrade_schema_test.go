@@ -10,7 +10,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
@@ -160,7 +159,7 @@ func testUpgradeFrom(t *testing.T, p pinned) {
 	again.process.Stop(t)
 	next.process.Stop(t)
 
-	used, err := r.admin.Usage(t.Context(), keyadmin.Operator("test"), reader.ID, time.Time{}, time.Time{})
+	used, err := r.admin.Usage(t.Context(), keyadmin.Operator("test"), reader.ID, "", "")
 	want := int64(1) // of the newest gateway
 	if p.usage {
 		want = 3
