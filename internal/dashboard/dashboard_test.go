@@ -43,11 +43,11 @@ type rig struct {
 
 func newRig(t *testing.T) *rig {
 	t.Helper()
-	return newRigVia(t, func(_ *testing.T, database string) string { return database })
+	return newRigVia(t, func(_ testing.TB, database string) string { return database })
 }
 
 // newRigVia is newRig with another way to the database.
-func newRigVia(t *testing.T, via func(*testing.T, string) string) *rig {
+func newRigVia(t *testing.T, via func(testing.TB, string) string) *rig {
 	t.Helper()
 	r := &rig{t: t, database: pgtest.URL(t), log: new(bytes.Buffer)}
 	if _, _, err := keystore.Migrate(t.Context(), r.database); err != nil {

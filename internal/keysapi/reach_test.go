@@ -1,17 +1,13 @@
 package keysapi_test
 
 import (
-	"bufio"
-	"encoding/binary"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"net/url"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -52,78 +48,11 @@ func raw(t *testing.T, address, request string) string {
 	return string(answer)
 }
 
-// counter stands between a store and its Postgres and counts the statements that are run.
-type counter struct{ statements atomic.Int64 }
-
-// counted returns the URL of a database through a counter.
-func counted(t *testing.T, database string) (string, *counter) {
-	t.Helper()
-	u, err := url.Parse(database)
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := u.Host
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = listener.Close() })
-	c := new(counter)
-	go func() {
-		for {
-			client, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			go c.serve(client, server)
-		}
-	}()
-	u.Host = listener.Addr().String()
-	parameters := u.Query()
-	parameters.Set("sslmode", "disable")
-	u.RawQuery = parameters.Encode()
-	return u.String(), c
-}
-
-func (c *counter) serve(client net.Conn, address string) {
-	defer func() { _ = client.Close() }()
-	server, err := net.Dial("tcp", address)
-	if err != nil {
-		return
-	}
-	defer func() { _ = server.Close() }()
-	go func() {
-		_, _ = io.Copy(client, server)
-		_ = client.Close()
-	}()
-	from, to := bufio.NewReader(client), bufio.NewWriter(server)
-	// The first message has no type; all others have one, and then their length.
-	for header := 4; ; header = 5 {
-		message := make([]byte, header)
-		if _, err := io.ReadFull(from, message); err != nil {
-			return
-		}
-		length := binary.BigEndian.Uint32(message[header-4:])
-		if kind := message[0]; header == 5 && (kind == 'E' || kind == 'Q') { // Execute, Query
-			c.statements.Add(1)
-		}
-		if _, err := to.Write(message); err != nil {
-			return
-		}
-		if _, err := io.CopyN(to, from, int64(length)-4); err != nil {
-			return
-		}
-		if from.Buffered() == 0 && to.Flush() != nil {
-			return
-		}
-	}
-}
-
 // Neither the answer nor what it costs tells a key of another account, or of the environment that a sandbox key has no part
 // in, from one that does not exist.
 func TestKeysOfOthersAreNotFoundAsIfTheyDidNotExist(t *testing.T) {
-	database, count := counted(t, pgtest.URL(t))
-	r := newRigOn(t, database, nil)
+	var asked pgtest.Proxy
+	r := newRigOn(t, asked.URL(t, pgtest.URL(t)), nil)
 	asking := r.manager("acme", "sandbox")
 	hidden := map[string]string{
 		"another account's":             r.manager("other", "sandbox").ID,
@@ -135,10 +64,10 @@ func TestKeysOfOthersAreNotFoundAsIfTheyDidNotExist(t *testing.T) {
 		{"POST", "/rotate/undo", ""}, {"GET", "/audit", ""}, {"GET", "/usage", ""},
 	} {
 		ask := func(id string) (body string, statements int64) {
-			before := count.statements.Load()
+			before := asked.Statements.Load()
 			answer := r.call(request[0], path+"/"+id+request[1], by(asking), request[2])
 			answer.refused(t, http.StatusNotFound, "NOT_FOUND", "")
-			return strings.ReplaceAll(answer.body, answer.Header.Get("X-Request-Id"), ""), count.statements.Load() - before
+			return strings.ReplaceAll(answer.body, answer.Header.Get("X-Request-Id"), ""), asked.Statements.Load() - before
 		}
 		body, statements := ask(missing)
 		if statements == 0 {
