@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"reflect"
 	"slices"
 	"testing"
 	"time"
@@ -342,6 +343,15 @@ func TestAnotherAccountsKeyIsTheSameAsNone(t *testing.T) {
 		one, other := call(there), call(missing)
 		if !errors.Is(one, keyadmin.ErrNotFound) || one.Error() != "no such key: "+there || other.Error() != "no such key: "+missing {
 			t.Errorf("%s: %v and %v", name, one, other)
+		}
+	}
+}
+
+// Outside a transaction no line in the audit could stand or fall with the key.
+func TestKeysAreMadeAndRevokedInATransactionOnly(t *testing.T) {
+	for _, name := range []string{"Insert", "Revoke"} {
+		if _, there := reflect.TypeFor[*keystore.Store]().MethodByName(name); there {
+			t.Errorf("the store has %s", name)
 		}
 	}
 }

@@ -208,9 +208,12 @@ func TestKeyCreatedAfterItWasUnknownWorksAfterTheTick(t *testing.T) {
 	tick(t, c)
 	secret := apikey.Generate(apikey.Production)
 	want(t, c, apikey.Hash(secret), apikey.Unknown)
-	if _, err := db.store.Insert(t.Context(), keystore.NewKey{
-		ID: "key_" + apikey.RandomText(22), Account: "a", Name: "n", Environment: apikey.Production,
-		Digest: apikey.Hash(secret), Hint: apikey.Hint(secret), Scopes: apikey.MemoriesRead,
+	if err := db.store.Change(t.Context(), func(tx *keystore.Tx) error {
+		_, err := tx.Insert(t.Context(), keystore.NewKey{
+			ID: "key_" + apikey.RandomText(22), Account: "a", Name: "n", Environment: apikey.Production,
+			Digest: apikey.Hash(secret), Hint: apikey.Hint(secret), Scopes: apikey.MemoriesRead,
+		})
+		return err
 	}); err != nil {
 		t.Fatal(err)
 	}

@@ -103,13 +103,13 @@ type NewKey struct {
 	OverlapOnFirstUse *time.Duration // as in Row
 }
 
-// Insert adds a key.
-func (k Keys) Insert(ctx context.Context, key NewKey) (Row, error) {
+// Insert adds a key. Like Revoke, it needs a transaction, which the line in the audit is written in too.
+func (t *Tx) Insert(ctx context.Context, key NewKey) (Row, error) {
 	var lifetime *time.Duration
 	if key.Lifetime != 0 {
 		lifetime = &key.Lifetime
 	}
-	return readRow(ctx, k.db, "create key", `
+	return readRow(ctx, t.db, "create key", `
 insert into rekall.api_keys as k (id, account, name, environment, key_hash, hint, scopes, manage_keys, created_by, expires_at,
 	predecessor, overlap_on_first_use)
 values ($1, $2, $3, $4, $5, nullif($6, ''), $7, $8, nullif($9, ''), coalesce($10, now() + $11::interval), nullif($12, ''), $13)
@@ -150,12 +150,12 @@ func (t *Tx) Rename(ctx context.Context, reach Reach, id, name string) (row Row,
 // Revoke revokes a key for good. It returns the row as it is now, and whether this call is what revoked it; the error wraps
 // ErrNoRow if there is no such key. Of many calls at once, one revokes: the others wait for its row and find it revoked. As Lock
 // does, it reads the key once it has it.
-func (k Keys) Revoke(ctx context.Context, reach Reach, id string) (row Row, revoked bool, err error) {
-	tag, err := k.db.Exec(ctx, `update rekall.api_keys k set revoked_at = now() where `+oneKey+` and k.revoked_at is null`, reach.args(id)...)
+func (t *Tx) Revoke(ctx context.Context, reach Reach, id string) (row Row, revoked bool, err error) {
+	tag, err := t.db.Exec(ctx, `update rekall.api_keys k set revoked_at = now() where `+oneKey+` and k.revoked_at is null`, reach.args(id)...)
 	if err != nil {
 		return Row{}, false, failed("revoke key", err)
 	}
-	row, err = k.Get(ctx, reach, id)
+	row, err = t.Get(ctx, reach, id)
 	return row, err == nil && tag.RowsAffected() == 1, err
 }
 

@@ -1,6 +1,10 @@
 package keystore
 
-import "github.com/jackc/pgx/v5/pgxpool"
+import (
+	"context"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+)
 
 // What the tests look at besides the package's API.
 const (
@@ -18,6 +22,24 @@ var (
 )
 
 func Unread(snapshot string) (first, last string) { return unread(snapshot) }
+
+// Insert is Tx.Insert in a transaction of its own.
+func (s *Store) Insert(ctx context.Context, key NewKey) (row Row, err error) {
+	err = s.Change(ctx, func(tx *Tx) error {
+		row, err = tx.Insert(ctx, key)
+		return err
+	})
+	return row, err
+}
+
+// Revoke is Tx.Revoke in a transaction of its own.
+func (s *Store) Revoke(ctx context.Context, reach Reach, id string) (row Row, revoked bool, err error) {
+	err = s.Change(ctx, func(tx *Tx) error {
+		row, revoked, err = tx.Revoke(ctx, reach, id)
+		return err
+	})
+	return row, revoked, err
+}
 
 func (s *Store) Pool() *pgxpool.Pool { return s.pool }
 

@@ -14,7 +14,8 @@ type querier interface {
 	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
 }
 
-// Keys are the statements on single keys. A Store runs each in a transaction of its own, a Tx in the one that it is.
+// Keys are the statements that read a key, limits, the clock or the server. A Store runs each in a transaction of its own, a Tx in
+// the one that it is.
 type Keys struct{ db querier }
 
 // Tx is a transaction that changes keys.
