@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"regexp"
 	"strings"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -164,6 +165,9 @@ func (k *Keys) gitHub() (*keysapi.GitHub, error) {
 	return github, nil
 }
 
+// connectTimeout leaves time for the statements in the five seconds that the API and the dashboard have for an answer.
+const connectTimeout = 4 * time.Second
+
 func (k *Keys) management(app *App) (*management, error) {
 	settings, err := app.settings()
 	if err != nil {
@@ -177,7 +181,7 @@ func (k *Keys) management(app *App) (*management, error) {
 		database = strings.TrimSpace(database)
 	}
 	value, _, err := managements.LoadOrNew(database, func() (caddy.Destructor, error) {
-		store, err := keystore.Open(database, keystore.Options{ApplicationName: "rekall-gateway keys"})
+		store, err := keystore.Open(database, keystore.Options{ApplicationName: "rekall-gateway keys", ConnectTimeout: connectTimeout})
 		if err != nil {
 			return nil, fmt.Errorf("database: %w", err)
 		}

@@ -3,7 +3,10 @@ package caddymodule
 import (
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
@@ -35,5 +38,26 @@ func TestKeysSettingsByWhichEverybodyWouldBeSomebodyAreRefused(t *testing.T) {
 		if err != nil && strings.Contains(err.Error(), "hunter2") {
 			t.Error("the error shows the password")
 		}
+	}
+}
+
+func TestKeysAreManagedInAPostgresThatIsFarAway(t *testing.T) {
+	database := pgtest.URL(t)
+	if _, _, err := keystore.Migrate(t.Context(), database); err != nil {
+		t.Fatal(err)
+	}
+	far := pgtest.Proxy{Delay: time.Second}
+	k := &Keys{Database: far.URL(t, database)}
+	m, err := k.management(&App{Database: database})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := k.Cleanup(); err != nil {
+			t.Error(err)
+		}
+	})
+	if _, err := m.admin.List(t.Context(), keyadmin.Operator("test"), keyadmin.ListRequest{}); err != nil {
+		t.Error(err)
 	}
 }

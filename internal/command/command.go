@@ -13,6 +13,7 @@ import (
 	"os/signal"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -99,6 +100,9 @@ func databaseURL(cmd *cobra.Command) (string, error) {
 	return url, nil
 }
 
+// connectTimeout is that of migrate: an operator can wait, and may be far from the database.
+const connectTimeout = 10 * time.Second
+
 // admin runs do with the key administration of the command's database.
 func admin(do func(context.Context, *cobra.Command, []string, *keyadmin.Admin) error) func(*cobra.Command, []string) error {
 	return run(func(ctx context.Context, cmd *cobra.Command, args []string) error {
@@ -106,7 +110,7 @@ func admin(do func(context.Context, *cobra.Command, []string, *keyadmin.Admin) e
 		if err != nil {
 			return err
 		}
-		store, err := keystore.Open(url, keystore.Options{ApplicationName: "rekall-gateway keys"})
+		store, err := keystore.Open(url, keystore.Options{ApplicationName: "rekall-gateway keys", ConnectTimeout: connectTimeout})
 		if err != nil {
 			return err
 		}

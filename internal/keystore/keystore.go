@@ -3,6 +3,7 @@
 package keystore
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -53,6 +54,10 @@ type Options struct {
 	ApplicationName string // as pg_stat_activity shows it, if the URL names none; default "rekall-gateway"
 	Instance        string // of the edge whose reports Snapshot looks for; default none
 	PlanOnce        bool   // statements are planned once for each connection, not for each call with its arguments; default false
+
+	// ConnectTimeout is for making a connection, if the URL names none; default 800 ms, which is what an edge can wait. From far
+	// away it takes longer: six times there and back, with TLS and a password.
+	ConnectTimeout time.Duration
 }
 
 // Store is a pool of connections to the Postgres that holds the keys. Its methods may be called concurrently.
@@ -63,10 +68,10 @@ type Store struct {
 }
 
 // Open returns a store that connects when it is first used. url is a Postgres URL or connection string; a connect_timeout
-// in it replaces the default of 800 ms, and behind PgBouncer's transaction pooling it needs
+// in it replaces that of the options, and behind PgBouncer's transaction pooling it needs
 // default_query_exec_mode=exec. Errors, here and later, show neither url nor the password in it.
 func Open(url string, options Options) (*Store, error) {
-	config, err := parse(url, connectTimeout)
+	config, err := parse(url, cmp.Or(options.ConnectTimeout, connectTimeout))
 	if err != nil {
 		return nil, err
 	}
