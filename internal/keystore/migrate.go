@@ -56,19 +56,11 @@ func MigrateAndGrant(ctx context.Context, url string, roles Roles) (from, to int
 	if err := roles.check(); err != nil {
 		return 0, 0, err
 	}
-	config, err := parse(url, migrateConnectTimeout)
+	conn, end, err := connectToMigrate(ctx, url, "migrate")
 	if err != nil {
 		return 0, 0, err
 	}
-	conn, err := pgx.ConnectConfig(ctx, config.ConnConfig)
-	if err != nil {
-		return 0, 0, failed("migrate", err)
-	}
-	defer func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
-		defer cancel()
-		_ = conn.Close(ctx) // which releases the lock
-	}()
+	defer end()
 	files, err := fs.Sub(migrations, "migrations")
 	if err != nil {
 		return 0, 0, fmt.Errorf("migrate: %w", err)
@@ -92,19 +84,11 @@ type Migration struct {
 // Plan returns the schema's version and the migrations that Migrate would run, first to last, without changing anything: its
 // connection is read-only. Version 0: there is no schema yet.
 func Plan(ctx context.Context, url string) (from int32, pending []Migration, err error) {
-	config, err := parse(url, migrateConnectTimeout)
+	conn, end, err := connectToMigrate(ctx, url, "plan migrations")
 	if err != nil {
 		return 0, nil, err
 	}
-	conn, err := pgx.ConnectConfig(ctx, config.ConnConfig)
-	if err != nil {
-		return 0, nil, failed("plan migrations", err)
-	}
-	defer func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
-		defer cancel()
-		_ = conn.Close(ctx)
-	}()
+	defer end()
 	tx, err := conn.BeginTx(ctx, pgx.TxOptions{AccessMode: pgx.ReadOnly})
 	if err != nil {
 		return 0, nil, failed("plan migrations", err)
@@ -123,6 +107,22 @@ func Plan(ctx context.Context, url string) (from int32, pending []Migration, err
 		return from, nil, fmt.Errorf("plan migrations: %w", &NewerSchemaError{Schema: from, Binary: newest})
 	}
 	return from, all[from:], nil
+}
+
+// connectToMigrate returns a connection and what closes it, which releases the lock of migrations.
+func connectToMigrate(ctx context.Context, url, doing string) (conn *pgx.Conn, end func(), err error) {
+	config, err := parse(url, migrateConnectTimeout)
+	if err != nil {
+		return nil, nil, err
+	}
+	if conn, err = pgx.ConnectConfig(ctx, config.ConnConfig); err != nil {
+		return nil, nil, failed(doing, err)
+	}
+	return conn, func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
+		defer cancel()
+		_ = conn.Close(ctx)
+	}, nil
 }
 
 func schemaVersion(ctx context.Context, tx pgx.Tx) (version int32, err error) {
