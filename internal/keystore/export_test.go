@@ -18,6 +18,7 @@ var (
 	SnapshotSQL = snapshotSQL
 
 	MigrateTo  = migrateTo
+	TakeTurn   = takeTurn
 	Migrations = migrations
 )
 

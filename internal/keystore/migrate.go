@@ -31,6 +31,9 @@ const (
 	// lockPause is the time between two tries, in which gateways catch up; lockPatience is that of all tries.
 	lockPause    = 2 * time.Second
 	lockPatience = time.Minute
+
+	// turnPatience is how long a migration may wait for another's end: one that waits for a table, and then works as long.
+	turnPatience = 2 * lockPatience
 )
 
 // NewerSchemaError says that the database was migrated by a newer version of the gateway.
@@ -155,7 +158,7 @@ func known(ctx context.Context) ([]Migration, error) {
 }
 
 func migrateTo(ctx context.Context, conn *pgx.Conn, files fs.FS, patience time.Duration) (from, to int32, err error) {
-	if _, err = conn.Exec(ctx, "select pg_advisory_lock($1)", migrateLock); err != nil {
+	if err = takeTurn(ctx, conn, turnPatience); err != nil {
 		return 0, 0, err
 	}
 	if err = createSchema(ctx, conn); err != nil {
@@ -196,6 +199,36 @@ func migrateTo(ctx context.Context, conn *pgx.Conn, files fs.FS, patience time.D
 		case <-time.After(lockPause):
 		}
 	}
+}
+
+// takeTurn takes the lock of migrations, which the connection then keeps.
+func takeTurn(ctx context.Context, conn *pgx.Conn, patience time.Duration) error {
+	err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, fmt.Sprintf("set local lock_timeout = %d", patience.Milliseconds())); err != nil {
+			return err
+		}
+		_, err := tx.Exec(ctx, "select pg_advisory_lock($1)", migrateLock)
+		return err
+	})
+	if hasState(err, lockNotAvailable) {
+		return migrating(ctx, conn)
+	}
+	return err
+}
+
+// migrating says who has the lock of migrations.
+func migrating(ctx context.Context, conn *pgx.Conn) error {
+	var application string
+	var pid int
+	err := conn.QueryRow(ctx, `select l.pid, coalesce(a.application_name, '')
+		from pg_locks l left join pg_stat_activity a on a.pid = l.pid
+		where l.locktype = 'advisory' and l.granted and l.objsubid = 1 and (l.classid::bigint << 32) | l.objid::bigint = $1
+			and l.database = (select oid from pg_database where datname = current_database())`, migrateLock).Scan(&pid, &application)
+	if err != nil {
+		return errors.New("another migration took too long: run migrate again")
+	}
+	return fmt.Errorf("the lock of migrations is held by Postgres process %d (%q): run migrate again when that has ended, or end it with pg_terminate_backend(%[1]d)",
+		pid, application)
 }
 
 // inUse says who has used a table of ours longest.

@@ -131,6 +131,30 @@ func TestMigrationsAtOnceRunOnce(t *testing.T) {
 	}
 }
 
+func TestMigrationThatCannotHaveItsTurnSaysWhoHasItAndTakesItLater(t *testing.T) {
+	databaseURL := pgtest.URL(t)
+	first, second := connect(t, databaseURL), connect(t, databaseURL)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := keystore.TakeTurn(ctx, first, time.Millisecond); err != nil {
+		t.Fatal(err)
+	}
+	holder := fmt.Sprintf("process %d ", first.PgConn().PID())
+	if err := keystore.TakeTurn(ctx, second, time.Millisecond); err == nil || !strings.Contains(err.Error(), holder) {
+		t.Errorf("the error is %v, want one with %q", err, holder)
+	}
+	if err := first.Close(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := keystore.TakeTurn(ctx, second, time.Minute); err != nil {
+		t.Errorf("when the other has ended: %v", err)
+	}
+	var limit string
+	if err := second.QueryRow(ctx, "show lock_timeout").Scan(&limit); err != nil || limit != "0" {
+		t.Errorf("what follows may wait for %s, %v", limit, err)
+	}
+}
+
 func TestNewerSchemaIsRefusedUntouched(t *testing.T) {
 	databaseURL := pgtest.URL(t)
 	_, to, err := keystore.Migrate(t.Context(), databaseURL)
