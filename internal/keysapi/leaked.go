@@ -3,6 +3,7 @@ package keysapi
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -88,6 +89,11 @@ var errTooOften = &apierror.Error{
 	Status: http.StatusTooManyRequests, Code: "RATE_LIMIT_EXCEEDED", Message: "Too many reports. Send many keys in one report, or try again later.",
 }
 
+// errBusy is no errUnavailable, which is logged: strangers could fill the log.
+var errBusy = &apierror.Error{
+	Status: http.StatusServiceUnavailable, Code: "SERVICE_UNAVAILABLE", Message: "Too many long reports come in at once. Try again shortly.",
+}
+
 var errGitHubBody = invalid("", "The body must be a list of objects that each have a token.")
 
 // leakedOnGitHub revokes the keys that GitHub's secret scanning has found. Nothing of the body is believed, and not even
@@ -102,7 +108,10 @@ func (a *API) leakedOnGitHub(r *http.Request) (answer, error) {
 		case a.longReports <- struct{}{}:
 			defer func() { <-a.longReports }()
 		case <-r.Context().Done():
-			return answer{}, errUnavailable
+			if err := r.Context().Err(); !errors.Is(err, context.DeadlineExceeded) {
+				return answer{}, err // the client went away
+			}
+			return answer{}, errBusy
 		}
 	}
 	body, err := readBody(r, maxGitHubReport)

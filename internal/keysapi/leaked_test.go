@@ -2,6 +2,7 @@ package keysapi_test
 
 import (
 	"bufio"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -465,6 +466,46 @@ func TestLongReportsAreReadFewAtATimeAndShortOnesAtOnce(t *testing.T) {
 	_ = reading[0].Close()
 	if got := <-word; !strings.Contains(got, " 100 ") {
 		t.Errorf("where there is room again: %q", got)
+	}
+}
+
+// stalled is a body that does not come.
+type stalled struct{ read, end chan struct{} }
+
+func (s stalled) Read([]byte) (int, error) {
+	s.read <- struct{}{}
+	<-s.end
+	return 0, io.ErrUnexpectedEOF
+}
+
+func TestLongReportsThatFindNoPlaceWriteNoErrorsIntoTheLog(t *testing.T) {
+	hub := newGitHub(t)
+	r := newRigOn(t, pgtest.URL(t), checker(t, hub.server.URL))
+	send := func(ctx context.Context, body io.Reader) *httptest.ResponseRecorder {
+		request := httptest.NewRequestWithContext(ctx, "POST", leaked+"/github", body)
+		request.Header = http.Header{"Github-Public-Key-Identifier": {"current"}, "Github-Public-Key-Signature": {"AAAA"}}
+		w := httptest.NewRecorder()
+		r.server.Config.Handler.ServeHTTP(w, request)
+		return w
+	}
+	reading := stalled{make(chan struct{}), make(chan struct{})}
+	var readers sync.WaitGroup
+	for range 4 {
+		readers.Go(func() { send(t.Context(), reading) })
+		<-reading.read
+	}
+	late, cancelLate := context.WithDeadline(t.Context(), time.Now())
+	defer cancelLate()
+	if w := send(late, stalled{}); w.Code != http.StatusServiceUnavailable || !strings.Contains(w.Body.String(), "Too many long reports") {
+		t.Errorf("one that has waited: %d %s", w.Code, w.Body)
+	}
+	gone, leave := context.WithCancel(t.Context())
+	leave()
+	send(gone, stalled{})
+	close(reading.end)
+	readers.Wait()
+	if r.log.Len() > 0 {
+		t.Errorf("the log says %s", r.log)
 	}
 }
 
