@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"html"
 	"io"
+	"net"
 	"net/http"
 	"net/http/cookiejar"
 	"net/http/httptest"
@@ -467,6 +468,26 @@ func TestNoKeySignsOthersOutBySigningInWithoutEnd(t *testing.T) {
 	}
 	if !state.SignedIn(victim) || !state.SignedIn(state.SignIn("newcomer")) {
 		t.Error("a key with one session was signed out")
+	}
+}
+
+func TestFormThatDoesNotComeIsNotWaitedFor(t *testing.T) {
+	r := newRig(t)
+	conn, err := net.Dial("tcp", r.server.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	if err := conn.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.WriteString(conn, "POST "+dashboard.Root+"/sign-in HTTP/1.1\r\nHost: a\r\n"+
+		"Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 100\r\n\r\nkey="); err != nil {
+		t.Fatal(err)
+	}
+	answer, err := io.ReadAll(conn)
+	if err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 400 ") {
+		t.Errorf("%q, %v", answer, err)
 	}
 }
 
