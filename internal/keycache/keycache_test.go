@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dgraph-io/ristretto/v2"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"go.uber.org/zap"
 
@@ -304,6 +305,49 @@ func (s *hookedStore) ScanHashes(ctx context.Context, begin func(keystore.Server
 			s.afterScan = nil
 		}
 	})
+}
+
+// TestRequestsWhileTheCacheIsClosedAreUnavailable: ristretto, which still has the key, panics when it is asked while it closes.
+func TestRequestsWhileTheCacheIsClosedAreUnavailable(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	c := newCache(t, db.store, nil)
+	c.known.Close()
+	closing, release := make(chan struct{}), make(chan struct{})
+	begun := sync.OnceFunc(func() { close(closing) })
+	var err error
+	if c.known, err = ristretto.NewCache(&ristretto.Config[uint64, *entry]{
+		NumCounters: 1000, MaxCost: 100, BufferItems: 64, IgnoreInternalCost: true,
+		OnEvict: func(*ristretto.Item[*entry]) { // Close clears first of all
+			begun()
+			<-release
+		},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	tick(t, c)
+	first, key := apikey.Digest{}, apikey.Digest{1} // which are cleared in this order
+	for _, d := range []apikey.Digest{first, key} {
+		c.keep(newEntry(apikey.Record{Digest: d}, c.state.Load().epoch))
+	}
+	c.known.Wait()
+	want(t, c, key, apikey.Allowed)
+	var ending, requests sync.WaitGroup
+	ending.Go(c.Close)
+	<-closing
+	db.store.Close()
+	for range 8 {
+		requests.Go(func() {
+			for range 20 {
+				if got := outcome(t, c, key); got != apikey.Unavailable || c.Cached(key) {
+					t.Errorf("outcome %v, want unavailable", got)
+				}
+			}
+		})
+	}
+	requests.Wait()
+	close(release)
+	ending.Wait()
+	want(t, c, key, apikey.Unavailable)
 }
 
 func TestFillThatRacesARevocationIsNotBelieved(t *testing.T) {
