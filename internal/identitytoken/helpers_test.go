@@ -27,6 +27,7 @@ type shelf struct {
 	mu        sync.Mutex
 	rows      map[string]shelved
 	down      bool
+	unread    bool          // reads fail
 	hanging   chan struct{} // reads wait until it is closed
 	publishes int
 	reads     int
@@ -68,7 +69,7 @@ func (s *shelf) SigningKeys(ctx context.Context) ([]keystore.SigningKey, error) 
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.down {
+	if s.down || s.unread {
 		return nil, errDown
 	}
 	maps.DeleteFunc(s.rows, func(_ string, row shelved) bool { return !row.expiresAt.After(time.Now()) })

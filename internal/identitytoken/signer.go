@@ -95,23 +95,36 @@ func newSigner(store Store, instance string, logger func() *zap.Logger, schedule
 
 // Run makes keys, publishes them and replaces them until ctx is done.
 func (s *Signer) Run(ctx context.Context) {
-	failing := false
+	failing, unread := false, false
 	for {
 		err := s.tend(ctx)
-		switch {
-		case ctx.Err() != nil:
+		if ctx.Err() != nil {
 			return
-		case err != nil && !failing:
-			s.logger().Warn("signing key cannot be published; identity tokens end with its lease", zap.Error(err))
-		case err == nil && failing:
-			s.logger().Info("signing key is published again")
 		}
-		if failing = err != nil; failing {
-			s.failure.Store(&keystore.Failure{At: time.Now(), Err: err})
+		s.note(err, &failing, "signing key cannot be published; identity tokens end with its lease", "signing key is published again")
+		if err == nil {
+			err := s.keySet.refresh(ctx)
+			if ctx.Err() != nil {
+				return
+			}
+			s.note(err, &unread, "key set cannot be read; backends are given the last one, if there is any", "key set is read again")
 		}
 		if !s.rest(ctx, failing) {
 			return
 		}
+	}
+}
+
+// note logs when something begins to fail, and when that ends.
+func (s *Signer) note(err error, failing *bool, begins, ends string) {
+	switch {
+	case err != nil && !*failing:
+		s.logger().Warn(begins, zap.Error(err))
+	case err == nil && *failing:
+		s.logger().Info(ends)
+	}
+	if *failing = err != nil; *failing {
+		s.failure.Store(&keystore.Failure{At: time.Now(), Err: err})
 	}
 }
 
@@ -154,7 +167,7 @@ func (s *Signer) tend(ctx context.Context) error {
 	}
 	last := s.active.Swap(&active{key: s.current, renewedAt: renewedAt, superseded: make(chan struct{})})
 	close(last.superseded)
-	return s.keySet.refresh(ctx)
+	return nil
 }
 
 func (s *Signer) publish(ctx context.Context) error {

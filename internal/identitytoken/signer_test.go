@@ -9,6 +9,7 @@ import (
 
 	"github.com/MicahParks/keyfunc/v3"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
 )
 
 // sleep lets fake time pass.
@@ -153,5 +154,28 @@ func TestOutageCausesOneAttemptASecondHoweverManyRequestsCome(t *testing.T) {
 		if after, _ := store.counts(); after-before > 52 {
 			t.Errorf("%d attempts in 50 s", after-before)
 		}
+	})
+}
+
+// TestKeySetThatCannotBeReadIsNotToldAsAKeyThatCannotBePublished: whoever reads that waits for the tokens to end, and they do not.
+func TestKeySetThatCannotBeReadIsNotToldAsAKeyThatCannotBePublished(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := newShelf()
+		store.unread = true
+		core, lines := observer.New(zap.WarnLevel)
+		signer := newSigner(store, "", func() *zap.Logger { return zap.New(core) }, standard)
+		start(t, signer)
+		const renewals = 10
+		sleep(renewals * standard.renew)
+		if publishes, _ := store.counts(); publishes > renewals+1 {
+			t.Errorf("published %d times in the time of %d renewals", publishes, renewals)
+		}
+		if all := lines.All(); len(all) != 1 || !strings.HasPrefix(all[0].Message, "key set cannot be read") {
+			t.Errorf("the log says %v, want one line of the key set", all)
+		}
+		if failure := signer.LastFailure(); failure == nil || !errors.Is(failure.Err, errDown) {
+			t.Errorf("the last failure is %v", failure)
+		}
+		mustToken(t, issuer(t, signer, Options{}), record(), time.Now())
 	})
 }
