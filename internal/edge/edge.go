@@ -63,9 +63,10 @@ type Reporter struct {
 	forgetEvery time.Duration
 	forgetAt    time.Time // when to look for edges that went away
 
-	countAt time.Time                          // when to count the edges
-	failing bool                               // whether the last report failed
-	count   atomic.Pointer[keystore.EdgeCount] // nil: not counted yet
+	countAt   time.Time                          // when to count the edges
+	failing   bool                               // whether the last report failed
+	uncounted bool                               // whether the last count failed
+	count     atomic.Pointer[keystore.EdgeCount] // nil: not counted yet
 
 	failure atomic.Pointer[keystore.Failure] // nil: there was none
 
@@ -109,19 +110,27 @@ func (r *Reporter) Run(ctx context.Context, applied func() keycache.Applied) {
 	for {
 		// A report that began is finished: Postgres may carry out one that was given up after the row was removed.
 		err := r.report(context.WithoutCancel(ctx), applied())
-		switch {
-		case err != nil && ctx.Err() == nil && !r.failing:
-			r.logger().Warn("edge cannot report; others call it fail-closed or do not know of it, and keys revoke --wait has no word from it", zap.Error(err))
-		case err == nil && r.failing:
-			r.logger().Info("edge reports again")
-		}
-		if r.failing = err != nil; r.failing {
-			r.failure.Store(&keystore.Failure{At: time.Now(), Err: err})
+		if err == nil || ctx.Err() == nil {
+			r.note(err, &r.failing,
+				"edge cannot report; others call it fail-closed or do not know of it, and keys revoke --wait has no word from it", "edge reports again")
 		}
 		if !r.wait(ctx, ticker.C) {
 			r.remove(context.WithoutCancel(ctx))
 			return
 		}
+	}
+}
+
+// note logs when something begins to fail, and when that ends.
+func (r *Reporter) note(err error, failing *bool, begins, ends string) {
+	switch {
+	case err != nil && !*failing:
+		r.logger().Warn(begins, zap.Error(err))
+	case err == nil && *failing:
+		r.logger().Info(ends)
+	}
+	if *failing = err != nil; *failing {
+		r.failure.Store(&keystore.Failure{At: time.Now(), Err: err})
 	}
 }
 
@@ -210,7 +219,8 @@ func (r *Reporter) report(ctx context.Context, applied keycache.Applied) error {
 	}
 	r.taken(edge.Beat, taken)
 	r.forget(ctx)
-	return r.countEdges(ctx)
+	r.note(r.countEdges(ctx), &r.uncounted, "edges cannot be counted; their last count is used, if there is one", "edges are counted again")
+	return nil
 }
 
 // forget takes edges that went away without a word off the list, now and then. If that fails, another edge does it.
@@ -234,7 +244,7 @@ func (r *Reporter) countEdges(ctx context.Context) error {
 		return err
 	}
 	// When Postgres was away, the first to report sees nobody else, and must not take the others' part of the limits.
-	if known := r.count.Load(); !r.failing || known == nil || known.Live < n.Live {
+	if known := r.count.Load(); !r.failing && !r.uncounted || known == nil || known.Live < n.Live {
 		r.count.Store(&n)
 	}
 	every := r.edge.MaxStaleness / 2
@@ -251,7 +261,7 @@ func (r *Reporter) Edges() (keystore.EdgeCount, bool) {
 	return *n, true
 }
 
-// LastFailure returns the last failure to report; nil: there was none.
+// LastFailure returns the last failure to report, or to count the edges; nil: there was none.
 func (r *Reporter) LastFailure() *keystore.Failure { return r.failure.Load() }
 
 // remove takes the edge off the list when it stops in good order. If that fails, the others forget it.

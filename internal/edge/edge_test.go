@@ -3,12 +3,14 @@ package edge
 import (
 	"context"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keycache"
@@ -149,8 +151,36 @@ func TestFirstEdgeToReportAfterAnOutageOfPostgresStillCountsTheOthers(t *testing
 	}
 	r.reporter.failing = true
 	count("the first report after it", keystore.EdgeCount{Live: 2})
-	r.reporter.failing = false
+	r.reporter.failing, r.reporter.uncounted = false, true
+	count("the first count that works", keystore.EdgeCount{Live: 2})
 	count("the next count", keystore.EdgeCount{Live: 1, FailClosed: 1})
+}
+
+// TestEdgesThatCannotBeCountedAreNotToldAsAnEdgeThatCannotReport: the others have its report.
+func TestEdgesThatCannotBeCountedAreNotToldAsAnEdgeThatCannotReport(t *testing.T) {
+	r := newRig(t)
+	core, lines := observer.New(zap.InfoLevel)
+	r.reporter.logger = func() *zap.Logger { return zap.New(core) }
+	// Which a report can be without, and a count cannot.
+	if _, err := r.conn.Exec(t.Context(), `alter table rekall.edges drop synced_at, add synced_at text`); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	reports := 0
+	r.reporter.Run(ctx, func() keycache.Applied {
+		if reports++; reports == 3 {
+			r.wantNames("two reports", "north")
+			if !r.reporter.uncounted || r.reporter.failing || r.reporter.LastFailure() == nil {
+				t.Errorf("uncounted %v, failing %v, last failure %v", r.reporter.uncounted, r.reporter.failing, r.reporter.LastFailure())
+			}
+			stop()
+		}
+		r.reporter.Changed()
+		return keycache.Applied{}
+	})
+	if all := lines.All(); len(all) != 1 || !strings.HasPrefix(all[0].Message, "edges cannot be counted") {
+		t.Errorf("the log says %v, want one line of the count", all)
+	}
 }
 
 // TestAnEdgeThatDrainsIsWaitedForAndSharesNoLimits: its streams may go on for hours, beside those of what replaced it.
