@@ -130,12 +130,13 @@ func (s *addressSet) leastOwing() *addressEntry {
 }
 
 // addressID is what is counted together: an IPv4 address, also if it is written as an IPv6 one, or the /64 of an IPv6
-// address. No two that differ have the same, since an IPv4 address is in a /64 that no client has (RFC 4291, section 2.5.5.2).
+// address. No two that differ have the same, since IPv4 addresses have 0xffff before them (RFC 4291, section 2.5.5.2), and none is
+// zero, which is no entry: ::1 is in the /64 of zeros.
 func addressID(address netip.Addr) [2]uint64 {
 	bytes := address.As16()
 	id := [2]uint64{binary.BigEndian.Uint64(bytes[:8]), binary.BigEndian.Uint64(bytes[8:])}
 	if !address.Unmap().Is4() {
-		id[1] = 0
+		id[1] = 1
 	}
 	return id
 }

@@ -58,11 +58,26 @@ func TestAddressesThatOneClientHasAreOne(t *testing.T) {
 		{"2001:db8::1", "2001:db8::ffff:1", true},
 		{"2001:db8::1", "2001:db8:0:1::1", false},
 		{"fe80::1%eth0", "fe80::2%eth1", true},
+		{"::1", "::2", true},
+		{"::1", "0.0.0.0", false},
+		{"::1", "0.0.0.1", false},
 	} {
 		a := NewAddresses(1, 1)
 		a.Take(netip.MustParseAddr(c.first))
 		if same := !a.Take(netip.MustParseAddr(c.second)).Allowed; same != c.same {
 			t.Errorf("%s and %s: counted together %t, want %t", c.first, c.second, same, c.same)
+		}
+	}
+}
+
+func TestNoAddressIsSuspectBeforeItsFirstRequestWithoutAGoodKey(t *testing.T) {
+	for _, text := range []string{"192.0.2.1", "0.0.0.0", "2001:db8::1", "::1", "::"} {
+		a, address := NewAddresses(1, 1), netip.MustParseAddr(text)
+		if a.Suspect(address) {
+			t.Errorf("%s is suspect from the start", text)
+		}
+		if a.Take(address); !a.Suspect(address) {
+			t.Errorf("%s is not suspect", text)
 		}
 	}
 }
