@@ -76,12 +76,19 @@ type threshold struct {
 	until    time.Time
 }
 
+// spike is an hour that is one, and the threshold by which it was judged: learn may forget that before the spike is told.
+type spike struct {
+	keystore.HourTotal
+	threshold int64
+}
+
 // findSpikes looks at the keys that are busy now. Each spike is told by one edge, once.
 func (c *Counter) findSpikes(ctx context.Context) error {
-	var unknown, spikes []keystore.HourTotal
+	var unknown []keystore.HourTotal
+	var spikes []spike
 	judge := func(total keystore.HourTotal) {
 		if t := c.thresholds[total.KeyID]; t.requests > 0 && total.Count >= t.requests {
-			spikes = append(spikes, total)
+			spikes = append(spikes, spike{total, t.requests})
 		}
 	}
 	err := c.store.BusyKeys(ctx, spikeMinCount, func(total keystore.HourTotal) {
@@ -103,8 +110,8 @@ func (c *Counter) findSpikes(ctx context.Context) error {
 			judge(total)
 		}
 	}
-	for _, total := range spikes {
-		if err := c.tell(ctx, total); err != nil {
+	for _, s := range spikes {
+		if err := c.tell(ctx, s); err != nil {
 			return err
 		}
 	}
@@ -156,14 +163,13 @@ func everyHour(used []keystore.HourTotal, before time.Time) []int64 {
 	return hours
 }
 
-func (c *Counter) tell(ctx context.Context, total keystore.HourTotal) error {
-	t := c.thresholds[total.KeyID]
-	news, err := c.store.AddSpike(ctx, keystore.Spike{KeyID: total.KeyID, Hour: total.Hour, Threshold: t.requests})
+func (c *Counter) tell(ctx context.Context, s spike) error {
+	news, err := c.store.AddSpike(ctx, keystore.Spike{KeyID: s.KeyID, Hour: s.Hour, Threshold: s.threshold})
 	if err != nil || !news {
 		return err
 	}
 	c.spikes.Add(1)
-	c.cfg.Logger().Warn("usage spike: the key is used far more than in the last two weeks", zap.String("key_id", total.KeyID),
-		zap.Time("hour", total.Hour.UTC()), zap.Int64("requests", total.Count), zap.Int64("threshold", t.requests))
+	c.cfg.Logger().Warn("usage spike: the key is used far more than in the last two weeks", zap.String("key_id", s.KeyID),
+		zap.Time("hour", s.Hour.UTC()), zap.Int64("requests", s.Count), zap.Int64("threshold", s.threshold))
 	return nil
 }

@@ -156,3 +156,34 @@ func TestSpikeIsToldOnceByOneOfAllEdges(t *testing.T) {
 		t.Errorf("spikes %+v", used.Spikes)
 	}
 }
+
+func TestSpikeIsToldWithItsThresholdThoughThatIsForgottenToLearnOthers(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL)
+	records := newRecords(2)
+	spiking, other := records[0], records[1]
+	now := time.Now() // the hour may end meanwhile, but not twice
+	past(t, databaseURL, spiking, now, 1000, 400)
+	c, _ := newCounter(store, 0)
+	find := func(record *apikey.Record, requests int) {
+		t.Helper()
+		for range requests {
+			c.Count(record, apikey.Allowed, now)
+		}
+		flush(t, c)
+		if err := usage.FindSpikes(c, t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	find(spiking, 2000)
+	usage.FillThresholds(c)
+	c.Count(spiking, apikey.Allowed, now)
+	find(other, 100)
+	used, err := store.Usage(t.Context(), spiking.ID, now.Add(-2*time.Hour), now.Add(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(used.Spikes) != 1 || used.Spikes[0].Threshold != 2001 {
+		t.Errorf("spikes %+v", used.Spikes)
+	}
+}
