@@ -216,17 +216,13 @@ func canSign(issuers []*identitytoken.Issuer) bool {
 	return !slices.ContainsFunc(issuers, func(i *identitytoken.Issuer) bool { return !i.Ready() })
 }
 
-func (rt *runtime) openLimiter(url string) error {
+func (rt *runtime) openLimiter(url string) (err error) {
 	if url == "" {
 		rt.limiter = ratelimit.New()
 		return nil
 	}
-	store, err := ratelimit.OpenStore(url, rt.liveEdges, rt.logger.Load)
-	if err != nil {
-		return err
-	}
-	rt.limiter = ratelimit.NewShared(store)
-	return nil
+	rt.limiter, err = ratelimit.NewShared(url, rt.liveEdges, rt.logger.Load)
+	return err
 }
 
 // liveEdges is how many edges share the limits, as far as this one knows.

@@ -117,7 +117,7 @@ const shards = 64
 // Limiter has the buckets of the keys that were in use lately.
 type Limiter struct {
 	start  time.Time // of the monotonic clock that buckets count in: nobody can set it
-	store  *Store    // nil: limits hold at this edge alone
+	store  *store    // nil: limits hold at this edge alone
 	shards [shards]shard
 }
 
@@ -217,7 +217,7 @@ func (l *Limiter) bucket(d apikey.Digest) *Bucket {
 func (l *Limiter) Run(ctx context.Context) {
 	var running sync.WaitGroup
 	if l.store != nil {
-		running.Go(func() { l.store.Run(ctx) })
+		running.Go(func() { l.store.run(ctx) })
 	}
 	ticker := time.NewTicker(burstWindow)
 	defer ticker.Stop()
@@ -263,19 +263,21 @@ func (l *Limiter) leases(each func(*lease)) {
 	}
 }
 
-// Status is the state of a limiter.
+// Status is the state of a limiter. All but Keys is zero if it shares no limits.
 type Status struct {
-	Keys int // that were in use lately
-	StoreStatus
+	Keys      int    // that were in use lately
+	Fallback  bool   // whether this edge holds keys to its part of their limits, because Redis does not answer
+	Outages   uint64 // times that Redis did not answer
+	Exchanges uint64 // round trips
 }
 
-// Status returns the state of the limiter. Without a store, all is zero that is the store's.
+// Status returns the state of the limiter.
 func (l *Limiter) Status() Status {
-	s := Status{Keys: l.size()}
-	if l.store != nil {
-		s.StoreStatus = l.store.Status()
+	status := Status{Keys: l.size()}
+	if s := l.store; s != nil {
+		status.Fallback, status.Outages, status.Exchanges = s.fallback.Load(), s.outages.Load(), s.exchanges.Load()
 	}
-	return s
+	return status
 }
 
 // size returns the number of buckets.

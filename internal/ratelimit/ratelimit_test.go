@@ -245,8 +245,8 @@ func TestNothingIsForgottenWhenABucketIsGivenBackInTheMiddleOfARequest(t *testin
 }
 
 func TestNoPlaceIsHeldByARequestThatHasEnded(t *testing.T) {
-	shared, _ := openStore(t, "redis://127.0.0.1:1", 1) // and nobody runs it
-	for name, l := range map[string]*Limiter{"alone": New(), "shared": NewShared(shared)} {
+	shared, _ := newShared(t, "redis://127.0.0.1:1", 1)
+	for name, l := range map[string]*Limiter{"alone": New(), "shared": shared} {
 		for kind, limit := range map[string]Limit{
 			"unlimited": {}, "at a time": {Concurrent: 1}, "rate": {PerMinute: int(time.Minute / time.Nanosecond), Burst: 1 << 40, Concurrent: 1},
 		} {

@@ -95,7 +95,7 @@ const (
 
 // nameOfData returns a name that Redis keeps as long as it keeps the buckets, and gives it one if it has none: it is new, or was
 // restarted empty.
-func (s *Store) nameOfData(ctx context.Context) (string, error) {
+func (s *store) nameOfData(ctx context.Context) (string, error) {
 	pipe := s.client.Pipeline()
 	pipe.SetNX(ctx, dataKey, rand.Text(), dataFor)
 	name := pipe.GetEx(ctx, dataKey, dataFor)
@@ -106,7 +106,7 @@ func (s *Store) nameOfData(ctx context.Context) (string, error) {
 }
 
 // send runs the script for each settlement, in one round trip. Each has its answer, or the error, when it returns.
-func (s *Store) send(ctx context.Context, batch []settlement) {
+func (s *store) send(ctx context.Context, batch []settlement) {
 	pipe := s.client.Pipeline()
 	for i := range batch {
 		b := &batch[i]

@@ -25,7 +25,7 @@ import (
 type lease struct {
 	key    string // in Redis
 	bucket *Bucket
-	store  *Store
+	store  *store
 
 	held   atomic.Int64 // requests that may be spent; below zero: spent ahead of Redis
 	asks   atomic.Int64 // requests since the last exchange, allowed or not
@@ -39,18 +39,18 @@ type lease struct {
 
 	exchanged atomic.Pointer[chan struct{}] // closed by the next exchange; nil: no request waits for it
 
-	asked atomic.Bool // in Store.asking
+	asked atomic.Bool // in store.asking
 	after *lease      // the next one there
 
 	// Of the goroutine that exchanges:
-	followed bool   // in Store.followed
+	followed bool   // in store.followed
 	at       int64  // of the last exchange
 	looked   bool   // again, after the last one for a request
 	due      int64  // of the next one, unless the lease asks for it earlier
 	told     uint64 // the epoch in which Redis was told what this edge had let through before
 }
 
-func newLease(s *Store, d apikey.Digest, b *Bucket) *lease {
+func newLease(s *store, d apikey.Digest, b *Bucket) *lease {
 	l := &lease{key: "rekall:rl:{" + hex.EncodeToString(d[:16]) + "}", bucket: b, store: s, told: s.epoch.Load()}
 	l.low.Store(math.MaxInt64)
 	return l
@@ -79,7 +79,7 @@ func (l *lease) ahead(limit Limit, edges, now int64) int64 {
 }
 
 // acquire asks for one request. It reports false if the bucket was given back.
-func (s *Store) acquire(ctx context.Context, b *Bucket, limit Limit) (Verdict, bool) {
+func (s *store) acquire(ctx context.Context, b *Bucket, limit Limit) (Verdict, bool) {
 	verdict, ok := s.take(b, limit, s.now())
 	if verdict.Allowed || !ok || verdict.Remaining == 0 {
 		return verdict, ok
@@ -102,14 +102,14 @@ func (s *Store) acquire(ctx context.Context, b *Bucket, limit Limit) (Verdict, b
 	}
 }
 
-func (s *Store) now() int64 { return int64(time.Since(s.start)) }
+func (s *store) now() int64 { return int64(time.Since(s.start)) }
 
 // inAMinute is what a minute may hold.
 func (l Limit) inAMinute() int64 { return int64(l.PerMinute) + l.depth() }
 
 // take asks for one request at now, and does not wait. It reports false if the bucket was given back. A refusal with something
 // remaining is only this edge's, for what it has not leased yet.
-func (s *Store) take(b *Bucket, limit Limit, now int64) (Verdict, bool) {
+func (s *store) take(b *Bucket, limit Limit, now int64) (Verdict, bool) {
 	if limit.PerMinute <= 0 {
 		return b.take(limit, now)
 	}
@@ -181,7 +181,7 @@ func (l *lease) wake() {
 }
 
 // peek tells what is left, and takes nothing.
-func (s *Store) peek(b *Bucket, limit Limit, now int64) Verdict {
+func (s *store) peek(b *Bucket, limit Limit, now int64) Verdict {
 	l, edges := b.lease, s.edges.Load()
 	if s.fallback.Load() {
 		interval, depth := limit.share(edges)
@@ -255,7 +255,7 @@ func (l Limit) share(edges int64) (interval, depth int64) {
 
 // takeShare asks this edge's part of the limit for one request: what holds while Redis does not answer. Whoever is refused may come to
 // another edge next, whose part was used up later.
-func (s *Store) takeShare(b *Bucket, limit Limit, edges, now int64) (Verdict, bool) {
+func (s *store) takeShare(b *Bucket, limit Limit, edges, now int64) (Verdict, bool) {
 	interval, depth := limit.share(edges)
 	verdict, ok := b.takeAt(interval, depth, now)
 	if verdict.Allowed {

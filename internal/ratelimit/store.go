@@ -33,9 +33,9 @@ const (
 	probeEvery = 500 * time.Millisecond
 )
 
-// Store is the Redis in which edges share the limits of keys. While it does not answer, each edge holds keys to its
+// store is the Redis in which edges share the limits of keys, for one limiter. While it does not answer, each edge holds keys to its
 // part of their limits.
-type Store struct {
+type store struct {
 	client    *redis.Client
 	connected atomic.Bool
 	count     func() int
@@ -60,34 +60,19 @@ type Store struct {
 	failures  atomic.Uint64 // exchanges and probes without a usable answer
 }
 
-// OpenStore returns a store. It does not connect. url is redis://user:password@host:6379/0, or rediss:// for TLS. edges returns how many
-// edges share the store now, this one included; it must not block. logger is asked at each line.
-func OpenStore(url string, edges func() int, logger func() *zap.Logger) (*Store, error) {
-	s := &Store{count: edges, logger: logger, start: time.Now(), wake: make(chan struct{}, 1)}
+// NewShared returns a limiter that shares the limits of keys with those of other edges, in a Redis to which it does not connect before
+// Run. Concurrent requests are limited at this edge alone. url is redis://user:password@host:6379/0, or rediss:// for TLS. edges
+// returns how many edges share the limits now, this one included; it must not block. logger is asked at each line.
+func NewShared(url string, edges func() int, logger func() *zap.Logger) (*Limiter, error) {
+	l := New()
+	s := &store{count: edges, logger: logger, start: l.start, wake: make(chan struct{}, 1), all: l.leases}
 	s.edges.Store(int64(max(1, edges())))
 	var err error
-	s.client, err = newClient(url, s.connect)
-	return s, err
-}
-
-// NewShared returns a limiter that shares the limits of keys with the other limiters of its store. Concurrent requests are limited at
-// this edge alone. A store has one limiter in a process.
-func NewShared(s *Store) *Limiter {
-	l := New()
-	l.start, l.store, s.all = s.start, s, l.leases
-	return l
-}
-
-// StoreStatus is what a store has done since it was opened.
-type StoreStatus struct {
-	Fallback  bool   // whether this edge holds keys to its part of their limits, because Redis does not answer
-	Outages   uint64 // times that Redis did not answer
-	Exchanges uint64 // round trips
-}
-
-// Status returns what the store has done.
-func (s *Store) Status() StoreStatus {
-	return StoreStatus{Fallback: s.fallback.Load(), Outages: s.outages.Load(), Exchanges: s.exchanges.Load()}
+	if s.client, err = newClient(url, s.connect); err != nil {
+		return nil, err
+	}
+	l.store = s
+	return l, nil
 }
 
 var (
@@ -98,15 +83,15 @@ var (
 
 // connect refuses a connection that replaces another, unless the outage is known: Redis may have been restarted empty, and
 // is to be told first what was let through.
-func (s *Store) connect() error {
+func (s *store) connect() error {
 	if s.connected.Swap(true) && !s.fallback.Load() {
 		return errConnectionLost
 	}
 	return nil
 }
 
-// Run exchanges leases until ctx is done, gives all of them back and closes the connections.
-func (s *Store) Run(ctx context.Context) {
+// run exchanges leases until ctx is done, gives all of them back and closes the connections.
+func (s *store) run(ctx context.Context) {
 	defer func() { _ = s.client.Close() }()
 	ticker := time.NewTicker(tick)
 	defer ticker.Stop()
@@ -140,7 +125,7 @@ func (s *Store) Run(ctx context.Context) {
 }
 
 // push adds a lease to the list of those that ask for an exchange.
-func (s *Store) push(l *lease) {
+func (s *store) push(l *lease) {
 	for {
 		l.after = s.asking.Load()
 		if s.asking.CompareAndSwap(l.after, l) {
@@ -154,7 +139,7 @@ func (s *Store) push(l *lease) {
 }
 
 // follow takes the leases that ask and follows them until they are idle again.
-func (s *Store) follow() []*lease {
+func (s *store) follow() []*lease {
 	var asking []*lease
 	for l := s.asking.Swap(nil); l != nil; {
 		after := l.after
@@ -172,7 +157,7 @@ func (s *Store) follow() []*lease {
 }
 
 // settle exchanges what is due. It reports whether all answers were usable and in time.
-func (s *Store) settle(ctx context.Context, leases []*lease) bool {
+func (s *store) settle(ctx context.Context, leases []*lease) bool {
 	now := s.now()
 	ok := true
 	var batch []settlement
@@ -193,7 +178,7 @@ func (s *Store) settle(ctx context.Context, leases []*lease) bool {
 }
 
 // plan says what a lease needs; nothing if it may stay as it is.
-func (s *Store) plan(l *lease, now int64) (settlement, bool) {
+func (s *store) plan(l *lease, now int64) (settlement, bool) {
 	edges := s.edges.Load()
 	asks, held := l.asks.Swap(0), l.held.Load()
 	b := settlement{lease: l, epoch: l.told, want: s.wanted(l, asks, edges, now)}
@@ -245,7 +230,7 @@ func (s *Store) plan(l *lease, now int64) (settlement, bool) {
 
 // wanted is what the lease should hold: enough for a while at the rate of the requests since the last exchange, and, while
 // the bucket has plenty, something for the next burst. Never more than half of what is there, which others may need more.
-func (s *Store) wanted(l *lease, asks, edges, now int64) int64 {
+func (s *store) wanted(l *lease, asks, edges, now int64) int64 {
 	if asks == 0 {
 		return 0
 	}
@@ -261,7 +246,7 @@ func (s *Store) wanted(l *lease, asks, edges, now int64) int64 {
 }
 
 // exchange sends a batch and books the answers. It reports whether all were usable and in time.
-func (s *Store) exchange(ctx context.Context, batch []settlement) bool {
+func (s *store) exchange(ctx context.Context, batch []settlement) bool {
 	if len(batch) == 0 {
 		return true
 	}
@@ -281,7 +266,7 @@ func (s *Store) exchange(ctx context.Context, batch []settlement) bool {
 	return inTime && err == nil
 }
 
-func (s *Store) trade(ctx context.Context, batch []settlement) error {
+func (s *store) trade(ctx context.Context, batch []settlement) error {
 	s.send(ctx, batch)
 	undone, err := s.bookAll(batch)
 	if err != nil || len(undone) == 0 {
@@ -298,7 +283,7 @@ func (s *Store) trade(ctx context.Context, batch []settlement) error {
 }
 
 // bookAll applies the answers. It returns what was not done because Redis does not have the script: it is new.
-func (s *Store) bookAll(batch []settlement) (undone []settlement, err error) {
+func (s *store) bookAll(batch []settlement) (undone []settlement, err error) {
 	for _, b := range batch {
 		if scriptMissing(b.answer.Err()) {
 			undone = append(undone, b)
@@ -310,7 +295,7 @@ func (s *Store) bookAll(batch []settlement) (undone []settlement, err error) {
 }
 
 // book applies an answer to its lease.
-func (s *Store) book(b settlement) error {
+func (s *store) book(b settlement) error {
 	l := b.lease
 	leased, left, wait, err := b.answered()
 	if err != nil {
@@ -333,7 +318,7 @@ func (s *Store) book(b settlement) error {
 }
 
 // unfollow leaves the leases alone that hold and owe nothing and that nobody asks.
-func (s *Store) unfollow() {
+func (s *store) unfollow() {
 	now := s.now()
 	kept := s.followed[:0]
 	for _, l := range s.followed {
@@ -354,7 +339,7 @@ func (s *Store) unfollow() {
 }
 
 // fall goes on without Redis, and reports whether it did not before. It is called by the timer of a slow exchange as well.
-func (s *Store) fall(err error) bool {
+func (s *store) fall(err error) bool {
 	if !s.fallback.CompareAndSwap(false, true) {
 		return false
 	}
@@ -368,7 +353,7 @@ func (s *Store) fall(err error) bool {
 // probe asks Redis whether it is there. After an outage it first settles all leases, while requests still go by this edge's
 // part: else those of before would be refused for what was let through meanwhile. A Redis that was emptied is told of all keys,
 // and leased from when the other edges have told it as well.
-func (s *Store) probe(ctx context.Context) {
+func (s *store) probe(ctx context.Context) {
 	probe, cancel := context.WithTimeout(ctx, exchangeTimeout)
 	defer cancel()
 	slow := time.AfterFunc(patience, func() { s.fall(errSlow) })
@@ -421,7 +406,7 @@ func (s *Store) probe(ctx context.Context) {
 }
 
 // forget drops what an outage has made useless to settle: leases of keys that no longer come.
-func (s *Store) forget() {
+func (s *store) forget() {
 	now, edges := s.now(), s.edges.Load()
 	for _, l := range s.followed {
 		if l.asks.Swap(0) == 0 && l.outstanding(edges, now) == 0 {
@@ -433,7 +418,7 @@ func (s *Store) forget() {
 }
 
 // giveAllBack settles for the last time, so that the other edges have at once what this one held.
-func (s *Store) giveAllBack(ctx context.Context) {
+func (s *store) giveAllBack(ctx context.Context) {
 	s.follow()
 	if s.fallback.Load() {
 		return

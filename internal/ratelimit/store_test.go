@@ -25,12 +25,11 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/redistest"
 )
 
-// edgeUnderTest is a limiter, its store, and what the store logs.
+// edgeUnderTest is a limiter, and what its store logs.
 type edgeUnderTest struct {
 	*Limiter
-	store *Store
-	log   *logBuffer
-	stop  func()
+	log  *logBuffer
+	stop func()
 }
 
 type logBuffer struct {
@@ -59,15 +58,16 @@ const (
 	ends   = "rate limit store answers again"
 )
 
-func openStore(t testing.TB, url string, edges int) (*Store, *logBuffer) {
+// newShared returns a limiter that nobody runs, and what its store logs.
+func newShared(t testing.TB, url string, edges int) (*Limiter, *logBuffer) {
 	t.Helper()
 	log := new(logBuffer)
 	logger := zap.New(zapcore.NewCore(zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig()), log, zap.DebugLevel))
-	store, err := OpenStore(url, func() int { return edges }, func() *zap.Logger { return logger })
+	l, err := NewShared(url, func() int { return edges }, func() *zap.Logger { return logger })
 	if err != nil {
 		t.Fatal(err)
 	}
-	return store, log
+	return l, log
 }
 
 // startEdges returns so many edges on one Redis.
@@ -75,23 +75,23 @@ func startEdges(t testing.TB, url string, n int) []*edgeUnderTest {
 	t.Helper()
 	var edges []*edgeUnderTest
 	for range n {
-		store, log := openStore(t, url, n)
-		edges = append(edges, startEdge(t, store, log))
+		l, log := newShared(t, url, n)
+		edges = append(edges, startEdge(t, l, log))
 	}
 	return edges
 }
 
-func startEdge(t testing.TB, store *Store, log *logBuffer) *edgeUnderTest {
+func startEdge(t testing.TB, l *Limiter, log *logBuffer) *edgeUnderTest {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
-	running.Go(func() { store.Run(ctx) })
+	running.Go(func() { l.store.run(ctx) })
 	stop := sync.OnceFunc(func() {
 		cancel()
 		running.Wait()
 	})
 	t.Cleanup(stop)
-	return &edgeUnderTest{NewShared(store), store, log, stop}
+	return &edgeUnderTest{l, log, stop}
 }
 
 func (e *edgeUnderTest) ask(d apikey.Digest, limit Limit) Verdict {
@@ -183,12 +183,12 @@ func TestALeaseIsNoBurstBesideTheBurst(t *testing.T) {
 	client := connect(t, redis.URL())
 	limit := Limit{PerMinute: 1, Burst: 1000} // 1,000 at once, and hardly more
 	for _, n := range []int{1, 3, 5} {
-		var stores []*Store // that nobody runs
+		var stores []*store
 		var buckets []*Bucket
 		for range n {
-			store, _ := openStore(t, redis.URL(), n)
-			stores, buckets = append(stores, store), append(buckets, NewShared(store).bucket(digest(n)))
-			store.probe(t.Context())
+			l, _ := newShared(t, redis.URL(), n)
+			stores, buckets = append(stores, l.store), append(buckets, l.bucket(digest(n)))
+			l.store.probe(t.Context())
 		}
 		take := func(edge int) Verdict {
 			v, _ := stores[edge].take(buckets[edge], limit, stores[edge].now())
@@ -248,7 +248,7 @@ func connect(t testing.TB, url string) *redis.Client {
 }
 
 // settle exchanges all leases in use. Nobody else runs the store.
-func settle(t *testing.T, s *Store) {
+func settle(t *testing.T, s *store) {
 	t.Helper()
 	s.follow()
 	for _, l := range s.followed {
@@ -262,8 +262,8 @@ func settle(t *testing.T, s *Store) {
 func TestEdgesThatShareTellWhatIsLeftAsOneAloneDoes(t *testing.T) {
 	redis := redistest.Server(t, devenv.RedisOptions{})
 	for _, edges := range []int{1, 3} {
-		store, _ := openStore(t, redis.URL(), edges)
-		l, limit := NewShared(store), Limit{PerMinute: 1, Burst: 100, Concurrent: 1} // nothing refills within a minute
+		l, _ := newShared(t, redis.URL(), edges)
+		store, limit := l.store, Limit{PerMinute: 1, Burst: 100, Concurrent: 1} // nothing refills within a minute
 		b := l.bucket(digest(edges))
 		store.probe(t.Context())
 		depth, now := int(limit.depth()), func() int64 { return int64(time.Since(store.start)) }
@@ -295,8 +295,8 @@ func TestNobodyWaitsLongerAfterAChangeOfSharedLimitsThanTheNewOnesTakeToRefill(t
 	redis := redistest.Server(t, devenv.RedisOptions{})
 	before, after := Limit{PerMinute: 1, Burst: 100}, Limit{PerMinute: 60, Burst: 90}
 	for _, edges := range []int64{1, 3} {
-		store, _ := openStore(t, redis.URL(), int(edges))
-		b := NewShared(store).bucket(digest(int(edges)))
+		l, _ := newShared(t, redis.URL(), int(edges))
+		store, b := l.store, l.bucket(digest(int(edges)))
 		store.probe(t.Context())
 		now := func() int64 { return int64(time.Since(store.start)) }
 		for allowed := true; allowed; settle(t, store) {
@@ -304,8 +304,8 @@ func TestNobodyWaitsLongerAfterAChangeOfSharedLimitsThanTheNewOnesTakeToRefill(t
 			allowed = v.Allowed
 		}
 		// An edge that has not seen the key may be the first to come with the new limits. It keeps what others may have run ahead by.
-		other, _ := openStore(t, redis.URL(), int(edges))
-		otherBucket := NewShared(other).bucket(digest(int(edges)))
+		second, _ := newShared(t, redis.URL(), int(edges))
+		other, otherBucket := second.store, second.bucket(digest(int(edges)))
 		other.probe(t.Context())
 		other.take(otherBucket, after, other.now())
 		settle(t, other)
@@ -362,8 +362,8 @@ func TestAKeyWithAWholeBucketIsNotRefusedForWhatThisEdgeHasNotLeasedYet(t *testi
 
 // TestARequestWaitsForAnExchangeNoLongerThanItsClientDoes: and no longer than patience, if nobody answers.
 func TestARequestWaitsForAnExchangeNoLongerThanItsClientDoes(t *testing.T) {
-	store, _ := openStore(t, "redis://127.0.0.1:1", 3) // and nobody runs it
-	l, limit := NewShared(store), Limit{PerMinute: 50, Burst: 75}
+	l, _ := newShared(t, "redis://127.0.0.1:1", 3)
+	limit := Limit{PerMinute: 50, Burst: 75}
 	gone, leave := context.WithCancel(t.Context())
 	leave()
 	eventually(t, "an exchange would have to be waited for", func() bool {
@@ -380,8 +380,7 @@ func TestARequestWaitsForAnExchangeNoLongerThanItsClientDoes(t *testing.T) {
 
 func TestNoRequestCallsRedis(t *testing.T) {
 	server := redistest.Server(t, devenv.RedisOptions{})
-	store, _ := openStore(t, server.URL(), 3) // and nobody runs it
-	l := NewShared(store)
+	l, _ := newShared(t, server.URL(), 3)
 	for i := range 10_000 {
 		if b, v := l.Acquire(t.Context(), digest(i%100), fast); v.Allowed {
 			b.Release()
@@ -394,7 +393,7 @@ func TestNoRequestCallsRedis(t *testing.T) {
 	if strings.Contains(info, "eval") || strings.Contains(info, "cmdstat_get") {
 		t.Errorf("Redis was asked:\n%s", info)
 	}
-	if n := store.client.PoolStats().TotalConns; n != 0 {
+	if n := l.store.client.PoolStats().TotalConns; n != 0 {
 		t.Errorf("%d connections, want none", n)
 	}
 }
@@ -438,7 +437,7 @@ func TestWithoutRedisEachEdgeAllowsItsPartAndSaysSoOnce(t *testing.T) {
 					eventually(t, what, func() bool { return condition(e) })
 				}
 			}
-			each("the fallback begins", func(e *edgeUnderTest) bool { return e.store.Status().Fallback })
+			each("the fallback begins", func(e *edgeUnderTest) bool { return e.Status().Fallback })
 			fallback := time.Now()
 			during, took := hammer(t, edges[:1], d, fast, 2*time.Second, int64(time.Second)/fast.interval()/3)
 			// What that edge's part has gathered since, and at the rate of its part from then on.
@@ -449,7 +448,7 @@ func TestWithoutRedisEachEdgeAllowsItsPartAndSaysSoOnce(t *testing.T) {
 			if err := fault.end(server); err != nil {
 				t.Fatal(err)
 			}
-			each("the fallback ends", func(e *edgeUnderTest) bool { return !e.store.Status().Fallback })
+			each("the fallback ends", func(e *edgeUnderTest) bool { return !e.Status().Fallback })
 			after, _ := hammer(t, edges, d, fast, time.Second, 0)
 			if most := within(fast, time.Since(began)) + 2*tolerance(fast); before+during+others+after > most {
 				t.Errorf("%d + %d + %d + %d were let through in %s, want at most %d",
@@ -513,7 +512,7 @@ func TestARedisThatIsEmptiedGivesNoKeyItsBurstAgain(t *testing.T) {
 			after := use()
 			eventually(t, "it is told what was let through", told)
 			for _, e := range edges {
-				eventually(t, "the fallback ends", func() bool { return e.store.Status().Outages > 0 && !e.store.Status().Fallback })
+				eventually(t, "the fallback ends", func() bool { return e.Status().Outages > 0 && !e.Status().Fallback })
 			}
 			after += use()
 			// How evenly the edges shared the burst is chance, and each remembers its part of it at most. A burst again would be all of it.
@@ -526,11 +525,11 @@ func TestARedisThatIsEmptiedGivesNoKeyItsBurstAgain(t *testing.T) {
 
 func TestAnOutageOfHoursDoesNotPassForARedisThatWasEmptied(t *testing.T) {
 	server := redistest.Server(t, devenv.RedisOptions{})
-	store, _ := openStore(t, server.URL(), 1)
+	l, _ := newShared(t, server.URL(), 1)
 	const outage = 12 * time.Hour
 	client := connect(t, server.URL())
 	for range 2 { // the first names the data, each prolongs it
-		store.probe(t.Context())
+		l.store.probe(t.Context())
 		if left := client.PTTL(t.Context(), dataKey).Val(); left < outage {
 			t.Errorf("the name of the data is forgotten after %s without an edge", left)
 		}
@@ -550,7 +549,7 @@ func TestAnOutageIsLoggedOnceWhenItBeginsAndOnceWhenItEnds(t *testing.T) {
 	if err := server.Restart(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the fallback ends", func() bool { return !e.store.Status().Fallback })
+	eventually(t, "the fallback ends", func() bool { return !e.Status().Fallback })
 	eventually(t, "the line is written", func() bool { return e.log.lines(ends) == 1 })
 }
 
@@ -607,7 +606,7 @@ func TestPasswordIsInNoLogAndNoError(t *testing.T) {
 		t.Error(log)
 	}
 	for _, url := range []string{"redis://:" + password + "@host:port", "http://" + password, password, "redis://:" + password + "@host/x"} {
-		if _, err := OpenStore(url, func() int { return 1 }, zap.NewNop); err == nil || strings.Contains(err.Error(), password) {
+		if _, err := NewShared(url, func() int { return 1 }, zap.NewNop); err == nil || strings.Contains(err.Error(), password) {
 			t.Errorf("error %v", err)
 		}
 	}
@@ -637,9 +636,9 @@ func TestAClientThatObeysRetryAfterIsServedAtEveryEdgeWithoutRedis(t *testing.T)
 	limit := Limit{PerMinute: 100, Burst: 150}
 	var edges []*Limiter
 	for range 3 {
-		store, _ := openStore(t, "redis://127.0.0.1:1", 3) // and nobody runs it
-		store.fallback.Store(true)
-		edges = append(edges, NewShared(store))
+		l, _ := newShared(t, "redis://127.0.0.1:1", 3)
+		l.store.fallback.Store(true)
+		edges = append(edges, l)
 	}
 	d, now := digest(1), int64(0)
 	ask := func(edge int) Verdict {
@@ -670,9 +669,9 @@ func TestAClientThatObeysRetryAfterIsServedAtEveryEdgeWithoutRedis(t *testing.T)
 
 func TestSharedAcquireAllocatesNothingForAKeyInUse(t *testing.T) {
 	for _, fallback := range []bool{false, true} {
-		store, _ := openStore(t, "redis://127.0.0.1:1", 3)
-		store.fallback.Store(fallback)
-		l, d := NewShared(store), digest(1)
+		l, _ := newShared(t, "redis://127.0.0.1:1", 3)
+		l.store.fallback.Store(fallback)
+		d := digest(1)
 		l.Acquire(t.Context(), d, tiers[2])
 		l.bucket(d).lease.held.Store(2000)
 		if n := testing.AllocsPerRun(1000, func() {
@@ -727,10 +726,10 @@ func TestStoreOverTLSIsUsedOnlyIfItsCertificateIsGood(t *testing.T) {
 		}
 	}
 	server := redistest.Server(t, devenv.RedisOptions{Password: "secret", TLS: &files})
-	store, log := openStore(t, server.URL(), 2)
-	store.client.Options().TLSConfig.RootCAs = x509.NewCertPool()
-	store.client.Options().TLSConfig.RootCAs.AddCert(page.Certificate())
-	trusting, doubting := startEdge(t, store, log), startEdges(t, server.URL(), 1)[0]
+	l, log := newShared(t, server.URL(), 2)
+	l.store.client.Options().TLSConfig.RootCAs = x509.NewCertPool()
+	l.store.client.Options().TLSConfig.RootCAs.AddCert(page.Certificate())
+	trusting, doubting := startEdge(t, l, log), startEdges(t, server.URL(), 1)[0]
 	trusting.ask(digest(1), fast)
 	eventually(t, "it holds a lease", func() bool { return trusting.bucket(digest(1)).lease.held.Load() > 0 })
 	doubting.ask(digest(1), fast)
