@@ -98,7 +98,7 @@ func TestWhoObeysRetryAfterIsServed(t *testing.T) {
 	for _, limit := range tiers {
 		var bucket Bucket
 		now := int64(0)
-		for range 10 * limit.Burst {
+		for range 10 * (limit.depth() + 1) {
 			v, _ := bucket.take(limit, now)
 			if v.Allowed {
 				continue
