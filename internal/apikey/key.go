@@ -29,8 +29,8 @@ const (
 	alphabet = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 )
 
-// ErrMalformed says that a string is not a key of either environment. It carries nothing of the string.
-var ErrMalformed = errors.New("malformed api key")
+// errMalformed says that a string is not a key of either environment.
+var errMalformed = errors.New("malformed api key")
 
 // Environment is the half of Rekall that a key belongs to. The zero value is no environment.
 type Environment uint8
@@ -85,11 +85,11 @@ func Hash(key string) Digest {
 	return sha256.Sum256([]byte(key))
 }
 
-// Parse checks the shape of a key and returns its environment, or ErrMalformed. It does not check the checksum: keys made
-// before there was one are good keys.
+// Parse checks the shape of a key and returns its environment. It does not check the checksum: keys made before there was one are
+// good keys. An error carries nothing of the string.
 func Parse(s string) (Environment, error) {
 	if len(s) != Length || s[:len(ProductionPrefix)] != ProductionPrefix {
-		return 0, ErrMalformed
+		return 0, errMalformed
 	}
 	env, secret := Production, s[len(ProductionPrefix):]
 	if s[:len(SandboxPrefix)] == SandboxPrefix {
@@ -97,7 +97,7 @@ func Parse(s string) (Environment, error) {
 	}
 	for i := range len(secret) {
 		if !alphanumeric[secret[i]] {
-			return 0, ErrMalformed
+			return 0, errMalformed
 		}
 	}
 	return env, nil

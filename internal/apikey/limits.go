@@ -35,14 +35,14 @@ const (
 	Enterprise
 	SandboxTier
 
-	TierCount // the number of tiers, for tables indexed by one
+	tierCount // the number of tiers, for tables indexed by one
 )
 
-var tierNames = [TierCount]string{"free", "pro", "team", "enterprise", "sandbox"}
+var tierNames = [tierCount]string{"free", "pro", "team", "enterprise", "sandbox"}
 
 // String returns the tier as Postgres and the command line write it.
 func (t Tier) String() string {
-	if t >= TierCount {
+	if t >= tierCount {
 		return "invalid"
 	}
 	return tierNames[t]
@@ -59,14 +59,14 @@ func ParseTier(name string) (Tier, error) {
 }
 
 // Tiers are the limits of each tier.
-type Tiers [TierCount]Limits
+type Tiers [tierCount]Limits
 
 // Of returns what a key may do.
 func (t *Tiers) Of(ref LimitsRef) Limits {
-	if ref < LimitsRef(TierCount) {
+	if ref < LimitsRef(tierCount) {
 		return t[ref]
 	}
-	set := (*ownSets.Load())[ref-LimitsRef(TierCount)]
+	set := (*ownSets.Load())[ref-LimitsRef(tierCount)]
 	return set.own.Over(t[set.tier])
 }
 
@@ -101,7 +101,7 @@ func RefLimits(tier Tier, own Limits) LimitsRef {
 		if old := ownSets.Load(); old != nil {
 			sets = *old
 		}
-		ref = LimitsRef(TierCount) + LimitsRef(len(sets))
+		ref = LimitsRef(tierCount) + LimitsRef(len(sets))
 		sets = append(sets, set) // readers see the length that they loaded
 		ownRefs[set] = ref
 		ownSets.Store(&sets)

@@ -110,7 +110,7 @@ func short(d time.Duration) string {
 func (i *Issuer) Ready() bool { return i.signer.signs(i.signer.active.Load(), i.options.Lifetime) }
 
 // Token returns a token for a request that was allowed with that record at now, a reading of Postgres's clock, which all
-// edges share. Its only error wraps ErrUnpublished, within half a second.
+// edges share. An error, within half a second, says that no backend could verify a token now.
 func (i *Issuer) Token(ctx context.Context, r *apikey.Record, now time.Time) (string, error) {
 	shard := &i.shards[r.Digest[30]%shards]
 	shard.mu.RLock()

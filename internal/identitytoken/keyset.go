@@ -14,8 +14,8 @@ import (
 // JWKSMaxAge is how long a key set may be kept before it is asked for again: the max-age of its Cache-Control.
 const JWKSMaxAge = time.Minute
 
-// ErrNoKeySet says that the key set has never been read. It is no empty set: a backend would believe that one.
-var ErrNoKeySet = errors.New("the key set has not been read yet")
+// errNoKeySet says that the key set has never been read. It is no empty set: a backend would believe that one.
+var errNoKeySet = errors.New("the key set has not been read yet")
 
 const (
 	// readGap is the least time between two reads, which bounds what a flood of requests costs Postgres.
@@ -39,7 +39,7 @@ type keySet struct {
 }
 
 // JWKS returns the public keys of all edges as a JSON Web Key Set (RFC 7517). When Postgres does not answer, it is the last
-// one that was read, or ErrNoKeySet.
+// one that was read, or an error if none was.
 func (s *Signer) JWKS(ctx context.Context) ([]byte, error) {
 	ks, asked := &s.keySet, time.Now()
 	select {
@@ -52,7 +52,7 @@ func (s *Signer) JWKS(ctx context.Context) ([]byte, error) {
 		ks.err = ks.read(ctx)
 	}
 	if ks.document == nil {
-		return nil, fmt.Errorf("%w: %w", ErrNoKeySet, ks.err)
+		return nil, fmt.Errorf("%w: %w", errNoKeySet, ks.err)
 	}
 	return ks.document, nil
 }

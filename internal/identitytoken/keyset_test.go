@@ -82,7 +82,7 @@ func TestKeySetThatWasNeverReadIsAnErrorAndNotEmpty(t *testing.T) {
 		store := newShelf()
 		store.set(true)
 		signer := newSigner(store, "", zap.NewNop, standard)
-		if document, err := signer.JWKS(t.Context()); !errors.Is(err, ErrNoKeySet) || !errors.Is(err, errDown) || document != nil {
+		if document, err := signer.JWKS(t.Context()); !errors.Is(err, errNoKeySet) || !errors.Is(err, errDown) || document != nil {
 			t.Errorf("%s, %v", document, err)
 		}
 		store.set(false)

@@ -17,9 +17,9 @@ import (
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
-// ErrUnpublished says that there is no key whose tokens a backend could verify now: Postgres has not taken the public key
+// errUnpublished says that there is no key whose tokens a backend could verify now: Postgres has not taken the public key
 // yet, or not for too long.
-var ErrUnpublished = errors.New("no signing key is published")
+var errUnpublished = errors.New("no signing key is published")
 
 // Store is where edges publish their public keys. *keystore.Store is one.
 type Store interface {
@@ -228,7 +228,7 @@ func (s *Signer) signingKey(ctx context.Context, lifetime time.Duration) (*key, 
 		select {
 		case <-a.superseded:
 		case <-ctx.Done():
-			return nil, ErrUnpublished
+			return nil, errUnpublished
 		}
 	}
 }

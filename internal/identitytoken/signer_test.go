@@ -61,7 +61,7 @@ func TestKeySignsOnlyOnceItIsPublished(t *testing.T) {
 		store.set(true)
 		i := issuer(t, run(t, store, standard), Options{})
 		asked := time.Now()
-		if text, err := i.Token(t.Context(), record(), asked); !errors.Is(err, ErrUnpublished) || text != "" {
+		if text, err := i.Token(t.Context(), record(), asked); !errors.Is(err, errUnpublished) || text != "" {
 			t.Fatalf("%q, %v", text, err)
 		}
 		if waited := time.Since(asked); waited > time.Second {

@@ -110,7 +110,7 @@ func TestStalledPostgresStopsTrustAtTheBound(t *testing.T) {
 		began := time.Now()
 		found, err := c.Find(context.Background(), key.digest)
 		if err != nil {
-			if !errors.Is(err, ErrUnavailable) {
+			if !errors.Is(err, errUnavailable) {
 				t.Fatal(err)
 			}
 			break
@@ -171,7 +171,7 @@ func TestFindEndsWithinASecondThoughPostgresHangs(t *testing.T) {
 					begin(c)
 					began := time.Now()
 					_, err := c.Find(t.Context(), unknownKey())
-					if took := time.Since(began); !errors.Is(err, ErrUnavailable) || took >= time.Second {
+					if took := time.Since(began); !errors.Is(err, errUnavailable) || took >= time.Second {
 						t.Errorf("%s: %v after %v", when, err, took)
 					}
 				}

@@ -38,9 +38,9 @@ import (
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
-// ErrUnavailable says that nobody can tell now: the data is too old and Postgres does not answer. It is never a verdict
+// errUnavailable says that nobody can tell now: the data is too old and Postgres does not answer. It is never a verdict
 // on a key.
-var ErrUnavailable = errors.New("key data is unavailable")
+var errUnavailable = errors.New("key data is unavailable")
 
 // Store is what the cache asks of Postgres. *keystore.Store is one.
 type Store interface {
@@ -182,8 +182,8 @@ func New(store Store, cfg Config) (*Cache, error) {
 	return c, nil
 }
 
-// Find returns what Postgres knows of the key with that digest, from data no older than MaxStaleness. Its only error
-// wraps ErrUnavailable; it comes within a second.
+// Find returns what Postgres knows of the key with that digest, from data no older than MaxStaleness. An error, which comes within a
+// second, says that nobody can tell now, whatever it wraps.
 func (c *Cache) Find(ctx context.Context, d apikey.Digest) (Found, error) {
 	now := time.Now()
 	s := c.state.Load()
@@ -278,25 +278,25 @@ func (c *Cache) ask(ctx context.Context, d apikey.Digest) (f Found, err error) {
 			if c.cfg.Sent != nil { // a standby's row is as old as the standby
 				vouchedAt = s.syncedAt
 				if !s.fresh(now, c.cfg.MaxStaleness) {
-					return Found{}, fmt.Errorf("%w: %w", ErrUnavailable, errBlind)
+					return Found{}, fmt.Errorf("%w: %w", errUnavailable, errBlind)
 				}
 			}
 			if s.unchanged(&d, a.asOf) && age(vouchedAt, now) < c.cfg.MaxStaleness {
 				return found(a.entry, s, a.pgNow, vouchedAt), nil
 			}
 			if err := ctx.Err(); err != nil {
-				return Found{}, fmt.Errorf("%w: %w", ErrUnavailable, err)
+				return Found{}, fmt.Errorf("%w: %w", errUnavailable, err)
 			}
 			continue
 		}
 		if !errors.Is(err, errOtherServer) {
-			return Found{}, fmt.Errorf("%w: %w", ErrUnavailable, err)
+			return Found{}, fmt.Errorf("%w: %w", errUnavailable, err)
 		}
 		c.Wake()
 		select {
 		case <-s.superseded:
 		case <-ctx.Done():
-			return Found{}, fmt.Errorf("%w: %w", ErrUnavailable, err)
+			return Found{}, fmt.Errorf("%w: %w", errUnavailable, err)
 		}
 	}
 }

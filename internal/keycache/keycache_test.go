@@ -126,8 +126,8 @@ func outcome(t testing.TB, c *Cache, d apikey.Digest) apikey.Outcome {
 	t.Helper()
 	found, err := c.Find(context.Background(), d)
 	if err != nil {
-		if !errors.Is(err, ErrUnavailable) {
-			t.Fatalf("Find: %v, want an error that wraps ErrUnavailable", err)
+		if !errors.Is(err, errUnavailable) {
+			t.Fatalf("Find: %v, want an error that wraps errUnavailable", err)
 		}
 		return apikey.Unavailable
 	}

@@ -129,11 +129,11 @@ func (c *Cache) prove(ctx context.Context, d apikey.Digest, since time.Time) (f 
 	defer c.unknown.proving.Add(-1)
 	if c.unknown.proving.Add(1) > maxProving {
 		c.counts.refused.Add(1)
-		return Found{}, fmt.Errorf("%w: %w", ErrUnavailable, errProving)
+		return Found{}, fmt.Errorf("%w: %w", errUnavailable, errProving)
 	}
 	s, err := c.stateAfter(ctx, since)
 	if err != nil {
-		return Found{}, fmt.Errorf("%w: %w", ErrUnavailable, err)
+		return Found{}, fmt.Errorf("%w: %w", errUnavailable, err)
 	}
 	ch, created := s.changes[d]
 	now := time.Now()

@@ -13,6 +13,9 @@ var (
 	Forget     = (*Counter).forget
 )
 
+// Threshold is what an hour is judged by.
+var Threshold = spikeThreshold
+
 // FillThresholds leaves no room for the threshold of another key.
 func FillThresholds(c *Counter) {
 	for n := 0; len(c.thresholds) < maxThresholds; n++ {

@@ -30,9 +30,9 @@ const (
 	spikeRatio    = 2
 )
 
-// Threshold returns the requests from which on an hour is a spike, given the requests in each hour before. ok is false if
+// spikeThreshold returns the requests from which on an hour is a spike, given the requests in each hour before. ok is false if
 // the past is too short to tell.
-func Threshold(past []int64) (requests int64, ok bool) {
+func spikeThreshold(past []int64) (requests int64, ok bool) {
 	if len(past) < spikeMinHours {
 		return 0, false
 	}
@@ -139,7 +139,7 @@ func (c *Counter) learn(ctx context.Context, totals []keystore.HourTotal) error 
 		c.thresholds = make(map[string]threshold)
 	}
 	for _, id := range ids {
-		requests, _ := Threshold(everyHour(past[id], earliest))
+		requests, _ := spikeThreshold(everyHour(past[id], earliest))
 		c.thresholds[id] = threshold{requests, earliest.Add(thresholdsFor)}
 	}
 	return nil

@@ -1,0 +1,4 @@
+package apikey
+
+// ErrMalformed is what Parse returns of what is no key.
+var ErrMalformed = errMalformed
