@@ -60,6 +60,8 @@ type Reporter struct {
 	logger  func() *zap.Logger
 	changed chan struct{}
 
+	reportTimeout time.Duration
+
 	forgetEvery time.Duration
 	forgetAt    time.Time // when to look for edges that went away
 
@@ -79,7 +81,8 @@ type Reporter struct {
 // NewReporter returns a reporter for a new instance of an edge. logger is asked at each line.
 func NewReporter(store *keystore.Store, id Identity, logger func() *zap.Logger) *Reporter {
 	return &Reporter{
-		store: store, logger: logger, changed: make(chan struct{}, 1), sent: make(map[uint64]keystore.Report), forgetEvery: forgetEvery,
+		store: store, logger: logger, changed: make(chan struct{}, 1), sent: make(map[uint64]keystore.Report),
+		reportTimeout: reportTimeout, forgetEvery: forgetEvery,
 		edge: keystore.Edge{
 			Instance: id.Instance, Name: id.Name, Region: id.Region, Version: id.Version,
 			MaxStaleness: id.MaxStaleness, StartedAt: time.Now(),
@@ -209,7 +212,7 @@ func (r *Reporter) taken(beat uint64, report keystore.Report) {
 }
 
 func (r *Reporter) report(ctx context.Context, applied keycache.Applied) error {
-	ctx, cancel := context.WithTimeout(ctx, reportTimeout)
+	ctx, cancel := context.WithTimeout(ctx, r.reportTimeout)
 	defer cancel()
 	edge := r.edge
 	edge.Beat, edge.SyncedAt, edge.Applied, edge.AppliedOn = r.nextBeat(), applied.At, applied.Snapshot, r.appliedOn(applied)
@@ -266,7 +269,7 @@ func (r *Reporter) LastFailure() *keystore.Failure { return r.failure.Load() }
 
 // remove takes the edge off the list when it stops in good order. If that fails, the others forget it.
 func (r *Reporter) remove(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, reportTimeout)
+	ctx, cancel := context.WithTimeout(ctx, r.reportTimeout)
 	defer cancel()
 	_ = r.store.RemoveEdge(ctx, r.edge.Instance)
 }

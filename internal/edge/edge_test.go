@@ -257,6 +257,7 @@ func TestAnEdgeThatStopsFinishesItsReportBeforeItRemovesItsRow(t *testing.T) {
 	if _, err := lock.Exec(t.Context(), `lock table rekall.edges in exclusive mode`); err != nil {
 		t.Fatal(err)
 	}
+	r.reporter.reportTimeout = time.Minute // it is to wait for all of this
 	ctx, stop := context.WithCancel(t.Context())
 	stopped := make(chan struct{})
 	go func() {
@@ -274,13 +275,14 @@ func TestAnEdgeThatStopsFinishesItsReportBeforeItRemovesItsRow(t *testing.T) {
 		}
 		return reports
 	}
-	for deadline := time.Now().Add(reportTimeout); !waiting(); {
+	const poll = 2 * time.Millisecond
+	for deadline := time.Now().Add(20 * time.Second); !waiting(); <-time.After(poll) {
 		if time.Now().After(deadline) {
 			t.Fatal("the report does not wait for the lock")
 		}
 	}
 	stop()
-	for deadline := time.Now().Add(reportTimeout / 4); time.Now().Before(deadline); {
+	for deadline := time.Now().Add(500 * time.Millisecond); time.Now().Before(deadline); <-time.After(poll) {
 		if !waiting() {
 			t.Fatal("the report was given up")
 		}
