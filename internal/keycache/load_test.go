@@ -212,13 +212,13 @@ func TestLookupThatNobodyWaitsForIsNotMade(t *testing.T) {
 	var held, gone sync.WaitGroup
 	for range maxLookups {
 		running := store.lookups.Load()
-		held.Go(func() { want(t, c, unknownKey(), apikey.Unknown) })
+		held.Go(func() { load(t, c, unknownKey(), apikey.Unknown) })
 		eventually(t, "the lookup runs", func() bool { return store.lookups.Load() == running+1 })
 	}
 	ctx, leave := context.WithCancel(t.Context())
 	for range 100 {
 		gone.Go(func() {
-			if _, err := c.Find(ctx, unknownKey()); err == nil {
+			if _, err := c.loader.load(ctx, unknownKey(), 0); err == nil {
 				t.Error("an answer, though no lookup was made")
 			}
 		})
@@ -253,11 +253,7 @@ func TestScanAndLookupsTogetherLeaveTheSyncItsConnection(t *testing.T) {
 	var held sync.WaitGroup
 	store.afterScan = func() {
 		for n := range maxLookups {
-			held.Go(func() {
-				if _, err := c.loader.load(t.Context(), unknownKey(), 0); err != nil {
-					t.Error(err)
-				}
-			})
+			held.Go(func() { load(t, c, unknownKey(), apikey.Unknown) })
 			eventually(t, "the key is asked for, and not together with another", func() bool {
 				c.loader.mu.Lock()
 				defer c.loader.mu.Unlock()
