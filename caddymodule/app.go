@@ -230,7 +230,7 @@ func (a *App) Start() error {
 	if err := a.runtime.awaitFirstSync(a.ctx); err != nil {
 		return err
 	}
-	a.runtime.issuers.Store(&a.issuers)
+	a.runtime.follow(a)
 	if len(a.issuers) > 0 {
 		a.runtime.startSigner()
 	}
@@ -246,11 +246,13 @@ func (a *App) Start() error {
 // Stop does nothing: requests may still be in flight, and the next configuration may share the runtime.
 func (a *App) Stop() error { return nil }
 
-// Cleanup gives the runtime back. Unlike Stop it also runs when provisioning failed.
+// Cleanup gives the runtime back. Unlike Stop it also runs when provisioning failed, and whatever it is that kept the configuration from
+// starting.
 func (a *App) Cleanup() error {
 	if a.poolKey == "" {
 		return nil
 	}
+	a.runtime.unfollow(a)
 	_, err := runtimes.Delete(a.poolKey)
 	return err
 }

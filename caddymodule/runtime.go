@@ -50,7 +50,7 @@ type runtime struct {
 	counts   *keystore.Store // what usage is flushed to: its connections are its own, so that no lookup waits for a flush
 	refresh  time.Duration
 	metrics  *metrics
-	logger   atomic.Pointer[zap.Logger] // of the newest configuration: a reload closes the old one's writers
+	logger   atomic.Pointer[zap.Logger] // of the newest app: Caddy may close the writers of the others
 
 	startOnce sync.Once
 	started   atomic.Bool
@@ -61,13 +61,16 @@ type runtime struct {
 
 	signer   *identitytoken.Signer // runs once a configuration asks for identity tokens
 	signOnce sync.Once
-	issuers  atomic.Pointer[[]*identitytoken.Issuer] // of the newest configuration
+	issuers  atomic.Pointer[[]*identitytoken.Issuer] // of the newest app
 	tokens   int                                     // kept at most: one for each key in the cache
 
 	limiter   *ratelimit.Limiter // runs once a configuration limits keys
 	limitOnce sync.Once
 
 	upstreams upstreams
+
+	mu   sync.Mutex
+	apps []*App // that were started and are not over, the newest last: a reload that fails gives back to the one before
 }
 
 func newRuntime(s settings) (_ *runtime, err error) {
@@ -137,8 +140,8 @@ func version() string {
 }
 
 func (rt *runtime) start(logger *zap.Logger) {
-	rt.logger.Store(logger)
 	rt.startOnce.Do(func() {
+		rt.logger.Store(logger)
 		rt.started.Store(true)
 		rt.running.Go(func() { rt.cache.Run(rt.ctx) })
 		rt.running.Go(func() { rt.reporter.Run(rt.ctx, rt.cache.Applied) })
@@ -148,6 +151,30 @@ func (rt *runtime) start(logger *zap.Logger) {
 		rt.running.Go(func() { rt.usage.Run(rt.ctx) })
 	})
 	rt.usage.Wake() // a reload shows what was counted until then
+}
+
+// follow takes logger and issuers over from an app that was started.
+func (rt *runtime) follow(a *App) {
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	rt.apps = append(rt.apps, a)
+	rt.takeOver(a)
+}
+
+// unfollow forgets an app that is over. If it is the newest, since something else of its configuration failed to start, the one before
+// goes on.
+func (rt *runtime) unfollow(a *App) {
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	rt.apps = slices.DeleteFunc(rt.apps, func(other *App) bool { return other == a })
+	if n := len(rt.apps); n > 0 {
+		rt.takeOver(rt.apps[n-1])
+	}
+}
+
+func (rt *runtime) takeOver(a *App) {
+	rt.logger.Store(a.ctx.Logger(a))
+	rt.issuers.Store(&a.issuers)
 }
 
 // firstSyncWithin is how long a reload waits for the first sync of another database, which takes milliseconds.

@@ -1,0 +1,144 @@
+package caddymodule
+
+import (
+	"encoding/json"
+	"errors"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+
+	"github.com/rekall-ai/gateway/test/process"
+)
+
+func init() { caddy.RegisterModule(failing{}) }
+
+// failing is an app that cannot start. Caddy starts apps in any order.
+type failing struct{ ctx caddy.Context }
+
+var failedAfterOurs bool // ours had been started by then
+
+func (failing) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "rekall_test_failing", New: func() caddy.Module { return new(failing) }}
+}
+
+func (f *failing) Provision(ctx caddy.Context) error {
+	f.ctx = ctx
+	return nil
+}
+
+func (f *failing) Start() error {
+	a, err := app(f.ctx)
+	if err != nil {
+		return err
+	}
+	a.runtime.mu.Lock()
+	defer a.runtime.mu.Unlock()
+	failedAfterOurs = a.runtime.apps[len(a.runtime.apps)-1] == a
+	return errors.New("cannot start")
+}
+
+func (*failing) Stop() error { return nil }
+
+// configure returns a configuration that logs to a file, with further apps.
+func configure(t *testing.T, database, log string, admin map[string]any, apps map[string]any) []byte {
+	t.Helper()
+	admin["disabled"], admin["config"] = true, map[string]any{"persist": false}
+	apps["rekall"] = map[string]any{"database": database, "edge_name": "eu-1"}
+	config, err := json.Marshal(map[string]any{
+		"admin": admin,
+		"logging": map[string]any{"logs": map[string]any{"default": map[string]any{
+			"writer": map[string]any{"output": "file", "filename": log},
+		}}},
+		"apps": apps,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return config
+}
+
+// run has Caddy run a configuration with the app alone, and returns its runtime.
+func run(t *testing.T, database, log string) *runtime {
+	t.Helper()
+	if err := caddy.Load(configure(t, database, log, map[string]any{}, map[string]any{}), true); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := caddy.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	all := running()
+	if len(all) != 1 {
+		t.Fatalf("%d runtimes", len(all))
+	}
+	process.Within(t, 30*time.Second, "the edge is ready", isReady)
+	return all[0]
+}
+
+// isReady is what the admin endpoint says.
+func isReady() bool {
+	w := httptest.NewRecorder()
+	return serveReady(w, httptest.NewRequest(http.MethodGet, readyPath, nil)) == nil && w.Code == http.StatusOK
+}
+
+func migrated(t *testing.T) string {
+	t.Helper()
+	database, _ := openStore(t)
+	return database
+}
+
+func TestConfigurationThatIsGivenUpChangesNothingOfTheOneThatGoesOn(t *testing.T) {
+	log, other := filepath.Join(t.TempDir(), "log"), filepath.Join(t.TempDir(), "log")
+	database := migrated(t)
+	rt := run(t, database, log)
+	issuers := rt.issuers.Load()
+	gateway := map[string]any{"servers": map[string]any{"srv": map[string]any{
+		"listen": []string{"127.0.0.1:0"},
+		"routes": []any{map[string]any{"handle": []any{map[string]any{
+			"handler": "rekall_gateway", "production": map[string]any{"handler": "static_response"}, "identity_token": map[string]any{},
+		}}}},
+	}}}
+	loggedWhereItWas := func(when string) {
+		t.Helper()
+		rt.logger.Load().Info(when)
+		if !strings.Contains(process.Read(t, log), when) {
+			t.Errorf("%s: what the edge logs is not in its log", when)
+		}
+		if rt.issuers.Load() != issuers {
+			t.Errorf("%s: the edge must sign for a configuration that does not run", when)
+		}
+	}
+
+	for failedAfterOurs = false; !failedAfterOurs; {
+		err := caddy.Load(configure(t, database, other, map[string]any{}, map[string]any{"http": gateway, "rekall_test_failing": map[string]any{}}), true)
+		if err == nil || !strings.Contains(err.Error(), "cannot start") {
+			t.Fatal(err)
+		}
+	}
+	loggedWhereItWas("another app did not start")
+
+	remote := map[string]any{"remote": map[string]any{"listen": "127.0.0.1:0"}} // which needs an identity
+	if err := caddy.Load(configure(t, database, other, remote, map[string]any{"http": gateway}), true); err == nil || !strings.Contains(err.Error(), "remote") {
+		t.Fatal(err)
+	}
+	loggedWhereItWas("remote administration did not start")
+
+	if err := caddy.Load(configure(t, database, other, map[string]any{}, map[string]any{}), true); err != nil {
+		t.Fatal(err)
+	}
+	rt.logger.Load().Info("after a reload")
+	if !strings.Contains(process.Read(t, other), "after a reload") {
+		t.Error("after a reload the edge does not log where the new configuration says")
+	}
+}
+
+var (
+	_ caddy.App         = (*failing)(nil)
+	_ caddy.Provisioner = (*failing)(nil)
+)
