@@ -38,9 +38,10 @@ func serveLive(w http.ResponseWriter, r *http.Request) error {
 	return reply(w, r, http.StatusOK, map[string]bool{"live": true})
 }
 
-// serveReady answers 200 while every runtime is ready: an outage shorter than max_staleness drains nobody.
+// serveReady answers 200 while every runtime in use is ready: an outage shorter than max_staleness drains nobody, nor does a
+// configuration that is being loaded, which may be given up.
 func serveReady(w http.ResponseWriter, r *http.Request) error {
-	all := running()
+	all := slices.DeleteFunc(running(), func(rt *runtime) bool { return !rt.inUse.Load() })
 	unready := slices.ContainsFunc(all, func(rt *runtime) bool { return !rt.ready(*rt.issuers.Load()) })
 	return replyReady(w, r, len(all) > 0 && !unready)
 }

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/test/process"
 )
@@ -135,6 +136,35 @@ func TestConfigurationThatIsGivenUpChangesNothingOfTheOneThatGoesOn(t *testing.T
 	rt.logger.Load().Info("after a reload")
 	if !strings.Contains(process.Read(t, other), "after a reload") {
 		t.Error("after a reload the edge does not log where the new configuration says")
+	}
+}
+
+// TestConfigurationThatIsBeingLoadedLeavesTheEdgeReady: it waits for its first sync, and may be given up.
+func TestConfigurationThatIsBeingLoadedLeavesTheEdgeReady(t *testing.T) {
+	run(t, migrated(t), filepath.Join(t.TempDir(), "log"))
+	const key = "being loaded"
+	value, _, err := runtimes.LoadOrNew(key, func() (caddy.Destructor, error) {
+		return newRuntime(settings{
+			database: "postgres://rekall@127.0.0.1:1/none", refresh: time.Second, maxStaleness: 30 * time.Second, cacheSize: 100, edgeName: "eu-1",
+			usageFlush: time.Second, usageRetention: 24 * time.Hour,
+		})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if _, err := runtimes.Delete(key); err != nil {
+			t.Error(err)
+		}
+	}()
+	loading := value.(*runtime)
+	loading.start(zap.NewNop())
+	if !isReady() {
+		t.Error("not ready while another configuration waits for its first sync")
+	}
+	loading.inUse.Store(true)
+	if isReady() {
+		t.Error("ready though a runtime in use is not")
 	}
 }
 

@@ -69,8 +69,9 @@ type runtime struct {
 
 	upstreams upstreams
 
-	mu   sync.Mutex
-	apps []*App // that were started and are not over, the newest last: a reload that fails gives back to the one before
+	mu    sync.Mutex
+	apps  []*App      // that were started and are not over, the newest last: a reload that fails gives back to the one before
+	inUse atomic.Bool // an app was started with it
 }
 
 func newRuntime(s settings) (_ *runtime, err error) {
@@ -159,6 +160,7 @@ func (rt *runtime) follow(a *App) {
 	defer rt.mu.Unlock()
 	rt.apps = append(rt.apps, a)
 	rt.takeOver(a)
+	rt.inUse.Store(true)
 }
 
 // unfollow forgets an app that is over. If it is the newest, since something else of its configuration failed to start, the one before
