@@ -220,7 +220,7 @@ func (a *App) settings() (settings, error) {
 // Start begins to follow the change feed. HTTP may be serving already: until the first sync each request asks Postgres. At a reload to
 // a database that cannot be read it fails, so that Caddy keeps the configuration before.
 func (a *App) Start() error {
-	if app, err := a.ctx.App("http"); err == nil {
+	if app, err := a.ctx.AppIfConfigured("http"); err == nil { // App would make one, in the midst of Caddy's walk through them
 		if err := checkRoutes(app.(*caddyhttp.App), a.ctx.Logger(a)); err != nil {
 			return err
 		}

@@ -168,6 +168,14 @@ func TestConfigurationThatIsBeingLoadedLeavesTheEdgeReady(t *testing.T) {
 	}
 }
 
+// TestAppStartsWithoutAnHTTPAppAndAddsNone: Caddy would range over a map that changes.
+func TestAppStartsWithoutAnHTTPAppAndAddsNone(t *testing.T) {
+	run(t, migrated(t), filepath.Join(t.TempDir(), "log"))
+	if _, err := caddy.ActiveContext().AppIfConfigured("http"); !errors.Is(err, caddy.ErrNotConfigured) {
+		t.Errorf("error %v, want %v", err, caddy.ErrNotConfigured)
+	}
+}
+
 var (
 	_ caddy.App         = (*failing)(nil)
 	_ caddy.Provisioner = (*failing)(nil)
