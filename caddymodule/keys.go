@@ -175,7 +175,7 @@ func (k *Keys) management(app *App) (*management, error) {
 	}
 	database := settings.database
 	if k.Database != "" {
-		if database, err = caddy.NewReplacer().ReplaceOrErr(k.Database, true, true); err != nil {
+		if database, err = caddy.NewReplacer().ReplaceOrErr(k.Database, true, false); err != nil { // a password may have braces
 			return nil, fmt.Errorf("database: %w", err)
 		}
 		database = strings.TrimSpace(database)

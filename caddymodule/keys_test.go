@@ -28,6 +28,7 @@ func TestKeysSettingsByWhichEverybodyWouldBeSomebodyAreRefused(t *testing.T) {
 		"account acme\nuser {http.request.tls.server_name}":                    "{http.request.tls.server_name} says what the client wants",
 		"database {env.REKALL_NO_SUCH_VARIABLE}":                               "REKALL_NO_SUCH_VARIABLE",
 		"database postgres://user:hunter2@host:notaport/db":                    "database URL is not usable",
+		"database postgres://user:{hunter2}@host/db":                           "", // a password may have braces
 		"github_secret_scanning http://api.github.com/keys":                    "github_secret_scanning: must be an https URL",
 		"github_secret_scanning\naccount {http.auth.user.id}":                  "",
 	} {
