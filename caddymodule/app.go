@@ -96,11 +96,12 @@ type App struct {
 	// Default: none, each edge holds keys to their limits by itself: N edges together let through up to N times as much.
 	RateLimitStore string `json:"rate_limit_store,omitempty"`
 
-	ctx     caddy.Context
-	runtime *runtime
-	poolKey string
-	issuers []*identitytoken.Issuer // of the gateways of this configuration that send identity tokens
-	limits  bool                    // a gateway of this configuration holds keys to their limits
+	ctx      caddy.Context
+	runtime  *runtime
+	poolKey  string
+	database string                  // Database, or its default, without placeholders
+	issuers  []*identitytoken.Issuer // of the gateways of this configuration that send identity tokens
+	limits   bool                    // a gateway of this configuration holds keys to their limits
 
 	addresses    *ratelimit.Addresses // of the gateway of this configuration with the strictest address_limit; nil: none has one
 	addressLimit AddressLimit         // and that
@@ -121,7 +122,7 @@ func (a *App) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return fmt.Errorf("rekall: %w", err)
 	}
-	a.poolKey = fmt.Sprintf("%+v", s)
+	a.poolKey, a.database = fmt.Sprintf("%+v", s), s.database
 	value, _, err := runtimes.LoadOrNew(a.poolKey, func() (caddy.Destructor, error) { return newRuntime(s) })
 	if err != nil {
 		a.poolKey = ""

@@ -169,12 +169,9 @@ func (k *Keys) gitHub() (*keysapi.GitHub, error) {
 const connectTimeout = 4 * time.Second
 
 func (k *Keys) management(app *App) (*management, error) {
-	settings, err := app.settings()
-	if err != nil {
-		return nil, err
-	}
-	database := settings.database
+	database := app.database
 	if k.Database != "" {
+		var err error
 		if database, err = caddy.NewReplacer().ReplaceOrErr(k.Database, true, false); err != nil { // a password may have braces
 			return nil, fmt.Errorf("database: %w", err)
 		}
