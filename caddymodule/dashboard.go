@@ -28,15 +28,12 @@ func (k *Keys) visitor(r *http.Request) (keyadmin.Actor, error) {
 // signIn is who holds a key that was typed into the dashboard. It is looked for like any other: a flood of keys that do not
 // exist costs the database no more here.
 func (k *Keys) signIn(r *http.Request, key string) (keyadmin.Actor, error) {
-	cred := credential.Credential{Kind: credential.Malformed}
 	key = strings.TrimSpace(key) // what was copied along with it
-	if environment, err := apikey.Parse(key); err == nil {
-		cred = credential.Credential{Kind: credential.Key, Environment: environment, Digest: apikey.Hash(key)}
+	environment, err := apikey.Parse(key)
+	if err != nil {
+		return keyadmin.Actor{}, forPeople(k.refusal(r, apikey.Malformed, new(credential.Credential)))
 	}
-	if cred.Kind != credential.Key {
-		return keyadmin.Actor{}, forPeople(k.refusal(r, apikey.Malformed, &cred))
-	}
-	actor, err := k.holder(r, &cred)
+	actor, err := k.holder(r, &credential.Credential{Kind: credential.Key, Environment: environment, Digest: apikey.Hash(key)})
 	return actor, forPeople(err)
 }
 
