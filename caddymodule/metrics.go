@@ -1,7 +1,6 @@
 package caddymodule
 
 import (
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"time"
@@ -95,8 +94,7 @@ func (m *metrics) watch(rt *runtime) {
 
 func (m *metrics) register(registry *prometheus.Registry) error {
 	for _, c := range m.collectors {
-		var already prometheus.AlreadyRegisteredError
-		if err := registry.Register(c); err != nil && !errors.As(err, &already) {
+		if err := registry.Register(c); err != nil {
 			return fmt.Errorf("register metrics: %w", err)
 		}
 	}
