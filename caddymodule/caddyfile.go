@@ -20,13 +20,13 @@ func init() {
 	httpcaddyfile.RegisterDirectiveOrder("rekall_gateway", httpcaddyfile.Before, "reverse_proxy")
 	httpcaddyfile.RegisterHandlerDirective("rekall_keys", parseKeys)
 	httpcaddyfile.RegisterDirectiveOrder("rekall_keys", httpcaddyfile.Before, "respond")
-	httpcaddyfile.RegisterHandlerDirective("rekall_jwks", parseJWKS)
+	httpcaddyfile.RegisterHandlerDirective("rekall_jwks", parseBare("rekall_jwks", func() caddyhttp.MiddlewareHandler { return new(JWKS) }))
 	// Before the gateway, which nothing comes after.
 	httpcaddyfile.RegisterDirectiveOrder("rekall_jwks", httpcaddyfile.Before, "respond")
-	httpcaddyfile.RegisterHandlerDirective("rekall_health", parseHealth)
+	httpcaddyfile.RegisterHandlerDirective("rekall_health", parseBare("rekall_health", func() caddyhttp.MiddlewareHandler { return new(Health) }))
 	// Before "handle", which would send the probes to a gateway that takes all requests.
 	httpcaddyfile.RegisterDirectiveOrder("rekall_health", httpcaddyfile.Before, "handle")
-	httpcaddyfile.RegisterHandlerDirective("rekall_tls_only", parseTLSOnly)
+	httpcaddyfile.RegisterHandlerDirective("rekall_tls_only", parseBare("rekall_tls_only", func() caddyhttp.MiddlewareHandler { return new(TLSOnly) }))
 	// Before all that could answer or redirect: a redirect invites the client to send its key in the clear again.
 	httpcaddyfile.RegisterDirectiveOrder("rekall_tls_only", httpcaddyfile.Before, "redir")
 }
@@ -319,26 +319,13 @@ func parseKeys(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 	return k, nil
 }
 
-func parseJWKS(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
-	h.Next()
-	if h.NextArg() || h.NextBlock(h.Nesting()) {
-		return nil, h.Err("rekall_jwks takes no arguments and no block")
+// parseBare reads a directive that takes nothing.
+func parseBare(directive string, handler func() caddyhttp.MiddlewareHandler) httpcaddyfile.UnmarshalHandlerFunc {
+	return func(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
+		h.Next()
+		if h.NextArg() || h.NextBlock(h.Nesting()) {
+			return nil, h.Errf("%s takes no arguments and no block", directive)
+		}
+		return handler(), nil
 	}
-	return new(JWKS), nil
-}
-
-func parseHealth(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
-	h.Next()
-	if h.NextArg() || h.NextBlock(h.Nesting()) {
-		return nil, h.Err("rekall_health takes no arguments and no block")
-	}
-	return new(Health), nil
-}
-
-func parseTLSOnly(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
-	h.Next()
-	if h.NextArg() || h.NextBlock(h.Nesting()) {
-		return nil, h.Err("rekall_tls_only takes no arguments and no block")
-	}
-	return new(TLSOnly), nil
 }
