@@ -33,8 +33,8 @@ type exchange struct {
 	startedAt instant        // 0: its latency is not sampled
 	reason    string         // code of the error that the gateway answered with; empty: none
 	flight    keycache.Flight
-	decision  decision                                            // once allowed
-	cancel    context.CancelCauseFunc                             // of the decision's context, or of the connection's
+	pass      pass                                                // once allowed
+	cancel    context.CancelCauseFunc                             // of the pass's context, or of the connection's
 	cutBy     atomic.Pointer[keycache.Cut]                        // once cut, nothing more is to be written
 	values    [len(rateLimitHeaders) + firstRateLimitValue]string // of the headers that are set: one allocation with the exchange
 	allowance allowance
@@ -198,7 +198,7 @@ func (x *exchange) WriteHeader(status int) {
 			x.refuseCut(cut, true)
 			return
 		}
-		if failed := x.decision.body.failed.Load(); failed != nil {
+		if failed := x.pass.body.failed.Load(); failed != nil {
 			x.refuseFailed(failed)
 			return
 		}
@@ -274,7 +274,7 @@ func (x *exchange) finish(err error) error {
 	if err == nil {
 		return nil
 	}
-	if failed := x.decision.body.failed.Load(); failed != nil {
+	if failed := x.pass.body.failed.Load(); failed != nil {
 		x.refuseFailed(failed)
 		return nil
 	}

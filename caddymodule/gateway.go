@@ -311,11 +311,11 @@ func (g *Gateway) handler(environment apikey.Environment) caddyhttp.Handler {
 // route sends the request to the handlers of the key's environment, and follows it so that it ends with its key. It
 // reports false, having sent nothing, if the key has changed since it was found and the request was not cut for it.
 func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential.Credential) (bool, error) {
-	x.decision = decision{Context: r.Context(), environment: x.environment}
+	x.pass = pass{Context: r.Context(), environment: x.environment}
 	if c := connectionOf(r); c.ends(r) {
 		x.cancel, x.closing = c.cancel, true
 	} else {
-		x.decision.Context, x.cancel = context.WithCancelCause(r.Context())
+		x.pass.Context, x.cancel = context.WithCancelCause(r.Context())
 		defer x.cancel(nil)
 	}
 	if !x.gateway.cache.Track(&x.flight, found, x) {
@@ -333,14 +333,14 @@ func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential
 		return true, x.unavailable(x.ResponseWriter, r, err)
 	}
 	x.count()
-	forwarded := r.WithContext(&x.decision)
+	forwarded := r.WithContext(&x.pass)
 	if x.gateway.ForwardCredential || x.gateway.issuer != nil {
 		forwarded.Header = maps.Clone(r.Header) // what handlers around the gateway see, and may send elsewhere, is r's
 	}
 	x.identify(forwarded)
 	if r.Body != nil && r.Body != http.NoBody {
-		x.decision.body.ReadCloser = r.Body
-		forwarded.Body = &x.decision.body
+		x.pass.body.ReadCloser = r.Body
+		forwarded.Body = &x.pass.body
 	}
 	if x.gateway.ForwardCredential {
 		forwarded.Header["Authorization"] = []string{"Bearer " + cred.Reveal()}

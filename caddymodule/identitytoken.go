@@ -47,7 +47,7 @@ func (x *exchange) signIdentity(found keycache.Found) error {
 		return nil
 	}
 	var err error
-	x.values[tokenValue], err = x.gateway.issuer.Token(&x.decision, found.Record, found.Now)
+	x.values[tokenValue], err = x.gateway.issuer.Token(&x.pass, found.Record, found.Now)
 	return err
 }
 

@@ -156,13 +156,13 @@ func (t *Transport) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 // RoundTrip sends a request that the gateway allowed for this environment, or a health check, and answers all others
 // itself.
 func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
-	d, decided := r.Context().Value(decisionKey{}).(*decision)
+	p, allowed := r.Context().Value(passKey{}).(*pass)
 	switch {
-	case decided && d.environment == t.environment:
-		return t.roundTrip(r, d)
+	case allowed && p.environment == t.environment:
+		return t.roundTrip(r, p)
 	case isHealthCheck(r):
 		return t.HTTPTransport.RoundTrip(r)
-	case decided:
+	case allowed:
 		return t.refuse(r, apierror.Of(apikey.Mismatch), r.Header.Get("X-Request-Id")), nil // which the gateway set
 	}
 	return t.refuse(r, gatewayRequired, newRequestID()), nil
@@ -172,7 +172,7 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 // whether or not that log is on, which takes more time than the whole decision. Net/http may still be writing the request
 // when it returns, so it gets one of its own. What the proxy reads in the headers of a request that was answered stays: those
 // of an upgrade or a stream of HTTP/2, and those of an answer that may be tried again.
-func (t *Transport) roundTrip(r *http.Request, d *decision) (*http.Response, error) {
+func (t *Transport) roundTrip(r *http.Request, p *pass) (*http.Response, error) {
 	if t.cannotUpgrade && r.Header["Upgrade"] != nil {
 		delete(r.Header, "Connection")
 		delete(r.Header, "Upgrade")
@@ -181,7 +181,7 @@ func (t *Transport) roundTrip(r *http.Request, d *decision) (*http.Response, err
 		if r.Body != nil {
 			_ = r.Body.Close()
 		}
-		return nil, d.fail(&clientError{headersTooLarge, errBeyondHTTP2})
+		return nil, p.fail(&clientError{headersTooLarge, errBeyondHTTP2})
 	}
 	sent := r
 	if !t.debug {
@@ -189,7 +189,7 @@ func (t *Transport) roundTrip(r *http.Request, d *decision) (*http.Response, err
 	}
 	res, err := t.HTTPTransport.RoundTrip(sent)
 	if err != nil {
-		return nil, d.excuse(r, err)
+		return nil, p.excuse(r, err)
 	}
 	if !t.debug && res.StatusCode/100 == 2 && res.ProtoMajor == 1 {
 		r.Header, r.TLS = nil, nil
@@ -200,7 +200,7 @@ func (t *Transport) roundTrip(r *http.Request, d *decision) (*http.Response, err
 // excuse returns the error as the client's if it may be the client's: then it does not count against the backend. A client can
 // send a body so slowly that a connection's read_timeout or write_timeout passes, or one for which the backend answers early and
 // closes the connection: whether the answer or the broken pipe is seen first is chance.
-func (d *decision) excuse(r *http.Request, err error) error {
+func (p *pass) excuse(r *http.Request, err error) error {
 	var dial reverseproxy.DialError
 	if errors.Is(err, context.Canceled) || errors.As(err, &dial) {
 		return err
@@ -218,15 +218,15 @@ func (d *decision) excuse(r *http.Request, err error) error {
 		failed.answer = bodyTooLarge
 	case late && !errors.Is(err, os.ErrDeadlineExceeded): // no deadline of a connection: the backend had all that it waits for
 		return err
-	case r.Header["Upgrade"] == nil && !d.body.begun.Load(): // a backend that speaks only HTTP/2 fails at an upgrade
+	case r.Header["Upgrade"] == nil && !p.body.begun.Load(): // a backend that speaks only HTTP/2 fails at an upgrade
 		return err
 	}
-	return d.fail(failed)
+	return p.fail(failed)
 }
 
 // fail keeps the first error that the client's request made, for the answer.
-func (d *decision) fail(failed *clientError) error {
-	d.body.failed.CompareAndSwap(nil, failed)
+func (p *pass) fail(failed *clientError) error {
+	p.body.failed.CompareAndSwap(nil, failed)
 	return failed
 }
 
@@ -293,20 +293,20 @@ func (r *refusal) Header() http.Header         { return r.header }
 func (r *refusal) WriteHeader(int)             {}
 func (r *refusal) Write(p []byte) (int, error) { return r.body.Write(p) }
 
-// decision is the context of a request that the gateway allowed.
-type decision struct {
+// pass is the context of a request that the gateway allowed.
+type pass struct {
 	context.Context
 	environment apikey.Environment
 	body        clientBody // of the forwarded request
 }
 
-type decisionKey struct{}
+type passKey struct{}
 
-func (d *decision) Value(key any) any {
-	if key == (decisionKey{}) {
-		return d
+func (p *pass) Value(key any) any {
+	if key == (passKey{}) {
+		return p
 	}
-	return d.Context.Value(key)
+	return p.Context.Value(key)
 }
 
 var (

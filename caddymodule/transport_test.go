@@ -39,7 +39,7 @@ func TestTransportContactsItsBackendForNobodyButTheGatewayAndHealthChecks(t *tes
 	}
 	ofClient := context.WithValue(t.Context(), caddyhttp.VarsCtxKey, map[string]any{})
 	allowed := func(environment apikey.Environment) context.Context {
-		return context.WithValue(&decision{Context: ofClient, environment: environment}, caddyhttp.OriginalRequestCtxKey, http.Request{})
+		return context.WithValue(&pass{Context: ofClient, environment: environment}, caddyhttp.OriginalRequestCtxKey, http.Request{})
 	}
 	for name, tc := range map[string]struct {
 		ctx    context.Context
@@ -48,7 +48,7 @@ func TestTransportContactsItsBackendForNobodyButTheGatewayAndHealthChecks(t *tes
 	}{
 		"allowed":              {allowed(apikey.Production), http.StatusOK, ""},
 		"health check":         {context.WithValue(t.Context(), caddyhttp.OriginalRequestCtxKey, http.Request{}), http.StatusOK, ""},
-		"no decision":          {ofClient, http.StatusForbidden, "GATEWAY_REQUIRED"},
+		"no pass":              {ofClient, http.StatusForbidden, "GATEWAY_REQUIRED"},
 		"decided for sandbox":  {allowed(apikey.Sandbox), http.StatusForbidden, "SANDBOX_PRODUCTION_MISMATCH"},
 		"decided for no place": {allowed(0), http.StatusForbidden, "SANDBOX_PRODUCTION_MISMATCH"},
 	} {
@@ -109,7 +109,7 @@ func TestTransportLeavesTheProxyTheHeadersThatItReads(t *testing.T) {
 			}
 			transport.debug = tc.debug
 			ofClient := context.WithValue(t.Context(), caddyhttp.VarsCtxKey, map[string]any{})
-			ctx := context.WithValue(&decision{Context: ofClient, environment: apikey.Production}, caddyhttp.OriginalRequestCtxKey, http.Request{})
+			ctx := context.WithValue(&pass{Context: ofClient, environment: apikey.Production}, caddyhttp.OriginalRequestCtxKey, http.Request{})
 			r, err := http.NewRequestWithContext(ctx, "GET", backend.URL+tc.path, nil)
 			if err != nil {
 				t.Fatal(err)
