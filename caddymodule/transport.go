@@ -58,6 +58,7 @@ type Transport struct {
 	environment apikey.Environment
 	logger      *zap.Logger
 	debug       bool // whether the log shows requests in full
+	refusals    *upstream
 
 	cannotUpgrade bool // with h2c or HTTP/3 net/http refuses an upgrade: an error, which would count against the backend
 	http2         bool // to backends with TLS that speak it
@@ -70,7 +71,7 @@ func (Transport) CaddyModule() caddy.ModuleInfo {
 
 // Provision sets up the HTTP transport.
 func (t *Transport) Provision(ctx caddy.Context) error {
-	t.logger = ctx.Logger()
+	t.logger, t.refusals = ctx.Logger(), new(upstream)
 	t.debug = t.logger.Core().Enabled(zap.DebugLevel)
 	var err error
 	if t.environment, err = apikey.ParseEnvironment(t.Environment); err != nil {
@@ -268,7 +269,12 @@ func (t *Transport) refuse(r *http.Request, e *apierror.Error, requestID string)
 		_ = r.Body.Close() // a RoundTripper's duty
 	}
 	logLater(r.Context(), refused{requestID, e.Code})
-	t.logger.Error("refused a request that no rekall_gateway allowed for this environment; move its reverse_proxy into one",
+	level := zap.DebugLevel // anybody may send them, as many as they like
+	t.refusals.answered()   // the trouble is over if nobody did for long enough
+	if t.refusals.failed() {
+		level = zap.ErrorLevel
+	}
+	t.logger.Log(level, "refused a request that no rekall_gateway allowed for this environment; move its reverse_proxy into one",
 		zap.String("request_id", requestID), zap.Stringer("environment", t.environment))
 	answer := refusal{header: http.Header{}}
 	e.Write(&answer, requestID)

@@ -8,10 +8,14 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+	"go.uber.org/zap"
+	zaplog "go.uber.org/zap/zaptest/observer"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 )
@@ -79,6 +83,39 @@ func TestTransportContactsItsBackendForNobodyButTheGatewayAndHealthChecks(t *tes
 			}
 		})
 	}
+}
+
+// TestRequestsThatNoGatewayAllowedAreLoggedOnceForAllWhileTheyCome: anybody could fill the log with them.
+func TestRequestsThatNoGatewayAllowedAreLoggedOnceForAllWhileTheyCome(t *testing.T) {
+	cctx, cancel := caddy.NewContext(caddy.Context{Context: context.Background()})
+	defer cancel()
+	transport := &Transport{Environment: "production"}
+	if err := transport.Provision(cctx); err != nil {
+		t.Fatal(err)
+	}
+	core, logs := zaplog.New(zap.DebugLevel)
+	transport.logger = zap.New(core)
+	synctest.Test(t, func(t *testing.T) {
+		send := func(n int) {
+			for range n {
+				r := httptest.NewRequest("GET", "/", nil)
+				resp, err := transport.RoundTrip(r.WithContext(context.WithValue(r.Context(), caddyhttp.VarsCtxKey, map[string]any{})))
+				if err != nil {
+					t.Fatal(err)
+				}
+				_ = resp.Body.Close()
+			}
+		}
+		send(100)
+		if n := logs.FilterLevelExact(zap.ErrorLevel).Len(); n != 1 {
+			t.Errorf("%d errors for 100 requests, want 1", n)
+		}
+		<-time.After(troubleOver)
+		send(100)
+		if errors, all := logs.FilterLevelExact(zap.ErrorLevel).Len(), logs.Len(); errors != 2 || all != 200 {
+			t.Errorf("%d errors of %d lines, want 2 of 200", errors, all)
+		}
+	})
 }
 
 // The proxy reads the headers of what is upgraded, tried again or logged in full.
