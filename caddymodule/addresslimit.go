@@ -1,6 +1,7 @@
 package caddymodule
 
 import (
+	"cmp"
 	"fmt"
 	"net/http"
 
@@ -29,22 +30,22 @@ func (l *AddressLimit) limiter() (*ratelimit.Addresses, error) {
 	if l == nil {
 		return nil, nil
 	}
-	burst := l.Burst
-	if burst == 0 {
-		burst = l.PerMinute
-	}
+	burst := l.burst()
 	if l.PerMinute < 1 || l.PerMinute > maxAddressRate || burst < 1 || burst > maxAddressRate {
 		return nil, fmt.Errorf("per_minute and burst must be from 1 to %d", maxAddressRate)
 	}
 	return ratelimit.NewAddresses(l.PerMinute, burst), nil
 }
 
+// burst is Burst, or its default.
+func (l *AddressLimit) burst() int { return cmp.Or(l.Burst, l.PerMinute) }
+
 // stricter compares limits in the order of their fields: it must not depend on the order of servers, of which Caddy has none.
 func (l *AddressLimit) stricter(than AddressLimit) bool {
 	if l.PerMinute != than.PerMinute {
 		return l.PerMinute < than.PerMinute
 	}
-	return l.Burst != 0 && (than.Burst == 0 || l.Burst < than.Burst)
+	return l.burst() < than.burst()
 }
 
 // mayLookUp tells whether a key may be looked up for a request. pending: the addresses' End must follow. A key in memory needs no

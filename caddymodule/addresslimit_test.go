@@ -191,6 +191,22 @@ func TestAddressLimitAllocatesNothingForAKnownKey(t *testing.T) {
 	}
 }
 
+func TestOfTwoAddressLimitsThatIsTheStricterWhichLetsLessThrough(t *testing.T) {
+	for _, c := range []struct{ stricter, laxer AddressLimit }{
+		{AddressLimit{PerMinute: 10, Burst: 100}, AddressLimit{PerMinute: 60, Burst: 20}},
+		{AddressLimit{PerMinute: 60, Burst: 20}, AddressLimit{PerMinute: 60}},
+		{AddressLimit{PerMinute: 60}, AddressLimit{PerMinute: 60, Burst: 100}},
+		{AddressLimit{PerMinute: 60, Burst: 20}, AddressLimit{PerMinute: 60, Burst: 100}},
+	} {
+		if !c.stricter.stricter(c.laxer) || c.laxer.stricter(c.stricter) {
+			t.Errorf("%+v is not stricter than %+v", c.stricter, c.laxer)
+		}
+	}
+	if same := (AddressLimit{PerMinute: 60, Burst: 60}); same.stricter(AddressLimit{PerMinute: 60}) {
+		t.Error("a limit is stricter than the same limit")
+	}
+}
+
 func TestAddressLimitOutOfRangeIsRefused(t *testing.T) {
 	for _, l := range []AddressLimit{{}, {PerMinute: -1}, {PerMinute: maxAddressRate + 1}, {PerMinute: 1, Burst: -1}, {PerMinute: 1, Burst: maxAddressRate + 1}} {
 		if limiter, err := l.limiter(); err == nil || limiter != nil {
