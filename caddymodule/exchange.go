@@ -98,10 +98,7 @@ func (x *exchange) answer(w http.ResponseWriter, e *apierror.Error) {
 }
 
 func (x *exchange) unavailable(w http.ResponseWriter, r *http.Request, err error) error {
-	x.outcome = apikey.Unavailable
-	if x.cutBy.Load() == nil {
-		x.outcome = untold(r)
-	}
+	x.outcome = untold(r)
 	x.gateway.logger.Debug("key cannot be checked", zap.String("request_id", x.requestID), zap.Error(err))
 	return x.refuse(w, r)
 }
@@ -243,6 +240,13 @@ func (x *exchange) FlushError() error {
 		x.WriteHeader(http.StatusOK)
 	}
 	return http.NewResponseController(x.ResponseWriter).Flush()
+}
+
+// refuseUnsent answers a request that was cut before it was sent.
+func (x *exchange) refuseUnsent(cut *keycache.Cut) {
+	x.outcome = cut.Outcome
+	x.count()
+	x.refuseCut(cut, false)
 }
 
 // refuseCut answers a request that was cut. If it was sent, nobody knows what the backend made of it.

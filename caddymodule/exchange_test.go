@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/identitytoken"
 	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/scoperule"
 	"github.com/rekall-ai/gateway/internal/usage"
@@ -171,6 +172,26 @@ func TestRequestThatWasCutIsNotSentThoughItsKeyIsFoundGoodAgain(t *testing.T) {
 	}
 	if strings.Contains(w.Body.String(), "carried") {
 		t.Errorf("it was not sent, and may have been carried out: %s", w.Body)
+	}
+}
+
+// unpublished has no key of any signer: tokens wait for one to be published.
+type unpublished struct{ identitytoken.Store }
+
+// TestRequestWhoseKeyIsRevokedWhileItsTokenIsSignedIsAnsweredForThat: 503 would have its client try again.
+func TestRequestWhoseKeyIsRevokedWhileItsTokenIsSignedIsAnsweredForThat(t *testing.T) {
+	record := apikey.Record{Environment: apikey.Production, Scopes: apikey.MemoriesRead}
+	g := gatewayOn(t, &cutWhileTracking{record: record, tracked: true}, caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error {
+		t.Error("sent without a token")
+		return nil
+	}))
+	var err error
+	if g.issuer, err = identitytoken.NewIssuer(identitytoken.NewSigner(unpublished{}, "", zap.NewNop), 1, identitytoken.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	w := g.serve(t, bearerRequest(apikey.Generate(apikey.Production)))
+	if w.Code != http.StatusUnauthorized || !strings.Contains(w.Body.String(), "REVOKED") || strings.Contains(w.Body.String(), "carried") {
+		t.Errorf("answer %d %s", w.Code, w.Body)
 	}
 }
 

@@ -323,13 +323,15 @@ func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential
 		if cut == nil {
 			return false, nil
 		}
-		x.outcome = cut.Outcome // its context is cancelled: nothing can be found with it
-		x.count()
-		x.refuseCut(cut, false)
+		x.refuseUnsent(cut) // its context is cancelled: nothing can be found with it
 		return true, nil
 	}
 	defer x.gateway.cache.Untrack(&x.flight)
 	if err := x.signIdentity(found); err != nil {
+		if cut := x.cutBy.Load(); cut != nil {
+			x.refuseUnsent(cut)
+			return true, nil
+		}
 		return true, x.unavailable(x.ResponseWriter, r, err)
 	}
 	x.count()
