@@ -217,19 +217,28 @@ func (x *exchange) tell() {
 }
 
 func (x *exchange) Write(p []byte) (int, error) {
-	if !x.wroteHeader {
-		x.WriteHeader(http.StatusOK)
-	}
-	if cut := x.cutBy.Load(); cut != nil {
-		return 0, cut
+	if err := x.mayWrite(); err != nil {
+		return 0, err
 	}
 	return x.ResponseWriter.Write(p)
 }
 
-// ReadFrom keeps the fast path of the server's writer.
-func (x *exchange) ReadFrom(r io.Reader) (int64, error) {
+// mayWrite comes before each part of an answer's body. A request that was cut gets no more of it.
+func (x *exchange) mayWrite() error {
+	if cut := x.cutBy.Load(); cut != nil {
+		x.pass.withheld = x.reason == "" // else the gateway's own answer, which is whole, stands in its place
+		return cut
+	}
 	if !x.wroteHeader {
 		x.WriteHeader(http.StatusOK)
+	}
+	return nil
+}
+
+// ReadFrom keeps the fast path of the server's writer.
+func (x *exchange) ReadFrom(r io.Reader) (int64, error) {
+	if err := x.mayWrite(); err != nil {
+		return 0, err
 	}
 	return x.ResponseWriterWrapper.ReadFrom(r)
 }
@@ -266,8 +275,11 @@ func (x *exchange) refuseCut(cut *keycache.Cut, sent bool) {
 // finish turns what the environment's handlers returned into the gateway's own answer, where there is none yet.
 func (x *exchange) finish(err error) error {
 	if cut := x.cutBy.Load(); cut != nil {
-		if !x.wroteHeader {
+		switch {
+		case !x.wroteHeader:
 			x.refuseCut(cut, true)
+		case x.pass.withheld:
+			panic(http.ErrAbortHandler) // or the server ends the answer as if it were whole; a proxy panics by itself
 		}
 		return nil
 	}

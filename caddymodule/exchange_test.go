@@ -3,6 +3,7 @@ package caddymodule
 import (
 	"context"
 	"errors"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -220,7 +221,64 @@ func TestHandlerThatDoesNotHeedTheCutWritesNothingMore(t *testing.T) {
 		}
 		return nil
 	}))
-	if w := g.serve(t, bearerRequest(apikey.Generate(apikey.Production))); w.Body.String() != "before" {
+	w := httptest.NewRecorder()
+	func() {
+		defer func() {
+			if err, _ := recover().(error); !errors.Is(err, http.ErrAbortHandler) {
+				t.Errorf("panic %v, want that of an answer that is not whole", err)
+			}
+		}()
+		_ = g.ServeHTTP(w, bearerRequest(apikey.Generate(apikey.Production)), nil)
+	}()
+	if w.Body.String() != "before" {
 		t.Errorf("the client received %q", w.Body)
+	}
+}
+
+// TestAnswerThatWasCutLooksWholeToNoClient, also if its handler takes no notice of what it could not write, as file_server does not.
+func TestAnswerThatWasCutLooksWholeToNoClient(t *testing.T) {
+	write := func(w http.ResponseWriter) { _, _ = w.Write([]byte("part")) }
+	copies := func(w http.ResponseWriter) { _, _ = io.Copy(w, io.LimitReader(strings.NewReader("part"), 4)) }
+	for name, c := range map[string]struct {
+		before, after func(http.ResponseWriter)
+		status        int
+		whole         bool
+	}{
+		"written in part":                 {write, write, http.StatusOK, false},
+		"copied in part":                  {copies, copies, http.StatusOK, false},
+		"nothing written yet":             {func(http.ResponseWriter) {}, write, http.StatusUnauthorized, true},
+		"nothing copied yet":              {func(http.ResponseWriter) {}, copies, http.StatusUnauthorized, true},
+		"nothing withheld":                {write, func(http.ResponseWriter) {}, http.StatusOK, true},
+		"answered by the handler's error": {func(http.ResponseWriter) {}, func(w http.ResponseWriter) { w.WriteHeader(statusClientClosed); write(w) }, http.StatusUnauthorized, true},
+	} {
+		for _, http2 := range []bool{false, true} {
+			cache := &followed{cutWhileTracking: cutWhileTracking{record: apikey.Record{Environment: apikey.Production, Scopes: apikey.MemoriesRead}}}
+			g := gatewayOn(t, cache, caddyhttp.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) error {
+				if c.before(w); w.Header().Get("X-Request-Id") != "" {
+					_ = http.NewResponseController(w).Flush()
+				}
+				cache.request.Cut(&keycache.Cut{Outcome: apikey.Revoked})
+				c.after(w)
+				return nil
+			}))
+			server := httptest.NewUnstartedServer(g.entrance(t))
+			server.EnableHTTP2 = http2
+			server.StartTLS()
+			r, err := http.NewRequestWithContext(t.Context(), "GET", server.URL+"/v1/memories", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.Header.Set("Authorization", "Bearer "+apikey.Generate(apikey.Production))
+			resp, err := server.Client().Do(r)
+			if err != nil {
+				t.Fatal(name, err)
+			}
+			body, err := io.ReadAll(resp.Body)
+			if resp.StatusCode != c.status || (err == nil) != c.whole {
+				t.Errorf("%s, %s: answer %d %q, error %v", name, resp.Proto, resp.StatusCode, body, err)
+			}
+			_ = resp.Body.Close()
+			server.Close()
+		}
 	}
 }

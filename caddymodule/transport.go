@@ -303,6 +303,7 @@ func (r *refusal) Write(p []byte) (int, error) { return r.body.Write(p) }
 type pass struct {
 	context.Context
 	environment apikey.Environment
+	withheld    bool       // a part of the answer, after a cut
 	body        clientBody // of the forwarded request
 }
 
