@@ -37,6 +37,7 @@ func TestTokensOfAFleetThatRotatesAllTheTimeVerifyAtEachOfItsKeySets(t *testing.
 			document, err := signer.JWKS(r.Context())
 			if err != nil {
 				http.Error(w, err.Error(), http.StatusServiceUnavailable)
+				return
 			}
 			_, _ = w.Write(document)
 		}))

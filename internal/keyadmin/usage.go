@@ -33,7 +33,7 @@ type UsageHour struct {
 	Hour time.Time `json:"hour"` // its beginning
 	UsageCounts
 
-	// Spike: the key had far more requests than in its own past; usage.Threshold says what that means.
+	// Spike: the key had far more requests than in its own past; internal/usage says what that means.
 	Spike bool `json:"spike"`
 
 	// SpikeThreshold is the number of requests from which on this hour is a spike; null where it is none.
