@@ -11,11 +11,15 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"os/user"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
@@ -66,11 +70,6 @@ func ExitCode(err error) int {
 	return 1
 }
 
-func databaseFlags(cmd *cobra.Command) {
-	cmd.Flags().String("database", "", "Postgres connection URL (default: $"+keystore.DatabaseVariable+")")
-	cmd.Flags().Bool("json", false, "Print JSON")
-}
-
 // run adapts a command: its context ends with an interrupt, and its error is one line on stderr.
 func run(do func(context.Context, *cobra.Command, []string) error) func(*cobra.Command, []string) error {
 	return func(cmd *cobra.Command, args []string) error {
@@ -83,21 +82,6 @@ func run(do func(context.Context, *cobra.Command, []string) error) func(*cobra.C
 		}
 		return err
 	}
-}
-
-func databaseURL(cmd *cobra.Command) (string, error) {
-	// Passed over, it would be the other database that keys are revoked in.
-	if err := NotEmpty(cmd, "database"); err != nil {
-		return "", err
-	}
-	url := text(cmd, "database")
-	if url == "" {
-		url = os.Getenv(keystore.DatabaseVariable)
-	}
-	if url = strings.TrimSpace(url); url == "" { // one from a file ends with a line feed
-		return "", errors.New("no database: give --database or set " + keystore.DatabaseVariable)
-	}
-	return url, nil
 }
 
 // connectTimeout is that of migrate: an operator can wait, and may be far from the database.
@@ -117,6 +101,37 @@ func admin(do func(context.Context, *cobra.Command, []string, *keyadmin.Admin) e
 		defer store.Close()
 		return do(ctx, cmd, args, keyadmin.New(store))
 	})
+}
+
+// subcommand has cmd work with the key administration of its database. What it is called with is searched for keys: they
+// have no place in a shell's history or a list of processes, and in no error either.
+func subcommand(cmd *cobra.Command, do func(context.Context, *cobra.Command, []string, *keyadmin.Admin) error) *cobra.Command {
+	databaseFlags(cmd)
+	cmd.RunE = admin(func(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
+		given := slices.Clone(args)
+		cmd.Flags().Visit(func(f *pflag.Flag) { given = append(given, f.Value.String()) })
+		if apikey.ContainsKey(strings.Join(given, "\n")) {
+			return errKeyAsArgument
+		}
+		return flagNames(cmd, do(ctx, cmd, args, admin))
+	})
+	return cmd
+}
+
+// errKeyAsArgument wraps ErrNotFound: the key usually stands where an id should.
+var errKeyAsArgument = fmt.Errorf("%w: an argument is a key itself, which is now in your shell's history: revoke or rotate it by its id; "+
+	`"rekall-gateway keys check" reads a key from its input and tells the id`, keyadmin.ErrNotFound)
+
+// operator is whoever runs the command, as the audit names them: with sudo, the user before.
+func operator() keyadmin.Actor {
+	if name := os.Getenv("SUDO_USER"); name != "" && os.Geteuid() == 0 {
+		return keyadmin.Operator(name)
+	}
+	account, err := user.Current()
+	if err != nil { // a container has users without a name
+		return keyadmin.Operator("uid-" + strconv.Itoa(os.Getuid()))
+	}
+	return keyadmin.Operator(account.Username)
 }
 
 // interruptible is an input that ends with the context: from a terminal, or a pipe that nobody writes to, nothing else would come. What

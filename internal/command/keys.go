@@ -7,16 +7,11 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/user"
-	"regexp"
-	"slices"
-	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 	"golang.org/x/term"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
@@ -39,133 +34,6 @@ Exit codes: 3 where there is no such key or none to revoke, 4 where it is revoke
 			return errors.New("say what to do with keys: create, list, show, rename, rotate, revoke, usage, audit, import or check (see --help)")
 		},
 	}
-}
-
-// subcommand has cmd work with the key administration of its database. What it is called with is searched for keys: they
-// have no place in a shell's history or a list of processes, and in no error either.
-func subcommand(cmd *cobra.Command, do func(context.Context, *cobra.Command, []string, *keyadmin.Admin) error) *cobra.Command {
-	databaseFlags(cmd)
-	cmd.RunE = admin(func(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
-		given := slices.Clone(args)
-		cmd.Flags().Visit(func(f *pflag.Flag) { given = append(given, f.Value.String()) })
-		if apikey.ContainsKey(strings.Join(given, "\n")) {
-			return errKeyAsArgument
-		}
-		return flagNames(cmd, do(ctx, cmd, args, admin))
-	})
-	return cmd
-}
-
-// errKeyAsArgument wraps ErrNotFound: the key usually stands where an id should.
-var errKeyAsArgument = fmt.Errorf("%w: an argument is a key itself, which is now in your shell's history: revoke or rotate it by its id; "+
-	`"rekall-gateway keys check" reads a key from its input and tells the id`, keyadmin.ErrNotFound)
-
-// noArgs is cobra.NoArgs, which quotes what it refuses, for what may be a key.
-func noArgs(cmd *cobra.Command, args []string) error {
-	if apikey.ContainsKey(strings.Join(args, "\n")) {
-		return errKeyAsArgument
-	}
-	return cobra.NoArgs(cmd, args)
-}
-
-// operator is whoever runs the command, as the audit names them: with sudo, the user before.
-func operator() keyadmin.Actor {
-	if name := os.Getenv("SUDO_USER"); name != "" && os.Geteuid() == 0 {
-		return keyadmin.Operator(name)
-	}
-	account, err := user.Current()
-	if err != nil { // a container has users without a name
-		return keyadmin.Operator("uid-" + strconv.Itoa(os.Getuid()))
-	}
-	return keyadmin.Operator(account.Username)
-}
-
-// flagNames makes an error about a field of the API speak of the flag instead, and of the other flags that it names. What has no
-// flag is an argument.
-func flagNames(cmd *cobra.Command, err error) error {
-	var invalid *keyadmin.InvalidError
-	if !errors.As(err, &invalid) {
-		return err
-	}
-	name := func(field string) string {
-		if flag := strings.ReplaceAll(field, "_", "-"); cmd.Flags().Lookup(flag) != nil {
-			return "--" + flag
-		}
-		return field
-	}
-	return fmt.Errorf("%s %s", name(invalid.Field), fieldPattern.ReplaceAllStringFunc(invalid.Reason, name))
-}
-
-var fieldPattern = regexp.MustCompile(`[a-z]+(_[a-z]+)+`)
-
-// arguments is cobra.ExactArgs, which only counts, for what each argument is.
-func arguments(each ...string) cobra.PositionalArgs {
-	return func(_ *cobra.Command, args []string) error {
-		if len(args) != len(each) {
-			return fmt.Errorf("give %s, and nothing besides (see --help)", strings.Join(each, " and "))
-		}
-		return nil
-	}
-}
-
-// oneKeyAtMost is the same for what takes flags in place of an id.
-func oneKeyAtMost(_ *cobra.Command, args []string) error {
-	if len(args) > 1 {
-		return errors.New("give the id of one key, and nothing besides (see --help)")
-	}
-	return nil
-}
-
-// exclusive declares two flags that exclude each other: to the shell's completion, and in words.
-func exclusive(cmd *cobra.Command, one, other string) {
-	cmd.MarkFlagsMutuallyExclusive(one, other)
-	before := cmd.PreRunE
-	cmd.PreRunE = func(cmd *cobra.Command, args []string) error {
-		if cmd.Flags().Changed(one) && cmd.Flags().Changed(other) {
-			return fmt.Errorf("--%s and --%s exclude each other: leave out one of them", one, other)
-		}
-		if before == nil {
-			return nil
-		}
-		return before(cmd, args)
-	}
-}
-
-func text(cmd *cobra.Command, flag string) string {
-	value, _ := cmd.Flags().GetString(flag)
-	return value
-}
-
-func is(cmd *cobra.Command, flag string) bool {
-	value, _ := cmd.Flags().GetBool(flag)
-	return value
-}
-
-// choices declares what a flag can be, for the shell's completion.
-func choices(cmd *cobra.Command, flag string, values ...string) {
-	// It fails only if there is no such flag, which the test of the completion would show.
-	_ = cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
-}
-
-// NotEmpty refuses flags that are given and empty, most likely by an unset variable of a script: left out, they would mean
-// their default, such as a key that never ends or the keys of all accounts.
-func NotEmpty(cmd *cobra.Command, flags ...string) error {
-	for _, flag := range flags {
-		if cmd.Flags().Changed(flag) && text(cmd, flag) == "" {
-			return fmt.Errorf("--%s must not be empty", flag)
-		}
-	}
-	return nil
-}
-
-// onlyForMany refuses flags that change nothing about a single key: whoever gives --dry-run expects that nothing happens.
-func onlyForMany(cmd *cobra.Command, flags ...string) error {
-	for _, flag := range flags {
-		if cmd.Flags().Changed(flag) {
-			return fmt.Errorf("--%s is not for a key that is given by its id: leave out one of them", flag)
-		}
-	}
-	return nil
 }
 
 func keysCreateCommand() *cobra.Command {
@@ -250,19 +118,6 @@ func listKeys(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadm
 		}
 		keyTable(w, keys)
 	})
-}
-
-// limitFlag reads --limit: 0, the default, is no limit.
-func limitFlag(cmd *cobra.Command) (int, error) {
-	const all = int(^uint(0) >> 1)
-	limit, _ := cmd.Flags().GetInt("limit")
-	if limit < 0 {
-		return 0, errors.New("--limit must not be negative")
-	}
-	if limit == 0 {
-		return all, nil
-	}
-	return limit, nil
 }
 
 func keyTable(w io.Writer, keys []keyadmin.Key) {
