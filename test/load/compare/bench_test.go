@@ -28,6 +28,7 @@ import (
 
 var (
 	rounds      = flag.Int("rounds", 30, "rounds in which each system is measured once")
+	starts      = flag.Int("starts", 10, "how often all systems of the comparison are started; the rounds are shared out")
 	seconds     = flag.Int("seconds", 1, "length of one measurement")
 	keyCount    = flag.Int("keys", 1000, "keys that requests take turns with")
 	connections = flag.Int("connections", 64, "connections of the load generator")
@@ -43,7 +44,7 @@ func TestMain(m *testing.M) { os.Exit(run(m)) }
 func run(m *testing.M) int {
 	flag.Parse()
 	if testing.Short() {
-		*rounds = 1
+		*rounds, *starts = 1, 1
 	}
 	dir, err := os.MkdirTemp("", "rekall-load-")
 	if err != nil {
@@ -51,6 +52,10 @@ func run(m *testing.M) int {
 		return 1
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
+	if *starts < 1 || *rounds%*starts != 0 {
+		fmt.Fprintln(os.Stderr, "-rounds must be a multiple of -starts")
+		return 2
+	}
 	for _, b := range []struct {
 		program          *string
 		name, importPath string
@@ -117,6 +122,13 @@ func newBench(t *testing.T) *bench {
 	b.makeKeys()
 	b.startBackend()
 	return b
+}
+
+// of is the same bench for a part of its test, with which what is started ends.
+func (b *bench) of(t *testing.T) *bench {
+	part := *b
+	part.t, part.auth = t, nil
+	return &part
 }
 
 // makeKeys puts the keys into Postgres and, for the other systems, into files.

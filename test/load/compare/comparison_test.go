@@ -15,8 +15,9 @@ import (
 
 // sample is what one round says of a system.
 type sample struct {
-	cpu  float64 // us per request
-	rate float64 // requests per second
+	start int     // of the systems' processes
+	cpu   float64 // us per request
+	rate  float64 // requests per second
 }
 
 // measurements of each system by its name, one for each round.
@@ -25,25 +26,33 @@ type measurements map[string][]sample
 func TestComparison(t *testing.T) {
 	b := newBench(t)
 	about := b.about(installedVersions)
-	results := b.measure(b.startSystems(), *rounds)
-	b.publish("comparison", about+method()+results.systemsTable()+"\n"+results.ratiosTable()+"\n"+results.targetsTable())
+	results := make(measurements)
+	for start := range *starts {
+		t.Run(fmt.Sprintf("start %d", start+1), func(t *testing.T) {
+			anew := b.of(t)
+			anew.measure(anew.startSystems(), start, *rounds / *starts, results)
+		})
+	}
+	if t.Failed() {
+		return
+	}
+	b.publish("comparison", about+method(*starts)+results.systemsTable()+"\n"+results.ratiosTable()+"\n"+results.targetsTable())
 }
 
-// measure runs the rounds, in each of which the groups and the systems of each take turns in another order. A round before them
-// warms everything.
-func (b *bench) measure(groups [][]*system, rounds int) measurements {
+// measure adds the rounds of a start to the results. In each of them the groups and the systems of each take turns in another order. A
+// round before them warms everything.
+func (b *bench) measure(groups [][]*system, start, rounds int, results measurements) {
 	b.t.Helper()
 	need(b.t, "wrk")
-	results := make(measurements)
 	for round := range rounds + 1 {
 		for _, s := range shuffled(groups) {
 			measured := b.load(s, *seconds)
+			measured.start = start
 			if round > 0 {
 				results[s.name] = append(results[s.name], measured)
 			}
 		}
 	}
-	return results
 }
 
 func shuffled(groups [][]*system) (order []*system) {

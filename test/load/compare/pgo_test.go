@@ -84,7 +84,8 @@ func (b *bench) compareBuilds(unguided, same, withProfile *system, about string)
 	b.t.Helper()
 	b.prove(same)
 	b.prove(withProfile)
-	results := b.measure([][]*system{{unguided, same, withProfile}}, *rounds)
+	results := make(measurements)
+	b.measure([][]*system{{unguided, same, withProfile}}, 0, *rounds, results)
 	ratio, none := results.each(cpuRatio, guided, checked), results.each(cpuRatio, again, checked)
 	verdict := "No gain is seen: it is within what two processes of one build differ by."
 	switch {
@@ -93,7 +94,7 @@ func (b *bench) compareBuilds(unguided, same, withProfile *system, about string)
 	case ratio.low > max(1, none.high):
 		verdict = "It loses."
 	}
-	b.publish("pgo", about+method()+"| build | CPU per request, ratio to a build without a profile | 95 % of the median | p10 – p90 |\n| --- | --- | --- | --- |\n"+
+	b.publish("pgo", about+method(1)+"| build | CPU per request, ratio to a build without a profile | 95 % of the median | p10 – p90 |\n| --- | --- | --- | --- |\n"+
 		fmt.Sprintf("| the same build again | %s |\n| profile-guided | %s |\n\n%s\n",
 			none.cells("%.3f"), ratio.cells("%.3f"), verdict))
 }

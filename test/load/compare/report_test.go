@@ -34,7 +34,38 @@ func (m measurements) each(figure func(s []sample) float64, names ...string) spr
 		}
 		values = append(values, figure(samples))
 	}
-	return spreadOf(values)
+	s := spreadOf(values)
+	s.low, s.high = m.interval(names[0], func(rounds []int) float64 {
+		var drawn []float64
+		for _, r := range rounds {
+			drawn = append(drawn, values[r])
+		}
+		return median(drawn)
+	})
+	return s
+}
+
+// interval is where a figure of the rounds lies in 95 % of the cases, if as many are drawn anew (bootstrap): whole starts, since rounds
+// of the same processes are alike, or, of one start alone, rounds.
+func (m measurements) interval(name string, figure func(rounds []int) float64) (low, high float64) {
+	alike := make(map[int][]int)
+	single := m[name][0].start == m[name][len(m[name])-1].start
+	for round, s := range m[name] {
+		if single {
+			s.start = round
+		}
+		alike[s.start] = append(alike[s.start], round)
+	}
+	var figures []float64
+	for range 2000 {
+		var drawn []int
+		for range alike {
+			drawn = append(drawn, alike[rand.IntN(len(alike))]...)
+		}
+		figures = append(figures, figure(drawn))
+	}
+	slices.Sort(figures)
+	return quantile(figures, 0.025), quantile(figures, 0.975)
 }
 
 func cpu(s []sample) float64       { return s[0].cpu }
@@ -126,27 +157,23 @@ func (m measurements) targets() []target {
 }
 
 // share is what the authentication of one system adds to CPU per request, divided by what that of another adds. It is made of
-// medians, since the difference of one round may be 0; so its interval comes from rounds drawn anew (bootstrap).
-func (m measurements) share(name, other string) spread {
-	rounds := len(m[name])
-	shareOf := func(drawn func(round int) int) float64 {
+// medians, since the difference of one round may be 0.
+func (m measurements) share(name, other string) (s spread) {
+	shareOf := func(rounds []int) float64 {
 		var ours, theirs []float64
-		for i := range rounds {
-			r := drawn(i)
+		for _, r := range rounds {
 			ours = append(ours, m[name][r].cpu-m[baselineOf(name)][r].cpu)
 			theirs = append(theirs, m[other][r].cpu-m[baselineOf(other)][r].cpu)
 		}
-		return spreadOf(ours).median / spreadOf(theirs).median
+		return median(ours) / median(theirs)
 	}
-	var shares []float64
-	for range 2000 {
-		shares = append(shares, shareOf(func(int) int { return rand.IntN(rounds) }))
+	var all []int
+	for round := range m[name] {
+		all = append(all, round)
 	}
-	slices.Sort(shares)
-	return spread{
-		median: shareOf(func(i int) int { return i }), p10: quantile(shares, 0.1), p90: quantile(shares, 0.9),
-		low: quantile(shares, 0.025), high: quantile(shares, 0.975),
-	}
+	s.median = shareOf(all)
+	s.low, s.high = m.interval(name, shareOf)
+	return s
 }
 
 // meets tells whether a figure is on the right side.
@@ -192,9 +219,9 @@ func (m measurements) targetsTable() string {
 }
 
 // method says how the rounds were run.
-func method() string {
-	return fmt.Sprintf("%d rounds of %d s, %d connections, %d keys, addresses of the backend: %d.\n\n",
-		*rounds, *seconds, *connections, *keyCount, *upstreams)
+func method(starts int) string {
+	return fmt.Sprintf("%d rounds of %d s in %d starts, %d connections, %d keys, addresses of the backend: %d.\n\n",
+		*rounds, *seconds, starts, *connections, *keyCount, *upstreams)
 }
 
 // about says what was run where.

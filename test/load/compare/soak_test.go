@@ -303,7 +303,7 @@ func (s *subject) during(first, last int, sign sign) float64 {
 	if sign.least {
 		return slices.Min(values)
 	}
-	return spreadOf(values).median
+	return median(values)
 }
 
 // sign is a vital that must stay flat, with the growth that is taken for noise.

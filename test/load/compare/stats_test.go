@@ -4,7 +4,6 @@ package compare
 
 import (
 	"fmt"
-	"math"
 	"slices"
 )
 
@@ -12,20 +11,15 @@ import (
 type spread struct {
 	median    float64
 	p10, p90  float64
-	low, high float64 // the median lies between them with 95 % confidence
+	low, high float64 // the median lies between them with 95 % confidence; 0: not told
 }
 
 func spreadOf(values []float64) spread {
 	sorted := slices.Sorted(slices.Values(values))
-	n := float64(len(sorted))
-	// The number of values under the true median is binomial, whatever their distribution.
-	margin := 1.96 * math.Sqrt(n) / 2
-	at := func(rank float64) float64 { return sorted[min(max(int(rank), 0), len(sorted)-1)] }
-	return spread{
-		median: quantile(sorted, 0.5), p10: quantile(sorted, 0.1), p90: quantile(sorted, 0.9),
-		low: at(math.Floor(n/2 - margin)), high: at(math.Ceil(n/2 + margin)),
-	}
+	return spread{median: quantile(sorted, 0.5), p10: quantile(sorted, 0.1), p90: quantile(sorted, 0.9)}
 }
+
+func median(values []float64) float64 { return quantile(slices.Sorted(slices.Values(values)), 0.5) }
 
 // quantile of sorted values, between two of them if need be.
 func quantile(sorted []float64, q float64) float64 {
