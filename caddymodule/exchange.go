@@ -203,7 +203,7 @@ func (x *exchange) WriteHeader(status int) {
 	if status >= 200 || status == http.StatusSwitchingProtocols {
 		x.wroteHeader = true
 		x.tell()
-		if x.gateway.upstreams[x.environment].answered() {
+		if x.gateway.upstreams[x.environment].over() {
 			x.gateway.logger.Info("upstream answers again", zap.Stringer("environment", x.environment))
 		}
 	}
@@ -322,7 +322,7 @@ func (x *exchange) refuseUpstream(e *apierror.Error, err error) {
 	}
 	x.gateway.metrics.upstreamErrors.WithLabelValues(x.environment.String(), reason).Inc()
 	level := zap.DebugLevel // the access log has each of them; with no backend, an error for each request would push all else out of the log
-	if x.gateway.upstreams[x.environment].failed() {
+	if x.gateway.upstreams[x.environment].met() {
 		level = zap.ErrorLevel
 	}
 	x.gateway.logger.Log(level, "upstream unavailable", zap.String("request_id", x.requestID),

@@ -19,7 +19,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
-
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
 

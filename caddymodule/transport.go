@@ -57,8 +57,8 @@ type Transport struct {
 
 	environment apikey.Environment
 	logger      *zap.Logger
-	debug       bool // whether the log shows requests in full
-	refusals    *upstream
+	debug       bool     // whether the log shows requests in full
+	strangers   *trouble // requests that no gateway allowed
 
 	cannotUpgrade bool // with h2c or HTTP/3 net/http refuses an upgrade: an error, which would count against the backend
 	http2         bool // to backends with TLS that speak it
@@ -71,7 +71,7 @@ func (Transport) CaddyModule() caddy.ModuleInfo {
 
 // Provision sets up the HTTP transport.
 func (t *Transport) Provision(ctx caddy.Context) error {
-	t.logger, t.refusals = ctx.Logger(), new(upstream)
+	t.logger, t.strangers = ctx.Logger(), new(trouble)
 	t.debug = t.logger.Core().Enabled(zap.DebugLevel)
 	var err error
 	if t.environment, err = apikey.ParseEnvironment(t.Environment); err != nil {
@@ -270,8 +270,8 @@ func (t *Transport) refuse(r *http.Request, e *apierror.Error, requestID string)
 	}
 	logLater(r.Context(), refused{requestID, e.Code})
 	level := zap.DebugLevel // anybody may send them, as many as they like
-	t.refusals.answered()   // the trouble is over if nobody did for long enough
-	if t.refusals.failed() {
+	t.strangers.over()
+	if t.strangers.met() {
 		level = zap.ErrorLevel
 	}
 	t.logger.Log(level, "refused a request that no rekall_gateway allowed for this environment; move its reverse_proxy into one",

@@ -50,11 +50,11 @@ func TestTransportContactsItsBackendForNobodyButTheGatewayAndHealthChecks(t *tes
 		status int
 		code   string
 	}{
-		"allowed":              {allowed(apikey.Production), http.StatusOK, ""},
-		"health check":         {context.WithValue(t.Context(), caddyhttp.OriginalRequestCtxKey, http.Request{}), http.StatusOK, ""},
-		"no pass":              {ofClient, http.StatusForbidden, "GATEWAY_REQUIRED"},
-		"decided for sandbox":  {allowed(apikey.Sandbox), http.StatusForbidden, "SANDBOX_PRODUCTION_MISMATCH"},
-		"decided for no place": {allowed(0), http.StatusForbidden, "SANDBOX_PRODUCTION_MISMATCH"},
+		"allowed":           {allowed(apikey.Production), http.StatusOK, ""},
+		"health check":      {context.WithValue(t.Context(), caddyhttp.OriginalRequestCtxKey, http.Request{}), http.StatusOK, ""},
+		"no pass":           {ofClient, http.StatusForbidden, "GATEWAY_REQUIRED"},
+		"pass for sandbox":  {allowed(apikey.Sandbox), http.StatusForbidden, "SANDBOX_PRODUCTION_MISMATCH"},
+		"pass for no place": {allowed(0), http.StatusForbidden, "SANDBOX_PRODUCTION_MISMATCH"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			before := reached.Load()

@@ -9,22 +9,22 @@ import (
 
 // upstreams say of each environment once that its backends give no answer, and once that they do again. They live as long as the
 // runtime: the reload that names other backends may be what ends the trouble.
-type upstreams [apikey.Sandbox + 1]upstream
+type upstreams [apikey.Sandbox + 1]trouble
 
-// troubleOver is how long no request must have gone without an answer before one ends the trouble. One of several backends that is away,
-// or one client whose uploads they break off, would else begin and end it with every request.
+// troubleOver is how long there must have been none before the trouble is over. One of several backends that is away, or one client whose
+// uploads they break off, would else begin and end it with every request.
 const troubleOver = 10 * time.Second
 
-// upstream is the backends of one environment.
-type upstream struct {
-	failedAt atomic.Int64 // instant of the last request without an answer; 0: no trouble
+// trouble is what many requests may meet, and is to be logged once.
+type trouble struct {
+	metAt atomic.Int64 // instant at which a request met it last; 0: it is over
 }
 
-// failed notes that a request got no answer. It reports whether the trouble begins.
-func (u *upstream) failed() bool { return u.failedAt.Swap(int64(time.Since(processStart))) == 0 }
+// met notes that a request met the trouble. It reports whether it begins.
+func (t *trouble) met() bool { return t.metAt.Swap(int64(time.Since(processStart))) == 0 }
 
-// answered notes that a request got one. It reports whether the trouble is over.
-func (u *upstream) answered() bool {
-	at := u.failedAt.Load()
-	return at != 0 && time.Since(processStart)-time.Duration(at) >= troubleOver && u.failedAt.CompareAndSwap(at, 0)
+// over reports whether the trouble is over, once.
+func (t *trouble) over() bool {
+	at := t.metAt.Load()
+	return at != 0 && time.Since(processStart)-time.Duration(at) >= troubleOver && t.metAt.CompareAndSwap(at, 0)
 }

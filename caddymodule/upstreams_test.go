@@ -46,7 +46,7 @@ func TestTroubleOfTheBackendsIsLoggedOnceWhenItBeginsAndOnceWhenItEnds(t *testin
 		<-time.After(troubleOver)
 		ask(false, http.StatusOK)
 
-		if !g.upstreams[apikey.Sandbox].failed() {
+		if !g.upstreams[apikey.Sandbox].met() {
 			t.Error("trouble of one environment hides that of the other")
 		}
 

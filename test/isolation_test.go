@@ -26,7 +26,7 @@ func block(production, sandbox string) string {
 
 var standardBlock = block("reverse_proxy PRODUCTION", "reverse_proxy SANDBOX")
 
-// guarded is a reverse_proxy whose transport asks for a decision.
+// guarded is a reverse_proxy whose transport asks for a pass.
 func guarded(environment string) string {
 	return "reverse_proxy " + strings.ToUpper(environment) + " {\n transport rekall " + environment + "\n}\n"
 }

@@ -28,7 +28,9 @@ func run(t *testing.T, name string, args ...string) {
 		if err := cmd.Execute(); err != nil {
 			t.Errorf("%s %s: %v", name, args[0], err)
 		}
+		return
 	}
+	t.Fatalf("no command %s", name)
 }
 
 func TestCommandsReachAPostgresThatIsFarAway(t *testing.T) {

@@ -26,22 +26,24 @@ func edgesCommand() Command {
 }
 
 func edgesListCommand() *cobra.Command {
-	return subcommand(&cobra.Command{Use: "list", Short: "Lists edges", Args: noArgs}, func(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
-		edges, err := admin.Edges(ctx)
-		if err != nil {
-			return err
-		}
-		return show(cmd, edges, func(w io.Writer) {
-			table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-			fmt.Fprintln(table, "NAME\tREGION\tVERSION\tSTATUS\tLAST SYNC\tAGE")
-			for _, e := range edges {
-				lastSync := "never"
-				if e.LastSyncAt != nil {
-					lastSync = e.LastSyncAt.Format(time.RFC3339)
-				}
-				fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%.1fs\n", e.Name, e.Region, e.Version, e.Status, lastSync, e.AgeSeconds)
+	return subcommand(&cobra.Command{Use: "list", Short: "Lists edges", Args: noArgs}, listEdges)
+}
+
+func listEdges(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
+	edges, err := admin.Edges(ctx)
+	if err != nil {
+		return err
+	}
+	return show(cmd, edges, func(w io.Writer) {
+		table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+		fmt.Fprintln(table, "NAME\tREGION\tVERSION\tSTATUS\tLAST SYNC\tAGE")
+		for _, e := range edges {
+			lastSync := "never"
+			if e.LastSyncAt != nil {
+				lastSync = e.LastSyncAt.Format(time.RFC3339)
 			}
-			_ = table.Flush()
-		})
+			fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%.1fs\n", e.Name, e.Region, e.Version, e.Status, lastSync, e.AgeSeconds)
+		}
+		_ = table.Flush()
 	})
 }

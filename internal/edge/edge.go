@@ -112,10 +112,11 @@ func (r *Reporter) Run(ctx context.Context, applied func() keycache.Applied) {
 	defer ticker.Stop()
 	for {
 		// A report that began is finished: Postgres may carry out one that was given up after the row was removed.
-		err := r.report(context.WithoutCancel(ctx), applied())
-		if err == nil || ctx.Err() == nil {
-			r.note(err, &r.failing,
+		reported, counted := r.report(context.WithoutCancel(ctx), applied())
+		if ctx.Err() == nil {
+			r.note(reported, &r.failing,
 				"edge cannot report; others call it fail-closed or do not know of it, and keys revoke --wait has no word from it", "edge reports again")
+			r.note(counted, &r.uncounted, "edges cannot be counted; their last count is used, if there is one", "edges are counted again")
 		}
 		if !r.wait(ctx, ticker.C) {
 			r.remove(context.WithoutCancel(ctx))
@@ -211,19 +212,19 @@ func (r *Reporter) taken(beat uint64, report keystore.Report) {
 	r.sent[beat] = report
 }
 
-func (r *Reporter) report(ctx context.Context, applied keycache.Applied) error {
+// report writes the edge's row, and then counts the edges.
+func (r *Reporter) report(ctx context.Context, applied keycache.Applied) (reported, counted error) {
 	ctx, cancel := context.WithTimeout(ctx, r.reportTimeout)
 	defer cancel()
 	edge := r.edge
 	edge.Beat, edge.SyncedAt, edge.Applied, edge.AppliedOn = r.nextBeat(), applied.At, applied.Snapshot, r.appliedOn(applied)
 	taken, err := r.store.ReportEdge(ctx, edge)
 	if err != nil {
-		return err
+		return err, nil
 	}
 	r.taken(edge.Beat, taken)
 	r.forget(ctx)
-	r.note(r.countEdges(ctx), &r.uncounted, "edges cannot be counted; their last count is used, if there is one", "edges are counted again")
-	return nil
+	return nil, r.countEdges(ctx)
 }
 
 // forget takes edges that went away without a word off the list, now and then. If that fails, another edge does it.

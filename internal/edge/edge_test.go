@@ -2,6 +2,7 @@ package edge
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"strings"
 	"testing"
@@ -65,9 +66,12 @@ values ($1, $2, '', '', '30s', now() - $3::interval, 1, now() - $3::interval)`, 
 	}
 }
 
-func (r *rig) report() {
+func (r *rig) report() { r.reportOf(keycache.Applied{}) }
+
+func (r *rig) reportOf(applied keycache.Applied) {
 	r.t.Helper()
-	if err := r.reporter.report(r.t.Context(), keycache.Applied{}); err != nil {
+	reported, counted := r.reporter.report(r.t.Context(), applied)
+	if err := errors.Join(reported, counted); err != nil {
 		r.t.Fatal(err)
 	}
 }
@@ -153,6 +157,7 @@ func TestFirstEdgeToReportAfterAnOutageOfPostgresStillCountsTheOthers(t *testing
 	count("the first report after it", keystore.EdgeCount{Live: 2})
 	r.reporter.failing, r.reporter.uncounted = false, true
 	count("the first count that works", keystore.EdgeCount{Live: 2})
+	r.reporter.uncounted = false
 	count("the next count", keystore.EdgeCount{Live: 1, FailClosed: 1})
 }
 
@@ -213,9 +218,7 @@ func TestEdgeWhoseSyncIsTooOldIsFailClosedThoughItReports(t *testing.T) {
 		29 * time.Second: {Live: 1}, 31 * time.Second: {FailClosed: 1},
 	} {
 		r.reporter.countAt = time.Now()
-		if err := r.reporter.report(t.Context(), keycache.Applied{At: time.Now().Add(-age)}); err != nil {
-			t.Fatal(err)
-		}
+		r.reportOf(keycache.Applied{At: time.Now().Add(-age)})
 		if n, _ := r.reporter.Edges(); n != want {
 			t.Errorf("last sync %v ago: %+v, want %+v", age, n, want)
 		}
@@ -306,9 +309,7 @@ func (r *rig) commit() (xid uint64) {
 // confirmed reports what was applied, and returns whether that confirms the transaction.
 func (r *rig) confirmed(xid uint64, applied keycache.Applied) bool {
 	r.t.Helper()
-	if err := r.reporter.report(r.t.Context(), applied); err != nil {
-		r.t.Fatal(err)
-	}
+	r.reportOf(applied)
 	edges, _, err := r.reporter.store.Edges(r.t.Context(), xid)
 	if err != nil || len(edges) != 1 {
 		r.t.Fatalf("edges %+v, %v", edges, err)

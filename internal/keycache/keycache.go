@@ -332,7 +332,7 @@ func (c *Cache) Close() {
 	defer c.closing.Unlock()
 	if !c.closed {
 		c.closed = true
-		c.state.Store(newState())
+		c.state.Store(c.state.Load().restart(reading{}))
 		c.known.Close()
 	}
 }

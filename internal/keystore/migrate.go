@@ -46,7 +46,7 @@ func (e *NewerSchemaError) Error() string {
 }
 
 // Migrate creates the schema rekall or brings it up to this binary's version, and returns the versions before and after. Any
-// number of processes may call it at once: one works, the others wait. It must not go through PgBouncer's transaction
+// number of processes may call it at once: one works, the others wait for two minutes at most. It must not go through PgBouncer's transaction
 // pooling, which does not hold locks.
 func Migrate(ctx context.Context, url string) (from, to int32, err error) {
 	return MigrateAndGrant(ctx, url, Roles{})
@@ -227,8 +227,8 @@ func migrating(ctx context.Context, conn *pgx.Conn) error {
 	if err != nil {
 		return errors.New("another migration took too long: run migrate again")
 	}
-	return fmt.Errorf("the lock of migrations is held by Postgres process %d (%q): run migrate again when that has ended, or end it with pg_terminate_backend(%[1]d)",
-		pid, application)
+	return fmt.Errorf("the lock of migrations is held by Postgres process %d (%q): "+
+		"run migrate again when that has ended, or end it with pg_terminate_backend(%[1]d)", pid, application)
 }
 
 // inUse says who has used a table of ours longest.

@@ -2,8 +2,12 @@ package keystore_test
 
 import (
 	"errors"
+	"io/fs"
+	"path"
 	"strings"
 	"testing"
+	"testing/fstest"
+	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
 
@@ -186,5 +190,53 @@ func TestWhatAnEdgeWritesCanBeReadWhereverKeysAreManaged(t *testing.T) {
 		if err := pgtest.TryExec(databaseURL, sql); sqlState(err) != checkViolation {
 			t.Errorf("%s: %v", sql, err)
 		}
+	}
+}
+
+func TestMigrationClearsWhatNoFlushWouldComeThroughWith(t *testing.T) {
+	databaseURL := pgtest.URL(t)
+	earlier := fstest.MapFS{}
+	files, err := fs.Glob(keystore.Migrations, "migrations/*.sql")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range files {
+		if name < "migrations/013" {
+			text, err := fs.ReadFile(keystore.Migrations, name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			earlier[path.Base(name)] = &fstest.MapFile{Data: text}
+		}
+	}
+	migrating := connect(t, databaseURL)
+	if _, _, err := keystore.MigrateTo(t.Context(), migrating, earlier, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := migrating.Close(t.Context()); err != nil { // which releases the lock
+		t.Fatal(err)
+	}
+	store := open(t, databaseURL, keystore.Options{})
+	key := insert(t, store)
+	conn := connect(t, databaseURL)
+	exec(t, conn, `insert into rekall.usage (key_id, hour, outcome, count, used_at) values
+		($1, $2, 'allowed', 1, 'infinity'), ($1, 'infinity', 'allowed', 1, now()), ($1, $2, E'\n', 1, null)`, key.ID, anHour)
+	exec(t, conn, `insert into rekall.last_used (key_id, first_used_at, last_used_at) values ($1, '-infinity', 'infinity')`, key.ID)
+	exec(t, conn, `insert into rekall.spikes (key_id, hour, threshold) values ($1, 'infinity', 1)`, key.ID)
+	exec(t, conn, `insert into rekall.edges (instance, name, region, version, max_staleness, started_at, beat)
+		values ('0123456789abcdefABCDEF', E'\x1b[2J', 'eu', 'v1', '30s', now(), 1)`)
+	if _, _, err := keystore.Migrate(t.Context(), databaseURL); err != nil {
+		t.Fatal(err)
+	}
+	mustFlush(t, store, flushOf(instance(), 1, anHour, counts(key.ID, 1, 0, 5)))
+	usage := usageOf(t, store, key.ID)
+	if want := anHour.Add(5 * time.Minute); len(usage.Hours) != 1 || usage.LastUsedAt.Before(want) || usage.LastUsedAt.Year() > 9999 {
+		t.Errorf("%+v", usage)
+	}
+	if _, err := store.Get(t.Context(), keystore.Everything(), key.ID); err != nil {
+		t.Error(err)
+	}
+	if edges, _, err := store.Edges(t.Context(), 0); err != nil || len(edges) != 0 {
+		t.Errorf("%+v, %v", edges, err)
 	}
 }

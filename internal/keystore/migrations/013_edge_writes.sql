@@ -1,5 +1,16 @@
 -- An edge writes counts, and its own row in edges. What it writes is read wherever keys are managed, so an edge that was taken over
 -- must not be able to write what cannot be read there, or what is more than text on an administrator's terminal.
+-- What there is of it already goes, or no flush that meets it would come through. An edge whose row goes reports again.
+delete from rekall.usage where hour not between '1970-01-01 00:00Z' and '9999-12-31 00:00Z' or outcome !~ '^[a-z_]{1,40}$';
+update rekall.usage set used_at = null where used_at not between '1970-01-01 00:00Z' and '9999-12-31 00:00Z';
+update rekall.last_used set first_used_at = now(), last_used_at = now()
+	where first_used_at not between '1970-01-01 00:00Z' and '9999-12-31 00:00Z'
+		or last_used_at not between '1970-01-01 00:00Z' and '9999-12-31 00:00Z';
+delete from rekall.spikes where hour not between '1970-01-01 00:00Z' and '9999-12-31 00:00Z';
+delete from rekall.edges where (name || region || version || coalesce(applied_on, '')) ~ '[\u0001-\u001f\u007f-\u009f]'
+	or max_staleness > interval '1 day' or seen_at not between '1970-01-01 00:00Z' and '9999-12-31 00:00Z'
+	or synced_at not between '1970-01-01 00:00Z' and '9999-12-31 00:00Z';
+
 -- NOT VALID: nothing is read whole while others wait.
 alter table rekall.usage
 	add constraint usage_hour_check check (hour between '1970-01-01 00:00Z' and '9999-12-31 00:00Z') not valid,
