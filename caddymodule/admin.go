@@ -41,7 +41,7 @@ func serveLive(w http.ResponseWriter, r *http.Request) error {
 // serveReady answers 200 while every runtime in use is ready: an outage shorter than max_staleness drains nobody, nor does a
 // configuration that is being loaded, which may be given up.
 func serveReady(w http.ResponseWriter, r *http.Request) error {
-	all := slices.DeleteFunc(running(), func(rt *runtime) bool { return !rt.inUse.Load() })
+	all := slices.DeleteFunc(running(), func(rt *runtime) bool { return !rt.inUse() })
 	unready := slices.ContainsFunc(all, func(rt *runtime) bool { return !rt.ready(*rt.issuers.Load()) })
 	return replyReady(w, r, len(all) > 0 && !unready)
 }

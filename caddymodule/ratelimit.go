@@ -60,7 +60,9 @@ func (a *allowance) refusal(now time.Time) *apierror.Error {
 	if a.verdict.Concurrent {
 		e = tooManyAtOnce
 	}
-	return e.With(a.details(now)).Later(a.verdict.RetryAfter)
+	e = e.With(a.details(now))
+	e.RetryAfter = a.verdict.RetryAfter
+	return e
 }
 
 // details are those of an answer beyond the limits.

@@ -69,9 +69,8 @@ type runtime struct {
 
 	upstreams upstreams
 
-	mu    sync.Mutex
-	apps  []*App      // that were started and are not over, the newest last: a reload that fails gives back to the one before
-	inUse atomic.Bool // an app was started with it
+	mu   sync.Mutex
+	apps []*App // that were started and are not over, the newest last: a reload that fails gives back to the one before
 }
 
 func newRuntime(s settings) (_ *runtime, err error) {
@@ -160,7 +159,13 @@ func (rt *runtime) follow(a *App) {
 	defer rt.mu.Unlock()
 	rt.apps = append(rt.apps, a)
 	rt.takeOver(a)
-	rt.inUse.Store(true)
+}
+
+// inUse reports whether an app was started and is not over. One that is being loaded may be given up.
+func (rt *runtime) inUse() bool {
+	rt.mu.Lock()
+	defer rt.mu.Unlock()
+	return len(rt.apps) > 0
 }
 
 // unfollow forgets an app that is over. If it is the newest, since something else of its configuration failed to start, the one before

@@ -57,7 +57,6 @@ func NewInstance() string { return apikey.RandomText(22) }
 type Reporter struct {
 	store   *keystore.Store
 	edge    keystore.Edge
-	logger  func() *zap.Logger
 	changed chan struct{}
 
 	reportTimeout time.Duration
@@ -70,7 +69,7 @@ type Reporter struct {
 	uncounted bool                               // whether the last count failed
 	count     atomic.Pointer[keystore.EdgeCount] // nil: not counted yet
 
-	failure atomic.Pointer[keystore.Failure] // nil: there was none
+	failures keystore.Failures // to report, or to count the edges
 
 	mu       sync.Mutex
 	draining bool
@@ -81,7 +80,7 @@ type Reporter struct {
 // NewReporter returns a reporter for a new instance of an edge. logger is asked at each line.
 func NewReporter(store *keystore.Store, id Identity, logger func() *zap.Logger) *Reporter {
 	return &Reporter{
-		store: store, logger: logger, changed: make(chan struct{}, 1), sent: make(map[uint64]keystore.Report),
+		store: store, failures: keystore.Failures{Logger: logger}, changed: make(chan struct{}, 1), sent: make(map[uint64]keystore.Report),
 		reportTimeout: reportTimeout, forgetEvery: forgetEvery,
 		edge: keystore.Edge{
 			Instance: id.Instance, Name: id.Name, Region: id.Region, Version: id.Version,
@@ -114,27 +113,17 @@ func (r *Reporter) Run(ctx context.Context, applied func() keycache.Applied) {
 		// A report that began is finished: Postgres may carry out one that was given up after the row was removed.
 		reported, counted := r.report(context.WithoutCancel(ctx), applied())
 		if ctx.Err() == nil {
-			r.note(reported, &r.failing,
+			r.failures.Note(reported, &r.failing,
 				"edge cannot report; others call it fail-closed or do not know of it, and keys revoke --wait has no word from it", "edge reports again")
-			r.note(counted, &r.uncounted, "edges cannot be counted; their last count is used, if there is one", "edges are counted again")
+		}
+		if ctx.Err() == nil && reported == nil {
+			r.failures.Note(counted, &r.uncounted,
+				"edges cannot be counted; their last count is used, if there is one", "edges are counted again")
 		}
 		if !r.wait(ctx, ticker.C) {
 			r.remove(context.WithoutCancel(ctx))
 			return
 		}
-	}
-}
-
-// note logs when something begins to fail, and when that ends.
-func (r *Reporter) note(err error, failing *bool, begins, ends string) {
-	switch {
-	case err != nil && !*failing:
-		r.logger().Warn(begins, zap.Error(err))
-	case err == nil && *failing:
-		r.logger().Info(ends)
-	}
-	if *failing = err != nil; *failing {
-		r.failure.Store(&keystore.Failure{At: time.Now(), Err: err})
 	}
 }
 
@@ -212,7 +201,7 @@ func (r *Reporter) taken(beat uint64, report keystore.Report) {
 	r.sent[beat] = report
 }
 
-// report writes the edge's row, and then counts the edges.
+// report writes the edge's row, and then, if that worked and it is time, counts the edges.
 func (r *Reporter) report(ctx context.Context, applied keycache.Applied) (reported, counted error) {
 	ctx, cancel := context.WithTimeout(ctx, r.reportTimeout)
 	defer cancel()
@@ -266,7 +255,7 @@ func (r *Reporter) Edges() (keystore.EdgeCount, bool) {
 }
 
 // LastFailure returns the last failure to report, or to count the edges; nil: there was none.
-func (r *Reporter) LastFailure() *keystore.Failure { return r.failure.Load() }
+func (r *Reporter) LastFailure() *keystore.Failure { return r.failures.Last() }
 
 // remove takes the edge off the list when it stops in good order. If that fails, the others forget it.
 func (r *Reporter) remove(ctx context.Context) {

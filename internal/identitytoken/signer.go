@@ -54,12 +54,11 @@ const (
 type Signer struct {
 	store    Store
 	instance string
-	logger   func() *zap.Logger
 	schedule schedule
 	wake     chan struct{}
 	active   atomic.Pointer[active]
 	keySet   keySet
-	failure  atomic.Pointer[keystore.Failure]
+	failures keystore.Failures // to publish a key, or to read keys
 
 	current, next *key // of Run alone; next is published and waits for its lead
 }
@@ -86,7 +85,7 @@ func NewSigner(store Store, instance string, logger func() *zap.Logger) *Signer 
 
 func newSigner(store Store, instance string, logger func() *zap.Logger, schedule schedule) *Signer {
 	s := &Signer{
-		store: store, instance: instance, logger: logger, schedule: schedule, wake: make(chan struct{}, 1),
+		store: store, instance: instance, failures: keystore.Failures{Logger: logger}, schedule: schedule, wake: make(chan struct{}, 1),
 		keySet: keySet{store: store, turn: make(chan struct{}, 1)},
 	}
 	s.active.Store(&active{superseded: make(chan struct{})})
@@ -101,30 +100,17 @@ func (s *Signer) Run(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
-		s.note(err, &failing, "signing key cannot be published; identity tokens end with its lease", "signing key is published again")
+		s.failures.Note(err, &failing, "signing key cannot be published; identity tokens end with its lease", "signing key is published again")
 		if err == nil {
 			err := s.keySet.refresh(ctx)
 			if ctx.Err() != nil {
 				return
 			}
-			s.note(err, &unread, "key set cannot be read; backends are given the last one, if there is any", "key set is read again")
+			s.failures.Note(err, &unread, "key set cannot be read; backends are given the last one, if there is any", "key set is read again")
 		}
 		if !s.rest(ctx, failing) {
 			return
 		}
-	}
-}
-
-// note logs when something begins to fail, and when that ends.
-func (s *Signer) note(err error, failing *bool, begins, ends string) {
-	switch {
-	case err != nil && !*failing:
-		s.logger().Warn(begins, zap.Error(err))
-	case err == nil && *failing:
-		s.logger().Info(ends)
-	}
-	if *failing = err != nil; *failing {
-		s.failure.Store(&keystore.Failure{At: time.Now(), Err: err})
 	}
 }
 
@@ -162,7 +148,7 @@ func (s *Signer) tend(ctx context.Context) error {
 		}
 		if s.current == nil || time.Since(s.next.publishedAt) >= s.schedule.lead {
 			s.current, s.next = s.next, nil
-			s.logger().Info("signing with a new key", zap.String("signing_key", s.current.public.ID))
+			s.failures.Logger().Info("signing with a new key", zap.String("signing_key", s.current.public.ID))
 		}
 	}
 	last := s.active.Swap(&active{key: s.current, renewedAt: renewedAt, superseded: make(chan struct{})})
@@ -204,7 +190,7 @@ func newKey() (*key, error) {
 }
 
 // LastFailure returns the last failure to publish a key, or to read keys; nil: there was none.
-func (s *Signer) LastFailure() *keystore.Failure { return s.failure.Load() }
+func (s *Signer) LastFailure() *keystore.Failure { return s.failures.Last() }
 
 // signs reports whether a's key stays published until a token of that lifetime, signed now, has expired.
 func (s *Signer) signs(a *active, lifetime time.Duration) bool {

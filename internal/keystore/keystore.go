@@ -30,12 +30,6 @@ var (
 	errNotOwner = errors.New("database user lacks a right: migrate as the owner of the schema, or as a user that may create schemas and roles")
 )
 
-// Failure is something that went wrong on the way to Postgres.
-type Failure struct {
-	At  time.Time // by this machine's clock
-	Err error
-}
-
 // errBadURL replaces pgx's errors, which quote the URL and mask passwords on a best-effort basis only.
 var errBadURL = errors.New("database URL is not usable: write it as postgres://user:password@host:5432/database, " +
 	"percent-encode special characters, and check the certificate files it names")

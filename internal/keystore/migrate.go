@@ -46,8 +46,8 @@ func (e *NewerSchemaError) Error() string {
 }
 
 // Migrate creates the schema rekall or brings it up to this binary's version, and returns the versions before and after. Any
-// number of processes may call it at once: one works, the others wait for two minutes at most. It must not go through PgBouncer's transaction
-// pooling, which does not hold locks.
+// number of processes may call it at once: one works, the others wait for two minutes at most. It must not go through PgBouncer's
+// transaction pooling, which does not hold locks.
 func Migrate(ctx context.Context, url string) (from, to int32, err error) {
 	return MigrateAndGrant(ctx, url, Roles{})
 }

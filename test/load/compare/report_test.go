@@ -46,7 +46,7 @@ func (m measurements) each(figure func(s []sample) float64, names ...string) spr
 }
 
 // interval is where a figure of the rounds lies in 95 % of the cases, if as many are drawn anew (bootstrap): whole starts, since rounds
-// of the same processes are alike, or, of one start alone, rounds.
+// of the same processes are alike, or, of one start alone, rounds. Two tables say the same of the same rounds.
 func (m measurements) interval(name string, figure func(rounds []int) float64) (low, high float64) {
 	alike := make(map[int][]int)
 	single := m[name][0].start == m[name][len(m[name])-1].start
@@ -56,11 +56,12 @@ func (m measurements) interval(name string, figure func(rounds []int) float64) (
 		}
 		alike[s.start] = append(alike[s.start], round)
 	}
+	draws := rand.New(rand.NewPCG(1, 1))
 	var figures []float64
 	for range 2000 {
 		var drawn []int
 		for range alike {
-			drawn = append(drawn, alike[rand.IntN(len(alike))]...)
+			drawn = append(drawn, alike[draws.IntN(len(alike))]...)
 		}
 		figures = append(figures, figure(drawn))
 	}
