@@ -36,6 +36,16 @@ type edgeStatus struct {
 
 func (g *gateway) status() edgeStatus {
 	g.t.Helper()
+	runtimes := g.statuses()
+	if len(runtimes) != 1 {
+		g.t.Fatalf("status of one runtime: %+v", runtimes)
+	}
+	return runtimes[0]
+}
+
+// statuses has none while the first configuration is being loaded, and two while a new one is.
+func (g *gateway) statuses() []edgeStatus {
+	g.t.Helper()
 	var s struct {
 		Runtimes []struct {
 			Ready bool `json:"ready"`
@@ -57,14 +67,17 @@ func (g *gateway) status() edgeStatus {
 			} `json:"last_error"`
 		} `json:"runtimes"`
 	}
-	if err := json.Unmarshal([]byte(do(g.t, "GET", g.admin+"/rekall/status", nil, nil).body), &s); err != nil || len(s.Runtimes) != 1 {
-		g.t.Fatalf("status %+v, %v", s, err)
+	if err := json.Unmarshal([]byte(do(g.t, "GET", g.admin+"/rekall/status", nil, nil).body), &s); err != nil {
+		g.t.Fatal(err)
 	}
-	rt := s.Runtimes[0]
-	return edgeStatus{
-		Ready: rt.Ready, Epoch: rt.Sync.Epoch, SyncAgeSeconds: rt.Sync.AgeSeconds, InFlight: rt.Requests.InFlight,
-		Lookups: rt.Lookups.Total, LookupErrors: rt.Lookups.Errors, SyncErrors: rt.Sync.Errors, Canary: rt.Canary, LastError: rt.LastError.Message,
+	var statuses []edgeStatus
+	for _, rt := range s.Runtimes {
+		statuses = append(statuses, edgeStatus{
+			Ready: rt.Ready, Epoch: rt.Sync.Epoch, SyncAgeSeconds: rt.Sync.AgeSeconds, InFlight: rt.Requests.InFlight,
+			Lookups: rt.Lookups.Total, LookupErrors: rt.Lookups.Errors, SyncErrors: rt.Sync.Errors, Canary: rt.Canary, LastError: rt.LastError.Message,
+		})
 	}
+	return statuses
 }
 
 // reload loads the same Caddyfile again.

@@ -178,13 +178,19 @@ func (g *gateway) waitReady() {
 	})
 }
 
-// waitSynced is for a gateway that does not become ready: it has read the feed.
+// waitSynced is for a gateway that does not become ready: it has read the feed, and its sites answer. The admin endpoint does
+// before there is a runtime.
 func (g *gateway) waitSynced() {
 	g.t.Helper()
 	eventually(g.t, "the gateway has synced", func() bool {
 		g.process.MustRun(g.t)
-		answer, err := send("GET", g.admin+"/rekall/live", nil, nil)
-		return err == nil && answer.StatusCode == http.StatusOK && g.status().Epoch > 0
+		for _, address := range []string{g.admin + "/rekall/live", g.http + "/"} {
+			if _, err := send("GET", address, nil, nil); err != nil {
+				return false
+			}
+		}
+		runtimes := g.statuses()
+		return len(runtimes) == 1 && runtimes[0].Epoch > 0
 	})
 }
 
