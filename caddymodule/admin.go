@@ -3,7 +3,6 @@ package caddymodule
 import (
 	"encoding/json"
 	"net/http"
-	"slices"
 
 	"github.com/caddyserver/caddy/v2"
 )
@@ -38,12 +37,12 @@ func serveLive(w http.ResponseWriter, r *http.Request) error {
 	return reply(w, r, http.StatusOK, map[string]bool{"live": true})
 }
 
-// serveReady answers 200 while every runtime in use is ready: an outage shorter than max_staleness drains nobody, nor does a
-// configuration that is being loaded, which may be given up.
+// serveReady answers 200 while the configuration in use is ready: an outage shorter than max_staleness drains nobody, nor does a
+// configuration that is being loaded, which may be given up. The first one is in use once all apps have started: before, its keys
+// may be there and its sites do not listen yet.
 func serveReady(w http.ResponseWriter, r *http.Request) error {
-	all := slices.DeleteFunc(running(), func(rt *runtime) bool { return !rt.inUse() })
-	unready := slices.ContainsFunc(all, func(rt *runtime) bool { return !rt.ready(*rt.issuers.Load()) })
-	return replyReady(w, r, len(all) > 0 && !unready)
+	used, err := caddy.ActiveContext().AppIfConfigured("rekall")
+	return replyReady(w, r, err == nil && used.(*App).ready())
 }
 
 func replyReady(w http.ResponseWriter, r *http.Request, ready bool) error {

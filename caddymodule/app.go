@@ -258,6 +258,10 @@ func (a *App) Cleanup() error {
 	return err
 }
 
+// ready reports whether requests can be answered: cached keys are trusted, and tokens can be signed. An edge that cannot sign would
+// answer every good key 503, and a rolling update would go on to the next.
+func (a *App) ready() bool { return a.runtime.ready(a.issuers) }
+
 // app returns the rekall app of the configuration being provisioned.
 func app(ctx caddy.Context) (*App, error) {
 	module, err := ctx.App("rekall")

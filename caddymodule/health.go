@@ -38,7 +38,7 @@ func (h *Health) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhtt
 	case livePath:
 		return serveLive(w, r)
 	case readyPath:
-		return replyReady(w, r, h.app.runtime.ready(h.app.issuers) && !shuttingDown(r))
+		return replyReady(w, r, h.app.ready() && !shuttingDown(r))
 	}
 	return next.ServeHTTP(w, r)
 }

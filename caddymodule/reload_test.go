@@ -21,7 +21,10 @@ func init() { caddy.RegisterModule(failing{}) }
 // failing is an app that cannot start. Caddy starts apps in any order.
 type failing struct{ ctx caddy.Context }
 
-var failedAfterOurs bool // ours had been started by then
+var (
+	failedAfterOurs bool // ours had been started by then
+	readyByThen     bool // what the admin endpoint said, once ours had read its keys
+)
 
 func (failing) CaddyModule() caddy.ModuleInfo {
 	return caddy.ModuleInfo{ID: "rekall_test_failing", New: func() caddy.Module { return new(failing) }}
@@ -38,8 +41,15 @@ func (f *failing) Start() error {
 		return err
 	}
 	a.runtime.mu.Lock()
-	defer a.runtime.mu.Unlock()
-	failedAfterOurs = a.runtime.apps[len(a.runtime.apps)-1] == a
+	apps := a.runtime.apps
+	failedAfterOurs = len(apps) > 0 && apps[len(apps)-1] == a
+	a.runtime.mu.Unlock()
+	if failedAfterOurs {
+		if err := a.runtime.cache.AwaitFirstSync(f.ctx); err != nil {
+			return err
+		}
+		readyByThen = isReady()
+	}
 	return errors.New("cannot start")
 }
 
@@ -116,15 +126,9 @@ func TestConfigurationThatIsGivenUpChangesNothingOfTheOneThatGoesOn(t *testing.T
 		}
 	}
 
-	failedAfterOurs = false
-	for tries := 0; !failedAfterOurs; tries++ {
-		if tries == 50 {
-			t.Fatal("the other app never starts after ours")
-		}
-		err := caddy.Load(configure(t, database, other, map[string]any{}, map[string]any{"http": gateway, "rekall_test_failing": map[string]any{}}), true)
-		if err == nil || !strings.Contains(err.Error(), "cannot start") {
-			t.Fatal(err)
-		}
+	failAfterOurs(t, configure(t, database, other, map[string]any{}, map[string]any{"http": gateway, "rekall_test_failing": map[string]any{}}))
+	if !readyByThen {
+		t.Error("not ready while another configuration is loaded")
 	}
 	loggedWhereItWas("another app did not start")
 
@@ -166,9 +170,28 @@ func TestConfigurationThatIsBeingLoadedLeavesTheEdgeReady(t *testing.T) {
 	if !isReady() {
 		t.Error("not ready while another configuration waits for its first sync")
 	}
-	loading.apps = append(loading.apps, new(App)) // which was started with it
-	if isReady() {
-		t.Error("ready though a runtime in use is not")
+}
+
+// TestEdgeIsNotReadyUntilItsFirstConfigurationIsInUse: its keys may be there before its sites listen.
+func TestEdgeIsNotReadyUntilItsFirstConfigurationIsInUse(t *testing.T) {
+	database := migrated(t)
+	failAfterOurs(t, configure(t, database, filepath.Join(t.TempDir(), "log"), map[string]any{}, map[string]any{"rekall_test_failing": map[string]any{}}))
+	if readyByThen {
+		t.Error("ready while an app has not started")
+	}
+}
+
+// failAfterOurs loads a configuration with the app that cannot start, until that app comes after ours.
+func failAfterOurs(t *testing.T, config []byte) {
+	t.Helper()
+	failedAfterOurs = false
+	for tries := 0; !failedAfterOurs; tries++ {
+		if tries == 50 {
+			t.Fatal("the other app never starts after ours")
+		}
+		if err := caddy.Load(config, true); err == nil || !strings.Contains(err.Error(), "cannot start") {
+			t.Fatal(err)
+		}
 	}
 }
 

@@ -161,13 +161,6 @@ func (rt *runtime) follow(a *App) {
 	rt.takeOver(a)
 }
 
-// inUse reports whether an app was started and is not over. One that is being loaded may be given up.
-func (rt *runtime) inUse() bool {
-	rt.mu.Lock()
-	defer rt.mu.Unlock()
-	return len(rt.apps) > 0
-}
-
 // unfollow forgets an app that is over. If it is the newest, since something else of its configuration failed to start, the one before
 // goes on.
 func (rt *runtime) unfollow(a *App) {
@@ -240,8 +233,7 @@ func (rt *runtime) startSigner() {
 	})
 }
 
-// ready reports whether requests can be answered: cached keys are trusted, and each of the issuers can sign. An edge that cannot sign
-// would answer every good key 503, and a rolling update would go on to the next.
+// ready reports whether cached keys are trusted and each of the issuers can sign.
 func (rt *runtime) ready(issuers []*identitytoken.Issuer) bool {
 	return rt.cache.Status().Fresh && canSign(issuers)
 }
