@@ -94,12 +94,12 @@ func Open(url string, options Options) (*Store, error) {
 
 // planOnce makes Postgres keep the plans of a connection's statements. To plan the feed anew, which it would prefer, takes three
 // times as long as to read that nothing has changed. A plan that was made while the table was small must not read all of it when
-// it has grown.
+// it has grown. Nor may it remember the limits of a key, of which each comes once: that takes longer than to look for them.
 func planOnce(ctx context.Context, conn *pgx.Conn) error {
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout) // nobody else's bounds the making of a connection
 	defer cancel()
 	// Not parameters of the connection's start, which PgBouncer refuses.
-	_, err := conn.Exec(ctx, "set plan_cache_mode = force_generic_plan; set jit = off; set enable_seqscan = off")
+	_, err := conn.Exec(ctx, "set plan_cache_mode = force_generic_plan; set jit = off; set enable_seqscan = off; set enable_memoize = off")
 	return err
 }
 
