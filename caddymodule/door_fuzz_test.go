@@ -127,7 +127,7 @@ func openStore(t testing.TB) (database string, store *keystore.Store) {
 	if _, _, err := keystore.Migrate(t.Context(), database); err != nil {
 		t.Fatal(err)
 	}
-	store, err := keystore.Open(database, keystore.Options{})
+	store, err := keystore.Open(database, keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -43,7 +43,7 @@ func newGateway(t testing.TB) (*Gateway, string) {
 	// Limits that no benchmark reaches, for those with limits.
 	pgtest.Exec(t, url, `
 		insert into rekall.account_limits (account, requests_per_minute, burst, concurrent_requests) values ('a', 1000000, 10000000, 1000000)`)
-	store, err := keystore.Open(url, keystore.Options{})
+	store, err := keystore.Open(url, keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -48,7 +48,7 @@ func newRigOn(t *testing.T, database string) *rig {
 	if _, _, err := keystore.Migrate(t.Context(), database); err != nil {
 		t.Fatal(err)
 	}
-	store, err := keystore.Open(database, keystore.Options{ApplicationName: "rekall-test"})
+	store, err := keystore.Open(database, keystore.Options{ApplicationName: "rekall-test", ConnectTimeout: pgtest.ConnectTimeout})
 	if err != nil {
 		t.Fatal(err)
 	}

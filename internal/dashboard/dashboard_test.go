@@ -54,7 +54,7 @@ func newRigVia(t *testing.T, via func(testing.TB, string) string) *rig {
 	if _, _, err := keystore.Migrate(t.Context(), r.database); err != nil {
 		t.Fatal(err)
 	}
-	store, err := keystore.Open(via(t, r.database), keystore.Options{})
+	store, err := keystore.Open(via(t, r.database), keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -25,7 +25,7 @@ type edge struct {
 
 func (r *rig) edge(name string, maxStaleness time.Duration) *edge {
 	r.t.Helper()
-	store, err := keystore.Open(r.database, keystore.Options{})
+	store, err := keystore.Open(r.database, keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
 	if err != nil {
 		r.t.Fatal(err)
 	}

@@ -33,7 +33,7 @@ func newRig(t *testing.T) *rig {
 	if _, _, err := keystore.Migrate(t.Context(), url); err != nil {
 		t.Fatal(err)
 	}
-	store, err := keystore.Open(url, keystore.Options{})
+	store, err := keystore.Open(url, keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
 	if err != nil {
 		t.Fatal(err)
 	}

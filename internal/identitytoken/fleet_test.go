@@ -26,7 +26,7 @@ func TestTokensOfAFleetThatRotatesAllTheTimeVerifyAtEachOfItsKeySets(t *testing.
 	var issuers [edges]*Issuer
 	var backends [edges]keyfunc.Keyfunc
 	for e := range edges {
-		store, err := keystore.Open(url, keystore.Options{})
+		store, err := keystore.Open(url, keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -55,7 +55,7 @@ func TestRevocationIsNotConfirmedByAnotherServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	admin := func() *keyadmin.Admin {
-		store, err := keystore.Open(server.URL(), keystore.Options{})
+		store, err := keystore.Open(server.URL(), keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
 		if err != nil {
 			t.Fatal(err)
 		}

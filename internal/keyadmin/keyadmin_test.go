@@ -28,7 +28,7 @@ func newAdmin(t testing.TB) (admin *keyadmin.Admin, store *keystore.Store, datab
 	if _, _, err := keystore.Migrate(t.Context(), databaseURL); err != nil {
 		t.Fatal(err)
 	}
-	store, err := keystore.Open(databaseURL, keystore.Options{})
+	store, err := keystore.Open(databaseURL, keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -56,7 +56,7 @@ func newRigOn(t *testing.T, database string, gitHub *keysapi.GitHub) *rig {
 	if _, _, err := keystore.Migrate(t.Context(), database); err != nil {
 		t.Fatal(err)
 	}
-	store, err := keystore.Open(database, keystore.Options{})
+	store, err := keystore.Open(database, keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
 	if err != nil {
 		t.Fatal(err)
 	}

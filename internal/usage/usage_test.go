@@ -33,7 +33,7 @@ func database(t testing.TB) string {
 
 func open(t testing.TB, databaseURL string) *keystore.Store {
 	t.Helper()
-	store, err := keystore.Open(databaseURL, keystore.Options{})
+	store, err := keystore.Open(databaseURL, keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
 	if err != nil {
 		t.Fatal(err)
 	}

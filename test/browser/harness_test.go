@@ -91,7 +91,7 @@ func start(t testing.TB) {
 	if _, _, err := keystore.Migrate(t.Context(), world.database); err != nil {
 		t.Fatal(err)
 	}
-	store, err := keystore.Open(world.database, keystore.Options{})
+	store, err := keystore.Open(world.database, keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -62,7 +62,7 @@ type rig struct {
 func newRig(t *testing.T) *rig {
 	t.Helper()
 	r := &rig{t: t, database: pgtest.URL(t), production: backend(t, "production"), sandbox: backend(t, "sandbox")}
-	store, err := keystore.Open(r.database, keystore.Options{ApplicationName: "rekall-test"})
+	store, err := keystore.Open(r.database, keystore.Options{ApplicationName: "rekall-test", ConnectTimeout: pgtest.ConnectTimeout})
 	if err != nil {
 		t.Fatal(err)
 	}
