@@ -208,6 +208,10 @@ func (d *dev) startGateway() error {
 	storage file_system %[1]q
 	log {
 		level WARN
+		exclude admin
+	}
+	servers {
+		protocols h1
 	}
 	rekall {
 		database {env.REKALL_DATABASE_URL}
@@ -238,7 +242,10 @@ http://:%[2]s {
 	if err := caddy.Load(config, true); err != nil {
 		return fmt.Errorf("start the gateway: %w", err)
 	}
-	d.stops = append(d.stops, func(context.Context) error { return caddy.Stop() })
+	d.stops = append(d.stops, func(context.Context) error {
+		defer closeFormer() // while there is a database for what they have counted
+		return caddy.Stop()
+	})
 	return nil
 }
 

@@ -121,8 +121,11 @@ func (k *Keys) provision(ctx caddy.Context) error {
 	return nil
 }
 
-// ofRequest finds placeholders that speak of the request.
-var ofRequest = regexp.MustCompile(`\{http\.(request|regexp)\.[^}]*\}`)
+// placeholders finds all of them; ofRequest those that speak of the request. To Caddy a brace without its other half is text.
+var (
+	placeholders = regexp.MustCompile(`\{[^{}]*\}`)
+	ofRequest    = regexp.MustCompile(`\{http\.(request|regexp)\.[^}]*\}`)
+)
 
 // clientFed returns a placeholder that any client can give a value; empty: there is none. Headers may be forward_auth's.
 func clientFed(text string) string {
@@ -145,8 +148,13 @@ func (k *Keys) checkPerson() error {
 	if k.User == "" {
 		k.User = "{http.auth.user.id}"
 	}
-	if !strings.Contains(k.User, "{") {
-		return errors.New("user must have a placeholder: with a fixed name, everybody is that person")
+	for _, setting := range []struct{ name, text string }{{"account", k.Account}, {"user", k.User}} {
+		if strings.ContainsAny(placeholders.ReplaceAllString(setting.text, ""), `{}\`) {
+			return fmt.Errorf("%s is %s, whose braces are no placeholder: write it as {http.auth.user.id}", setting.name, setting.text)
+		}
+	}
+	if _, err := caddy.NewReplacer().ReplaceOrErr(k.User, true, true); err == nil { // such as {system.hostname}
+		return errors.New("user must have a placeholder of the request: with a fixed name, everybody is that person")
 	}
 	if placeholder := clientFed(k.User + k.Account); placeholder != "" {
 		return fmt.Errorf("%s says what the client wants it to say: it proves neither who a person is nor which account is theirs", placeholder)

@@ -215,15 +215,16 @@ func formerRequests() (inFlight int, cut uint64) {
 }
 
 // A process that ends does not wait for them, and would lose what they have counted.
-func init() {
-	caddy.OnExit(func(context.Context) {
-		former.mu.Lock()
-		draining := slices.Collect(maps.Keys(former.draining))
-		former.mu.Unlock()
-		for _, rt := range draining {
-			rt.close()
-		}
-	})
+func init() { caddy.OnExit(func(context.Context) { closeFormer() }) }
+
+// closeFormer ends the former runtimes at once.
+func closeFormer() {
+	former.mu.Lock()
+	draining := slices.Collect(maps.Keys(former.draining))
+	former.mu.Unlock()
+	for _, rt := range draining {
+		rt.close()
+	}
 }
 
 // startSigner begins to make keys for identity tokens and to publish them. start comes first.

@@ -273,8 +273,8 @@ func TestDevSaysWhyItCannotListen(t *testing.T) {
 	}
 }
 
-// TestDevKeepsItsDataAndFrontsYourBackends starts dev twice on one folder.
-func TestDevKeepsItsDataAndFrontsYourBackends(t *testing.T) {
+// TestDevKeepsItsDataAndWhatItCountedAndFrontsYourBackends starts dev twice on one folder.
+func TestDevKeepsItsDataAndWhatItCountedAndFrontsYourBackends(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	data := filepath.Join(t.TempDir(), "data")
@@ -282,6 +282,7 @@ func TestDevKeepsItsDataAndFrontsYourBackends(t *testing.T) {
 		t.Fatal(err)
 	}
 	var keys int
+	var used string // the first run's key
 	for run := range 2 {
 		out := new(process.Log)
 		port := process.FreePort(t)
@@ -293,11 +294,15 @@ func TestDevKeepsItsDataAndFrontsYourBackends(t *testing.T) {
 		eventually(t, "dev is ready", func() bool { return strings.Contains(out.String(), "Ready.") })
 		key := regexp.MustCompile(`production key +(\S+)`).FindStringSubmatch(out.String())[1]
 		before := r.production.Requests()
-		do(t, "GET", fmt.Sprintf("http://127.0.0.1:%d/v1/memories", port), http.Header{"X-Api-Key": {key}}, nil).wantCode(t, 200, "")
+		ask := func() {
+			do(t, "GET", fmt.Sprintf("http://127.0.0.1:%d/v1/memories", port), http.Header{"X-Api-Key": {key}}, nil).wantCode(t, 200, "")
+		}
+		ask()
 		if r.production.Requests() != before+1 {
 			t.Error("the request did not reach the given backend")
 		}
-		stdout, _, _ := cli(t, regexp.MustCompile(`postgres://\S+`).FindString(out.String()), "keys", "list", "--json")
+		database := regexp.MustCompile(`postgres://\S+`).FindString(out.String())
+		stdout, _, _ := cli(t, database, "keys", "list", "--json")
 		var list []keyadmin.Key
 		if err := json.Unmarshal([]byte(stdout), &list); err != nil {
 			t.Fatal(err)
@@ -306,9 +311,22 @@ func TestDevKeepsItsDataAndFrontsYourBackends(t *testing.T) {
 			t.Errorf("%d keys after the second start, %d after the first", len(list), keys)
 		}
 		keys = len(list)
+		if run == 1 {
+			var usage keyadmin.Usage
+			stdout, stderr, _ := cli(t, database, "keys", "usage", used, "--json")
+			if err := json.Unmarshal([]byte(stdout), &usage); err != nil || usage.Total.Allowed != 3 {
+				t.Errorf("the first run's use: %+v, %v %s", usage, err, stderr)
+			}
+		}
+		used = regexp.MustCompile(`keys revoke (\S+)`).FindStringSubmatch(out.String())[1]
+		ask()
+		ask()
 		_ = cmd.Process.Signal(syscall.SIGTERM)
 		if err := cmd.Wait(); err != nil {
 			t.Errorf("dev ended with %v\n%s", err, out)
+		}
+		if strings.Contains(out.String(), `"level"`) {
+			t.Errorf("dev complained:\n%s", out)
 		}
 	}
 }
