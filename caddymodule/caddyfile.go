@@ -10,6 +10,7 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
+	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keysapi"
 	"github.com/rekall-ai/gateway/internal/scoperule"
 )
@@ -124,9 +125,12 @@ var errNotPositive = errors.New("must be more than 0")
 
 func parseDuration(s string) (caddy.Duration, error) {
 	d, err := caddy.ParseDuration(s)
+	if err != nil { // which has no weeks
+		d, err = keyadmin.ParseDuration(s)
+	}
 	switch {
 	case err != nil:
-		return 0, errors.New("must be a duration, such as 30s or 1h30m")
+		return 0, errors.New("must be a duration, such as 30s, 1h30m, 90d or 2w")
 	case d <= 0:
 		return 0, errNotPositive
 	}

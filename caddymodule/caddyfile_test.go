@@ -108,6 +108,16 @@ func TestContradictorySettingsAreRefusedWithTheReason(t *testing.T) {
 	}
 }
 
+// TestDurationIsWrittenAsEverywhereElse, in weeks too, which Caddy's do not have.
+func TestDurationIsWrittenAsEverywhereElse(t *testing.T) {
+	for retention, good := range map[string]bool{"90d": true, "2w": true, "1d12h": true, "720h": true, "P30D": true, "0s": false, "-1d": false, "soon": false} {
+		_, err := parseDuration(retention)
+		if (err == nil) != good {
+			t.Errorf("%s: error %v", retention, err)
+		}
+	}
+}
+
 func TestServerThatOnlySpeaksHTTP3IsRefused(t *testing.T) {
 	t.Setenv(keystore.DatabaseVariable, "postgres://h/d")
 	for name, tc := range map[string]struct{ servers, bind string }{

@@ -120,6 +120,34 @@ func TestKeyIsRenamedRotatedAndRestoredFromTheCommandLine(t *testing.T) {
 	}
 }
 
+func TestRevokeNamesTheSuccessorThatLivesOn(t *testing.T) {
+	t.Parallel()
+	k := newKeysCLI(t)
+	key := k.create("Backend")
+	successor := read[keyadmin.Key](k, "rotate", key.ID)
+	if text := k.run("revoke", key.ID); !strings.Contains(text, "Its successor "+successor.ID+" lives on") ||
+		!strings.Contains(text, "rekall-gateway keys revoke "+successor.ID) {
+		t.Error(text)
+	}
+	key = k.create("Backend")
+	k.run("revoke", read[keyadmin.Key](k, "rotate", key.ID).ID)
+	if text := k.run("revoke", key.ID); strings.Contains(text, "successor") {
+		t.Errorf("of one that is revoked: %s", text)
+	}
+}
+
+func TestListThatFindsNothingSaysWhetherThereIsAKeyAtAll(t *testing.T) {
+	t.Parallel()
+	k := newKeysCLI(t)
+	if text := k.run("list"); !strings.Contains(text, "rekall-gateway keys create") {
+		t.Error(text)
+	}
+	k.create("Backend")
+	if text := k.run("list", "--account", "nobody"); text != "No key matches.\n" {
+		t.Error(text)
+	}
+}
+
 func TestExitCodesTellWhatWasFound(t *testing.T) {
 	t.Parallel()
 	k := newKeysCLI(t)
@@ -197,6 +225,10 @@ func TestWrongUseOfACommandIsToldInItsOwnWords(t *testing.T) {
 		"limits show --account a --key b":       "--account and --key exclude each other",
 		create + "--expires-in 1d --expires-at": "flag needs an argument: --expires-at",
 		create + "--expires-in 1d --expires-at 2030-12-31T23:59:59Z": "--expires-in and --expires-at exclude each other",
+		"keys list acme":   `unexpected "acme": give everything with flags`,
+		"limits show acme": `unexpected "acme"`,
+		create + "Backend": `unexpected "Backend": give everything with flags, and quote a value that has spaces`,
+		"migrate --plan --edge-role a --admin-role a": "edges and administrators need different roles",
 		"bogus":      `unknown command "bogus" for "rekall-gateway"`,
 		"keys bogus": `unknown command "bogus" for "rekall-gateway keys"`,
 	} {

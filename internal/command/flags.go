@@ -34,10 +34,13 @@ func databaseURL(cmd *cobra.Command) (string, error) {
 	return url, nil
 }
 
-// noArgs is cobra.NoArgs, which quotes what it refuses, for what may be a key.
+// noArgs is cobra.NoArgs, which quotes what it refuses, for what may be a key. Where there are no subcommands it may be a flag's.
 func noArgs(cmd *cobra.Command, args []string) error {
 	if apikey.ContainsKey(strings.Join(args, "\n")) {
 		return errKeyAsArgument
+	}
+	if len(args) > 0 && !cmd.HasSubCommands() {
+		return fmt.Errorf("unexpected %q: give everything with flags, and quote a value that has spaces (see --help)", args[0])
 	}
 	return cobra.NoArgs(cmd, args)
 }

@@ -95,6 +95,7 @@ func listKeys(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadm
 		Account: text(cmd, "account"), Environment: text(cmd, "environment"), Status: text(cmd, "status"), Name: text(cmd, "name"),
 		CreatedBy: text(cmd, "created-by"),
 	}
+	filtered := request != keyadmin.ListRequest{}
 	limit, err := limitFlag(cmd)
 	if err != nil {
 		return err
@@ -113,7 +114,11 @@ func listKeys(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadm
 	keys = keys[:min(len(keys), limit)]
 	return show(cmd, keys, func(w io.Writer) {
 		if len(keys) == 0 {
-			fmt.Fprintln(w, "No keys. Make one with 'rekall-gateway keys create'.")
+			if filtered {
+				fmt.Fprintln(w, "No key matches.")
+			} else {
+				fmt.Fprintln(w, "No keys. Make one with 'rekall-gateway keys create'.")
+			}
 			return
 		}
 		keyTable(w, keys)

@@ -62,9 +62,13 @@ func revokeKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 	if err != nil && !already {
 		return err
 	}
+	livesOn, err := successorThatLives(ctx, key, admin)
+	if err != nil {
+		return fmt.Errorf("key %s is revoked, but its successor could not be looked at: %w", key.ID, err)
+	}
 	if !is(cmd, "wait") {
 		return show(cmd, key, func(w io.Writer) {
-			fmt.Fprintf(w, "Revoked %s. Every edge refuses it within 60 seconds.\n", key.ID)
+			fmt.Fprintf(w, "Revoked %s. Every edge refuses it within 60 seconds.\n%s", key.ID, livesOn)
 		})
 	}
 	confirmations, err := watch(cmd, func(progress func(keyadmin.Confirmation)) error {
@@ -86,8 +90,20 @@ func revokeKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 		if already {
 			how = "%s was revoked already."
 		}
-		fmt.Fprintf(w, how+" No edge that reports allows it (%d edges).\n", key.ID, len(confirmations))
+		fmt.Fprintf(w, how+" No edge that reports allows it (%d edges).\n%s", key.ID, len(confirmations), livesOn)
 	})
+}
+
+// successorThatLives says so if there is one: whoever has a leaked key may have rotated it.
+func successorThatLives(ctx context.Context, key keyadmin.Key, admin *keyadmin.Admin) (string, error) {
+	if key.Successor == nil {
+		return "", nil
+	}
+	successor, err := admin.Get(ctx, operator(), *key.Successor)
+	if err != nil || successor.Status == keyadmin.Revoked || successor.Status == keyadmin.Expired {
+		return "", err
+	}
+	return fmt.Sprintf("Its successor %s lives on. To revoke that one too: rekall-gateway keys revoke %s\n", successor.ID, successor.ID), nil
 }
 
 // watch shows edges as they confirm, and returns them.

@@ -80,7 +80,7 @@ func whenItEnds(id string, overlap keyadmin.Overlap) string {
 	if overlap.OnFirstUse {
 		from = "from the first use of the new one"
 	}
-	return fmt.Sprintf("The old key ends %s %s, if not before. Until then: keys rotate %s --undo", keyadmin.FormatDuration(overlap.For), from, id)
+	return fmt.Sprintf("The old key ends %s %s, if not before. To undo until then: rekall-gateway keys rotate %s --undo", keyadmin.FormatDuration(overlap.For), from, id)
 }
 
 func undoRotation(ctx context.Context, cmd *cobra.Command, id string, admin *keyadmin.Admin) error {

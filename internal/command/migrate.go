@@ -81,7 +81,7 @@ type migration struct {
 }
 
 func plan(ctx context.Context, cmd *cobra.Command, url string, roles keystore.Roles) error {
-	from, pending, err := keystore.Plan(ctx, url)
+	from, pending, err := keystore.Plan(ctx, url, roles)
 	if err != nil {
 		return err
 	}

@@ -61,7 +61,7 @@ type GitHub struct {
 }
 
 // NewGitHub returns a GitHub that reads the public keys from an https URL (http only of this machine) or a file, in the
-// format of GitHubKeys, when they are first needed and then every hour.
+// format of GitHubKeys, when they are first needed and then every hour. A file must be there already.
 func NewGitHub(source string) (*GitHub, error) {
 	g := &GitHub{source: source, now: time.Now}
 	u, err := url.Parse(source)
@@ -72,6 +72,10 @@ func NewGitHub(source string) (*GitHub, error) {
 		g.isURL = true
 	case u.Scheme != "":
 		return nil, errGitHubSource
+	default:
+		if _, err := g.read(context.Background()); err != nil {
+			return nil, fmt.Errorf("read GitHub's public keys: %w", err)
+		}
 	}
 	return g, nil
 }

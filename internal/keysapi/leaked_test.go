@@ -565,29 +565,40 @@ func TestGitHubsKeysAreReadAgainWhenTheyAreOldOrAnotherIsNamed(t *testing.T) {
 	want("third", second, http.StatusServiceUnavailable, 5)
 }
 
-// The example of GitHub's documentation of the partner programme, with the key that GitHub publishes for it.
+// The key that GitHub publishes for the example in its documentation.
+const (
+	exampleIdentifier = "bcb53661c06b4728e59d897fb6165d5c9cda0fd9cdf9d09ead458168deb7518c"
+	exampleKeys       = `{"public_keys": [{"key_identifier": "` + exampleIdentifier + `", "is_current": true, "key":
+		"-----BEGIN PUBLIC KEY-----\nMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEYAGMWO8XgCamYKMJS6jc/qgvSlAd\nAjPuDPRcXU22YxgBrz+zoN19MzuRyW87qEt9/AmtoNP5GrobzUvQSyJFVw==\n-----END PUBLIC KEY-----\n"}]}`
+)
+
+// The example of GitHub's documentation of the partner programme.
 func TestExampleOfGitHubsDocumentationIsAccepted(t *testing.T) {
 	const (
-		identifier = "bcb53661c06b4728e59d897fb6165d5c9cda0fd9cdf9d09ead458168deb7518c"
-		body       = `[{"source":"commit","token":"some_token","type":"some_type","url":"https://example.com/base-repo-url/"}]`
-		signature  = "MEQCIQDaMKqrGnE27S0kgMrEK0eYBmyG0LeZismAEz/BgZyt7AIfXt9fErtRS4XaeSt/AO1RtBY66YcAdjxji410VQV4xg=="
-		published  = `{"public_keys": [{"key_identifier": "` + identifier + `", "is_current": true, "key":
-			"-----BEGIN PUBLIC KEY-----\nMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEYAGMWO8XgCamYKMJS6jc/qgvSlAd\nAjPuDPRcXU22YxgBrz+zoN19MzuRyW87qEt9/AmtoNP5GrobzUvQSyJFVw==\n-----END PUBLIC KEY-----\n"}]}`
+		body      = `[{"source":"commit","token":"some_token","type":"some_type","url":"https://example.com/base-repo-url/"}]`
+		signature = "MEQCIQDaMKqrGnE27S0kgMrEK0eYBmyG0LeZismAEz/BgZyt7AIfXt9fErtRS4XaeSt/AO1RtBY66YcAdjxji410VQV4xg=="
 	)
 	file := filepath.Join(t.TempDir(), "keys.json")
-	if err := os.WriteFile(file, []byte(published), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte(exampleKeys), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	r := newRigOn(t, pgtest.URL(t), checker(t, file))
-	answer := r.call("POST", leaked+"/github", http.Header{"Github-Public-Key-Identifier": {identifier}, "Github-Public-Key-Signature": {signature}}, body)
+	answer := r.call("POST", leaked+"/github", http.Header{"Github-Public-Key-Identifier": {exampleIdentifier}, "Github-Public-Key-Signature": {signature}}, body)
 	if answer.StatusCode != http.StatusAccepted {
 		t.Errorf("%d %s", answer.StatusCode, answer.body)
 	}
 }
 
-func TestGitHubsKeysComeFromHTTPSOrAFileOnly(t *testing.T) {
+func TestGitHubsKeysComeFromHTTPSOrAFileWithKeysOnly(t *testing.T) {
+	dir := t.TempDir()
+	file, empty := filepath.Join(dir, "keys.json"), filepath.Join(dir, "empty.json")
+	for path, text := range map[string]string{file: exampleKeys, empty: `{"public_keys": []}`} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 	for source, good := range map[string]bool{
-		keysapi.GitHubKeys: true, "/etc/rekall/github.json": true, "keys.json": true, "http://127.0.0.1:1/k": true, "http://localhost/k": true, "http://[::1]:1/k": true,
+		keysapi.GitHubKeys: true, file: true, empty: false, filepath.Join(dir, "typo.json"): false, "http://127.0.0.1:1/k": true, "http://localhost/k": true, "http://[::1]:1/k": true,
 		"http://api.github.com/k": false, "http://127.0.0.1.example/k": false, "ftp://a/b": false, "": false, "https://": false, "https:///k": false,
 	} {
 		if _, err := keysapi.NewGitHub(source); (err == nil) != good {

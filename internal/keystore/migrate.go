@@ -72,7 +72,7 @@ func MigrateAndGrant(ctx context.Context, url string, roles Roles) (from, to int
 		return from, from, fmt.Errorf("migrate: %w", byOwner(err))
 	}
 	if err = grantTo(ctx, conn, roles); err != nil {
-		return from, to, fmt.Errorf("grant rights: %w", byOwner(err))
+		return from, to, fmt.Errorf("the schema is version %d, but the roles have the rights that they had: grant rights: %w", to, byOwner(err))
 	}
 	return from, to, nil
 }
@@ -85,8 +85,11 @@ type Migration struct {
 }
 
 // Plan returns the schema's version and the migrations that Migrate would run, first to last, without changing anything: its
-// connection is read-only. Version 0: there is no schema yet.
-func Plan(ctx context.Context, url string) (from int32, pending []Migration, err error) {
+// connection is read-only. Version 0: there is no schema yet. Of roles it is known only that MigrateAndGrant would try them.
+func Plan(ctx context.Context, url string, roles Roles) (from int32, pending []Migration, err error) {
+	if err := roles.check(); err != nil {
+		return 0, nil, err
+	}
 	conn, end, err := connectToMigrate(ctx, url, "plan migrations")
 	if err != nil {
 		return 0, nil, err

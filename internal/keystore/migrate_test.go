@@ -47,7 +47,7 @@ func relations(t *testing.T, databaseURL string) (n int) {
 
 func TestPlanShowsWhatMigrateRunsAndChangesNothing(t *testing.T) {
 	databaseURL := pgtest.URL(t)
-	from, pending, err := keystore.Plan(t.Context(), databaseURL)
+	from, pending, err := keystore.Plan(t.Context(), databaseURL, keystore.Roles{})
 	if err != nil || from != 0 || len(pending) < 2 {
 		t.Fatalf("from %d, %d migrations, %v", from, len(pending), err)
 	}
@@ -77,7 +77,7 @@ func TestPlanShowsWhatMigrateRunsAndChangesNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 		before := relations(t, databaseURL)
-		version, left, err := keystore.Plan(t.Context(), databaseURL)
+		version, left, err := keystore.Plan(t.Context(), databaseURL, keystore.Roles{})
 		if err != nil || version != int32(i+1) || len(left) != len(pending)-i-1 || len(left) > 0 && left[0].Version != version+1 {
 			t.Errorf("at version %d: from %d, %d migrations, %v", i+1, version, len(left), err)
 		}
@@ -87,7 +87,7 @@ func TestPlanShowsWhatMigrateRunsAndChangesNothing(t *testing.T) {
 	}
 	pgtest.Exec(t, databaseURL, `update rekall.schema_version set version = 77`)
 	var newer *keystore.NewerSchemaError
-	if _, _, err := keystore.Plan(t.Context(), databaseURL); !errors.As(err, &newer) || newer.Schema != 77 {
+	if _, _, err := keystore.Plan(t.Context(), databaseURL, keystore.Roles{}); !errors.As(err, &newer) || newer.Schema != 77 {
 		t.Errorf("a newer schema: %v", err)
 	}
 }
