@@ -51,21 +51,23 @@ type Row struct {
 	LastUsedAt  *time.Time // nil: not known to have been used
 
 	Predecessor       string         // the key that this one replaces; empty: none
-	Successor         string         // the newest key that replaces this one; empty: none
+	Successor         string         // the key that replaces this one, or was the newest to do so; empty: none
 	OverlapOnFirstUse *time.Duration // not nil: the first use is awaited, and the predecessor lives so long from then
 	GraceStartedAt    *time.Time     // not nil: the key's expiry was set by its rotation
 	PriorExpiresAt    *time.Time     // expiry before that; nil: never
 
 	ChangeXid uint64    // transaction that last changed the row
-	Now       time.Time // the moment of the answer, by which the key is expired or not
+	Now       time.Time // the moment of the statement, by which the key is expired or not
 }
 
-// rowColumns are what scanRow receives, of a table named k.
+// rowColumns are what scanRow receives, of a table named k. In a transaction, now() is from before it waited for the key: one that has
+// ended meanwhile would pass for one that lives, as created_at of a successor may be from before that of an earlier one.
 const rowColumns = `k.id, k.account, k.name, k.environment, coalesce(k.hint, ''), k.scopes, k.manage_keys, coalesce(k.created_by, ''),
 	k.created_at, k.expires_at, k.revoked_at, (select ` + lastUse + ` from rekall.last_used l where l.key_id = k.id),
 	coalesce(k.predecessor, ''),
-	coalesce((select s.id from rekall.api_keys s where s.predecessor = k.id order by s.created_at desc limit 1), ''),
-	k.overlap_on_first_use, k.grace_started_at, k.prior_expires_at, k.change_xid, now()`
+	coalesce((select s.id from rekall.api_keys s where s.predecessor = k.id
+		order by s.revoked_at is null desc, s.created_at desc limit 1), ''),
+	k.overlap_on_first_use, k.grace_started_at, k.prior_expires_at, k.change_xid, statement_timestamp()`
 
 func scanRow(row pgx.CollectableRow) (Row, error) {
 	var r Row

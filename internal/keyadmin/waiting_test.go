@@ -1,0 +1,171 @@
+package keyadmin_test
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/process"
+)
+
+// held is a key that another transaction holds, as a slow reader of a rotation's output does.
+type held struct {
+	t   *testing.T
+	url string
+	tx  pgx.Tx
+}
+
+func hold(t *testing.T, databaseURL, id string) *held {
+	t.Helper()
+	conn, err := pgx.Connect(t.Context(), databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close(context.Background()) })
+	tx, err := conn.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := &held{t, databaseURL, tx}
+	h.exec(`select from rekall.api_keys where id = $1 for no key update`, id)
+	return h
+}
+
+func (h *held) exec(sql string, args ...any) {
+	h.t.Helper()
+	if _, err := h.tx.Exec(h.t.Context(), sql, args...); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+// awaited returns when somebody waits for the key.
+func (h *held) awaited() {
+	h.t.Helper()
+	process.Eventually(h.t, "another transaction waits for the key", func() bool {
+		return pgtest.TryExec(h.url, `do $$ begin
+			if not exists (select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock') then
+				raise 'nobody waits';
+			end if;
+		end $$`) == nil
+	})
+}
+
+func (h *held) release() {
+	h.t.Helper()
+	if err := h.tx.Commit(h.t.Context()); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+// managing returns the actor that a key is.
+func managing(t *testing.T, key keyadmin.Key) keyadmin.Actor {
+	t.Helper()
+	environment, err := apikey.ParseEnvironment(key.Environment)
+	if err != nil {
+		t.Fatal(err)
+	}
+	actor, err := keyadmin.ManagingKey(&apikey.Record{
+		ID: key.ID, Account: key.Account, Environment: environment, Scopes: apikey.KnownScopes(key.Scopes), ManageKeys: true,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return actor
+}
+
+// TestKeyThatEndsWhileAChangeWaitsForItHasEnded: the clock of a transaction stands still at its beginning.
+func TestKeyThatEndsWhileAChangeWaitsForItHasEnded(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	lasting := request()
+	lasting.ExpiresIn, lasting.ManageKeys = "", true
+	for name, change := range map[string]struct {
+		prepare func(key keyadmin.Key)
+		do      func(key keyadmin.Key) error
+	}{
+		"undo a rotation": {
+			func(key keyadmin.Key) { rotate(t, admin, key.ID, day(t)) },
+			func(key keyadmin.Key) error {
+				_, err := admin.UndoRotation(context.Background(), operator, key.ID)
+				return err
+			},
+		},
+		"rotate again": {
+			func(key keyadmin.Key) {
+				if _, err := admin.Revoke(t.Context(), operator, rotate(t, admin, key.ID, day(t)).ID); err != nil {
+					t.Fatal(err)
+				}
+			},
+			func(key keyadmin.Key) error {
+				_, _, err := admin.Rotate(context.Background(), operator, key.ID, keyadmin.RotateRequest{Overlap: keyadmin.Overlap{For: time.Hour, OnFirstUse: true}})
+				return err
+			},
+		},
+		"have it make a key": {
+			func(keyadmin.Key) {},
+			func(key keyadmin.Key) error {
+				_, _, err := admin.Create(context.Background(), managing(t, key), lasting)
+				return err
+			},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			key := create(t, admin, lasting)
+			change.prepare(key)
+			other := hold(t, databaseURL, key.ID)
+			done := make(chan error, 1)
+			go func() { done <- change.do(key) }()
+			other.awaited()
+			other.exec(`update rekall.api_keys set expires_at = clock_timestamp() where id = $1`, key.ID)
+			other.release()
+			if err := <-done; err == nil {
+				t.Error("a key that had ended was taken for one that lives")
+			}
+			if now := get(t, admin, key.ID); now.Status != keyadmin.Expired {
+				t.Errorf("it lives again: %+v", now)
+			}
+		})
+	}
+}
+
+// TestUndoRevokesTheSuccessorThatLives: one whose transaction began before that of a revoked one is not the newest by its time.
+func TestUndoRevokesTheSuccessorThatLives(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	r := request()
+	r.ManageKeys = true
+	manager, old := create(t, admin, r), create(t, admin, r)
+	other := hold(t, databaseURL, manager.ID)
+	var second keyadmin.Key
+	done := make(chan error, 1)
+	go func() {
+		var err error
+		second, _, err = admin.Rotate(context.Background(), managing(t, manager), old.ID, keyadmin.RotateRequest{Overlap: day(t)})
+		done <- err
+	}()
+	other.awaited()
+	first := rotate(t, admin, old.ID, day(t))
+	if _, err := admin.Revoke(t.Context(), operator, first.ID); err != nil {
+		t.Fatal(err)
+	}
+	other.release()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if now := get(t, admin, old.ID); *now.Successor != second.ID {
+		t.Errorf("successor %s, want %s", *now.Successor, second.ID)
+	}
+	if _, err := admin.UndoRotation(t.Context(), operator, old.ID); err != nil {
+		t.Fatal(err)
+	}
+	if now := get(t, admin, second.ID); now.Status != keyadmin.Revoked {
+		t.Errorf("the rotation is undone, and its successor %+v", now)
+	}
+	if _, err := admin.UndoRotation(t.Context(), operator, old.ID); !errors.Is(err, keyadmin.ErrNotRotated) {
+		t.Errorf("undone twice: %v", err)
+	}
+}
