@@ -17,7 +17,7 @@ import (
 type clientBody struct {
 	io.ReadCloser
 	begun  atomic.Bool                 // to be read, which is when there is a connection to the backend
-	failed atomic.Pointer[clientError] // the request's, which may be of another part than its body
+	failed atomic.Pointer[clientError] // the first error that the client caused, of whatever part of the request
 }
 
 func (b *clientBody) Read(p []byte) (int, error) {

@@ -151,14 +151,16 @@ func (x *exchange) Cut(cause *keycache.Cut) {
 	time.AfterFunc(cutGrace, x.unblock)
 }
 
-// unblock ends a write that began before the cut. It sets the deadline on the server's own writer: Caddy's wrappers keep
-// deadlines too, and not for use by another goroutine.
+// unblock ends a read and a write that began before the cut: of a client that sends no more of its upload, and of one that does not
+// read. The write's deadline is set on the server's own writer: of Caddy's wrappers, that for writing keeps deadlines which are not for
+// use by another goroutine.
 func (x *exchange) unblock() {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if x.done { // the writer belongs to another request by now
 		return
 	}
+	_ = http.NewResponseController(x.ResponseWriter).SetReadDeadline(time.Now())
 	writer := x.ResponseWriter
 	for {
 		wrapper, ok := writer.(interface{ Unwrap() http.ResponseWriter })
@@ -188,14 +190,15 @@ func (x *exchange) end(r *http.Request, request trace.Span) {
 const statusClientClosed = 499
 
 // WriteHeader passes the answer's header on, unless the request was cut, or failed by its client's doing, before there was an
-// answer: then the client gets the refusal and not a 499.
+// answer: then the client gets the refusal, and nothing of an answer that a handler makes without heeding the request's context.
 func (x *exchange) WriteHeader(status int) {
-	if status == statusClientClosed && !x.wroteHeader {
+	if status >= 200 && !x.wroteHeader {
 		if cut := x.cutBy.Load(); cut != nil {
+			clear(x.Header())
 			x.refuseCut(cut, true)
 			return
 		}
-		if failed := x.pass.body.failed.Load(); failed != nil {
+		if failed := x.pass.body.failed.Load(); failed != nil && status == statusClientClosed {
 			x.refuseFailed(failed)
 			return
 		}

@@ -238,17 +238,27 @@ func TestHandlerThatDoesNotHeedTheCutWritesNothingMore(t *testing.T) {
 // TestAnswerThatWasCutLooksWholeToNoClient, also if its handler takes no notice of what it could not write, as file_server does not.
 func TestAnswerThatWasCutLooksWholeToNoClient(t *testing.T) {
 	write := func(w http.ResponseWriter) { _, _ = w.Write([]byte("part")) }
+	answers := func(w http.ResponseWriter) { // as a transport that does not heed the context, such as Caddy's fastcgi
+		w.Header().Set("Location", "https://storage.example/signed")
+		w.WriteHeader(http.StatusFound)
+	}
 	copies := func(w http.ResponseWriter) { _, _ = io.Copy(w, io.LimitReader(strings.NewReader("part"), 4)) }
 	for name, c := range map[string]struct {
 		before, after func(http.ResponseWriter)
 		status        int
 		whole         bool
 	}{
-		"written in part":                 {write, write, http.StatusOK, false},
-		"copied in part":                  {copies, copies, http.StatusOK, false},
-		"nothing written yet":             {func(http.ResponseWriter) {}, write, http.StatusUnauthorized, true},
-		"nothing copied yet":              {func(http.ResponseWriter) {}, copies, http.StatusUnauthorized, true},
-		"nothing withheld":                {write, func(http.ResponseWriter) {}, http.StatusOK, true},
+		"written in part":     {write, write, http.StatusOK, false},
+		"copied in part":      {copies, copies, http.StatusOK, false},
+		"nothing written yet": {func(http.ResponseWriter) {}, write, http.StatusUnauthorized, true},
+		"nothing copied yet":  {func(http.ResponseWriter) {}, copies, http.StatusUnauthorized, true},
+		"nothing withheld":    {write, func(http.ResponseWriter) {}, http.StatusOK, true},
+		"answered too late":   {func(http.ResponseWriter) {}, answers, http.StatusUnauthorized, true},
+		"answered and sent too late": {func(http.ResponseWriter) {}, func(w http.ResponseWriter) {
+			answers(w)
+			_ = http.NewResponseController(w).Flush()
+			write(w)
+		}, http.StatusUnauthorized, true},
 		"answered by the handler's error": {func(http.ResponseWriter) {}, func(w http.ResponseWriter) { w.WriteHeader(statusClientClosed); write(w) }, http.StatusUnauthorized, true},
 	} {
 		for _, http2 := range []bool{false, true} {
@@ -272,6 +282,9 @@ func TestAnswerThatWasCutLooksWholeToNoClient(t *testing.T) {
 			resp, err := server.Client().Do(r)
 			if err != nil {
 				t.Fatal(name, err)
+			}
+			if location := resp.Header.Get("Location"); location != "" {
+				t.Errorf("%s, %s: the refused key got %s", name, resp.Proto, location)
 			}
 			body, err := io.ReadAll(resp.Body)
 			if resp.StatusCode != c.status || (err == nil) != c.whole {

@@ -181,6 +181,7 @@ func placements(site, key string) map[string]string {
 		"no space":              get(path, "Authorization: Bearer"+key),
 		"other scheme":          get(path, "Authorization: Token "+key),
 		"basic":                 get(path, "Authorization: Basic "+key),
+		"basic, encoded":        get(path, "Authorization: Basic "+base64.StdEncoding.EncodeToString([]byte(key+":"))),
 		"proxy authorization":   get(path, "Proxy-Authorization: Bearer "+key),
 		"x-api-key":             get(path, "x-api-key: "+key),
 		"x-api-key, odd case":   get(path, "X-aPi-KEY: "+key),

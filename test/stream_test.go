@@ -13,6 +13,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/fcgi"
 	"net/http/httptest"
 	"slices"
 	"strings"
@@ -264,6 +265,95 @@ func TestDownloadToAClientThatDoesNotReadIsCut(t *testing.T) {
 	r.revoke(key.ID)
 	eventually(t, "the backend is rid of it", func() bool { return r.production.Open() == 0 })
 }
+
+// TestUploadOfAClientThatSendsNoMoreIsCut: the proxy, or what buffers a body for it, is blocked in a read then.
+func TestUploadOfAClientThatSendsNoMoreIsCut(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	g := r.start(standardSite)
+	buffering := r.start(strings.Replace(standardSite, "reverse_proxy PRODUCTION", "reverse_proxy PRODUCTION {\nrequest_buffers 10MiB\n}", 1))
+	for _, g := range []*gateway{g, buffering} {
+		key := r.key("production", "memories:write")
+		conn := g.beginUpload(key, 1<<20)
+		if _, err := io.WriteString(conn, "some"); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the upload is open", func() bool { return g.status().InFlight == 1 })
+		r.revoke(key.ID)
+		_ = conn.SetReadDeadline(time.Now().Add(30 * time.Second))
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil || resp.StatusCode != http.StatusUnauthorized {
+			t.Errorf("answer %v, %v", resp, err)
+		}
+		eventually(t, "it is over", func() bool { return g.status().InFlight == 0 })
+	}
+}
+
+// beginUpload sends the head of a request with a body of that size, and returns its connection.
+func (g *gateway) beginUpload(key keyadmin.Key, size int64) net.Conn {
+	g.t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(g.http, "http://"))
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	g.t.Cleanup(func() { _ = conn.Close() })
+	if _, err := fmt.Fprintf(conn, "POST /v1/memories HTTP/1.1\r\nHost: x\r\nX-Api-Key: %s\r\nContent-Length: %d\r\n\r\n", key.Key.Reveal(), size); err != nil {
+		g.t.Fatal(err)
+	}
+	return conn
+}
+
+// TestUploadOverFastCGIEndsWithItsKey: Caddy's transport for it does not heed the request's context.
+func TestUploadOverFastCGIEndsWithItsKey(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = listener.Close() })
+	var received atomic.Int64
+	whole := make(chan bool, 1)
+	go func() {
+		_ = fcgi.Serve(listener, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+			buffer := make([]byte, 4096)
+			for {
+				n, err := r.Body.Read(buffer)
+				received.Add(int64(n))
+				if err != nil {
+					whole <- err == io.EOF
+					return
+				}
+			}
+		}))
+	}()
+	g := r.start(strings.Replace(standardSite, "reverse_proxy PRODUCTION", "reverse_proxy "+listener.Addr().String()+" {\ntransport fastcgi\n}", 1))
+	key := r.key("production", "memories:write")
+	const size = 1 << 40
+	conn := g.beginUpload(key, size)
+	go func() { _, _ = io.CopyN(conn, zeros{}, size) }()
+	eventually(t, "the upload is open", func() bool { return received.Load() > 0 })
+	r.revoke(key.ID)
+	_ = conn.SetReadDeadline(time.Now().Add(30 * time.Second))
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil || resp.StatusCode != http.StatusUnauthorized {
+		t.Errorf("answer %v, %v", resp, err)
+	}
+	eventually(t, "the backend is rid of it", func() bool { return g.status().InFlight == 0 })
+	select {
+	case whole := <-whole:
+		if whole && received.Load() == size {
+			t.Error("the backend received all of it")
+		}
+	case <-time.After(30 * time.Second):
+		t.Error("the backend goes on receiving")
+	}
+}
+
+// zeros never end.
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { return len(p), nil }
 
 func TestReloadKeepsTheCacheAndTheStreamsThatItCanStillCut(t *testing.T) {
 	t.Parallel()

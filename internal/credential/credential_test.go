@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"crypto/tls"
+	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
@@ -165,6 +166,11 @@ func TestEveryWayOfPassingACredentialHasItsKind(t *testing.T) {
 		{name: "raw key", headers: authorization(key), want: credential.Malformed},
 		{name: "Token scheme with a key", headers: authorization("Token " + key), want: credential.Malformed},
 		{name: "Basic with a raw key", headers: authorization("Basic " + key), want: credential.Malformed},
+		{name: "Basic with a key as user", headers: authorization("Basic " + basic(key+":")), want: credential.Malformed},
+		{name: "Basic with a key as password", headers: authorization("bAsic  " + basic("api:"+sandbox)), want: credential.Malformed},
+		{name: "Basic with a key, not padded", headers: authorization("Basic " + strings.TrimRight(basic(key+":x"), "=")), want: credential.Malformed},
+		{name: "key and Basic with a key", headers: authorization("Bearer "+key, "Basic "+basic(key+":")), want: credential.Ambiguous},
+		{name: "Basic with a long password", headers: authorization("Basic " + basic("user:"+strings.Repeat("a", 80))), want: credential.None},
 		{name: "Bearer and a raw key", headers: authorization("Bearer "+key, key), want: credential.Ambiguous},
 		{name: "token", headers: authorization("Bearer rat_abc"), want: credential.Token},
 		{name: "token as long as a key", headers: authorization("Bearer rat_" + key[4:]), want: credential.Token},
@@ -496,6 +502,10 @@ func TestOnlyAWellFormedKeyIsRevealed(t *testing.T) {
 			t.Errorf("%s reveals", kindNames[kind])
 		}
 	}
+}
+
+func basic(userAndPassword string) string {
+	return base64.StdEncoding.EncodeToString([]byte(userAndPassword))
 }
 
 func TestTheDoorAllocatesNothingForRequestsWithNothingOfOurs(t *testing.T) {

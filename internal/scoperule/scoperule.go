@@ -194,7 +194,8 @@ func (t *Table) Required(method, path string) (apikey.Scopes, bool) {
 	}
 	if root, ok := t.methods[method]; ok {
 		scope, loose := root.find(path[1:])
-		// Many backends serve /V1/Memories/ as /v1/memories: no spelling may escape to a looser rule with another scope.
+		// Many backends serve /V1/Memories/ as /v1/memories, and some /v1/memories.json (Rails): no spelling may escape to a looser rule
+		// with another scope.
 		if loose && root.findFolded(strings.TrimSuffix(path[1:], "/")) != scope {
 			return 0, false
 		}
@@ -230,8 +231,8 @@ func (n *node) find(path string) (scope apikey.Scopes, loose bool) {
 	return 0, false
 }
 
-// findFolded is find for a path without its final slash, where neither case nor that slash counts. Of fixed segments that are one
-// then, it returns the scopes of all.
+// findFolded is find for a path without its final slash, where neither case nor that slash counts, nor what follows a dot in the last
+// segment. Of fixed segments that are one then, it returns the scopes of all.
 func (n *node) findFolded(path string) apikey.Scopes {
 	segment, rest, more := strings.Cut(path, "/")
 	after := func(child *node) apikey.Scopes {
@@ -245,8 +246,12 @@ func (n *node) findFolded(path string) apikey.Scopes {
 		return scope
 	}
 	var scope apikey.Scopes
+	stem := segment
+	if !more {
+		stem, _, _ = strings.Cut(segment, ".")
+	}
 	for literal, child := range n.literal {
-		if strings.EqualFold(literal, segment) {
+		if strings.EqualFold(literal, segment) || stem != "" && strings.EqualFold(literal, stem) {
 			scope |= after(child)
 		}
 	}

@@ -264,7 +264,9 @@ func TestNoSpellingEscapesARuleForALooserOnesOtherScope(t *testing.T) {
 		"/v1/memories/stats": "hives:read", "/v1/memories/Stats": "", "/v1/memories/STATS": "",
 		"/v1/memories/stats/daily": "hives:read", "/v1/memories/Stats/daily": "", "/v1/memories/stats/Daily": "",
 		"/v1/memories/abc": "memories:read", "/v1/memories/abc/daily": "memories:read", "/v1/memories/statsx": "memories:read",
-		"/v1/memories/Mine": "memories:read", // asks for the same scope
+		"/v1/memories/Mine":       "memories:read", // asks for the same scope
+		"/v1/memories/stats.json": "", "/v1/memories/Stats.json/": "", "/v1/memories/stats/daily.json": "", "/v1/memories/stats.json/daily": "memories:read",
+		"/v1/memories/abc.json": "memories:read", "/v1/memories/.stats": "memories:read", "/v1/memories/mine.json": "memories:read",
 	} {
 		check(t, tab, "GET", path, want)
 	}
@@ -396,32 +398,59 @@ func TestKnownMethodIsAClosedSetInCapitals(t *testing.T) {
 }
 
 // model is the table as a reader of its documentation would write it: of all rules that match, the one that is the most
-// specific at the first segment where they differ, and of equal ones the last. If that ends with a star, no rule for another scope
-// may be more specific for another spelling of the path, which escapes it.
+// specific at the first segment where they differ, and of equal ones the last. If that ends with a star, or has a name where another
+// rule has a fixed segment, no rule for another scope may be more specific for another spelling of the path, which escapes it.
 func model(rules []scoperule.Rule, method, path string) (scope apikey.Scopes, escapes bool) {
 	var best []int
+	var chosen string                    // the pattern of best
 	folded := map[string]apikey.Scopes{} // by the pattern, whose parameters have no names
 	for _, r := range rules {
 		if r.Method != method {
 			continue
 		}
 		if specificity, ok := matches(r.Pattern, path); ok && (best == nil || slices.Compare(specificity, best) <= 0) {
-			best, scope = specificity, r.Scope
+			best, scope, chosen = specificity, r.Scope, r.Pattern
 		}
-		if _, ok := matches(fold(r.Pattern), fold(path)); ok {
+		_, asItIs := matches(fold(r.Pattern), fold(path))
+		_, withoutSuffix := matches(fold(r.Pattern), stem(fold(path)))
+		if asItIs || withoutSuffix {
 			folded[parameterName.ReplaceAllLiteralString(r.Pattern, ":")] = r.Scope
 		}
 	}
-	if slices.Contains(best, 2) && mostSpecific(folded, 0) != scope {
+	loose := slices.Contains(best, 2) || slices.ContainsFunc(rules, func(r scoperule.Rule) bool {
+		return r.Method == method && fixesAName(r.Pattern, chosen)
+	})
+	if loose && mostSpecific(folded, 0) != scope {
 		return 0, true
 	}
 	return scope, false
+}
+
+// fixesAName reports whether a pattern is another one up to a segment that is fixed in it, where the other one has a name.
+func fixesAName(pattern, other string) bool {
+	fixed := strings.Split(parameterName.ReplaceAllLiteralString(pattern, ":"), "/")
+	named := strings.Split(parameterName.ReplaceAllLiteralString(other, ":"), "/")
+	for i := range min(len(fixed), len(named)) {
+		if fixed[i] != named[i] {
+			return named[i] == ":" && fixed[i] != "*"
+		}
+	}
+	return false
 }
 
 var parameterName = regexp.MustCompile(`:[^/]+`)
 
 // fold makes one of all spellings that a backend may take for the same.
 func fold(path string) string { return "/" + strings.ToLower(strings.Trim(path, "/")) }
+
+// stem is a path without what follows a dot in its last segment, if there is anything before.
+func stem(path string) string {
+	last := strings.LastIndexByte(path, '/') + 1
+	if dot := strings.IndexByte(path[last:], '.'); dot > 0 {
+		return path[:last+dot]
+	}
+	return path
+}
 
 // mostSpecific goes down from segment i of patterns that all match, apart for each spelling of a fixed one.
 func mostSpecific(patterns map[string]apikey.Scopes, i int) (scope apikey.Scopes) {
@@ -477,6 +506,8 @@ func matches(pattern, path string) (specificity []int, ok bool) {
 }
 
 func FuzzTable(f *testing.F) {
+	f.Add("GET /a/b/\nGET /:0/b", "HEAD", "/A/b")
+	f.Add("GET /v1/a/export\nGET /v1/a/:id", "GET", "/v1/a/Export.json")
 	f.Add("GET /v1/a/b\nGET /v1/a/:x\nGET /v1/a/*\nGET /v1/:x/b\nGET /:x/*\nHEAD /v1/*\nGET /", "GET", "/v1/a/b")
 	f.Add("GET /a/b/c\nGET /:x/b/d\nGET /:x/:y/e\nGET /*", "HEAD", "/a/b/e")
 	f.Add("POST /v1/x/\nPOST /v1/:id\nPOST /v1/:other", "POST", "/v1/x/")
