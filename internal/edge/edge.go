@@ -39,8 +39,10 @@ const (
 
 	reportTimeout = 2 * time.Second
 
-	// rememberBeats is how many reports' times are kept: those of the last minutes, older than any that counts.
+	// The times of so many reports are kept, and of all that were sent since: longer ago than any max_staleness, by which a standby may
+	// lag and be trusted. A storm of changes makes twenty a second.
 	rememberBeats = 64
+	rememberFor   = time.Minute
 )
 
 // Identity of an edge.
@@ -188,7 +190,8 @@ func (r *Reporter) nextBeat() uint64 {
 		beat += keystore.DrainingBeat
 	}
 	r.sent[beat] = keystore.Report{SentAt: time.Now()}
-	if r.last = append(r.last, beat); len(r.last) > rememberBeats {
+	r.last = append(r.last, beat)
+	for len(r.last) > rememberBeats && time.Since(r.sent[r.last[0]].SentAt) > rememberFor {
 		delete(r.sent, r.last[0])
 		r.last = r.last[1:]
 	}

@@ -443,3 +443,26 @@ func TestStormOfChangesIsOneReport(t *testing.T) {
 		}
 	})
 }
+
+// TestReportThatAStandbyMayShowIsKeptInAStormOfChanges: else an edge that reads a standby would trust no key, though that lags by less
+// than max_staleness.
+func TestReportThatAStandbyMayShowIsKeptInAStormOfChanges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newReporter(nil)
+		first := r.nextBeat()
+		for range rememberFor / reportGap {
+			<-time.After(reportGap)
+			r.nextBeat()
+		}
+		if _, known := r.Sent(first); !known {
+			t.Error("a report of this minute is forgotten")
+		}
+		for range rememberFor / reportGap {
+			<-time.After(reportGap)
+			r.nextBeat()
+		}
+		if n := len(r.sent); n != len(r.last) || n > 2+int(rememberFor/reportGap) {
+			t.Errorf("%d reports are kept", n)
+		}
+	})
+}
