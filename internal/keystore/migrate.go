@@ -181,14 +181,11 @@ func migrateTo(ctx context.Context, conn *pgx.Conn, files fs.FS, patience time.D
 	if from > to {
 		return from, to, &NewerSchemaError{Schema: from, Binary: to}
 	}
-	var limitErr error
-	migrator.OnStart = func(int32, string, string, string) { // in the migration's transaction
-		_, limitErr = conn.Exec(ctx, fmt.Sprintf("set local lock_timeout = %d", lockWait.Milliseconds()))
-	}
+	var prepareErr error
+	migrator.OnStart = func(int32, string, string, string) { prepareErr = prepareMigration(ctx, conn) } // in the migration's transaction
 	for deadline := time.Now().Add(patience); ; {
-		err = migrator.Migrate(ctx)
-		if limitErr != nil {
-			return from, to, limitErr
+		if err = migrator.Migrate(ctx); prepareErr != nil {
+			err = prepareErr // what the migrator says is that its transaction is aborted
 		}
 		if !hasState(err, lockNotAvailable) {
 			return from, to, err
@@ -202,6 +199,26 @@ func migrateTo(ctx context.Context, conn *pgx.Conn, files fs.FS, patience time.D
 		case <-time.After(lockPause):
 		}
 	}
+}
+
+// prepareMigration bounds the waits for locks of a migration's transaction. First it has autovacuum let go of our tables: Postgres cancels
+// one that is waited for, but only after deadlock_timeout, which is longer than a migration may hold up the gateways' statements.
+// The lock that it waits for is in nobody else's way.
+func prepareMigration(ctx context.Context, conn *pgx.Conn) error {
+	_, err := conn.Exec(ctx, fmt.Sprintf(`
+do $$
+declare
+	ours regclass;
+begin
+	perform set_config('lock_timeout', (extract(epoch from current_setting('deadlock_timeout')::interval) * 1000 + %[1]d)::int::text, true);
+	for ours in select oid from pg_class where relnamespace = 'rekall'::regnamespace and relkind = 'r'
+		and has_table_privilege(oid, 'update, delete, truncate') -- of which LOCK needs one
+	loop
+		execute format('lock table %%s in share update exclusive mode', ours);
+	end loop;
+end $$;
+set local lock_timeout = %[1]d`, lockWait.Milliseconds()))
+	return err
 }
 
 // takeTurn takes the lock of migrations, which the connection then keeps.

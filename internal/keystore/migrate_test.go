@@ -17,6 +17,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 func TestMigrateTwiceDoesNothingTheSecondTime(t *testing.T) {
@@ -326,5 +327,29 @@ func TestDatabaseWithoutSchemaSaysWhatToRun(t *testing.T) {
 		if err := call(t.Context()); !errors.Is(err, keystore.ErrNotMigrated) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// TestMigrationEndsAnAutovacuumThatIsInItsWay: a large table's takes hours, and nobody may end it but Postgres itself or a superuser.
+func TestMigrationEndsAnAutovacuumThatIsInItsWay(t *testing.T) {
+	url := pgtest.Server(t).URL()
+	pgtest.Exec(t, url, `alter system set autovacuum_naptime = '1s'`)
+	pgtest.Exec(t, url, `select pg_reload_conf()`)
+	pgtest.Exec(t, url, `create schema rekall`)
+	pgtest.Exec(t, url, `create table rekall.usage (a int, b text) with (autovacuum_vacuum_cost_delay = 100, autovacuum_vacuum_cost_limit = 1,
+		autovacuum_vacuum_threshold = 0, autovacuum_vacuum_scale_factor = 0)`) // as slow as it can be
+	pgtest.Exec(t, url, `insert into rekall.usage select g, repeat('x', 200) from generate_series(1, 200000) g`)
+	pgtest.Exec(t, url, `delete from rekall.usage where a % 2 = 0`)
+	process.Eventually(t, "autovacuum works", func() bool {
+		return pgtest.TryExec(url, `do $$ begin
+			if not exists (select from pg_locks l join pg_stat_activity a using (pid)
+				where a.backend_type = 'autovacuum worker' and l.relation = 'rekall.usage'::regclass and l.granted) then
+				raise 'it does not';
+			end if;
+		end $$`) == nil
+	})
+	files := fstest.MapFS{"001_a.sql": {Data: []byte(`alter table rekall.usage add c int`)}}
+	if _, to, err := keystore.MigrateTo(t.Context(), connect(t, url), files, 0); err != nil || to != 1 {
+		t.Errorf("to version %d, %v", to, err)
 	}
 }
