@@ -222,3 +222,28 @@ func TestRevocationIsNotUndoneByAStandbyThatHasReplayedLess(t *testing.T) {
 		})
 	}
 }
+
+// TestRevocationThatThePrimaryToldOfIsNotUndoneByTheKeysCreationOnAStandbyThatLags: of a key that the standby does not have, the primary
+// was asked.
+func TestRevocationThatThePrimaryToldOfIsNotUndoneByTheKeysCreationOnAStandbyThatLags(t *testing.T) {
+	began := time.Now()
+	db := new(twoStandbys)
+	c := newCache(t, db, func(cfg *Config) {
+		cfg.Sent = func(uint64) (keystore.Report, bool) { return keystore.Report{SentAt: began.Add(-10 * time.Second)}, true }
+	})
+	good := &apikey.Record{ID: "key_a", Digest: unknownKey(), Environment: apikey.Production}
+	revoked := *good
+	revoked.RevokedAt = apikey.TimeOf(began)
+	server := keystore.Server{StartedAt: 1, InRecovery: true}
+	db.snap = keystore.Snapshot{Server: server, Beat: 1, Now: began, Text: "5:5:", Xmin: 5, Xmax: 5}
+	tick(t, c)
+	db.found = keystore.Found{Server: server, Now: began, Records: []*apikey.Record{&revoked}}
+	want(t, c, good.Digest, apikey.Revoked)
+	c.settle()
+	db.snap.Text, db.snap.Xmin, db.snap.Xmax, db.snap.Changes = "6:6:", 6, 6, []*apikey.Record{good} // all that it has replayed
+	tick(t, c)
+	want(t, c, good.Digest, apikey.Revoked)
+	db.snap.Text, db.snap.Xmin, db.snap.Xmax, db.snap.Changes = "7:7:", 7, 7, []*apikey.Record{&revoked}
+	tick(t, c)
+	want(t, c, good.Digest, apikey.Revoked)
+}

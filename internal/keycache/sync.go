@@ -229,6 +229,9 @@ func (c *Cache) startOver(ctx context.Context, old *state, r reading) {
 
 // advance publishes the changes that were read, tells the requests in flight of them, and returns them.
 func (c *Cache) advance(old *state, r reading) []*entry {
+	if c.cfg.Sent != nil {
+		c.keepRevoked(old, r.Changes)
+	}
 	n, changed := old.next(r)
 	for _, e := range changed {
 		c.learn(&e.record.Digest)
@@ -246,6 +249,17 @@ func (c *Cache) advance(old *state, r reading) []*entry {
 		c.apply(&e.record.Digest, &e.record, r.Now)
 	}
 	return changed
+}
+
+// keepRevoked puts known revocations into rows of a standby that lags. Of a key that it does not have yet the primary was asked; then it
+// replays the key's creation, and only later the revocation that the primary has told of. Nothing takes a revocation back.
+func (c *Cache) keepRevoked(s *state, changes []*apikey.Record) {
+	for i, record := range changes {
+		e, ok := c.known.Get(place(&record.Digest))
+		if ok && e.record.Digest == record.Digest && !e.record.RevokedAt.IsZero() && record.RevokedAt.IsZero() && e.asOf.Load() >= s.origin {
+			changes[i] = &e.record
+		}
+	}
 }
 
 // carryOver reads the keys that are found often anew before n, in which nothing read earlier is usable, takes the place of old:
