@@ -10,6 +10,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/internal/outage"
 )
 
 // status is what /rekall/status says. README.md explains each field.
@@ -132,7 +133,7 @@ func (rt *runtime) status(ctx context.Context) runtimeStatus {
 		at, age := c.SyncedAt.UTC(), c.Age.Seconds()
 		s.Sync.LastGoodAt, s.Sync.AgeSeconds = &at, &age
 	}
-	for _, f := range []*keystore.Failure{rt.cache.LastFailure(), rt.reporter.LastFailure(), rt.signer.LastFailure()} {
+	for _, f := range rt.lastFailures() {
 		if f != nil && (s.LastError == nil || f.At.After(s.LastError.At)) {
 			s.LastError = &lastError{At: f.At.UTC(), Message: apikey.Redact(f.Err.Error())}
 		}
@@ -142,6 +143,15 @@ func (rt *runtime) status(ctx context.Context) runtimeStatus {
 	}
 	s.Schema = schemaVersion(ctx, rt.counts)
 	return s
+}
+
+// lastFailures are those of each part; nil where there was none.
+func (rt *runtime) lastFailures() []*outage.Failure {
+	all := []*outage.Failure{rt.cache.LastFailure(), rt.reporter.LastFailure(), rt.signer.LastFailure(), rt.usage.LastFailure()}
+	if rt.canary != nil {
+		all = append(all, rt.canary.LastFailure())
+	}
+	return all
 }
 
 // statusWithin bounds what status asks of Postgres: it must say what is wrong while Postgres is what is wrong.

@@ -105,6 +105,22 @@ func TestWaitPromisesNothingWhereNoEdgeReports(t *testing.T) {
 	}
 }
 
+func TestStatusSaysWhyUsageIsNotFlushedAndNoCanaryIsSent(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	pgtest.Exec(t, r.database, `alter function rekall.create_canary rename to hidden`)
+	g := r.start(standardSite, "canary", "usage_flush 100ms")
+	says := func(what string) {
+		t.Helper()
+		eventually(t, "the status says what failed: "+what, func() bool { return strings.Contains(g.status().LastError, what) })
+	}
+	says("create canary")
+	key := r.key("production", "memories:read")
+	pgtest.Exec(t, r.database, `alter table rekall.usage rename to hidden`)
+	g.ask(key)
+	says("flush usage")
+}
+
 func TestEveryEdgeMeasuresTheCanaryThatOneOfThemRevokes(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)

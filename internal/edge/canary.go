@@ -7,6 +7,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/internal/outage"
 )
 
 // canaryEvery is how often a canary is revoked, by one edge of all.
@@ -14,31 +15,29 @@ const canaryEvery = time.Minute
 
 // Canary revokes a throw-away key every minute, so that every edge can measure how long a revocation takes to arrive.
 type Canary struct {
-	store  *keystore.Store
-	logger func() *zap.Logger
+	store    *keystore.Store
+	failures outage.Failures
 }
 
 // NewCanary returns a Canary. logger is asked at each line.
 func NewCanary(store *keystore.Store, logger func() *zap.Logger) *Canary {
-	return &Canary{store, logger}
+	return &Canary{store: store, failures: outage.Failures{Logger: logger}}
 }
+
+// LastFailure returns the last failure to send a canary; nil: there was none.
+func (c *Canary) LastFailure() *outage.Failure { return c.failures.Last() }
 
 // Run sends canaries until ctx is done. settle is how long one lives, so that every edge has heard of it.
 func (c *Canary) Run(ctx context.Context, settle time.Duration) {
 	ticker := time.NewTicker(canaryEvery)
 	defer ticker.Stop()
-	failing := false
+	sending := outage.Kind{Begins: "canary cannot be sent", Over: "canary is sent again", Level: zap.WarnLevel}
 	for {
 		err := c.send(ctx, settle)
-		switch {
-		case ctx.Err() != nil:
+		if ctx.Err() != nil {
 			return
-		case err != nil && !failing:
-			c.logger().Warn("canary cannot be sent", zap.Error(err))
-		case err == nil && failing:
-			c.logger().Info("canary is sent again")
 		}
-		failing = err != nil
+		c.failures.Note(&sending, err)
 		select {
 		case <-ticker.C:
 		case <-ctx.Done():

@@ -16,6 +16,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/internal/outage"
 )
 
 const (
@@ -66,12 +67,12 @@ type Reporter struct {
 	forgetEvery time.Duration
 	forgetAt    time.Time // when to look for edges that went away
 
-	countAt   time.Time                          // when to count the edges
-	failing   bool                               // whether the last report failed
-	uncounted bool                               // whether the last count failed
+	countAt   time.Time // when to count the edges
+	reporting outage.Kind
+	counting  outage.Kind
 	count     atomic.Pointer[keystore.EdgeCount] // nil: not counted yet
 
-	failures keystore.Failures // to report, or to count the edges
+	failures outage.Failures // to report, or to count the edges
 
 	mu       sync.Mutex
 	draining bool
@@ -82,8 +83,15 @@ type Reporter struct {
 // NewReporter returns a reporter for a new instance of an edge. logger is asked at each line.
 func NewReporter(store *keystore.Store, id Identity, logger func() *zap.Logger) *Reporter {
 	return &Reporter{
-		store: store, failures: keystore.Failures{Logger: logger}, changed: make(chan struct{}, 1), sent: make(map[uint64]keystore.Report),
+		store: store, failures: outage.Failures{Logger: logger}, changed: make(chan struct{}, 1), sent: make(map[uint64]keystore.Report),
 		reportTimeout: reportTimeout, forgetEvery: forgetEvery,
+		reporting: outage.Kind{
+			Begins: "edge cannot report; others call it fail-closed or do not know of it, and keys revoke --wait has no word from it",
+			Over:   "edge reports again", Level: zap.WarnLevel,
+		},
+		counting: outage.Kind{
+			Begins: "edges cannot be counted; their last count is used, if there is one", Over: "edges are counted again", Level: zap.WarnLevel,
+		},
 		edge: keystore.Edge{
 			Instance: id.Instance, Name: id.Name, Region: id.Region, Version: id.Version,
 			MaxStaleness: id.MaxStaleness, StartedAt: time.Now(),
@@ -115,12 +123,10 @@ func (r *Reporter) Run(ctx context.Context, applied func() keycache.Applied) {
 		// A report that began is finished: Postgres may carry out one that was given up after the row was removed.
 		reported, counted := r.report(context.WithoutCancel(ctx), applied())
 		if ctx.Err() == nil {
-			r.failures.Note(reported, &r.failing,
-				"edge cannot report; others call it fail-closed or do not know of it, and keys revoke --wait has no word from it", "edge reports again")
+			r.failures.Note(&r.reporting, reported)
 		}
 		if ctx.Err() == nil && reported == nil {
-			r.failures.Note(counted, &r.uncounted,
-				"edges cannot be counted; their last count is used, if there is one", "edges are counted again")
+			r.failures.Note(&r.counting, counted)
 		}
 		if !r.wait(ctx, ticker.C) {
 			r.remove(context.WithoutCancel(ctx))
@@ -240,7 +246,7 @@ func (r *Reporter) countEdges(ctx context.Context) error {
 		return err
 	}
 	// When Postgres was away, the first to report sees nobody else, and must not take the others' part of the limits.
-	if known := r.count.Load(); !r.failing && !r.uncounted || known == nil || known.Live < n.Live {
+	if known := r.count.Load(); !r.reporting.Failing && !r.counting.Failing || known == nil || known.Live < n.Live {
 		r.count.Store(&n)
 	}
 	every := r.edge.MaxStaleness / 2
@@ -258,7 +264,7 @@ func (r *Reporter) Edges() (keystore.EdgeCount, bool) {
 }
 
 // LastFailure returns the last failure to report, or to count the edges; nil: there was none.
-func (r *Reporter) LastFailure() *keystore.Failure { return r.failures.Last() }
+func (r *Reporter) LastFailure() *outage.Failure { return r.failures.Last() }
 
 // remove takes the edge off the list when it stops in good order. If that fails, the others forget it.
 func (r *Reporter) remove(ctx context.Context) {

@@ -153,11 +153,11 @@ func TestFirstEdgeToReportAfterAnOutageOfPostgresStillCountsTheOthers(t *testing
 	if _, err := r.conn.Exec(t.Context(), `update rekall.edges set seen_at = now() - interval '1 minute'`); err != nil {
 		t.Fatal(err)
 	}
-	r.reporter.failing = true
+	r.reporter.reporting.Failing = true
 	count("the first report after it", keystore.EdgeCount{Live: 2})
-	r.reporter.failing, r.reporter.uncounted = false, true
+	r.reporter.reporting.Failing, r.reporter.counting.Failing = false, true
 	count("the first count that works", keystore.EdgeCount{Live: 2})
-	r.reporter.uncounted = false
+	r.reporter.counting.Failing = false
 	count("the next count", keystore.EdgeCount{Live: 1, FailClosed: 1})
 }
 
@@ -175,8 +175,8 @@ func TestEdgesThatCannotBeCountedAreNotToldAsAnEdgeThatCannotReport(t *testing.T
 	r.reporter.Run(ctx, func() keycache.Applied {
 		if reports++; reports == 3 {
 			r.wantNames("two reports", "north")
-			if !r.reporter.uncounted || r.reporter.failing || r.reporter.LastFailure() == nil {
-				t.Errorf("uncounted %v, failing %v, last failure %v", r.reporter.uncounted, r.reporter.failing, r.reporter.LastFailure())
+			if !r.reporter.counting.Failing || r.reporter.reporting.Failing || r.reporter.LastFailure() == nil {
+				t.Errorf("uncounted %v, failing %v, last failure %v", r.reporter.counting.Failing, r.reporter.reporting.Failing, r.reporter.LastFailure())
 			}
 			if _, err := r.conn.Exec(t.Context(), `alter table rekall.edges rename to gone`); err != nil { // then neither works
 				t.Error(err)

@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/internal/outage"
 )
 
 // errUnpublished says that there is no key whose tokens a backend could verify now: Postgres has not taken the public key
@@ -58,7 +59,7 @@ type Signer struct {
 	wake     chan struct{}
 	active   atomic.Pointer[active]
 	keySet   keySet
-	failures keystore.Failures // to publish a key, or to read keys
+	failures outage.Failures // to publish a key, or to read keys
 
 	current, next *key // of Run alone; next is published and waits for its lead
 }
@@ -85,7 +86,7 @@ func NewSigner(store Store, instance string, logger func() *zap.Logger) *Signer 
 
 func newSigner(store Store, instance string, logger func() *zap.Logger, schedule schedule) *Signer {
 	s := &Signer{
-		store: store, instance: instance, failures: keystore.Failures{Logger: logger}, schedule: schedule, wake: make(chan struct{}, 1),
+		store: store, instance: instance, failures: outage.Failures{Logger: logger}, schedule: schedule, wake: make(chan struct{}, 1),
 		keySet: keySet{store: store, turn: make(chan struct{}, 1)},
 	}
 	s.active.Store(&active{superseded: make(chan struct{})})
@@ -94,21 +95,26 @@ func newSigner(store Store, instance string, logger func() *zap.Logger, schedule
 
 // Run makes keys, publishes them and replaces them until ctx is done.
 func (s *Signer) Run(ctx context.Context) {
-	failing, unread := false, false
+	publishing := outage.Kind{
+		Begins: "signing key cannot be published; identity tokens end with its lease", Over: "signing key is published again", Level: zap.WarnLevel,
+	}
+	reading := outage.Kind{
+		Begins: "key set cannot be read; backends are given the last one, if there is any", Over: "key set is read again", Level: zap.WarnLevel,
+	}
 	for {
 		err := s.tend(ctx)
 		if ctx.Err() != nil {
 			return
 		}
-		s.failures.Note(err, &failing, "signing key cannot be published; identity tokens end with its lease", "signing key is published again")
+		s.failures.Note(&publishing, err)
 		if err == nil {
 			err := s.keySet.refresh(ctx)
 			if ctx.Err() != nil {
 				return
 			}
-			s.failures.Note(err, &unread, "key set cannot be read; backends are given the last one, if there is any", "key set is read again")
+			s.failures.Note(&reading, err)
 		}
-		if !s.rest(ctx, failing) {
+		if !s.rest(ctx, publishing.Failing) {
 			return
 		}
 	}
@@ -190,7 +196,7 @@ func newKey() (*key, error) {
 }
 
 // LastFailure returns the last failure to publish a key, or to read keys; nil: there was none.
-func (s *Signer) LastFailure() *keystore.Failure { return s.failures.Last() }
+func (s *Signer) LastFailure() *outage.Failure { return s.failures.Last() }
 
 // signs reports whether a's key stays published until a token of that lifetime, signed now, has expired.
 func (s *Signer) signs(a *active, lifetime time.Duration) bool {

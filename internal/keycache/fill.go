@@ -11,6 +11,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/internal/outage"
 )
 
 const (
@@ -37,6 +38,9 @@ func (c *Cache) wantFill() {
 // all keys. Until that is done, or while it fails, keys are asked for one by one.
 func (c *Cache) fillLoop(ctx context.Context) {
 	warmed := uint64(0)
+	reading := outage.Kind{ // it is over with "filter of all keys is built"
+		Begins: "reading all keys failed; keys that are not in memory are asked for one by one", Level: zap.WarnLevel,
+	}
 	for first := true; ; first = false {
 		select {
 		case <-c.refill:
@@ -46,19 +50,13 @@ func (c *Cache) fillLoop(ctx context.Context) {
 		if !first && !pause(ctx, rand.N(fillSpread*c.cfg.Refresh), nil) {
 			return
 		}
-		failing := false
 		for delay := fillRetryMin; ; delay = min(2*delay, fillRetryMax) {
 			err := c.fill(ctx, &warmed)
 			if ctx.Err() != nil {
 				return
 			}
-			if err == nil {
+			if c.failures.Note(&reading, err); err == nil {
 				break
-			}
-			c.failed(err)
-			if !failing { // it ends with "filter of all keys is built"
-				failing = true
-				c.cfg.Logger().Warn("reading all keys failed; keys that are not in memory are asked for one by one", zap.Error(err))
 			}
 			if !pause(ctx, delay/2+rand.N(delay), c.refill) {
 				return

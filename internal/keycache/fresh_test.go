@@ -18,6 +18,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/internal/outage"
 )
 
 func TestFreshnessEndsOnTheClockThatShowsMoreTime(t *testing.T) {
@@ -343,7 +344,7 @@ func TestListenersOfAFleetDoNotComeBackInStep(t *testing.T) {
 		var listening sync.WaitGroup
 		for i := range fleet {
 			fleet[i] = new(lostStore)
-			c := &Cache{store: fleet[i], cfg: Config{Logger: zap.NewNop}, wake: make(chan struct{}, 1)}
+			c := &Cache{store: fleet[i], cfg: Config{Logger: zap.NewNop}, failures: outage.Failures{Logger: zap.NewNop}, wake: make(chan struct{}, 1)}
 			listening.Go(func() { c.listen(ctx) })
 		}
 		<-time.After(time.Minute)

@@ -36,6 +36,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/internal/outage"
 )
 
 // errUnavailable says that nobody can tell now: the data is too old and Postgres does not answer. It is never a verdict
@@ -82,21 +83,21 @@ const (
 
 // Cache of key records, kept true by its own sync loop (Run) and asked by Find.
 type Cache struct {
-	cfg     Config
-	store   Store
-	madeAt  time.Time // both clocks
-	state   atomic.Pointer[state]
-	known   *ristretto.Cache[uint64, *entry]
-	hot     [hotSlots]atomic.Pointer[entry]
-	unknown unknowns
-	loader  *loader
-	flight  flights
-	wake    chan struct{}
-	refill  chan struct{} // to read all keys again
-	counts  counts
-	applied atomic.Pointer[Applied]
-	failure atomic.Pointer[keystore.Failure] // the last
-	canary  atomic.Int64                     // nanoseconds that the last canary stayed allowed after its revocation; 0: none yet
+	cfg      Config
+	store    Store
+	madeAt   time.Time // both clocks
+	state    atomic.Pointer[state]
+	known    *ristretto.Cache[uint64, *entry]
+	hot      [hotSlots]atomic.Pointer[entry]
+	unknown  unknowns
+	loader   *loader
+	flight   flights
+	wake     chan struct{}
+	refill   chan struct{} // to read all keys again
+	counts   counts
+	applied  atomic.Pointer[Applied]
+	failures outage.Failures
+	canary   atomic.Int64 // nanoseconds that the last canary stayed allowed after its revocation; 0: none yet
 
 	canaryAt atomic.Int64 // when that was told, in nanoseconds since 1970
 
@@ -160,7 +161,7 @@ func (f *Found) Limits() apikey.Limits { return f.state.tiers.Of(f.Record.Limits
 
 // New returns a cache that is empty and vouches for nothing until Run has synced once.
 func New(store Store, cfg Config) (*Cache, error) {
-	c := &Cache{cfg: cfg, store: store, madeAt: time.Now(), unknown: newUnknowns(), wake: make(chan struct{}, 1), refill: make(chan struct{}, 1)}
+	c := &Cache{cfg: cfg, store: store, madeAt: time.Now(), unknown: newUnknowns(), failures: outage.Failures{Logger: cfg.Logger}, wake: make(chan struct{}, 1), refill: make(chan struct{}, 1)}
 	known, err := ristretto.NewCache(&ristretto.Config[uint64, *entry]{
 		NumCounters: 10 * int64(cfg.Size), // ristretto's advice: ten per entry
 		MaxCost:     int64(cfg.Size),

@@ -227,7 +227,7 @@ func (c *Cache) query(ctx context.Context, digests []apikey.Digest) (keystore.Fo
 	found, err := c.store.Lookup(ctx, digests)
 	if err != nil {
 		c.counts.lookupErrors.Add(1)
-		c.failed(err)
+		c.failures.Keep(err)
 	}
 	return found, err
 }

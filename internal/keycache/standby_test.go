@@ -229,7 +229,9 @@ func TestRevocationThatThePrimaryToldOfIsNotUndoneByTheKeysCreationOnAStandbyTha
 	began := time.Now()
 	db := new(twoStandbys)
 	c := newCache(t, db, func(cfg *Config) {
-		cfg.Sent = func(uint64) (keystore.Report, bool) { return keystore.Report{SentAt: began.Add(-10 * time.Second)}, true }
+		cfg.Sent = func(uint64) (keystore.Report, bool) {
+			return keystore.Report{SentAt: began.Add(-10 * time.Second)}, true
+		}
 	})
 	good := &apikey.Record{ID: "key_a", Digest: unknownKey(), Environment: apikey.Production}
 	revoked := *good

@@ -6,6 +6,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/internal/outage"
 )
 
 type counts struct {
@@ -61,9 +62,7 @@ type Status struct {
 }
 
 // LastFailure returns the last failure of a sync, a lookup, a read of all keys or of listening; nil: there was none.
-func (c *Cache) LastFailure() *keystore.Failure { return c.failure.Load() }
-
-func (c *Cache) failed(err error) { c.failure.Store(&keystore.Failure{At: time.Now(), Err: err}) }
+func (c *Cache) LastFailure() *outage.Failure { return c.failures.Last() }
 
 // Applied is what the cache has read of the feed.
 type Applied struct {

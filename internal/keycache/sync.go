@@ -13,6 +13,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/internal/outage"
 )
 
 const (
@@ -49,7 +50,7 @@ func (c *Cache) Run(ctx context.Context) {
 }
 
 func (c *Cache) syncLoop(ctx context.Context) {
-	failing := false
+	syncing := outage.Kind{Over: "key sync works again", Level: zap.ErrorLevel}
 	for ctx.Err() == nil {
 		c.unknown.unwant()
 		startedAt := time.Now()
@@ -60,19 +61,12 @@ func (c *Cache) syncLoop(ctx context.Context) {
 			return
 		case err != nil && took > syncTimeout+leapNoticed:
 			continue // it is not Postgres that took so long: the process stood still
-		case err != nil && !failing:
-			message := "key sync failed; cached keys are trusted until the data is too old"
-			if c.state.Load().syncedAt.IsZero() {
-				message = "key sync failed; no key is trusted yet, each request asks Postgres"
-			}
-			c.cfg.Logger().Error(message,
-				zap.Duration("max_staleness", c.cfg.MaxStaleness), zap.Duration("took", took), zap.Error(err))
-		case err == nil && failing:
-			c.cfg.Logger().Info("key sync works again")
 		}
-		if failing = err != nil; failing {
-			c.failed(err)
+		syncing.Begins = "key sync failed; cached keys are trusted until the data is too old"
+		if c.state.Load().syncedAt.IsZero() {
+			syncing.Begins = "key sync failed; no key is trusted yet, each request asks Postgres"
 		}
+		c.failures.Note(&syncing, err, zap.Duration("max_staleness", c.cfg.MaxStaleness), zap.Duration("took", took))
 		if !pause(ctx, wakeGap, nil) || !c.awaitSync(ctx, startedAt, time.Since(startedAt)) {
 			return
 		}
@@ -90,7 +84,7 @@ func (c *Cache) AwaitFirstSync(ctx context.Context) error {
 		return nil
 	case <-ctx.Done():
 	}
-	if failure := c.failure.Load(); failure != nil {
+	if failure := c.failures.Last(); failure != nil {
 		return failure.Err
 	}
 	return ctx.Err()
@@ -431,7 +425,9 @@ func (c *Cache) tellOfTrust(s *state, now time.Time, distrusted bool) bool {
 // listen wakes the sync loop on notifications. It is never the only signal: the loop syncs every Refresh all the same.
 func (c *Cache) listen(ctx context.Context) {
 	delay := listenRetryMin
-	failing := false
+	listening := outage.Kind{
+		Begins: "listening for changes failed; changes arrive with the next tick", Over: "listening for changes again", Level: zap.WarnLevel,
+	}
 	for {
 		connected := false
 		err := c.store.Listen(ctx, func() {
@@ -439,21 +435,15 @@ func (c *Cache) listen(ctx context.Context) {
 				connected = true
 				c.counts.listens.Add(1)
 			}
-			if failing {
-				c.cfg.Logger().Info("listening for changes again")
-			}
-			failing, delay = false, listenRetryMin
+			c.failures.Note(&listening, nil)
+			delay = listenRetryMin
 			c.Wake()
 		})
 		if ctx.Err() != nil {
 			return
 		}
 		c.counts.listenErrors.Add(1)
-		c.failed(err)
-		if !failing {
-			failing = true
-			c.cfg.Logger().Warn("listening for changes failed; changes arrive with the next tick", zap.Error(err))
-		}
+		c.failures.Note(&listening, err)
 		// Jitter keeps a fleet from coming back in step after an outage.
 		if !pause(ctx, delay/2+rand.N(delay), nil) {
 			return

@@ -2,9 +2,12 @@ package usage
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/outage"
 )
 
 // chore is what one edge of all does once in a period.
@@ -32,7 +35,9 @@ func (c *Counter) doChores(ctx context.Context) {
 	chores := c.chores()
 	ticker := time.NewTicker(chores[0].period / 4)
 	defer ticker.Stop()
-	failing := make([]bool, len(chores))
+	claims := slices.Repeat([]outage.Kind{{
+		Begins: "usage chore failed; it is tried again", Over: "usage chore works again", Level: zap.WarnLevel,
+	}}, len(chores))
 	for {
 		select {
 		case <-ticker.C:
@@ -40,14 +45,9 @@ func (c *Counter) doChores(ctx context.Context) {
 			return
 		}
 		for i, chore := range chores {
-			err := c.doChore(ctx, chore)
-			switch {
-			case err != nil && ctx.Err() == nil && !failing[i]:
-				c.cfg.Logger().Warn("usage chore failed; it is tried again", zap.String("chore", chore.name), zap.Error(err))
-			case err == nil && failing[i]:
-				c.cfg.Logger().Info("usage chore works again", zap.String("chore", chore.name))
+			if err := c.doChore(ctx, chore); ctx.Err() == nil {
+				c.failures.Note(&claims[i], err, zap.String("chore", chore.name))
 			}
-			failing[i] = err != nil
 		}
 	}
 }

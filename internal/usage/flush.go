@@ -13,6 +13,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/internal/outage"
 )
 
 const (
@@ -32,10 +33,12 @@ const (
 func (c *Counter) Run(ctx context.Context) {
 	var wg sync.WaitGroup
 	wg.Go(func() { c.doChores(ctx) })
-	var health health
+	flushing := outage.Kind{Begins: "usage cannot be flushed; counts are kept in memory", Over: "usage is flushed again", Level: zap.WarnLevel}
+	var drops drops
 	for c.waitForFlush(ctx) {
 		if err := c.flush(ctx); ctx.Err() == nil {
-			health.report(c, err)
+			c.failures.Note(&flushing, err)
+			drops.report(c, err)
 		}
 	}
 	wg.Wait()
@@ -184,20 +187,13 @@ func (c *Counter) flushLast(ctx context.Context) {
 	}
 }
 
-// health says once that flushes fail, or that counts are dropped, and once that all is well again.
-type health struct {
-	failing, dropping bool
-	dropped           uint64
+// drops says once that counts are dropped.
+type drops struct {
+	dropping bool
+	dropped  uint64
 }
 
-func (h *health) report(c *Counter, err error) {
-	switch {
-	case err != nil && !h.failing:
-		c.cfg.Logger().Warn("usage cannot be flushed; counts are kept in memory", zap.Error(err))
-	case err == nil && h.failing:
-		c.cfg.Logger().Info("usage is flushed again")
-	}
-	h.failing = err != nil
+func (h *drops) report(c *Counter, err error) {
 	dropped := c.dropped.Load()
 	if dropped > h.dropped && !h.dropping {
 		c.cfg.Logger().Error("usage buffer is full; requests of further keys are not counted", zap.Int("keys_and_hours", c.cfg.MaxBuffered))

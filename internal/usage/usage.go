@@ -20,6 +20,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/internal/outage"
 )
 
 // Store is what the counter asks of Postgres. *keystore.Store is one.
@@ -59,6 +60,8 @@ type Counter struct {
 	sequence int64   // of the next flush
 
 	thresholds map[string]threshold // of the spike check
+
+	failures outage.Failures // to flush, or to do a chore
 }
 
 const (
@@ -81,12 +84,15 @@ type entry struct {
 	keystore.KeyCounts
 }
 
+// LastFailure returns the last failure to flush or to do a chore; nil: there was none.
+func (c *Counter) LastFailure() *outage.Failure { return c.failures.Last() }
+
 // New returns a counter.
 func New(store Store, cfg Config) *Counter {
 	if cfg.MaxBuffered == 0 {
 		cfg.MaxBuffered = defaultMaxBuffered
 	}
-	c := &Counter{cfg: cfg, store: store, wake: make(chan struct{}, 1), sequence: 1}
+	c := &Counter{cfg: cfg, store: store, wake: make(chan struct{}, 1), sequence: 1, failures: outage.Failures{Logger: cfg.Logger}}
 	for i := range c.shards {
 		c.shards[i].index = make(map[uint64]int32)
 	}
