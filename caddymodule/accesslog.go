@@ -21,7 +21,7 @@ func hasAccessLog(ctx caddy.Context) bool {
 	return ok && server.Logs != nil
 }
 
-// logsCredentials reports whether the server's logs have headers that others leave out.
+// logsCredentials reports whether the server has log_credentials.
 func logsCredentials(ctx caddy.Context) bool {
 	server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
 	return ok && server.Logs != nil && server.Logs.ShouldLogCredentials

@@ -22,7 +22,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/ratelimit"
 )
 
-// promise is that to users: a revocation holds within 60 seconds at every edge (REKALL.md, "Keys").
+// promise is the bound that users are told: a revocation holds within 60 seconds at every edge (REKALL.md, "Keys").
 const promise = 60 * time.Second
 
 // maxStalenessLimit leaves time to end streams within the promise: a process that stood still takes keycache.CutWithin until it cuts
@@ -104,7 +104,7 @@ type App struct {
 	limits   bool                    // a gateway of this configuration holds keys to their limits
 
 	addresses    *ratelimit.Addresses // of the gateway of this configuration with the strictest address_limit; nil: none has one
-	addressLimit AddressLimit         // and that
+	addressLimit AddressLimit         // its settings
 
 	draining *atomic.Bool // Caddy is about to stop this configuration
 }

@@ -203,15 +203,24 @@ func parseGateway(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 			if !h.AllArgs(&mode) || mode != "report_only" {
 				return nil, h.Err("scopes takes one argument: report_only")
 			}
+			if g.ScopesReportOnly {
+				return nil, h.Err("scopes is given twice")
+			}
 			g.ScopesReportOnly = true
 		case "forward_credential":
 			if h.NextArg() {
 				return nil, h.ArgErr()
 			}
+			if g.ForwardCredential {
+				return nil, h.Err("forward_credential is given twice")
+			}
 			g.ForwardCredential = true
 		case "rate_limits":
 			if h.NextArg() {
 				return nil, h.ArgErr()
+			}
+			if g.RateLimits {
+				return nil, h.Err("rate_limits is given twice")
 			}
 			g.RateLimits = true
 		case "address_limit":

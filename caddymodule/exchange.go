@@ -103,8 +103,8 @@ func (x *exchange) unavailable(w http.ResponseWriter, r *http.Request, err error
 	return x.refuse(w, r)
 }
 
-// untold is the outcome of a request about whose key nobody can tell. A client can have that by hanging up, as often as it likes: it
-// must not look as if the gateway had failed.
+// untold is the outcome where a key could not be checked: Abandoned if the client has hung up, as often as it likes, which must not
+// look as if the gateway had failed.
 func untold(r *http.Request) apikey.Outcome {
 	if r.Context().Err() != nil {
 		return apikey.Abandoned

@@ -56,23 +56,13 @@ func (a *allowance) kind() limitKind {
 
 // refusal is what is answered beyond the limits. now is by Postgres's clock.
 func (a *allowance) refusal(now time.Time) *apierror.Error {
-	e := apierror.Of(apikey.RateLimited)
+	e, limit, remaining, resetAfter := apierror.Of(apikey.RateLimited), a.limits.PerMinute, a.remaining(), a.verdict.ResetAfter
 	if a.verdict.Concurrent {
-		e = tooManyAtOnce
+		e, limit, remaining, resetAfter = tooManyAtOnce, a.limits.Concurrent, 0, a.verdict.RetryAfter
 	}
-	e = e.With(a.details(now))
-	e.RetryAfter = a.verdict.RetryAfter
-	return e
-}
-
-// details are those of an answer beyond the limits.
-func (a *allowance) details(now time.Time) map[string]any {
-	if a.verdict.Concurrent {
-		return map[string]any{
-			"limit": a.limits.Concurrent, "remaining": 0, "reset_at": now.Add(a.verdict.RetryAfter + time.Second - 1).Unix(),
-		}
-	}
-	return map[string]any{"limit": a.limits.PerMinute, "remaining": a.remaining(), "reset_at": a.resetAt(now)}
+	return e.With(map[string]any{
+		"limit": limit, "remaining": remaining, "reset_at": unixAfter(now, resetAfter),
+	}).Later(a.verdict.RetryAfter)
 }
 
 // release says that the request has ended.
@@ -86,9 +76,9 @@ func (a *allowance) release() {
 // limit beside it.
 func (a *allowance) remaining() int { return min(a.verdict.Remaining, a.limits.PerMinute) }
 
-// resetAt is when everything is available again, in Unix seconds by Postgres's clock, rounded up.
-func (a *allowance) resetAt(now time.Time) int64 {
-	return now.Add(a.verdict.ResetAfter + time.Second - 1).Unix()
+// unixAfter is the time after a while, in Unix seconds, rounded up.
+func unixAfter(now time.Time, while time.Duration) int64 {
+	return now.Add(while + time.Second - 1).Unix()
 }
 
 // rateLimitHeaders are the names of REKALL.md, "Rate limits", as Go writes them.
@@ -120,7 +110,7 @@ func (a *allowance) told(now time.Time) [len(rateLimitHeaders)]string {
 	policy := len(text)
 	text = strconv.AppendInt(text, int64(a.remaining()), 10)
 	remaining := len(text)
-	text = strconv.AppendInt(text, a.resetAt(now), 10)
+	text = strconv.AppendInt(text, unixAfter(now, a.verdict.ResetAfter), 10)
 	all := string(text) // one piece of memory for the four
 	return [...]string{all[:limit], all[policy:remaining], all[remaining:], all[:policy]}
 }

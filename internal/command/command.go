@@ -48,7 +48,7 @@ func All() []Command {
 	return []Command{edgesCommand(), keysCommand(), limitsCommand(), migrateCommand()}
 }
 
-// SetUp gives cmd, which has the name and the texts of c, the rest of it.
+// SetUp completes cmd, which has c's name and texts: its arguments, errors, flags and what it does.
 func (c Command) SetUp(cmd *cobra.Command) {
 	cmd.Args = noArgs
 	// Keys stay out of what cobra says of the flags of a command and its subcommands.

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"text/tabwriter"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -38,11 +37,7 @@ func listEdges(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyad
 		table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 		fmt.Fprintln(table, "NAME\tREGION\tVERSION\tSTATUS\tLAST SYNC\tAGE")
 		for _, e := range edges {
-			lastSync := "never"
-			if e.LastSyncAt != nil {
-				lastSync = e.LastSyncAt.Format(time.RFC3339)
-			}
-			fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%.1fs\n", e.Name, e.Region, e.Version, e.Status, lastSync, e.AgeSeconds)
+			fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%.1fs\n", e.Name, e.Region, e.Version, e.Status, moment(e.LastSyncAt, "never"), e.AgeSeconds)
 		}
 		_ = table.Flush()
 	})

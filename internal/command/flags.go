@@ -3,6 +3,7 @@ package command
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"regexp"
 	"strings"
@@ -63,7 +64,7 @@ func flagNames(cmd *cobra.Command, err error) error {
 
 var fieldPattern = regexp.MustCompile(`[a-z]+(_[a-z]+)+`)
 
-// arguments is cobra.ExactArgs, which only counts, for what each argument is.
+// arguments is cobra.ExactArgs with an error that says what each argument is.
 func arguments(each ...string) cobra.PositionalArgs {
 	return func(_ *cobra.Command, args []string) error {
 		if len(args) != len(each) {
@@ -135,13 +136,12 @@ func onlyForMany(cmd *cobra.Command, flags ...string) error {
 
 // limitFlag reads --limit: 0, the default, is no limit.
 func limitFlag(cmd *cobra.Command) (int, error) {
-	const all = int(^uint(0) >> 1)
 	limit, _ := cmd.Flags().GetInt("limit")
 	if limit < 0 {
 		return 0, errors.New("--limit must not be negative")
 	}
 	if limit == 0 {
-		return all, nil
+		return math.MaxInt, nil
 	}
 	return limit, nil
 }

@@ -100,18 +100,14 @@ func listKeys(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadm
 	if err != nil {
 		return err
 	}
-	keys := []keyadmin.Key{}
-	for {
+	keys, err := pages(limit, func(cursor string) ([]keyadmin.Key, string, error) {
+		request.Cursor = cursor
 		page, err := admin.List(ctx, operator(), request)
-		if err != nil {
-			return err
-		}
-		keys = append(keys, page.Keys...)
-		if request.Cursor = page.NextCursor; request.Cursor == "" || len(keys) >= limit {
-			break
-		}
+		return page.Keys, page.NextCursor, err
+	})
+	if err != nil {
+		return err
 	}
-	keys = keys[:min(len(keys), limit)]
 	return show(cmd, keys, func(w io.Writer) {
 		if len(keys) == 0 {
 			if filtered {
@@ -123,6 +119,21 @@ func listKeys(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadm
 		}
 		keyTable(w, keys)
 	})
+}
+
+// pages returns up to limit of what next returns, page by page; never null.
+func pages[T any](limit int, next func(cursor string) (page []T, nextCursor string, err error)) ([]T, error) {
+	all := []T{}
+	for cursor := ""; ; {
+		page, nextCursor, err := next(cursor)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, page...)
+		if cursor = nextCursor; cursor == "" || len(all) >= limit {
+			return all[:min(len(all), limit)], nil
+		}
+	}
 }
 
 func keyTable(w io.Writer, keys []keyadmin.Key) {
@@ -231,18 +242,14 @@ func showAudit(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyad
 			return err
 		}
 	}
-	entries := []keyadmin.AuditEntry{}
-	for {
+	entries, err := pages(limit, func(cursor string) ([]keyadmin.AuditEntry, string, error) {
+		request.Cursor = cursor
 		page, err := admin.Audit(ctx, operator(), request)
-		if err != nil {
-			return err
-		}
-		entries = append(entries, page.Entries...)
-		if request.Cursor = page.NextCursor; request.Cursor == "" || len(entries) >= limit {
-			break
-		}
+		return page.Entries, page.NextCursor, err
+	})
+	if err != nil {
+		return err
 	}
-	entries = entries[:min(len(entries), limit)]
 	return show(cmd, entries, func(w io.Writer) {
 		table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 		fmt.Fprintln(table, "AT\tACTOR\tACTION\tACCOUNT\tKEY\tDETAILS")

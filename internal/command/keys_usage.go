@@ -50,11 +50,7 @@ func usageFlagNames(err error) error {
 }
 
 func printUsage(w io.Writer, u keyadmin.Usage, hourly bool) {
-	lastUsed := "never"
-	if u.LastUsedAt != nil {
-		lastUsed = u.LastUsedAt.Format(time.RFC3339)
-	}
-	fmt.Fprintf(w, "Last used: %s\n\n", lastUsed)
+	fmt.Fprintf(w, "Last used: %s\n\n", moment(u.LastUsedAt, "never"))
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	if hourly {
 		fmt.Fprintln(table, "HOUR\tALLOWED\tDENIED\tREASONS\tSPIKE")

@@ -504,6 +504,18 @@ func TestOnlyAWellFormedKeyIsRevealed(t *testing.T) {
 	}
 }
 
+// TestKeyInTheServerNameIsTakenOutOfOneRequestOnly: the state is the connection's, and other requests on it read it at the same time.
+func TestKeyInTheServerNameIsTakenOutOfOneRequestOnly(t *testing.T) {
+	name := apikey.Generate(apikey.Production) + ".api.example"
+	connection := &tls.ConnectionState{ServerName: name}
+	r := request("/", nil)
+	r.TLS = connection
+	credential.AtDoor(r)
+	if apikey.ContainsKey(r.TLS.ServerName) || connection.ServerName != name {
+		t.Errorf("the request has %s, its connection %s", apikey.Redact(r.TLS.ServerName), apikey.Redact(connection.ServerName))
+	}
+}
+
 func basic(userAndPassword string) string {
 	return base64.StdEncoding.EncodeToString([]byte(userAndPassword))
 }

@@ -169,3 +169,26 @@ func TestUndoRevokesTheSuccessorThatLives(t *testing.T) {
 		t.Errorf("undone twice: %v", err)
 	}
 }
+
+// TestManagingKeyGrantsOnlyWhatItHasInPostgresNow: an edge may not have heard yet that it has less than when it was found there.
+func TestManagingKeyGrantsOnlyWhatItHasInPostgresNow(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	r := request()
+	r.ManageKeys = true
+	manager := create(t, admin, r)
+	actor := managing(t, manager)
+	granted := request()
+	for name, set := range map[string]string{
+		"fewer scopes":          `scopes = '{memories:read}'`,
+		"no key is managed":     `manage_keys = false`,
+		"all that it had again": `scopes = '{memories:read,memories:write}', manage_keys = true`,
+	} {
+		pgtest.Exec(t, databaseURL, `update rekall.api_keys set scopes = '{memories:read,memories:write}', manage_keys = true where id = '`+manager.ID+`'`)
+		pgtest.Exec(t, databaseURL, `update rekall.api_keys set `+set+` where id = '`+manager.ID+`'`)
+		_, _, err := admin.Create(t.Context(), actor, granted)
+		var forbidden *keyadmin.ForbiddenError
+		if may := name == "all that it had again"; may != (err == nil) || !may && !errors.As(err, &forbidden) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}

@@ -737,6 +737,12 @@ func TestHotEntryIsBelievedNoMoreThanAnyOther(t *testing.T) {
 	if n := c.Status().Lookups; n != 1 {
 		t.Errorf("%d lookups, want 1", n)
 	}
+	twin := key.digest // of no key, and at the same place here and in ristretto
+	twin[len(twin)-1] ^= 1
+	if place(&twin) != place(&key.digest) {
+		t.Fatal("the twin has another place")
+	}
+	want(t, c, twin, apikey.Unknown)
 	db.revoke(t, key)
 	db.revoke(t, other)
 	tick(t, c)

@@ -45,7 +45,7 @@ type Status struct {
 	CanaryAt     time.Time     // when that was; until the first, when the cache was made
 
 	Keys, Size       int    // in memory, and at most
-	Evictions, Drops uint64 // of keys that others took the place of, and of those that were not taken into memory
+	Evictions, Drops uint64 // keys evicted, and keys not admitted
 
 	FilterKeys  int // digests in the filter of all keys; 0: it is not built
 	FilterBytes int

@@ -97,13 +97,13 @@ func Plan(ctx context.Context, url string, roles Roles) (from int32, pending []M
 	defer end()
 	tx, err := conn.BeginTx(ctx, pgx.TxOptions{AccessMode: pgx.ReadOnly})
 	if err != nil {
-		return 0, nil, failed("plan migrations", err)
+		return 0, nil, failedAs(errNotOwner, "plan migrations", err)
 	}
 	if from, err = schemaVersion(ctx, tx); err != nil {
 		return 0, nil, failedAs(errNotOwner, "plan migrations", err)
 	}
 	if err = tx.Rollback(ctx); err != nil {
-		return 0, nil, failed("plan migrations", err)
+		return 0, nil, failedAs(errNotOwner, "plan migrations", err)
 	}
 	all, err := known(ctx)
 	if err != nil {
@@ -122,7 +122,7 @@ func connectToMigrate(ctx context.Context, url, doing string) (conn *pgx.Conn, e
 		return nil, nil, err
 	}
 	if conn, err = pgx.ConnectConfig(ctx, config.ConnConfig); err != nil {
-		return nil, nil, failed(doing, err)
+		return nil, nil, failedAs(errNotOwner, doing, err)
 	}
 	return conn, func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -271,6 +272,32 @@ func (l lossy) FlushUsage(ctx context.Context, f keystore.UsageFlush) error {
 		return errLost
 	}
 	return err
+}
+
+// ordering is a store that notes the order of the keys that are flushed.
+type ordering struct {
+	*keystore.Store
+	keys *[]string
+}
+
+func (o ordering) FlushUsage(ctx context.Context, f keystore.UsageFlush) error {
+	for _, k := range f.Keys {
+		*o.keys = append(*o.keys, k.KeyID)
+	}
+	return o.Store.FlushUsage(ctx, f)
+}
+
+// TestFlushLocksKeysInTheOrderOfTheirIDs: edges that lock the rows of the same keys in different orders wait for each other.
+func TestFlushLocksKeysInTheOrderOfTheirIDs(t *testing.T) {
+	var keys []string
+	c, _ := newCounter(ordering{open(t, database(t)), &keys}, 0)
+	for _, record := range newRecords(1000) {
+		c.Count(record, apikey.Allowed, noon)
+	}
+	run(t, c)()
+	if len(keys) != 1000 || !slices.IsSorted(keys) {
+		t.Errorf("%d keys, in order: %v", len(keys), slices.IsSorted(keys))
+	}
 }
 
 func TestFlushWhoseAnswerIsLostIsCountedOnce(t *testing.T) {
