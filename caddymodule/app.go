@@ -3,6 +3,7 @@
 package caddymodule
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -132,58 +133,56 @@ func (a *App) Provision(ctx caddy.Context) error {
 	return a.runtime.metrics.register(ctx.GetMetricsRegistry())
 }
 
+// settings are those of the configuration, with defaults and without placeholders.
 func (a *App) settings() (settings, error) {
 	s := settings{
-		refresh:      time.Duration(a.Refresh),
-		maxStaleness: time.Duration(a.MaxStaleness),
-		cacheSize:    a.CacheSize,
+		refresh:      cmp.Or(time.Duration(a.Refresh), time.Second),
+		maxStaleness: cmp.Or(time.Duration(a.MaxStaleness), 30*time.Second),
+		cacheSize:    cmp.Or(a.CacheSize, 100_000),
 		warm:         a.Warm,
 		listen:       !a.ListenOff,
 		canary:       a.Canary,
 
-		usageFlush:     time.Duration(a.UsageFlush),
-		usageRetention: time.Duration(a.UsageRetention),
+		usageFlush:     cmp.Or(time.Duration(a.UsageFlush), 10*time.Second),
+		usageRetention: cmp.Or(time.Duration(a.UsageRetention), 90*24*time.Hour),
 	}
-	if s.usageFlush == 0 {
-		s.usageFlush = 10 * time.Second
+	if err := s.check(); err != nil {
+		return s, err
 	}
-	if s.usageRetention == 0 {
-		s.usageRetention = 90 * 24 * time.Hour
+	if err := a.resolve(&s); err != nil {
+		return s, err
 	}
-	if s.refresh == 0 {
-		s.refresh = time.Second
-	}
-	if s.maxStaleness == 0 {
-		s.maxStaleness = 30 * time.Second
-	}
-	if s.cacheSize == 0 {
-		s.cacheSize = 100_000
-	}
+	return s, s.checkEdge()
+}
+
+// check refuses numbers that contradict each other or a promise.
+func (s *settings) check() error {
 	switch {
 	case s.refresh < 10*time.Millisecond:
-		return s, errors.New("refresh must be at least 10ms")
+		return errors.New("refresh must be at least 10ms")
 	case s.maxStaleness > maxStalenessLimit:
-		return s, fmt.Errorf("max_staleness must be at most %v: revocations are promised within 60 seconds, and to end open streams can take 3", maxStalenessLimit)
+		return fmt.Errorf("max_staleness must be at most %v: revocations are promised within 60 seconds, and to end open streams can take 3", maxStalenessLimit)
 	case s.maxStaleness <= s.refresh:
-		return s, errors.New("max_staleness must be longer than refresh, or no cached key is ever trusted")
+		return errors.New("max_staleness must be longer than refresh, or no cached key is ever trusted")
 	case s.cacheSize < 0 || s.cacheSize > maxCacheSize:
-		return s, fmt.Errorf("cache_size must be a number of keys from 1 to %d", maxCacheSize)
+		return fmt.Errorf("cache_size must be a number of keys from 1 to %d", maxCacheSize)
 	case s.warm < 0 || s.warm > s.cacheSize:
-		return s, errors.New("warm must be a number of keys, at most cache_size")
+		return errors.New("warm must be a number of keys, at most cache_size")
 	case s.usageFlush < 100*time.Millisecond || s.usageFlush > 5*time.Minute:
-		return s, errors.New("usage_flush must be from 100ms to 5m")
+		return errors.New("usage_flush must be from 100ms to 5m")
 	case s.usageRetention < 24*time.Hour:
-		return s, errors.New("usage_retention must be at least 1d")
+		return errors.New("usage_retention must be at least 1d")
 	}
-	database := a.Database
-	if database == "" {
-		database = os.Getenv(keystore.DatabaseVariable)
-	}
+	return nil
+}
+
+// resolve replaces placeholders.
+func (a *App) resolve(s *settings) error {
 	for _, option := range []struct {
 		name, value string
 		to          *string
 	}{
-		{"database", database, &s.database},
+		{"database", cmp.Or(a.Database, os.Getenv(keystore.DatabaseVariable)), &s.database},
 		{"read_database", a.ReadDatabase, &s.readDatabase},
 		{"rate_limit_store", a.RateLimitStore, &s.rateLimitStore},
 		{"edge", a.EdgeName, &s.edgeName},
@@ -192,30 +191,34 @@ func (a *App) settings() (settings, error) {
 		isName := option.name == "edge" // a password may have braces
 		value, err := caddy.NewReplacer().ReplaceOrErr(option.value, true, isName)
 		if isName && err != nil {
-			return s, fmt.Errorf("edge: %w: write a name or a placeholder that Caddy knows; {system.hostname} is this machine's name", err)
+			return fmt.Errorf("edge: %w: write a name or a placeholder that Caddy knows; {system.hostname} is this machine's name", err)
 		}
 		if err != nil {
-			return s, fmt.Errorf("%s: %w", option.name, err)
+			return fmt.Errorf("%s: %w", option.name, err)
 		}
 		*option.to = strings.TrimSpace(value) // one from a file ends with a line feed
 	}
 	if s.edgeName == "" {
 		var err error
 		if s.edgeName, err = os.Hostname(); err != nil {
-			return s, fmt.Errorf("find the host name: %w; set edge", err)
+			return fmt.Errorf("find the host name: %w; set edge", err)
 		}
 	}
-	// An edge that Postgres does not take into its list would not be waited for by a revocation.
+	if s.database == "" {
+		return errors.New("no database: set database in the rekall global option, or " + keystore.DatabaseVariable)
+	}
+	return nil
+}
+
+// checkEdge refuses a name that Postgres would not take into its list: a revocation would not wait for the edge.
+func (s *settings) checkEdge() error {
 	if n := utf8.RuneCountInString(s.edgeName); n < 1 || n > maxEdgeText || utf8.RuneCountInString(s.edgeRegion) > maxEdgeText {
-		return s, errors.New("edge must have a name of 1 to 200 characters, and a region of at most 200")
+		return errors.New("edge must have a name of 1 to 200 characters, and a region of at most 200")
 	}
 	if text := s.edgeName + s.edgeRegion; !utf8.ValidString(text) || strings.ContainsFunc(text, unicode.IsControl) {
-		return s, errors.New("edge must have a name and a region in UTF-8 without control characters")
+		return errors.New("edge must have a name and a region in UTF-8 without control characters")
 	}
-	if s.database == "" {
-		return s, errors.New("no database: set database in the rekall global option, or " + keystore.DatabaseVariable)
-	}
-	return s, nil
+	return nil
 }
 
 // Start begins to follow the change feed. HTTP may be serving already: until the first sync each request asks Postgres. At a reload to

@@ -14,6 +14,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	"go.uber.org/zap"
 
+	"github.com/rekall-ai/gateway/internal/clock"
 	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/internal/outage"
 )
@@ -200,7 +201,7 @@ func (s *Signer) LastFailure() *outage.Failure { return s.failures.Last() }
 
 // signs reports whether a's key stays published until a token of that lifetime, signed now, has expired.
 func (s *Signer) signs(a *active, lifetime time.Duration) bool {
-	return a.key != nil && age(a.renewedAt, time.Now())+lifetime <= s.schedule.lease
+	return a.key != nil && clock.Age(a.renewedAt, time.Now())+lifetime <= s.schedule.lease
 }
 
 // signingKey returns a key that stays published until a token of that lifetime has expired. While there is none it waits a moment:
@@ -223,10 +224,4 @@ func (s *Signer) signingKey(ctx context.Context, lifetime time.Duration) (*key, 
 			return nil, errUnpublished
 		}
 	}
-}
-
-// age is the time since a reading, on the clock that shows more of it: the monotonic clock stops while a machine is
-// suspended, the wall clock can be set back.
-func age(since, now time.Time) time.Duration {
-	return max(now.Sub(since), now.Round(0).Sub(since.Round(0)))
 }

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/clock"
 )
 
 // Cut is the cause with which the context of a request in flight is cancelled when its key ends.
@@ -165,7 +166,7 @@ func (c *Cache) cutEnded(pgNow, now time.Time) {
 			switch {
 			case f.expiresAt.Reached(pgNow):
 				c.cut(f, apikey.Expired)
-			case f.unverified && age(f.vouchedAt, now) >= c.cfg.MaxStaleness:
+			case f.unverified && clock.Age(f.vouchedAt, now) >= c.cfg.MaxStaleness:
 				c.cut(f, apikey.Unavailable)
 			}
 		})
@@ -176,7 +177,7 @@ func (c *Cache) cutEnded(pgNow, now time.Time) {
 func (c *Cache) cutUnvouched(now time.Time) {
 	for shard := range c.flight {
 		c.flight.each(shard, func(f *Flight) {
-			if age(f.vouchedAt, now) >= c.cfg.MaxStaleness {
+			if clock.Age(f.vouchedAt, now) >= c.cfg.MaxStaleness {
 				c.cut(f, apikey.Unavailable)
 			}
 		})

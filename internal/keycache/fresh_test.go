@@ -16,6 +16,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/clock"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/internal/outage"
@@ -116,10 +117,10 @@ func TestStalledPostgresStopsTrustAtTheBound(t *testing.T) {
 			}
 			break
 		}
-		if a := age(found.vouchedAt, began); a >= bound {
+		if a := clock.Age(found.vouchedAt, began); a >= bound {
 			t.Fatalf("an answer rested on data %v old, bound %v", a, bound)
 		}
-		if age(c.state.Load().syncedAt, began) > 10*bound {
+		if clock.Age(c.state.Load().syncedAt, began) > 10*bound {
 			t.Fatal("answers do not end")
 		}
 	}

@@ -35,6 +35,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/clock"
 	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/internal/outage"
 )
@@ -282,7 +283,7 @@ func (c *Cache) ask(ctx context.Context, d apikey.Digest) (f Found, err error) {
 					return Found{}, fmt.Errorf("%w: %w", errUnavailable, errBlind)
 				}
 			}
-			if s.unchanged(&d, a.asOf) && age(vouchedAt, now) < c.cfg.MaxStaleness {
+			if s.unchanged(&d, a.asOf) && clock.Age(vouchedAt, now) < c.cfg.MaxStaleness {
 				return found(a.entry, s, a.pgNow, vouchedAt), nil
 			}
 			if err := ctx.Err(); err != nil {
@@ -336,10 +337,4 @@ func (c *Cache) Close() {
 		c.state.Store(c.state.Load().restart(reading{}))
 		c.known.Close()
 	}
-}
-
-// age is the time since a reading, on the clock that shows more of it: the monotonic clock stops while a machine is
-// suspended, the wall clock can be set back.
-func age(since, now time.Time) time.Duration {
-	return max(now.Sub(since), time.Duration(now.UnixNano()-since.UnixNano()))
 }

@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/clock"
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
@@ -48,7 +49,7 @@ func newState() *state { return &state{tiers: new(apikey.Tiers), superseded: mak
 
 // fresh reports whether the sync that made s may still be trusted.
 func (s *state) fresh(now time.Time, maxStaleness time.Duration) bool {
-	return !s.syncedAt.IsZero() && age(s.syncedAt, now) < maxStaleness
+	return !s.syncedAt.IsZero() && clock.Age(s.syncedAt, now) < maxStaleness
 }
 
 // unchanged reports whether what was read of a key as of an epoch is so as of the epoch of s: it was read not before the
@@ -79,7 +80,7 @@ func (s *state) usable(e *entry) bool {
 
 // pgTime is Postgres's clock at now, at the latest: its reading at the sync plus the time since, on the clock that shows more
 // of it.
-func (s *state) pgTime(now time.Time) time.Time { return s.pgNow.Add(age(s.readAt, now)) }
+func (s *state) pgTime(now time.Time) time.Time { return s.pgNow.Add(clock.Age(s.readAt, now)) }
 
 // steadyPgTime is Postgres's clock at now, at the earliest, by the monotonic clock, which nobody sets. It stands still while the
 // machine is suspended.

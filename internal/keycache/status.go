@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/clock"
 	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/internal/outage"
 )
@@ -94,9 +95,9 @@ func (c *Cache) Status() Status {
 	}
 	now := time.Now()
 	if s.syncedAt.IsZero() {
-		st.Age = age(c.madeAt, now) // an edge that never synced is no younger than one that did
+		st.Age = clock.Age(c.madeAt, now) // an edge that never synced is no younger than one that did
 	} else {
-		st.Age, st.Lag, st.Fresh = age(s.syncedAt, now), age(s.syncedAt, s.readAt), s.fresh(now, c.cfg.MaxStaleness)
+		st.Age, st.Lag, st.Fresh = clock.Age(s.syncedAt, now), clock.Age(s.syncedAt, s.readAt), s.fresh(now, c.cfg.MaxStaleness)
 	}
 	return st
 }

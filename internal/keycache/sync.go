@@ -12,6 +12,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/clock"
 	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/internal/outage"
 )
@@ -55,7 +56,7 @@ func (c *Cache) syncLoop(ctx context.Context) {
 		c.unknown.unwant()
 		startedAt := time.Now()
 		err := c.sync(ctx)
-		took := age(startedAt, time.Now())
+		took := clock.Age(startedAt, time.Now())
 		switch {
 		case ctx.Err() != nil:
 			return
@@ -196,7 +197,7 @@ func (c *Cache) vouch(r *reading) error {
 		return nil
 	}
 	report, ok := c.cfg.Sent(r.Beat)
-	if !ok || age(report.SentAt, r.startedAt) >= c.cfg.MaxStaleness {
+	if !ok || clock.Age(report.SentAt, r.startedAt) >= c.cfg.MaxStaleness {
 		return errBlind
 	}
 	r.vouchedAt = report.SentAt
@@ -387,7 +388,7 @@ func (c *Cache) watch(ctx context.Context) {
 
 // untilLook is an interval, or what is left until the data becomes too old: however soon it is fresh again, the log tells of it.
 func (c *Cache) untilLook(interval time.Duration) time.Duration {
-	if left := c.cfg.MaxStaleness - age(c.state.Load().syncedAt, time.Now()); left > 0 {
+	if left := c.cfg.MaxStaleness - clock.Age(c.state.Load().syncedAt, time.Now()); left > 0 {
 		return min(interval, left)
 	}
 	return interval
@@ -415,7 +416,7 @@ func (c *Cache) tellOfTrust(s *state, now time.Time, distrusted bool) bool {
 		c.cfg.Logger().Info("cached keys are trusted again")
 	case !fresh && !distrusted && !s.syncedAt.IsZero():
 		c.cfg.Logger().Error("cached keys are not trusted any longer: the last good sync is too old",
-			zap.Duration("age", age(s.syncedAt, now)), zap.Duration("max_staleness", c.cfg.MaxStaleness))
+			zap.Duration("age", clock.Age(s.syncedAt, now)), zap.Duration("max_staleness", c.cfg.MaxStaleness))
 	case s.syncedAt.IsZero(): // it never was
 		return false
 	}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/clock"
 )
 
 const (
@@ -118,7 +119,7 @@ func (u *unknowns) slot(d *apikey.Digest) *atomic.Pointer[absence] {
 // created meanwhile must work.
 func (c *Cache) remembered(s *state, d *apikey.Digest, now time.Time) bool {
 	a := c.unknown.slot(d).Load()
-	return a != nil && a.digest == *d && age(a.at, now) < c.cfg.Refresh && s.unchanged(d, a.asOf)
+	return a != nil && a.digest == *d && clock.Age(a.at, now) < c.cfg.Refresh && s.unchanged(d, a.asOf)
 }
 
 // prove finds out from the feed about a key that is not in the filter. A sync that begins now brings the key if it was
