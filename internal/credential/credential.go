@@ -219,24 +219,27 @@ func setOrDelete(h http.Header, name string, values []string) {
 // decodedBasic is user and password of an Authorization value of scheme Basic, where some APIs take a key as the user (curl -u rk_…:);
 // empty: it is of another, or too short for a key.
 func decodedBasic(value string) string {
-	encoded, ok := ofScheme("basic", value)
-	if !ok || base64.StdEncoding.DecodedLen(len(encoded)) < apikey.Length {
+	value = trim(value)
+	end := strings.IndexAny(value, " \t")
+	if end < 0 || !strings.EqualFold(value[:end], "basic") {
+		return ""
+	}
+	encoded := trim(value[end:])
+	if base64.StdEncoding.DecodedLen(len(encoded)) < apikey.Length {
 		return ""
 	}
 	decoded, _ := base64.StdEncoding.DecodeString(encoded) // all up to an error
 	return string(decoded)
 }
 
-// bearerToken splits an Authorization value of scheme Bearer (RFC 6750, section 2.1).
-func bearerToken(value string) (token string, ok bool) { return ofScheme("bearer", value) }
-
-// ofScheme returns what follows an Authorization's scheme, whose case does not count.
-func ofScheme(scheme, value string) (rest string, ok bool) {
+// bearerToken splits an Authorization value of scheme Bearer (RFC 6750, section 2.1; a scheme's case does not count).
+func bearerToken(value string) (token string, ok bool) {
 	value = trim(value)
+	const scheme = "bearer"
 	if len(value) < len(scheme) || !strings.EqualFold(value[:len(scheme)], scheme) {
 		return "", false
 	}
-	rest = value[len(scheme):]
+	rest := value[len(scheme):]
 	if rest != "" && !blank(rest[0]) {
 		return "", false
 	}
