@@ -62,10 +62,7 @@ func revokeKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 	if err != nil && !already {
 		return err
 	}
-	livesOn, err := successorThatLives(ctx, key, admin)
-	if err != nil {
-		return fmt.Errorf("key %s is revoked, but its successor could not be looked at: %w", key.ID, err)
-	}
+	livesOn := successorThatLives(ctx, key, admin)
 	if !is(cmd, "wait") {
 		return show(cmd, key, func(w io.Writer) {
 			fmt.Fprintf(w, "Revoked %s. Every edge refuses it within 60 seconds.\n%s", key.ID, livesOn)
@@ -95,15 +92,18 @@ func revokeKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 }
 
 // successorThatLives says so if there is one: whoever has a leaked key may have rotated it.
-func successorThatLives(ctx context.Context, key keyadmin.Key, admin *keyadmin.Admin) (string, error) {
+func successorThatLives(ctx context.Context, key keyadmin.Key, admin *keyadmin.Admin) string {
 	if key.Successor == nil {
-		return "", nil
+		return ""
 	}
 	successor, err := admin.Get(ctx, operator(), *key.Successor)
-	if err != nil || successor.Status == keyadmin.Revoked || successor.Status == keyadmin.Expired {
-		return "", err
+	switch {
+	case err != nil:
+		return fmt.Sprintf("Whether its successor %s lives on could not be seen: %v\n", *key.Successor, err)
+	case successor.Status == keyadmin.Active:
+		return fmt.Sprintf("Its successor %s lives on. To revoke that one too: rekall-gateway keys revoke %[1]s\n", successor.ID)
 	}
-	return fmt.Sprintf("Its successor %s lives on. To revoke that one too: rekall-gateway keys revoke %s\n", successor.ID, successor.ID), nil
+	return ""
 }
 
 // watch shows edges as they confirm, and returns them.

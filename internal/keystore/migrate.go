@@ -184,6 +184,7 @@ func migrateTo(ctx context.Context, conn *pgx.Conn, files fs.FS, patience time.D
 	var prepareErr error
 	migrator.OnStart = func(int32, string, string, string) { prepareErr = prepareMigration(ctx, conn) } // in the migration's transaction
 	for deadline := time.Now().Add(patience); ; {
+		prepareErr = nil
 		if err = migrator.Migrate(ctx); prepareErr != nil {
 			err = prepareErr // what the migrator says is that its transaction is aborted
 		}
