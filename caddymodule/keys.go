@@ -316,10 +316,10 @@ func replacer(r *http.Request) *caddy.Replacer {
 }
 
 var (
-	errCrossOrigin = &apierror.Error{
-		Status: http.StatusForbidden, Code: "CROSS_ORIGIN_REQUEST", Message: "A page of another site sent this request. Send it from the site that serves the API.",
-	}
-	errNoAccount = &apierror.Error{Status: http.StatusForbidden, Code: "PERMISSION_DENIED", Message: "Nobody knows an account whose keys you may manage."}
+	errCrossOrigin = apierror.New(http.StatusForbidden, "CROSS_ORIGIN_REQUEST",
+		"A page of another site sent this request. Send it from the site that serves the API.")
+	errNoAccount = apierror.New(http.StatusForbidden, "PERMISSION_DENIED",
+		"Nobody knows an account whose keys you may manage.")
 )
 
 // personally is a person who asks with intent: their browser authenticates them also to requests of other sites.

@@ -22,7 +22,7 @@ type Error struct {
 	body []byte // without details, up to where the request id goes: a flood of refusals is not encoded one by one
 }
 
-// New returns an error that is sent often. It must not be changed.
+// New returns an error, which must not be changed: its body is encoded here, once.
 func New(status int, code, message string) *Error {
 	return prepared(Error{Status: status, Code: code, Message: message})
 }

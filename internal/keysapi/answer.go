@@ -80,36 +80,30 @@ func encode(body any) []byte {
 }
 
 var (
-	errNoPath   = &apierror.Error{Status: http.StatusNotFound, Code: "NOT_FOUND", Message: "There is nothing at this path."}
-	errNotFound = &apierror.Error{Status: http.StatusNotFound, Code: "NOT_FOUND", Message: "There is no such API key."}
-	errMethod   = &apierror.Error{Status: http.StatusMethodNotAllowed, Code: "METHOD_NOT_ALLOWED", Message: "This request method is not supported at this path."}
+	errNoPath   = apierror.New(http.StatusNotFound, "NOT_FOUND", "There is nothing at this path.")
+	errNotFound = apierror.New(http.StatusNotFound, "NOT_FOUND", "There is no such API key.")
+	errMethod   = apierror.New(http.StatusMethodNotAllowed, "METHOD_NOT_ALLOWED",
+		"This request method is not supported at this path.")
 
-	errMismatch = &apierror.Error{
-		Status: http.StatusConflict, Code: "IDEMPOTENCY_MISMATCH",
-		Message: "This Idempotency-Key came with another request before. Use a new one for each key.",
-	}
-	errEnded = &apierror.Error{
-		Status: http.StatusConflict, Code: "KEY_ENDED", Message: "This API key is revoked or expired, which is for good. Create a new one.",
-	}
-	errAlreadyRotated = &apierror.Error{
-		Status: http.StatusConflict, Code: "KEY_ALREADY_ROTATED",
-		Message: "This API key has a successor already. Undo its rotation or revoke the successor first.",
-	}
-	errAwaited = &apierror.Error{
-		Status: http.StatusConflict, Code: "KEY_AWAITED",
-		Message: "This API key was not used yet, and the one that it replaces lives on until then. Use it first, or undo that rotation.",
-	}
-	errNotRotated  = &apierror.Error{Status: http.StatusConflict, Code: "KEY_NOT_ROTATED", Message: "This API key is not being rotated: there is nothing to undo."}
-	errUnavailable = &apierror.Error{
-		Status: http.StatusServiceUnavailable, Code: "SERVICE_UNAVAILABLE", Message: "API keys cannot be managed right now. Try again shortly.",
-	}
+	errMismatch = apierror.New(http.StatusConflict, "IDEMPOTENCY_MISMATCH",
+		"This Idempotency-Key came with another request before. Use a new one for each key.")
+	errEnded = apierror.New(http.StatusConflict, "KEY_ENDED",
+		"This API key is revoked or expired, which is for good. Create a new one.")
+	errAlreadyRotated = apierror.New(http.StatusConflict, "KEY_ALREADY_ROTATED",
+		"This API key has a successor already. Undo its rotation or revoke the successor first.")
+	errAwaited = apierror.New(http.StatusConflict, "KEY_AWAITED",
+		"This API key was not used yet, and the one that it replaces lives on until then. Use it first, or undo that rotation.")
+	errNotRotated = apierror.New(http.StatusConflict, "KEY_NOT_ROTATED",
+		"This API key is not being rotated: there is nothing to undo.")
+	errUnavailable = apierror.New(http.StatusServiceUnavailable, "SERVICE_UNAVAILABLE",
+		"API keys cannot be managed right now. Try again shortly.")
 )
 
 // invalid refuses what cannot be read, and names the field it is about, if it is about one.
 func invalid(field, message string) *apierror.Error {
-	e := &apierror.Error{Status: http.StatusBadRequest, Code: "INVALID_REQUEST", Message: message}
+	e := apierror.New(http.StatusBadRequest, "INVALID_REQUEST", message)
 	if field != "" {
-		e.Details = map[string]any{"field": field}
+		return e.With(map[string]any{"field": field})
 	}
 	return e
 }
@@ -138,10 +132,8 @@ func explain(err error) *apierror.Error {
 	case errors.As(err, &refusal):
 		return refusal
 	case errors.As(err, &malformed):
-		return &apierror.Error{
-			Status: http.StatusUnprocessableEntity, Code: "VALIDATION_FAILED", Message: malformed.Field + " " + malformed.Reason + ".",
-			Details: map[string]any{"field": malformed.Field},
-		}
+		return apierror.New(http.StatusUnprocessableEntity, "VALIDATION_FAILED", malformed.Field+" "+malformed.Reason+".").
+			With(map[string]any{"field": malformed.Field})
 	case errors.Is(err, keyadmin.ErrActorRevoked): // before the next, which it is too
 		return apierror.Of(apikey.Revoked)
 	case errors.Is(err, keyadmin.ErrActorExpired):
@@ -165,10 +157,9 @@ func explain(err error) *apierror.Error {
 }
 
 func forbiddenError(forbidden *keyadmin.ForbiddenError) *apierror.Error {
-	e := &apierror.Error{Status: http.StatusForbidden, Code: "PERMISSION_DENIED", Message: "This API key may not manage keys. Use one made with manage_keys."}
-	if forbidden.Field != "" {
-		e.Message = forbidden.Field + " " + forbidden.Reason + "."
-		e.Details = map[string]any{"field": forbidden.Field}
+	if forbidden.Field == "" {
+		return apierror.New(http.StatusForbidden, "PERMISSION_DENIED", "This API key may not manage keys. Use one made with manage_keys.")
 	}
-	return e
+	return apierror.New(http.StatusForbidden, "PERMISSION_DENIED", forbidden.Field+" "+forbidden.Reason+".").
+		With(map[string]any{"field": forbidden.Field})
 }

@@ -20,15 +20,15 @@ import (
 const maxBody = 64 << 10
 
 var (
-	errMediaType = &apierror.Error{
-		Status: http.StatusUnsupportedMediaType, Code: "UNSUPPORTED_MEDIA_TYPE",
-		Message: "The body must be JSON in UTF-8 and not compressed: send it with 'Content-Type: application/json'.",
-	}
-	errTooLarge   = &apierror.Error{Status: http.StatusRequestEntityTooLarge, Code: "BODY_TOO_LARGE", Message: "The body is too large."}
-	errIncomplete = &apierror.Error{Status: http.StatusBadRequest, Code: "BODY_INVALID", Message: "The body could not be read to its end."}
-	errNotUTF8    = invalid("", "The body is not UTF-8.")
-	errSyntax     = invalid("", "The body must be one JSON object, and nothing after it.")
-	errQuery      = invalid("", "The query could not be read: percent-encode special characters.")
+	errMediaType = apierror.New(http.StatusUnsupportedMediaType, "UNSUPPORTED_MEDIA_TYPE",
+		"The body must be JSON in UTF-8 and not compressed: send it with 'Content-Type: application/json'.")
+	errTooLarge = apierror.New(http.StatusRequestEntityTooLarge, "BODY_TOO_LARGE",
+		"The body is too large.")
+	errIncomplete = apierror.New(http.StatusBadRequest, "BODY_INVALID",
+		"The body could not be read to its end.")
+	errNotUTF8 = invalid("", "The body is not UTF-8.")
+	errSyntax  = invalid("", "The body must be one JSON object, and nothing after it.")
+	errQuery   = invalid("", "The query could not be read: percent-encode special characters.")
 )
 
 // readBody reads a JSON body of at most limit bytes. No body at all is as good as an empty one.

@@ -40,10 +40,8 @@ const (
 )
 
 var (
-	errSignature = &apierror.Error{
-		Status: http.StatusForbidden, Code: "SIGNATURE_INVALID",
-		Message: "The signature of the report is missing or wrong: only GitHub's secret scanning may send here.",
-	}
+	errSignature = apierror.New(http.StatusForbidden, "SIGNATURE_INVALID",
+		"The signature of the report is missing or wrong: only GitHub's secret scanning may send here.")
 	errGitHubSource = errors.New("must be an https URL, or the path of a file")
 )
 

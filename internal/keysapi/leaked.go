@@ -85,14 +85,12 @@ func (a *API) admit(ctx context.Context, client netip.Addr) error {
 	return nil
 }
 
-var errTooOften = &apierror.Error{
-	Status: http.StatusTooManyRequests, Code: "RATE_LIMIT_EXCEEDED", Message: "Too many reports. Send many keys in one report, or try again later.",
-}
+var errTooOften = apierror.New(http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDED",
+	"Too many reports. Send many keys in one report, or try again later.")
 
 // errBusy is no errUnavailable, which is logged: strangers could fill the log.
-var errBusy = &apierror.Error{
-	Status: http.StatusServiceUnavailable, Code: "SERVICE_UNAVAILABLE", Message: "Too many long reports come in at once. Try again shortly.",
-}
+var errBusy = apierror.New(http.StatusServiceUnavailable, "SERVICE_UNAVAILABLE",
+	"Too many long reports come in at once. Try again shortly.")
 
 var errGitHubBody = invalid("", "The body must be a list of objects that each have a token.")
 
