@@ -130,10 +130,10 @@ func TestStreamFromBeforeAReloadOfOtherSettingsIsSeenAndWaitedForAndIsNoFurtherE
 			t.Errorf("%s: %s is %v, want %v", when, name, n, want)
 		}
 	}
-	cut := func(key keyadmin.Key, stream *http.Response) {
+	cut := func(key keyadmin.Key, stream *http.Response, least int) {
 		t.Helper()
 		stdout, stderr, code := cli(t, r.database, "keys", "revoke", key.ID, "--wait")
-		if code != 0 || strings.Count(stdout, ": confirmed after ") != 2 {
+		if n := strings.Count(stdout, ": confirmed after "); code != 0 || n < least || n > 2 {
 			t.Errorf("%d %s%s: not confirmed by what ran before the reload and what runs now", code, stdout, stderr)
 		}
 		ends(t, stream)
@@ -143,14 +143,14 @@ func TestStreamFromBeforeAReloadOfOtherSettingsIsSeenAndWaitedForAndIsNoFurtherE
 	g.reload()
 	eventually(t, "both report", func() bool { return len(r.edges()) == 2 })
 	series("after the reload", "rekall_requests_in_flight", 2)
-	cut(key, stream)
+	cut(key, stream, 2)
 	eventually(t, "the stream is over", func() bool { return g.series(t, "rekall_requests_in_flight") == 1 })
 	series("one stream is over", "rekall_requests_cut_total", 1)
 	eventually(t, "one edge shares the limits", func() bool { return g.series(t, `rekall_edges{status="live"}`) == 1 })
 	if n := len(r.edges()); n != 2 {
 		t.Errorf("%d edges report, want what ran before the reload as well", n)
 	}
-	cut(other, last)
+	cut(other, last, 1) // what ran before has nothing left then, and may be gone before it is asked
 	eventually(t, "what ran before the reload has ended", func() bool { return len(r.edges()) == 1 })
 	series("in the end", "rekall_requests_in_flight", 0)
 	series("in the end", "rekall_requests_cut_total", 2)
