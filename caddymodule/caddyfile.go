@@ -174,15 +174,18 @@ func parseGateway(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 	if h.NextArg() {
 		return nil, h.ArgErr()
 	}
+	seen := map[string]bool{}
 	for nesting := h.Nesting(); h.NextBlock(nesting); {
-		switch option := h.Val(); option {
+		option := h.Val()
+		if seen[option] && option != "scope" {
+			return nil, h.Errf("%s is given twice: merge the two", option)
+		}
+		seen[option] = true
+		switch option {
 		case "production", "sandbox":
 			raw := &g.ProductionRaw
 			if option == "sandbox" {
 				raw = &g.SandboxRaw
-			}
-			if *raw != nil {
-				return nil, h.Errf("%s is given twice: merge the two blocks", option)
 			}
 			handlers, err := httpcaddyfile.ParseSegmentAsSubroute(h.WithDispenser(h.NewFromNextSegment()))
 			if err != nil {
@@ -203,38 +206,23 @@ func parseGateway(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 			if !h.AllArgs(&mode) || mode != "report_only" {
 				return nil, h.Err("scopes takes one argument: report_only")
 			}
-			if g.ScopesReportOnly {
-				return nil, h.Err("scopes is given twice")
-			}
 			g.ScopesReportOnly = true
 		case "forward_credential":
 			if h.NextArg() {
 				return nil, h.ArgErr()
-			}
-			if g.ForwardCredential {
-				return nil, h.Err("forward_credential is given twice")
 			}
 			g.ForwardCredential = true
 		case "rate_limits":
 			if h.NextArg() {
 				return nil, h.ArgErr()
 			}
-			if g.RateLimits {
-				return nil, h.Err("rate_limits is given twice")
-			}
 			g.RateLimits = true
 		case "address_limit":
-			if g.AddressLimit != nil {
-				return nil, h.Err("address_limit is given twice")
-			}
 			var err error
 			if g.AddressLimit, err = parseAddressLimit(h); err != nil {
 				return nil, err
 			}
 		case "identity_token":
-			if g.IdentityToken != nil {
-				return nil, h.Err("identity_token is given twice: merge the two")
-			}
 			var err error
 			if g.IdentityToken, err = parseIdentityToken(h); err != nil {
 				return nil, err

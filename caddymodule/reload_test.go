@@ -13,6 +13,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"go.uber.org/zap"
 
+	"github.com/rekall-ai/gateway/internal/identitytoken"
 	"github.com/rekall-ai/gateway/test/process"
 )
 
@@ -169,6 +170,18 @@ func TestConfigurationThatIsBeingLoadedLeavesTheEdgeReady(t *testing.T) {
 	loading.start(zap.NewNop())
 	if !isReady() {
 		t.Error("not ready while another configuration waits for its first sync")
+	}
+	used, err := app(caddy.ActiveContext())
+	if err != nil {
+		t.Fatal(err)
+	}
+	issuer, err := identitytoken.NewIssuer(used.runtime.signer, 1, identitytoken.Options{Issuer: "i", Audience: []string{"a"}, Lifetime: 5 * time.Minute})
+	if err != nil {
+		t.Fatal(err)
+	}
+	used.issuers = append(used.issuers, issuer) // whose signer does not run
+	if isReady() {
+		t.Error("ready though the configuration in use is not")
 	}
 }
 

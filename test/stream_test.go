@@ -280,11 +280,7 @@ func TestUploadOfAClientThatSendsNoMoreIsCut(t *testing.T) {
 		}
 		eventually(t, "the upload is open", func() bool { return g.status().InFlight == 1 })
 		r.revoke(key.ID)
-		_ = conn.SetReadDeadline(time.Now().Add(30 * time.Second))
-		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
-		if err != nil || resp.StatusCode != http.StatusUnauthorized {
-			t.Errorf("answer %v, %v", resp, err)
-		}
+		wantRefused(t, conn)
 		eventually(t, "it is over", func() bool { return g.status().InFlight == 0 })
 	}
 }
@@ -301,6 +297,16 @@ func (g *gateway) beginUpload(key keyadmin.Key, size int64) net.Conn {
 		g.t.Fatal(err)
 	}
 	return conn
+}
+
+// wantRefused requires that the answer on a connection is 401.
+func wantRefused(t *testing.T, conn net.Conn) {
+	t.Helper()
+	_ = conn.SetReadDeadline(time.Now().Add(30 * time.Second))
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil || resp.StatusCode != http.StatusUnauthorized {
+		t.Errorf("answer %v, %v", resp, err)
+	}
 }
 
 // TestUploadOverFastCGIEndsWithItsKey: Caddy's transport for it does not heed the request's context.
@@ -334,11 +340,7 @@ func TestUploadOverFastCGIEndsWithItsKey(t *testing.T) {
 	go func() { _, _ = io.CopyN(conn, zeros{}, size) }()
 	eventually(t, "the upload is open", func() bool { return received.Load() > 0 })
 	r.revoke(key.ID)
-	_ = conn.SetReadDeadline(time.Now().Add(30 * time.Second))
-	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
-	if err != nil || resp.StatusCode != http.StatusUnauthorized {
-		t.Errorf("answer %v, %v", resp, err)
-	}
+	wantRefused(t, conn)
 	eventually(t, "the backend is rid of it", func() bool { return g.status().InFlight == 0 })
 	select {
 	case whole := <-whole:

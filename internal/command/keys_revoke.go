@@ -62,10 +62,9 @@ func revokeKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 	if err != nil && !already {
 		return err
 	}
-	livesOn := successorThatLives(ctx, key, admin)
 	if !is(cmd, "wait") {
 		return show(cmd, key, func(w io.Writer) {
-			fmt.Fprintf(w, "Revoked %s. Every edge refuses it within 60 seconds.\n%s", key.ID, livesOn)
+			fmt.Fprintf(w, "Revoked %s. Every edge refuses it within 60 seconds.\n%s", key.ID, successorThatLives(ctx, key, admin))
 		})
 	}
 	confirmations, err := watch(cmd, func(progress func(keyadmin.Confirmation)) error {
@@ -87,7 +86,7 @@ func revokeKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 		if already {
 			how = "%s was revoked already."
 		}
-		fmt.Fprintf(w, how+" No edge that reports allows it (%d edges).\n%s", key.ID, len(confirmations), livesOn)
+		fmt.Fprintf(w, how+" No edge that reports allows it (%d edges).\n%s", key.ID, len(confirmations), successorThatLives(ctx, key, admin))
 	})
 }
 

@@ -81,7 +81,10 @@ type migration struct {
 }
 
 func plan(ctx context.Context, cmd *cobra.Command, url string, roles keystore.Roles) error {
-	from, pending, err := keystore.Plan(ctx, url, roles)
+	if err := roles.Check(); err != nil {
+		return err
+	}
+	from, pending, err := keystore.Plan(ctx, url)
 	if err != nil {
 		return err
 	}

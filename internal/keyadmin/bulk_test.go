@@ -29,17 +29,7 @@ func fixture(t *testing.T) (admin *keyadmin.Admin, store *keystore.Store, databa
 		}
 		keys[name] = key
 	}
-	by := func(name string) keyadmin.Actor {
-		found, err := store.Lookup(t.Context(), []apikey.Digest{apikey.Hash(keys[name].Key.Reveal())})
-		if err != nil {
-			t.Fatal(err)
-		}
-		actor, err := keyadmin.ManagingKey(found.Records[0])
-		if err != nil {
-			t.Fatal(err)
-		}
-		return actor
-	}
+	by := func(name string) keyadmin.Actor { return managing(t, store, keys[name]) }
 	add("manager", "acme", operator)
 	add("child", "acme", by("manager"))
 	add("grandchild", "acme", by("child"))
@@ -174,6 +164,20 @@ func TestIncidentSwitchOfAPersonStaysInTheirAccount(t *testing.T) {
 	if got := revokedNames(t, admin, keys); got != "stranger" {
 		t.Errorf("revoked %s", got)
 	}
+}
+
+// managing returns the actor that a gateway makes of a key.
+func managing(t *testing.T, store *keystore.Store, key keyadmin.Key) keyadmin.Actor {
+	t.Helper()
+	found, err := store.Lookup(t.Context(), []apikey.Digest{apikey.Hash(key.Key.Reveal())})
+	if err != nil {
+		t.Fatal(err)
+	}
+	actor, err := keyadmin.ManagingKey(found.Records[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return actor
 }
 
 // The maker's row is locked while it makes a key, so the incident switch waits for it, and must then see what it made.

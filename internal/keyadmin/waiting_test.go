@@ -8,17 +8,14 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
-	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
-	"github.com/rekall-ai/gateway/test/process"
 )
 
 // held is a key that another transaction holds, as a slow reader of a rotation's output does.
 type held struct {
-	t   *testing.T
-	url string
-	tx  pgx.Tx
+	t  *testing.T
+	tx pgx.Tx
 }
 
 func hold(t *testing.T, databaseURL, id string) *held {
@@ -32,7 +29,7 @@ func hold(t *testing.T, databaseURL, id string) *held {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &held{t, databaseURL, tx}
+	h := &held{t, tx}
 	h.exec(`select from rekall.api_keys where id = $1 for no key update`, id)
 	return h
 }
@@ -44,18 +41,6 @@ func (h *held) exec(sql string, args ...any) {
 	}
 }
 
-// awaited returns when somebody waits for the key.
-func (h *held) awaited() {
-	h.t.Helper()
-	process.Eventually(h.t, "another transaction waits for the key", func() bool {
-		return pgtest.TryExec(h.url, `do $$ begin
-			if not exists (select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock') then
-				raise 'nobody waits';
-			end if;
-		end $$`) == nil
-	})
-}
-
 func (h *held) release() {
 	h.t.Helper()
 	if err := h.tx.Commit(h.t.Context()); err != nil {
@@ -63,34 +48,18 @@ func (h *held) release() {
 	}
 }
 
-// managing returns the actor that a key is.
-func managing(t *testing.T, key keyadmin.Key) keyadmin.Actor {
-	t.Helper()
-	environment, err := apikey.ParseEnvironment(key.Environment)
-	if err != nil {
-		t.Fatal(err)
-	}
-	actor, err := keyadmin.ManagingKey(&apikey.Record{
-		ID: key.ID, Account: key.Account, Environment: environment, Scopes: apikey.KnownScopes(key.Scopes), ManageKeys: true,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return actor
-}
-
 // TestKeyThatEndsWhileAChangeWaitsForItHasEnded: the clock of a transaction stands still at its beginning.
 func TestKeyThatEndsWhileAChangeWaitsForItHasEnded(t *testing.T) {
-	admin, _, databaseURL := newAdmin(t)
+	admin, store, databaseURL := newAdmin(t)
 	lasting := request()
 	lasting.ExpiresIn, lasting.ManageKeys = "", true
 	for name, change := range map[string]struct {
 		prepare func(key keyadmin.Key)
-		do      func(key keyadmin.Key) error
+		do      func(key keyadmin.Key, as keyadmin.Actor) error
 	}{
 		"undo a rotation": {
 			func(key keyadmin.Key) { rotate(t, admin, key.ID, day(t)) },
-			func(key keyadmin.Key) error {
+			func(key keyadmin.Key, _ keyadmin.Actor) error {
 				_, err := admin.UndoRotation(context.Background(), operator, key.ID)
 				return err
 			},
@@ -101,15 +70,15 @@ func TestKeyThatEndsWhileAChangeWaitsForItHasEnded(t *testing.T) {
 					t.Fatal(err)
 				}
 			},
-			func(key keyadmin.Key) error {
+			func(key keyadmin.Key, _ keyadmin.Actor) error {
 				_, _, err := admin.Rotate(context.Background(), operator, key.ID, keyadmin.RotateRequest{Overlap: keyadmin.Overlap{For: time.Hour, OnFirstUse: true}})
 				return err
 			},
 		},
 		"have it make a key": {
 			func(keyadmin.Key) {},
-			func(key keyadmin.Key) error {
-				_, _, err := admin.Create(context.Background(), managing(t, key), lasting)
+			func(_ keyadmin.Key, as keyadmin.Actor) error {
+				_, _, err := admin.Create(context.Background(), as, lasting)
 				return err
 			},
 		},
@@ -117,10 +86,11 @@ func TestKeyThatEndsWhileAChangeWaitsForItHasEnded(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			key := create(t, admin, lasting)
 			change.prepare(key)
+			as := managing(t, store, key)
 			other := hold(t, databaseURL, key.ID)
 			done := make(chan error, 1)
-			go func() { done <- change.do(key) }()
-			other.awaited()
+			go func() { done <- change.do(key, as) }()
+			waitUntilBlocked(t, databaseURL, 1)
 			other.exec(`update rekall.api_keys set expires_at = clock_timestamp() where id = $1`, key.ID)
 			other.release()
 			if err := <-done; err == nil {
@@ -135,19 +105,20 @@ func TestKeyThatEndsWhileAChangeWaitsForItHasEnded(t *testing.T) {
 
 // TestUndoRevokesTheSuccessorThatLives: one whose transaction began before that of a revoked one is not the newest by its time.
 func TestUndoRevokesTheSuccessorThatLives(t *testing.T) {
-	admin, _, databaseURL := newAdmin(t)
+	admin, store, databaseURL := newAdmin(t)
 	r := request()
 	r.ManageKeys = true
 	manager, old := create(t, admin, r), create(t, admin, r)
+	as := managing(t, store, manager)
 	other := hold(t, databaseURL, manager.ID)
 	var second keyadmin.Key
 	done := make(chan error, 1)
 	go func() {
 		var err error
-		second, _, err = admin.Rotate(context.Background(), managing(t, manager), old.ID, keyadmin.RotateRequest{Overlap: day(t)})
+		second, _, err = admin.Rotate(context.Background(), as, old.ID, keyadmin.RotateRequest{Overlap: day(t)})
 		done <- err
 	}()
-	other.awaited()
+	waitUntilBlocked(t, databaseURL, 1)
 	first := rotate(t, admin, old.ID, day(t))
 	if _, err := admin.Revoke(t.Context(), operator, first.ID); err != nil {
 		t.Fatal(err)
@@ -172,11 +143,11 @@ func TestUndoRevokesTheSuccessorThatLives(t *testing.T) {
 
 // TestManagingKeyGrantsOnlyWhatItHasInPostgresNow: an edge may not have heard yet that it has less than when it was found there.
 func TestManagingKeyGrantsOnlyWhatItHasInPostgresNow(t *testing.T) {
-	admin, _, databaseURL := newAdmin(t)
+	admin, store, databaseURL := newAdmin(t)
 	r := request()
 	r.ManageKeys = true
 	manager := create(t, admin, r)
-	actor := managing(t, manager)
+	actor := managing(t, store, manager)
 	granted := request()
 	for name, set := range map[string]string{
 		"fewer scopes":          `scopes = '{memories:read}'`,

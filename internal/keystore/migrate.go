@@ -56,7 +56,7 @@ func Migrate(ctx context.Context, url string) (from, to int32, err error) {
 // that does not exist, as a group that cannot log in, and takes away what is too much. Where it returns an error, the
 // rights are what they were. It fails if a role has rights that no revocation reaches, such as a superuser's.
 func MigrateAndGrant(ctx context.Context, url string, roles Roles) (from, to int32, err error) {
-	if err := roles.check(); err != nil {
+	if err := roles.Check(); err != nil {
 		return 0, 0, err
 	}
 	conn, end, err := connectToMigrate(ctx, url, "migrate")
@@ -85,11 +85,8 @@ type Migration struct {
 }
 
 // Plan returns the schema's version and the migrations that Migrate would run, first to last, without changing anything: its
-// connection is read-only. Version 0: there is no schema yet. Of roles it is known only that MigrateAndGrant would try them.
-func Plan(ctx context.Context, url string, roles Roles) (from int32, pending []Migration, err error) {
-	if err := roles.check(); err != nil {
-		return 0, nil, err
-	}
+// connection is read-only. Version 0: there is no schema yet.
+func Plan(ctx context.Context, url string) (from int32, pending []Migration, err error) {
 	conn, end, err := connectToMigrate(ctx, url, "plan migrations")
 	if err != nil {
 		return 0, nil, err
@@ -184,9 +181,9 @@ func migrateTo(ctx context.Context, conn *pgx.Conn, files fs.FS, patience time.D
 	var prepareErr error
 	migrator.OnStart = func(int32, string, string, string) { prepareErr = prepareMigration(ctx, conn) } // in the migration's transaction
 	for deadline := time.Now().Add(patience); ; {
-		prepareErr = nil
-		if err = migrator.Migrate(ctx); prepareErr != nil {
-			err = prepareErr // what the migrator says is that its transaction is aborted
+		err = migrator.Migrate(ctx)
+		if prepareErr != nil { // what the migrator says is that its transaction is aborted
+			return from, to, prepareErr
 		}
 		if !hasState(err, lockNotAvailable) {
 			return from, to, err
@@ -204,7 +201,8 @@ func migrateTo(ctx context.Context, conn *pgx.Conn, files fs.FS, patience time.D
 
 // prepareMigration bounds the waits for locks of a migration's transaction. First it has autovacuum let go of our tables: Postgres cancels
 // one that is waited for, but only after deadlock_timeout, which is longer than a migration may hold up the gateways' statements.
-// The lock that it waits for is in nobody else's way.
+// The lock that it waits for is in nobody else's way. Who else has it, such as a VACUUM by hand, matters only to a migration of that
+// table.
 func prepareMigration(ctx context.Context, conn *pgx.Conn) error {
 	_, err := conn.Exec(ctx, fmt.Sprintf(`
 do $$
@@ -215,7 +213,10 @@ begin
 	for ours in select oid from pg_class where relnamespace = 'rekall'::regnamespace and relkind = 'r'
 		and has_table_privilege(oid, 'update, delete, truncate') -- of which LOCK needs one
 	loop
-		execute format('lock table %%s in share update exclusive mode', ours);
+		begin
+			execute format('lock table %%s in share update exclusive mode', ours);
+		exception when lock_not_available then
+		end;
 	end loop;
 end $$;
 set local lock_timeout = %[1]d`, lockWait.Milliseconds()))

@@ -78,7 +78,8 @@ var grants = []grant{
 // maxIdentifier is where Postgres cuts a name off (NAMEDATALEN - 1), in bytes.
 const maxIdentifier = 63
 
-func (r Roles) check() error {
+// Check returns an error if the roles cannot be what MigrateAndGrant makes of them, whatever the database has.
+func (r Roles) Check() error {
 	if r.Edge == r.Admin && r.Edge != "" {
 		return errors.New("edges and administrators need different roles: give --edge-role and --admin-role different names")
 	}

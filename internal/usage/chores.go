@@ -35,7 +35,7 @@ func (c *Counter) doChores(ctx context.Context) {
 	chores := c.chores()
 	ticker := time.NewTicker(chores[0].period / 4)
 	defer ticker.Stop()
-	claims := slices.Repeat([]outage.Kind{{
+	doing := slices.Repeat([]outage.Kind{{
 		Begins: "usage chore failed; it is tried again", Over: "usage chore works again", Level: zap.WarnLevel,
 	}}, len(chores))
 	for {
@@ -46,7 +46,7 @@ func (c *Counter) doChores(ctx context.Context) {
 		}
 		for i, chore := range chores {
 			if err := c.doChore(ctx, chore); ctx.Err() == nil {
-				c.failures.Note(&claims[i], err, zap.String("chore", chore.name))
+				c.failures.Note(&doing[i], err, zap.String("chore", chore.name))
 			}
 		}
 	}

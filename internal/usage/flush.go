@@ -187,17 +187,17 @@ func (c *Counter) flushLast(ctx context.Context) {
 	}
 }
 
-// drops says once that counts are dropped.
+// drops says once that counts are dropped, until a flush comes through.
 type drops struct {
 	dropping bool
 	dropped  uint64
 }
 
-func (h *drops) report(c *Counter, err error) {
+func (d *drops) report(c *Counter, err error) {
 	dropped := c.dropped.Load()
-	if dropped > h.dropped && !h.dropping {
+	if dropped > d.dropped && !d.dropping {
 		c.cfg.Logger().Error("usage buffer is full; requests of further keys are not counted", zap.Int("keys_and_hours", c.cfg.MaxBuffered))
 	}
-	h.dropping = dropped > h.dropped || h.dropping && err != nil
-	h.dropped = dropped
+	d.dropping = dropped > d.dropped || d.dropping && err != nil
+	d.dropped = dropped
 }

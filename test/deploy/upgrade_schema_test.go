@@ -102,7 +102,7 @@ func testUpgradeFrom(t *testing.T, p pinned) {
 	} else {
 		command(t, old, r.database, migrate...)
 	}
-	from, pending, err := keystore.Plan(t.Context(), r.database, keystore.Roles{})
+	from, pending, err := keystore.Plan(t.Context(), r.database)
 	if err != nil || from != p.schema || len(pending) == 0 {
 		t.Fatalf("the earlier gateway made version %d, want %d; %d are pending: %v", from, p.schema, len(pending), err)
 	}
@@ -115,7 +115,7 @@ func testUpgradeFrom(t *testing.T, p pinned) {
 	command(t, program, r.database, migrate...)
 	requests.waitMore(50)
 	requests.mustHaveLostNone()
-	if _, pending, err := keystore.Plan(t.Context(), r.database, keystore.Roles{}); err != nil || len(pending) != 0 {
+	if _, pending, err := keystore.Plan(t.Context(), r.database); err != nil || len(pending) != 0 {
 		t.Fatalf("%d migrations are left: %v", len(pending), err)
 	}
 
