@@ -14,6 +14,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/internal/identitytoken"
+	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
 
@@ -89,7 +90,7 @@ func run(t *testing.T, database, log string) *runtime {
 	if len(all) != 1 {
 		t.Fatalf("%d runtimes", len(all))
 	}
-	process.Within(t, 30*time.Second, "the edge is ready", isReady)
+	eventually.Within(t, 30*time.Second, "the edge is ready", isReady)
 	return all[0]
 }
 

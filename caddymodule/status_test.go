@@ -21,7 +21,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/internal/scoperule"
-	"github.com/rekall-ai/gateway/test/process"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // fields returns the names of the fields in a JSON value, with "[]" for the elements of a list.
@@ -90,7 +90,7 @@ func TestStatusHasTheFieldsOfItsPage(t *testing.T) {
 	}
 	rt := newRuntimeOn(t, database)
 	var s runtimeStatus
-	process.Within(t, 30*time.Second, "the edge is ready and counts edges", func() bool {
+	eventually.Within(t, 30*time.Second, "the edge is ready and counts edges", func() bool {
 		s = rt.status(t.Context())
 		return s.Ready && s.Edges != nil
 	})
@@ -122,7 +122,7 @@ func TestStatusHasTheFieldsOfItsPage(t *testing.T) {
 func TestStatusIsToldWhilePostgresIsAway(t *testing.T) {
 	rt := newRuntimeOn(t, "postgres://rekall:hunter2@127.0.0.1:1/none?connect_timeout=1")
 	var s runtimeStatus
-	process.Within(t, 30*time.Second, "a failure is told", func() bool {
+	eventually.Within(t, 30*time.Second, "a failure is told", func() bool {
 		s = rt.status(t.Context())
 		return s.LastError != nil
 	})
@@ -151,14 +151,14 @@ func TestProbesAreReadOnly(t *testing.T) {
 func TestRequestThatReachesTheGatewayAfterItsRuntimeHasEndedIsRefused(t *testing.T) {
 	database, store := openStore(t)
 	rt := newRuntimeOn(t, database)
-	process.Within(t, 30*time.Second, "the first sync", func() bool { return rt.cache.Status().Fresh })
+	eventually.Within(t, 30*time.Second, "the first sync", func() bool { return rt.cache.Status().Fresh })
 	key, _, err := keyadmin.New(store).Create(t.Context(), keyadmin.Operator("test"), keyadmin.CreateRequest{
 		Name: "n", Account: "a", Environment: "production", Scopes: []string{"memories:read"},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	process.Within(t, 30*time.Second, "the feed brings the key", func() bool { return rt.cache.Cached(apikey.Hash(key.Key.Reveal())) })
+	eventually.Within(t, 30*time.Second, "the feed brings the key", func() bool { return rt.cache.Cached(apikey.Hash(key.Key.Reveal())) })
 	rules, err := scoperule.New(scoperule.Builtin()...)
 	if err != nil {
 		t.Fatal(err)

@@ -12,6 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 const loggedSites = `
@@ -57,7 +58,7 @@ func logOf(t *testing.T, file, requestID string) (found map[string]string, userI
 		}
 		return bytes.TrimSpace(output)
 	}
-	eventually(t, "the line of "+requestID+" is written", func() bool { return len(run(command)) > 0 })
+	eventually.True(t, "the line of "+requestID+" is written", func() bool { return len(run(command)) > 0 })
 	if err := json.Unmarshal(run(command), &found); err != nil {
 		t.Fatalf("%s: %v", command, err)
 	}
@@ -148,7 +149,7 @@ func TestLineOfARequestSaysThatNobodyCouldTell(t *testing.T) {
 	g := r.prepare(strings.ReplaceAll(loggedSites, "LOG", file))
 	g.run("postgres://nobody@127.0.0.1:1/none?connect_timeout=1")
 	var answer reply
-	eventually(t, "the gateway serves", func() bool {
+	eventually.True(t, "the gateway serves", func() bool {
 		var err error
 		answer, err = send("GET", g.http+"/v1/memories", bearer(r.key("production", "memories:read")), nil)
 		return err == nil

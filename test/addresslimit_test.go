@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // limitedSite has an address_limit.
@@ -31,7 +32,7 @@ func TestAddressThatGuessesIsRefusedBeforeAnyLookupAndNobodyElseIs(t *testing.T)
 	g.run(r.database)
 	g.waitReady()
 	const guesser = "2001:db8:1:2::1"
-	eventually(t, "the good key is in memory", func() bool {
+	eventually.True(t, "the good key is in memory", func() bool {
 		before := g.status().Lookups
 		g.do("GET", "/v1/memories", from(guesser, bearer(good))).wantCode(t, 200, "")
 		return g.status().Lookups == before
@@ -70,7 +71,7 @@ func TestAddressOverItsLimitIsRefusedWhereKeysAreManagedToo(t *testing.T) {
 	r := newRig(t)
 	manager := r.manager("acme")
 	g := r.start(strings.Replace(managedSite, "rekall_gateway {", "rekall_gateway {\n\t\taddress_limit 1 3", 1))
-	eventually(t, "the good key is in memory", func() bool {
+	eventually.True(t, "the good key is in memory", func() bool {
 		before := g.status().Lookups
 		g.manage("GET", keysPath, bearer(manager), "", 200)
 		return g.status().Lookups == before
@@ -119,7 +120,7 @@ func TestClientThatObeysTheRetryAfterOfAnAddressLimitIsAnswered(t *testing.T) {
 	g := r.start(limitedSite("60 5"))
 	guess := func() reply { return g.do("GET", "/v1/memories", nil) }
 	var refused reply
-	eventually(t, "it is over the limit", func() bool {
+	eventually.True(t, "it is over the limit", func() bool {
 		refused = guess()
 		return refused.StatusCode == 429
 	})

@@ -17,6 +17,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // setClock sets the wall clock of a running gateway off by so many whole seconds from the machine's, and leaves its monotonic
@@ -36,7 +37,7 @@ func (g *gateway) setClock(offset time.Duration) {
 		g.t.Fatal(err)
 	}
 	// A thread that stands in the function while it is replaced would go on in the middle of another.
-	eventually(g.t, "no thread reads the clock", func() bool {
+	eventually.True(g.t, "no thread reads the clock", func() bool {
 		g.process.Signal(g.t, syscall.SIGSTOP)
 		if stopped, inside := threads(g.t, pid, start, end); stopped && !inside {
 			return true
@@ -170,7 +171,7 @@ func (g *gateway) clock() time.Time {
 // refused. The test's clock is the machine's, and so Postgres's.
 func (f *faultRig) verdicts(revoked, expiring keyadmin.Key, revokedAt, expiresAt time.Time) {
 	f.t.Helper()
-	eventually(f.t, "both keys are refused and the good one is not", func() bool {
+	eventually.True(f.t, "both keys are refused and the good one is not", func() bool {
 		good := f.goodKeyWorks()
 		began := time.Now()
 		first := f.g.ask(revoked)
@@ -234,12 +235,12 @@ func TestWallClockSetForwardOrBackChangesNoVerdict(t *testing.T) {
 		expiringStream.ends(t)
 		f.stream.goesOn(t)
 		leaps++
-		eventually(t, "the log tells of the leap", func() bool { return f.logged("wall clock was set") == leaps })
+		eventually.True(t, "the log tells of the leap", func() bool { return f.logged("wall clock was set") == leaps })
 	}
 	if f.logged("key sync failed") > 0 || f.logged("key sync starts over") != 1 {
 		t.Error("the log tells of a fault in syncing")
 	}
-	eventually(t, "each loss of trust in the log has its end there", func() bool {
+	eventually.True(t, "each loss of trust in the log has its end there", func() bool {
 		return f.logged("cached keys are not trusted any longer") == f.logged("cached keys are trusted again")
 	})
 }
@@ -256,7 +257,7 @@ func TestWallClockDoesNotProlongTrust(t *testing.T) {
 			f.revoke(f.key.ID)
 			revokedAt := time.Now()
 			f.g.setClock(offset)
-			eventually(t, "the edge stops trusting", func() bool {
+			eventually.True(t, "the edge stops trusting", func() bool {
 				began := time.Now()
 				revoked, other := f.g.ask(f.key), f.g.ask(good)
 				if revoked == "" && began.Sub(revokedAt) > faultBound {
@@ -269,7 +270,7 @@ func TestWallClockDoesNotProlongTrust(t *testing.T) {
 			})
 			f.stream.ends(t)
 			f.network.heal()
-			eventually(t, "the edge knows", func() bool {
+			eventually.True(t, "the edge knows", func() bool {
 				return f.g.ask(f.key) == "API_KEY_REVOKED" && f.g.ask(good) == ""
 			})
 			f.wantLogged("cached keys are not trusted any longer", "cached keys are trusted again")
@@ -297,7 +298,7 @@ func TestKeyIsNotExpiredByTheEdgesWallClock(t *testing.T) {
 		stream.goesOn(t)
 	}
 	f.server.Resume()
-	eventually(t, "the key is refused at its time", func() bool { return f.expiry(expiring, expiresAt) })
+	eventually.True(t, "the key is refused at its time", func() bool { return f.expiry(expiring, expiresAt) })
 	stream.ends(t)
 	f.stream.goesOn(t)
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
 
@@ -194,7 +195,7 @@ func TestDevPrintsLinesThatWorkAndLeavesNothing(t *testing.T) {
 			_ = stop()
 		}
 	})
-	eventually(t, "dev is ready", func() bool {
+	eventually.True(t, "dev is ready", func() bool {
 		select {
 		case err := <-done:
 			t.Fatalf("dev ended: %v\n%s", err, out)
@@ -223,7 +224,7 @@ func TestDevPrintsLinesThatWorkAndLeavesNothing(t *testing.T) {
 			}
 		}
 	}
-	eventually(t, "the revocation holds", func() bool { return strings.Contains(paste(lines[0][1]), "API_KEY_REVOKED") })
+	eventually.True(t, "the revocation holds", func() bool { return strings.Contains(paste(lines[0][1]), "API_KEY_REVOKED") })
 
 	database := regexp.MustCompile(`postgres://\S+`).FindString(out.String())
 	stopped = true
@@ -291,7 +292,7 @@ func TestDevKeepsItsDataAndWhatItCountedAndFrontsYourBackends(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "dev is ready", func() bool { return strings.Contains(out.String(), "Ready.") })
+		eventually.True(t, "dev is ready", func() bool { return strings.Contains(out.String(), "Ready.") })
 		key := regexp.MustCompile(`production key +(\S+)`).FindStringSubmatch(out.String())[1]
 		before := r.production.Requests()
 		ask := func() {

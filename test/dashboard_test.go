@@ -11,6 +11,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/dashboard"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
 
@@ -28,7 +29,7 @@ func TestCookieIsSecureWhereverTheVisitorUsedTLS(t *testing.T) {
 		t.Fatal(err)
 	}
 	form := url.Values{"key": {manager.Key.Reveal()}}.Encode()
-	eventually(t, "Caddy has made a certificate", func() bool {
+	eventually.True(t, "Caddy has made a certificate", func() bool {
 		conn, err := tls.Dial("tcp", strings.TrimPrefix(withTLS, "https://"), &tls.Config{InsecureSkipVerify: true})
 		if err == nil {
 			_ = conn.Close()

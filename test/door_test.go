@@ -17,6 +17,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // raw sends bytes over a connection of their own. It returns the first answer, or a zero reply if there is none, and
@@ -147,7 +148,7 @@ func TestClientsThatHangUpDoNotLookLikeAnOutage(t *testing.T) {
 	count := func(outcome string) float64 {
 		return g.series(t, `rekall_decisions_total{environment="production",outcome="`+outcome+`"}`)
 	}
-	eventually(t, "all are decided", func() bool { return count("unknown")+count("abandoned")+count("unavailable") == clients })
+	eventually.True(t, "all are decided", func() bool { return count("unknown")+count("abandoned")+count("unavailable") == clients })
 	if n := count("unavailable"); n > 0 {
 		t.Errorf("%v requests of clients that have left could not be told", n)
 	}
@@ -655,7 +656,7 @@ func (r *rig) startTLS(site string, options ...string) *gateway {
 	r.t.Helper()
 	g := r.start(strings.Replace(site, "http://:PORT {", "https://localhost:PORT {\ntls internal", 1), options...)
 	g.http = strings.Replace(g.http, "http://127.0.0.1", "https://localhost", 1)
-	eventually(r.t, "the gateway has its certificate", func() bool {
+	eventually.True(r.t, "the gateway has its certificate", func() bool {
 		resp, err := client.Get(g.http)
 		if err == nil {
 			_ = resp.Body.Close()

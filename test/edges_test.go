@@ -9,7 +9,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
-	"github.com/rekall-ai/gateway/test/process"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 func (r *rig) edges() []keyadmin.Edge {
@@ -27,7 +27,7 @@ func TestRevocationIsConfirmedByEveryEdgeAndTheSilentOneIsNamed(t *testing.T) {
 	north := r.start(standardSite, "edge north eu", "max_staleness 3s")
 	r.start(standardSite, "edge south eu", "max_staleness 3s")
 	silent := r.start(standardSite, "edge silent us", "max_staleness 3s")
-	eventually(t, "all edges are listed", func() bool { return len(r.edges()) == 3 })
+	eventually.True(t, "all edges are listed", func() bool { return len(r.edges()) == 3 })
 
 	key := r.key("production", "memories:read")
 	north.do("GET", "/v1/memories", bearer(key)).wantCode(t, 200, "")
@@ -76,7 +76,7 @@ func TestRevocationIsConfirmedByEveryEdgeAndTheSilentOneIsNamed(t *testing.T) {
 		t.Errorf("edges list: %s", stdout)
 	}
 	silent.process.Signal(t, syscall.SIGCONT)
-	eventually(t, "the silent edge is live again", func() bool {
+	eventually.True(t, "the silent edge is live again", func() bool {
 		for _, e := range r.edges() {
 			if e.Status != keyadmin.Live {
 				return false
@@ -85,7 +85,7 @@ func TestRevocationIsConfirmedByEveryEdgeAndTheSilentOneIsNamed(t *testing.T) {
 		return true
 	})
 	silent.process.Signal(t, syscall.SIGTERM)
-	eventually(t, "an edge that stops drops out", func() bool { return len(r.edges()) == 2 })
+	eventually.True(t, "an edge that stops drops out", func() bool { return len(r.edges()) == 2 })
 }
 
 func TestWaitPromisesNothingWhereNoEdgeReports(t *testing.T) {
@@ -93,7 +93,7 @@ func TestWaitPromisesNothingWhereNoEdgeReports(t *testing.T) {
 	r := newRig(t)
 	pgtest.Exec(t, r.database, `alter table rekall.edges add check (name <> 'mute')`)
 	mute := r.start(standardSite, "edge mute", "max_staleness 3s")
-	eventually(t, "the status says that the edge cannot report", func() bool {
+	eventually.True(t, "the status says that the edge cannot report", func() bool {
 		return strings.Contains(mute.status().LastError, "report edge")
 	})
 	for _, args := range [][]string{{r.key("production", "memories:read").ID}, {"--account", "acme", "--yes"}} {
@@ -112,7 +112,7 @@ func TestStatusSaysWhyUsageIsNotFlushedAndNoCanaryIsSent(t *testing.T) {
 	g := r.start(standardSite, "canary", "usage_flush 100ms")
 	says := func(what string) {
 		t.Helper()
-		eventually(t, "the status says what failed: "+what, func() bool { return strings.Contains(g.status().LastError, what) })
+		eventually.True(t, "the status says what failed: "+what, func() bool { return strings.Contains(g.status().LastError, what) })
 	}
 	says("create canary")
 	key := r.key("production", "memories:read")
@@ -127,7 +127,7 @@ func TestEveryEdgeMeasuresTheCanaryThatOneOfThemRevokes(t *testing.T) {
 	other := r.start(standardSite, "refresh 100ms") // first: the next canary is a minute away
 	sender := r.start(standardSite, "refresh 100ms", "canary")
 	for _, g := range []*gateway{sender, other} {
-		process.Within(t, canaryPatience, "the canary is measured", func() bool {
+		eventually.Within(t, canaryPatience, "the canary is measured", func() bool {
 			seconds := g.status().Canary
 			return seconds > 0 && seconds < 60
 		})

@@ -19,6 +19,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // edgeStatus is what /rekall/status says of one runtime.
@@ -107,7 +108,7 @@ func TestGatewayThatWasStoppedPastTheBoundAnswersNothingFromOldData(t *testing.T
 		answers[i] = async(t, "GET", f.g.http+"/v1/memories", bearer(revoked), nil)
 	}
 	good := async(t, "GET", f.g.http+"/v1/memories", bearer(f.key), nil)
-	eventually(t, "the bound has passed", func() bool { return time.Since(stopped) > faultBound+time.Second })
+	eventually.True(t, "the bound has passed", func() bool { return time.Since(stopped) > faultBound+time.Second })
 	f.g.process.Signal(t, syscall.SIGCONT)
 	for _, answer := range answers {
 		if a := answer(); a.StatusCode == http.StatusOK {
@@ -117,10 +118,10 @@ func TestGatewayThatWasStoppedPastTheBoundAnswersNothingFromOldData(t *testing.T
 	if answer := good(); answer.StatusCode == http.StatusUnauthorized {
 		t.Errorf("a good key got %s", answer.body)
 	}
-	eventually(t, "the refusal is certain", func() bool { return f.goodKeyWorks() && f.g.ask(revoked) == "API_KEY_REVOKED" })
+	eventually.True(t, "the refusal is certain", func() bool { return f.goodKeyWorks() && f.g.ask(revoked) == "API_KEY_REVOKED" })
 	revokedStream.ends(t)
 	f.stream.goesOn(t)
-	eventually(t, "the log says what happened", func() bool { return f.logged("process stood still") > 0 })
+	eventually.True(t, "the log says what happened", func() bool { return f.logged("process stood still") > 0 })
 	for line := range strings.Lines(f.g.log.String()) {
 		if !strings.Contains(line, "key sync failed") {
 			continue
@@ -165,7 +166,7 @@ func TestOutageNeverTurnsAGoodKeyAwayAsBadNorLetsARevokedOneIn(t *testing.T) {
 				t.Error("503 without Retry-After")
 			}
 			f.g.do("GET", "/v1/memories", bearer(f.revoked)).wantCode(t, 401, "API_KEY_REVOKED")
-			eventually(t, "the bound has passed", func() bool {
+			eventually.True(t, "the bound has passed", func() bool {
 				code := f.g.ask(f.key)
 				if code != "" && code != "AUTH_UNAVAILABLE" && code != "cut" {
 					t.Fatalf("a good key got %s", code)
@@ -173,11 +174,11 @@ func TestOutageNeverTurnsAGoodKeyAwayAsBadNorLetsARevokedOneIn(t *testing.T) {
 				return code == "AUTH_UNAVAILABLE"
 			})
 			f.stream.ends(t)
-			eventually(t, "it is not ready", func() bool {
+			eventually.True(t, "it is not ready", func() bool {
 				return do(t, "GET", f.g.admin+"/rekall/ready", nil, nil).StatusCode == http.StatusServiceUnavailable
 			})
 			fault.end(t, f)
-			eventually(t, "the good key works again", f.goodKeyWorks)
+			eventually.True(t, "the good key works again", f.goodKeyWorks)
 			f.g.do("GET", "/v1/memories", bearer(f.revoked)).wantCode(t, 401, "API_KEY_REVOKED")
 			f.wantLogged("key sync failed", "key sync works again")
 			f.wantLogged("cached keys are not trusted any longer", "cached keys are trusted again")
@@ -203,7 +204,7 @@ func TestAnswerToARequestThatWasCutSaysThatItMayHaveBeenCarriedOut(t *testing.T)
 		key := f.rig.key("production", "memories:write")
 		before := f.production.Requests()
 		waiting := async(t, "POST", f.g.http+"/v1/memories", demo(key, "hang"), strings.NewReader("{}"))
-		eventually(t, "the backend has the request", func() bool { return f.production.Requests() == before+1 })
+		eventually.True(t, "the backend has the request", func() bool { return f.production.Requests() == before+1 })
 		cut.end(key)
 		answer := waiting()
 		if answer.wantCode(t, cut.status, cut.code); !strings.Contains(answer.body, says) {
@@ -226,7 +227,7 @@ func TestRestartOfPostgresWithinTheBoundEndsNoStreamOfAGoodKey(t *testing.T) {
 	if err := f.server.Restart(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the feed has started over", func() bool {
+	eventually.True(t, "the feed has started over", func() bool {
 		if f.g.ask(f.key) != "" {
 			t.Fatal("a known key was refused within the bound")
 		}
@@ -243,7 +244,7 @@ func TestRestartOfPostgresWithinTheBoundEndsNoStreamOfAGoodKey(t *testing.T) {
 // wantLogged waits until the log says what happened and that it is over, each once.
 func (f *faultRig) wantLogged(happened, over string) {
 	f.t.Helper()
-	eventually(f.t, "the log says that it is over: "+over, func() bool { return f.logged(over) > 0 })
+	eventually.True(f.t, "the log says that it is over: "+over, func() bool { return f.logged(over) > 0 })
 	for _, message := range []string{happened, over} {
 		if n := f.logged(message); n != 1 {
 			f.t.Errorf("the log says %d times %q, want once", n, message)
@@ -280,7 +281,7 @@ func newFaultRig(t *testing.T, options ...string) *faultRig {
 	f.g.do("GET", "/v1/memories", bearer(f.revoked)).wantCode(t, 200, "")
 	f.stream = follow(f.g.open("GET", "/v1/memories", demo(f.key, "sse"), nil))
 	f.revoke(f.revoked.ID)
-	eventually(t, "the revocation holds", func() bool {
+	eventually.True(t, "the revocation holds", func() bool {
 		return f.g.ask(f.revoked) == "API_KEY_REVOKED"
 	})
 	return f
@@ -342,12 +343,12 @@ func TestAnotherServerBehindTheSameAddressIsFollowedFromScratch(t *testing.T) {
 				pgtest.Exec(t, next.URL(), "update rekall.api_keys set revoked_at = now() where id = $1", id)
 			}
 			f.network.lead(t, next.URL())
-			eventually(t, "the revocation holds", func() bool {
+			eventually.True(t, "the revocation holds", func() bool {
 				f.goodKeyWorks()
 				return f.g.ask(victim) == "API_KEY_REVOKED"
 			})
 			ends(t, stream)
-			eventually(t, "the good key works", f.goodKeyWorks)
+			eventually.True(t, "the good key works", f.goodKeyWorks)
 			f.g.do("GET", "/v1/memories", bearer(f.revoked)).wantCode(t, 401, "API_KEY_REVOKED")
 			if n := strings.Count(f.g.log.String(), "key sync starts over"); n != 2 {
 				t.Errorf("the log says %d times that the sync starts over, want twice", n)
@@ -364,10 +365,10 @@ func TestPartitionedEdgeStopsAtTheBoundWhileOthersRefuseAtOnce(t *testing.T) {
 	f.network.partition()
 	r.revoke(f.key.ID)
 	revoked := time.Now()
-	eventually(t, "the other edge refuses", func() bool {
+	eventually.True(t, "the other edge refuses", func() bool {
 		return other.ask(f.key) == "API_KEY_REVOKED"
 	})
-	eventually(t, "the cut-off edge stops trusting", func() bool {
+	eventually.True(t, "the cut-off edge stops trusting", func() bool {
 		began := time.Now()
 		code := f.g.ask(f.key)
 		if code == "" && began.Sub(revoked) > faultBound {
@@ -377,7 +378,7 @@ func TestPartitionedEdgeStopsAtTheBoundWhileOthersRefuseAtOnce(t *testing.T) {
 	})
 	f.stream.ends(t)
 	f.network.heal()
-	eventually(t, "the cut-off edge knows", func() bool {
+	eventually.True(t, "the cut-off edge knows", func() bool {
 		return f.g.ask(f.key) == "API_KEY_REVOKED"
 	})
 	f.wantLogged("key sync failed", "key sync works again")
@@ -392,16 +393,16 @@ func TestSilentNetworkDoesNotOccupyThePoolWhenItIsBack(t *testing.T) {
 	f := newFaultRig(t, "refresh 100ms", "max_staleness 50s")
 	const begins, ends = "key sync failed", "key sync works again"
 	f.fillPool()
-	eventually(t, "the sync has got over it", func() bool { return f.logged(begins) == f.logged(ends) })
+	eventually.True(t, "the sync has got over it", func() bool { return f.logged(begins) == f.logged(ends) })
 	faults, before := f.logged(begins), f.g.status().LookupErrors
 	f.network.partition()
-	eventually(t, "every connection has met the silence", func() bool {
+	eventually.True(t, "every connection has met the silence", func() bool {
 		<-f.askForUnknownKeys()
 		return f.logged(begins) > faults && f.g.status().LookupErrors >= before+3
 	})
 	failed := f.g.status()
 	f.network.reopen()
-	eventually(t, "the sync works again", func() bool { return f.g.status().Epoch > failed.Epoch })
+	eventually.True(t, "the sync works again", func() bool { return f.g.status().Epoch > failed.Epoch })
 	// A sync fails after 2 s. One may have been under way; the places are free within the time of another.
 	if n := f.g.status().SyncErrors - failed.SyncErrors; n > 3 {
 		t.Errorf("%d syncs failed after the network was back", n)
@@ -409,7 +410,7 @@ func TestSilentNetworkDoesNotOccupyThePoolWhenItIsBack(t *testing.T) {
 	f.g.do("GET", "/v1/memories", bearer(f.key)).wantCode(t, 200, "")
 	f.g.do("GET", "/v1/memories", bearer(f.revoked)).wantCode(t, 401, "API_KEY_REVOKED")
 	f.stream.goesOn(t)
-	eventually(t, "the log says that it is over", func() bool { return f.logged(ends) > faults })
+	eventually.True(t, "the log says that it is over", func() bool { return f.logged(ends) > faults })
 	if f.logged(begins) != faults+1 || f.logged(ends) != faults+1 {
 		t.Errorf("the log says %d times that it began and %d times that it is over, want once each", f.logged(begins)-faults, f.logged(ends)-faults)
 	}
@@ -441,7 +442,7 @@ func (f *faultRig) fillPool() {
 		f.t.Fatal(err)
 	}
 	defer func() { _ = conn.Close(f.t.Context()) }()
-	eventually(f.t, "the pool is full", func() bool {
+	eventually.True(f.t, "the pool is full", func() bool {
 		if _, err := conn.Exec(f.t.Context(), "begin; lock table rekall.api_keys"); err != nil {
 			f.t.Fatal(err)
 		}
@@ -475,7 +476,7 @@ func TestReadOnlyDatabaseDoesNotDisturbRequests(t *testing.T) {
 	pgtest.Exec(t, f.server.URL(), "alter system set default_transaction_read_only = on")
 	pgtest.Exec(t, f.server.URL(), "select pg_reload_conf()")
 	epoch := f.g.status().Epoch
-	eventually(t, "syncs go on past the bound", func() bool {
+	eventually.True(t, "syncs go on past the bound", func() bool {
 		f.g.do("GET", "/v1/memories", bearer(f.key)).wantCode(t, 200, "")
 		return f.g.status().Epoch > epoch+40
 	})

@@ -17,6 +17,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
 
@@ -167,7 +168,7 @@ func (g *gateway) run(database string) {
 
 func (g *gateway) waitReady() {
 	g.t.Helper()
-	eventually(g.t, "the gateway is ready", func() bool {
+	eventually.True(g.t, "the gateway is ready", func() bool {
 		g.process.MustRun(g.t)
 		resp, err := http.Get(g.admin + "/rekall/ready")
 		if err != nil {
@@ -182,7 +183,7 @@ func (g *gateway) waitReady() {
 // before there is a runtime.
 func (g *gateway) waitSynced() {
 	g.t.Helper()
-	eventually(g.t, "the gateway has synced", func() bool {
+	eventually.True(g.t, "the gateway has synced", func() bool {
 		g.process.MustRun(g.t)
 		for _, address := range []string{g.admin + "/rekall/live", g.http + "/"} {
 			if _, err := send("GET", address, nil, nil); err != nil {
@@ -192,11 +193,6 @@ func (g *gateway) waitSynced() {
 		runtimes := g.statuses()
 		return len(runtimes) == 1 && runtimes[0].Epoch > 0
 	})
-}
-
-func eventually(t testing.TB, what string, condition func() bool) {
-	t.Helper()
-	process.Within(t, 30*time.Second, what, condition)
 }
 
 // canaryPatience is for two canaries: the first, sent at the start, may be over before the first sync of a slow machine.

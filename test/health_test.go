@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 const healthSite = `
@@ -59,7 +60,7 @@ func TestOutageShorterThanTheBoundDrainsNobody(t *testing.T) {
 	probes := []string{g.admin + "/rekall/ready", g.http + "/rekall/ready"}
 	between.partition()
 	inService, drained := 0, 0
-	eventually(t, "the edge takes itself out of service", func() bool {
+	eventually.True(t, "the edge takes itself out of service", func() bool {
 		drained = 0
 		for _, probe := range probes {
 			ready := do(t, "GET", probe, nil, nil).StatusCode == http.StatusOK
@@ -87,7 +88,7 @@ func TestOutageShorterThanTheBoundDrainsNobody(t *testing.T) {
 		t.Errorf("a live edge would be restarted: %d", answer.StatusCode)
 	}
 	between.heal()
-	eventually(t, "the edge is back in service", func() bool {
+	eventually.True(t, "the edge is back in service", func() bool {
 		for _, probe := range probes {
 			if do(t, "GET", probe, nil, nil).StatusCode != http.StatusOK {
 				return false

@@ -17,6 +17,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
 
@@ -158,11 +159,11 @@ func TestTokenFollowsItsKey(t *testing.T) {
 		t.Errorf("scope %q", claims["scope"])
 	}
 	pgtest.Exec(t, r.database, "update rekall.api_keys set scopes = array['memories:read'] where id = $1", key.ID)
-	eventually(t, "the token has the scopes that are left", func() bool {
+	eventually.True(t, "the token has the scopes that are left", func() bool {
 		return verified(t, g.token(key, nil), g.jwks())["scope"] == "memories:read"
 	})
 	r.revoke(key.ID)
-	eventually(t, "the revocation holds", func() bool { return g.ask(key) == "API_KEY_REVOKED" })
+	eventually.True(t, "the revocation holds", func() bool { return g.ask(key) == "API_KEY_REVOKED" })
 	before := r.production.Requests()
 	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 401, "API_KEY_REVOKED")
 	if r.production.Requests() != before {
@@ -236,7 +237,7 @@ func TestRequestForWhichNoTokenCanBeSignedIsNotPassedOn(t *testing.T) {
 		t.Error("the log does not say why")
 	}
 	pgtest.Exec(t, r.database, "alter table rekall.hidden rename to signing_keys")
-	eventually(t, "tokens are signed", func() bool { return g.ask(key) == "" })
+	eventually.True(t, "tokens are signed", func() bool { return g.ask(key) == "" })
 	verified(t, g.token(key, nil), g.jwks())
 }
 
@@ -254,7 +255,7 @@ func TestEdgeThatCannotSignIsNotReady(t *testing.T) {
 			t.Errorf("%s: %d", probe, answer.StatusCode)
 		}
 	}
-	eventually(t, "the status says why", func() bool {
+	eventually.True(t, "the status says why", func() bool {
 		status := do(t, "GET", g.admin+"/rekall/status", nil, nil).body
 		return strings.Contains(status, `"ready":false`) && strings.Contains(status, "publish signing key")
 	})
@@ -263,7 +264,7 @@ func TestEdgeThatCannotSignIsNotReady(t *testing.T) {
 	}
 	pgtest.Exec(t, r.database, "alter table rekall.hidden rename to signing_keys")
 	for _, probe := range probes {
-		eventually(t, "the edge is ready", func() bool { return do(t, "GET", probe, nil, nil).StatusCode == http.StatusOK })
+		eventually.True(t, "the edge is ready", func() bool { return do(t, "GET", probe, nil, nil).StatusCode == http.StatusOK })
 	}
 	if signs := g.series(t, "rekall_identity_token_ready"); signs != 1 {
 		t.Errorf("rekall_identity_token_ready %v", signs)
@@ -296,7 +297,7 @@ func TestGoBackendInTheManualServesOnlyWhatCameThroughTheGateway(t *testing.T) {
 		_ = backend.Process.Kill()
 		_ = backend.Wait()
 	})
-	eventually(t, "the backend listens", func() bool {
+	eventually.True(t, "the backend listens", func() bool {
 		_, err := send("GET", "http://"+address, nil, nil)
 		return err == nil
 	})

@@ -16,6 +16,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
 
@@ -386,7 +387,7 @@ func TestBackendThatFailsByItselfIsTakenAwayWhateverItWasSent(t *testing.T) {
 				t.Errorf("the answer of a backend that fails is %d", answer.StatusCode)
 			}
 			g.do("GET", "/v1/memories", key).wantCode(t, http.StatusBadGateway, "UPSTREAM_UNAVAILABLE")
-			eventually(t, "the backend is not asked again", func() bool { return strings.Contains(g.log.String(), "no upstreams available") })
+			eventually.True(t, "the backend is not asked again", func() bool { return strings.Contains(g.log.String(), "no upstreams available") })
 		})
 	}
 }
@@ -399,7 +400,7 @@ func TestProxyOfANamedRouteThatCountsErrorsOfClientsIsWarnedOf(t *testing.T) {
 		g := r.start("&(proxy) {\n reverse_proxy PRODUCTION {\n fail_duration 1h\n transport " + transport + "\n}\n}\n" +
 			"http://:PORT {\nbind 127.0.0.1\n" + block("invoke proxy", "reverse_proxy SANDBOX {\n fail_duration 1h\n}") + "}\n")
 		if warned {
-			eventually(t, "a warning", func() bool { return strings.Contains(g.log.String(), warning) })
+			eventually.True(t, "a warning", func() bool { return strings.Contains(g.log.String(), warning) })
 		} else if strings.Contains(g.log.String(), warning) {
 			t.Errorf("transport %s is warned of", transport)
 		}
@@ -438,7 +439,7 @@ backend back
 	g := r.start("http://:PORT {\nbind 127.0.0.1\n" +
 		block("reverse_proxy h2c://"+address+" {\n fail_duration 1h\n max_fails 1\n}", "respond 418") + "}\n")
 	mine, other := r.key("production", "memories:read"), r.key("production", "memories:read")
-	eventually(t, "HAProxy serves", func() bool {
+	eventually.True(t, "HAProxy serves", func() bool {
 		connection, err := net.Dial("tcp", address)
 		if err == nil {
 			_ = connection.Close()
@@ -525,7 +526,7 @@ func TestHealthChecksReachAGuardedBackend(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	g := r.start("http://:PORT {\nbind 127.0.0.1\n" + block("reverse_proxy PRODUCTION {\n health_uri /health\n health_interval 100ms\n transport rekall production\n}", "respond 418") + "}\n")
-	eventually(t, "the backend sees health checks", func() bool { return r.production.Requests() > 1 })
+	eventually.True(t, "the backend sees health checks", func() bool { return r.production.Requests() > 1 })
 	g.do("GET", "/v1/memories", bearer(r.key("production", "memories:read"))).wantCode(t, http.StatusOK, "")
 }
 

@@ -19,6 +19,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // managedSite is the site of the documentation: key management and the API under one base URL.
@@ -60,7 +61,7 @@ func (g *gateway) manage(method, path string, header http.Header, body string, s
 // awaitRefusal waits until a key is refused. The request that it is revoked in the middle of is cut.
 func (g *gateway) awaitRefusal(t *testing.T, path string, key keyadmin.Key) {
 	t.Helper()
-	eventually(t, "the revoked key is refused", func() bool {
+	eventually.True(t, "the revoked key is refused", func() bool {
 		answer, err := send("GET", g.http+path, bearer(key), nil)
 		return err == nil && answer.StatusCode == http.StatusUnauthorized
 	})
@@ -148,7 +149,7 @@ func (tr *traffic) deploy(key keyadmin.Key) {
 func (tr *traffic) more(t *testing.T, n int64) {
 	t.Helper()
 	want := tr.good.Load() + n
-	eventually(t, "requests are answered", func() bool { return tr.good.Load() >= want || tr.failed.Load() != nil })
+	eventually.True(t, "requests are answered", func() bool { return tr.good.Load() >= want || tr.failed.Load() != nil })
 	if failure := tr.failed.Load(); failure != nil {
 		t.Fatalf("a request failed: %s", *failure)
 	}
@@ -207,7 +208,7 @@ func TestProductPageFromTopToBottom(t *testing.T) {
 			TotalCount int `json:"total_count"`
 		}
 	}
-	eventually(t, "the list shows the last use", func() bool {
+	eventually.True(t, "the list shows the last use", func() bool {
 		list := g.manage("GET", keysPath+"?status=active&name=backend", bearer(manager), "", http.StatusOK)
 		if err := json.Unmarshal([]byte(list.body), &page); err != nil {
 			t.Fatal(err)
@@ -225,7 +226,7 @@ func TestProductPageFromTopToBottom(t *testing.T) {
 	tr.more(t, 100) // both keys are good
 	tr.deploy(successor.Key)
 	tr.more(t, 100)
-	eventually(t, "the successor is seen to be used", func() bool {
+	eventually.True(t, "the successor is seen to be used", func() bool {
 		return g.manage("GET", keysPath+"/"+successor.ID, bearer(manager), "", http.StatusOK).key(t).LastUsedAt != nil
 	})
 	g.manage("POST", keysPath+"/"+created.ID+"/revoke", bearer(manager), "", http.StatusOK)
@@ -238,7 +239,7 @@ func TestProductPageFromTopToBottom(t *testing.T) {
 	}
 
 	// Usage, as the dashboard shows it.
-	eventually(t, "usage is shown", func() bool {
+	eventually.True(t, "usage is shown", func() bool {
 		var used struct{ Data keyadmin.Usage }
 		answer := g.manage("GET", keysPath+"/"+successor.ID+"/usage", bearer(manager), "", http.StatusOK)
 		if err := json.Unmarshal([]byte(answer.body), &used); err != nil {
@@ -275,7 +276,7 @@ func TestRequestToManageKeysCountsAsUseOfTheKey(t *testing.T) {
 	r.revoke(revoked.ID)
 	for outcome, key := range map[string]keyadmin.Key{"allowed": manager, "scope_insufficient": plain, "revoked": revoked} {
 		g.do("GET", keysPath, bearer(key))
-		eventually(t, "the request is counted as "+outcome, func() bool { return r.usage(key)[outcome] == 1 })
+		eventually.True(t, "the request is counted as "+outcome, func() bool { return r.usage(key)[outcome] == 1 })
 	}
 }
 
@@ -588,7 +589,7 @@ func TestManagementHasADatabaseUserOfItsOwn(t *testing.T) {
 		answer := g.manage("POST", keysPath, bearer(manager), body, tc.status)
 		if tc.status == http.StatusServiceUnavailable {
 			answer.wantCode(t, tc.status, "SERVICE_UNAVAILABLE")
-			eventually(t, "the log says why", func() bool { return strings.Contains(g.log.String(), "database user lacks a right") })
+			eventually.True(t, "the log says why", func() bool { return strings.Contains(g.log.String(), "database user lacks a right") })
 			continue
 		}
 		one := keysPath + "/" + answer.key(t).ID

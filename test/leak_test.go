@@ -23,6 +23,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/dashboard"
+	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
 
@@ -548,7 +549,7 @@ func TestNoKeyIsLoggedWhileNobodyCanTell(t *testing.T) {
 	hidden.add("database password", password)
 	g := r.prepare(standardSite + "http://plain.example:PORT {\nbind 127.0.0.1\nlog\nrekall_tls_only\n}\n")
 	g.run(fmt.Sprintf("postgres://gateway:%s@127.0.0.1:1/rekall?connect_timeout=1", password))
-	eventually(t, "the gateway serves", func() bool {
+	eventually.True(t, "the gateway serves", func() bool {
 		_, err := http.Get(g.http)
 		return err == nil
 	})
@@ -636,7 +637,7 @@ func TestNoKeyIsLoggedAsTheServerNameOfTLS(t *testing.T) {
 	dial := func(name string) (*tls.Conn, error) {
 		return tls.Dial("tcp", address, &tls.Config{InsecureSkipVerify: true, ServerName: name + ".api.example", NextProtos: []string{"http/1.1"}})
 	}
-	eventually(t, "the gateway has its certificate", func() bool {
+	eventually.True(t, "the gateway has its certificate", func() bool {
 		conn, err := dial("a")
 		if err == nil {
 			_ = conn.Close()

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // exampleTLS returns the lines about mutual TLS in Caddyfile.example, with the test's files in them.
@@ -77,7 +79,7 @@ http://:PORT {
 			if answer.StatusCode != 200 || answer.Header.Get("Caller") != "edge.internal" {
 				t.Errorf("answer %d to %q", answer.StatusCode, answer.Header.Get("Caller"))
 			}
-			eventually(t, "health checks pass as well", func() bool { return checks.Load() > before+1 })
+			eventually.True(t, "health checks pass as well", func() bool { return checks.Load() > before+1 })
 		})
 	}
 	t.Run("another's certificate", func(t *testing.T) {

@@ -19,6 +19,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // heldSite holds keys to their limits.
@@ -87,7 +88,7 @@ func TestLimitsFollowTierAccountAndKeyWhileTheGatewayRuns(t *testing.T) {
 	production, sandbox := r.key("production", "memories:read"), r.key("sandbox", "memories:read")
 	shows := func(key keyadmin.Key, perMinute int) {
 		t.Helper()
-		eventually(t, "the key has its limit", func() bool { return g.get(key).Header.Get("X-RateLimit-Limit") == strconv.Itoa(perMinute) })
+		eventually.True(t, "the key has its limit", func() bool { return g.get(key).Header.Get("X-RateLimit-Limit") == strconv.Itoa(perMinute) })
 		wantLimits(t, key.Environment, g.get(key).Header, perMinute)
 	}
 	shows(production, 100)
@@ -114,7 +115,7 @@ func TestLimitsFollowTierAccountAndKeyWhileTheGatewayRuns(t *testing.T) {
 	}
 	r.limitAccount("enterprise", 0, 0, 0)
 	r.limitKey(production, keyadmin.LimitsChange{PerMinute: &none})
-	eventually(t, "an enterprise has no limit", func() bool { return g.get(production).Header.Get("X-RateLimit-Limit") == "" })
+	eventually.True(t, "an enterprise has no limit", func() bool { return g.get(production).Header.Get("X-RateLimit-Limit") == "" })
 
 	for range 200 { // more than the tier sandbox lets through
 		answer := off.get(sandbox)
@@ -180,7 +181,7 @@ func TestEveryAnswerThatAKeyGotTellsItsLimits(t *testing.T) {
 	wantLimits(t, "WebSocket", upgraded.Header, 1200)
 
 	waiting := async(t, "GET", g.http+"/v1/memories", demo(doomed, "hang"), nil)
-	eventually(t, "it waits for its answer", func() bool { return r.production.Open() == 2 })
+	eventually.True(t, "it waits for its answer", func() bool { return r.production.Open() == 2 })
 	r.revoke(doomed.ID)
 	cut := waiting()
 	cut.wantCode(t, 401, "API_KEY_REVOKED")
@@ -248,7 +249,7 @@ func TestRemainingFallsByOneWithEachRequest(t *testing.T) {
 	r.limitAccount("free", 4, 301, 5) // 300 at once, and hardly more while the test runs
 	g := r.start(heldSite)
 	key := r.key("production", "memories:read")
-	eventually(t, "the limit is known", func() bool { return g.get(key).Header.Get("X-RateLimit-Limit") == "4" })
+	eventually.True(t, "the limit is known", func() bool { return g.get(key).Header.Get("X-RateLimit-Limit") == "4" })
 	for range 400 {
 		if answer := g.get(key); answer.StatusCode == http.StatusTooManyRequests {
 			return // Remaining is at most the limit: the last four tell it
@@ -281,14 +282,14 @@ func TestRequestsAtATimeAreCountedAndGivenBackOnEveryWayOut(t *testing.T) {
 		socket+"\nreverse_proxy @breaking "+strings.TrimPrefix(breaking.URL, "http://")+"\nreverse_proxy PRODUCTION", 1))
 	// What is refused is tried again: the last place may not have been given back yet.
 	stream := func(t *testing.T, key keyadmin.Key) (resp *http.Response) {
-		eventually(t, "a place for a stream is free", func() bool {
+		eventually.True(t, "a place for a stream is free", func() bool {
 			resp = g.open("GET", "/v1/memories", demo(key, "sse"), nil)
 			return resp.StatusCode == http.StatusOK
 		})
 		return resp
 	}
 	webSocket := func(t *testing.T, key keyadmin.Key) (conn net.Conn) {
-		eventually(t, "a place for a WebSocket is free", func() bool {
+		eventually.True(t, "a place for a WebSocket is free", func() bool {
 			var resp *http.Response
 			conn, _, resp = g.openWebSocket(bearer(key))
 			return resp.StatusCode == http.StatusSwitchingProtocols
@@ -313,7 +314,7 @@ func TestRequestsAtATimeAreCountedAndGivenBackOnEveryWayOut(t *testing.T) {
 					}
 				}
 			}()
-			eventually(t, "it waits", func() bool { return r.production.Requests() > before })
+			eventually.True(t, "it waits", func() bool { return r.production.Requests() > before })
 			return cancel
 		},
 		"the key ends": func(t *testing.T, key keyadmin.Key) func() {
@@ -354,7 +355,7 @@ func TestRequestsAtATimeAreCountedAndGivenBackOnEveryWayOut(t *testing.T) {
 				for _, end := range ends {
 					end()
 				}
-				eventually(t, "all are given back", func() bool { return g.get(key).StatusCode == http.StatusOK })
+				eventually.True(t, "all are given back", func() bool { return g.get(key).StatusCode == http.StatusOK })
 			}
 		})
 	}
@@ -413,7 +414,7 @@ func TestRequestsBeyondALimitAreToldByReason(t *testing.T) {
 			t.Errorf("%s is %v, want %v", series, n, want)
 		}
 	}
-	eventually(t, "usage tells it", func() bool {
+	eventually.True(t, "usage tells it", func() bool {
 		used := r.usage(key)
 		return used["allowed"] == 2 && used["rate_limited"] == 2 && len(used) == 2
 	})
@@ -473,7 +474,7 @@ func TestPasswordOfTheRateLimitStoreIsShownNowhere(t *testing.T) {
 			}
 			g.waitReady()
 			g.get(r.key("production", "memories:read")).wantCode(t, 200, "")
-			eventually(t, "the log says so", func() bool { return strings.Contains(g.log.String(), "rate limit store does not answer") })
+			eventually.True(t, "the log says so", func() bool { return strings.Contains(g.log.String(), "rate limit store does not answer") })
 			for _, path := range []string{"/config/", "/rekall/status", "/metrics"} {
 				hidden.want(t, path, do(t, "GET", g.admin+path, nil, nil).body)
 			}
@@ -489,7 +490,7 @@ func TestRateLimitStoreThatNothingUsesIsWarnedOf(t *testing.T) {
 	const warning = "rate_limit_store is not used: no rekall_gateway has rate_limits"
 	for site, warned := range map[string]bool{standardSite: true, heldSite: false} {
 		g := r.start(site, "rate_limit_store redis://127.0.0.1:1/0")
-		eventually(t, "the gateway has started", func() bool { return strings.Contains(g.log.String(), "serving initial configuration") })
+		eventually.True(t, "the gateway has started", func() bool { return strings.Contains(g.log.String(), "serving initial configuration") })
 		if strings.Contains(g.log.String(), warning) != warned {
 			t.Errorf("warned: %v, want %v, with\n%s", !warned, warned, site)
 		}
@@ -503,7 +504,7 @@ func TestKeysAreLimitedWhereTheyAreManagedToo(t *testing.T) {
 	g := r.start(strings.Replace(managedSite, "rekall_gateway {", "rekall_gateway {\n\t\trate_limits", 1))
 	key, busy := r.manager("acme"), r.manager("acme")
 	var limited reply
-	eventually(t, "the key is limited", func() bool {
+	eventually.True(t, "the key is limited", func() bool {
 		limited = g.do("GET", keysPath, bearer(key))
 		wantLimits(t, "managing", limited.Header, 4)
 		return limited.StatusCode != http.StatusOK

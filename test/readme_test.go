@@ -7,6 +7,8 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // blocks returns the fenced blocks of a language in the README.
@@ -47,7 +49,7 @@ func TestCommandsInTheReadmeWork(t *testing.T) {
 	}
 	r := newRig(t)
 	r.start(standardSite)
-	eventually(t, "the edge is listed", func() bool { return len(r.edges()) == 1 })
+	eventually.True(t, "the edge is listed", func() bool { return len(r.edges()) == 1 })
 	id := ""
 	for _, line := range lines {
 		line = strings.ReplaceAll(line, "key_…", id)

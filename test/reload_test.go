@@ -15,6 +15,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // reloads is how often each system is reloaded under load.
@@ -59,7 +60,7 @@ func reloadUnderLoad(t *testing.T, options string) (worse, better int) {
 	plain := r.startPlain(strings.Replace(reloadedSite, "HANDLER", reloadedProxy, 1))
 	key := r.key("production", "memories:read", "memories:write")
 	ours, theirs := newLoad(gateway, bearer(key)), newLoad(plain, bearer(key))
-	eventually(t, "the key is in memory", func() bool {
+	eventually.True(t, "the key is in memory", func() bool {
 		lookups := gateway.status().Lookups
 		gateway.do("GET", "/v1/memories", bearer(key)).wantCode(t, 200, "")
 		return gateway.status().Lookups == lookups
@@ -113,8 +114,8 @@ func reloadUnderLoad(t *testing.T, options string) (worse, better int) {
 		t.Error("the sync did not go on as if nothing had happened")
 	}
 	wantSamePostgresBackends(t, gateway, backends, r.postgresBackends())
-	eventually(t, "files are closed", func() bool { return gateway.descriptors() <= open+reloads/5 })
-	eventually(t, "goroutines end", func() bool { return gateway.goroutines() <= goroutines+reloads/5 })
+	eventually.True(t, "files are closed", func() bool { return gateway.descriptors() <= open+reloads/5 })
+	eventually.True(t, "goroutines end", func() bool { return gateway.goroutines() <= goroutines+reloads/5 })
 	return worse, better
 }
 
@@ -142,19 +143,19 @@ func TestStreamFromBeforeAReloadOfOtherSettingsIsSeenAndWaitedForAndIsNoFurtherE
 	last := g.open("GET", "/v1/memories", demo(third, "sse"), nil)
 	g.rewrite(t, "usage_flush 1m", "usage_flush 2m")
 	g.reload()
-	eventually(t, "both report", func() bool { return len(r.edges()) == 2 })
+	eventually.True(t, "both report", func() bool { return len(r.edges()) == 2 })
 	series("after the reload", "rekall_requests_in_flight", 3)
 	cut(key, stream)
-	eventually(t, "the stream is over", func() bool { return g.series(t, "rekall_requests_in_flight") == 2 })
+	eventually.True(t, "the stream is over", func() bool { return g.series(t, "rekall_requests_in_flight") == 2 })
 	series("one stream is over", "rekall_requests_cut_total", 1)
-	eventually(t, "one edge shares the limits", func() bool { return g.series(t, `rekall_edges{status="live"}`) == 1 })
+	eventually.True(t, "one edge shares the limits", func() bool { return g.series(t, `rekall_edges{status="live"}`) == 1 })
 	if n := len(r.edges()); n != 2 {
 		t.Errorf("%d edges report, want what ran before the reload as well", n)
 	}
 	cut(other, second)
 	r.revoke(third.ID) // nobody waits: what ran before has nothing left then, and goes at once
 	ends(t, last)
-	eventually(t, "what ran before the reload has ended", func() bool { return len(r.edges()) == 1 })
+	eventually.True(t, "what ran before the reload has ended", func() bool { return len(r.edges()) == 1 })
 	series("in the end", "rekall_requests_in_flight", 0)
 	series("in the end", "rekall_requests_cut_total", 3)
 }
@@ -183,7 +184,7 @@ func TestReloadWithContradictorySettingsIsRefusedAndTheEdgeGoesOn(t *testing.T) 
 		}
 	}
 	epoch := g.status().Epoch
-	eventually(t, "syncs go on", func() bool { return g.status().Epoch > epoch })
+	eventually.True(t, "syncs go on", func() bool { return g.status().Epoch > epoch })
 	g.do("GET", "/v1/memories", bearer(r.key("production", "memories:read"))).wantCode(t, 200, "")
 }
 
@@ -211,7 +212,7 @@ func TestReloadToADatabaseThatCannotBeReadIsRefusedWhileTheOldOneIs(t *testing.T
 	g.do("GET", "/v1/memories", bearer(r.key("production", "memories:read"))).wantCode(t, 200, "")
 
 	between.partition()
-	eventually(t, "the edge trusts no key", func() bool { return !g.status().Ready })
+	eventually.True(t, "the edge trusts no key", func() bool { return !g.status().Ready })
 	if answer := load(); answer.StatusCode != http.StatusOK {
 		t.Errorf("answer %d %s, though nothing was there to keep", answer.StatusCode, answer.body)
 	}
@@ -237,7 +238,7 @@ func (r *rig) startPlain(site string) *gateway {
 	r.t.Helper()
 	g := r.write(site, "")
 	g.run(r.database)
-	eventually(r.t, "plain Caddy serves", func() bool {
+	eventually.True(r.t, "plain Caddy serves", func() bool {
 		answer, err := send("GET", g.http+"/v1/memories", nil, nil)
 		return err == nil && answer.StatusCode == http.StatusOK
 	})
@@ -326,7 +327,7 @@ func (l *load) settle(t *testing.T) {
 	t.Helper()
 	for i := range l.finished {
 		before := l.finished[i].Load()
-		eventually(t, "the load goes on", func() bool { return l.finished[i].Load() > before+1 })
+		eventually.True(t, "the load goes on", func() bool { return l.finished[i].Load() > before+1 })
 	}
 }
 

@@ -7,7 +7,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
-	"github.com/rekall-ai/gateway/test/process"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // TestTwoRolesSufficeForAllThatTheGatewayAndItsCommandsDo runs each with a user who is a member of its role and of nothing else.
@@ -41,7 +41,7 @@ func TestTwoRolesSufficeForAllThatTheGatewayAndItsCommandsDo(t *testing.T) {
 	if stdout, stderr, code := cli(t, admin, "keys", "list"); code != 0 || !strings.Contains(stdout, key.ID) {
 		t.Errorf("list: %d %s%s", code, stdout, stderr)
 	}
-	eventually(t, "the edge is listed", func() bool {
+	eventually.True(t, "the edge is listed", func() bool {
 		stdout, stderr, code := cli(t, admin, "edges", "list")
 		if code != 0 {
 			t.Fatal(stderr)
@@ -53,7 +53,7 @@ func TestTwoRolesSufficeForAllThatTheGatewayAndItsCommandsDo(t *testing.T) {
 		t.Errorf("revoke: %d %s%s", code, stdout, stderr)
 	}
 	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 401, "API_KEY_REVOKED")
-	process.Within(t, canaryPatience, "the canary is measured", func() bool { return g.status().Canary > 0 })
+	eventually.Within(t, canaryPatience, "the canary is measured", func() bool { return g.status().Canary > 0 })
 	if strings.Contains(slow.log.String()+g.log.String(), "permission denied") {
 		t.Error("something was denied")
 	}
@@ -96,7 +96,7 @@ func TestWhoLacksARightIsToldWhichRoleHasIt(t *testing.T) {
 	want(edge, "migrate --edge-role "+edgeRole, owner)
 	g := r.prepare(standardSite)
 	g.run(nobody)
-	eventually(t, "the log names the edges' role", func() bool {
+	eventually.True(t, "the log names the edges' role", func() bool {
 		log := g.log.String()
 		return strings.Contains(log, "read change feed") && strings.Contains(log, "report edge") && strings.Contains(log, "--edge-role")
 	})
@@ -109,7 +109,7 @@ func TestWhoLacksARightIsToldWhichRoleHasIt(t *testing.T) {
 func (g *gateway) wantWoken(database string) {
 	g.t.Helper()
 	before := g.status().Epoch
-	eventually(g.t, "the gateway syncs at each notification", func() bool {
+	eventually.True(g.t, "the gateway syncs at each notification", func() bool {
 		pgtest.Exec(g.t, database, "notify rekall_keys")
 		return g.status().Epoch > before+3
 	})

@@ -7,6 +7,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // TestStandbyWhoseReplayIsPausedIsNotTrusted: it answers every question, and looks healthy.
@@ -27,14 +28,14 @@ func TestStandbyWhoseReplayIsPausedIsNotTrusted(t *testing.T) {
 	gone := r.key("production", "memories:read")
 	g.do("GET", "/v1/memories", bearer(gone)).wantCode(t, 200, "")
 	r.revoke(gone.ID)
-	eventually(t, "a revocation arrives by replication", func() bool {
+	eventually.True(t, "a revocation arrives by replication", func() bool {
 		return g.ask(gone) == "API_KEY_REVOKED"
 	})
 
 	pgtest.Exec(t, standby.URL(), "select pg_wal_replay_pause()")
 	r.revoke(bad.ID)
 	revoked := time.Now()
-	eventually(t, "nobody can tell", func() bool {
+	eventually.True(t, "nobody can tell", func() bool {
 		began := time.Now()
 		code := g.ask(bad)
 		if code == "" && began.Sub(revoked) > faultBound {
@@ -43,20 +44,20 @@ func TestStandbyWhoseReplayIsPausedIsNotTrusted(t *testing.T) {
 		return code == "AUTH_UNAVAILABLE" && g.ask(good) == "AUTH_UNAVAILABLE"
 	})
 
-	eventually(t, "it says that it is fail-closed, though it reports to the primary", func() bool {
+	eventually.True(t, "it says that it is fail-closed, though it reports to the primary", func() bool {
 		edges, err := r.admin.Edges(t.Context())
 		return err == nil && len(edges) == 1 && edges[0].Status == keyadmin.FailClosed && edges[0].AgeSeconds > faultBound.Seconds()
 	})
 
 	pgtest.Exec(t, standby.URL(), "select pg_wal_replay_resume()")
-	eventually(t, "the good key works again", func() bool {
+	eventually.True(t, "the good key works again", func() bool {
 		code := g.ask(good)
 		if code != "" && code != "AUTH_UNAVAILABLE" && code != "cut" {
 			t.Fatalf("a good key got %s", code)
 		}
 		return code == ""
 	})
-	eventually(t, "the revocation arrives", func() bool {
+	eventually.True(t, "the revocation arrives", func() bool {
 		return g.ask(bad) == "API_KEY_REVOKED"
 	})
 }
@@ -73,10 +74,10 @@ func TestStandbyAsTheOnlyDatabaseIsRefused(t *testing.T) {
 	t.Cleanup(func() { _ = standby.Stop(t.Context()) })
 	g := r.prepare(standardSite)
 	g.run(standby.URL())
-	eventually(t, "the gateway serves", func() bool {
+	eventually.True(t, "the gateway serves", func() bool {
 		_, err := client.Get(g.admin + "/rekall/live")
 		return err == nil
 	})
-	eventually(t, "it says why", func() bool { return strings.Contains(g.log.String(), "database is a standby") })
+	eventually.True(t, "it says why", func() bool { return strings.Contains(g.log.String(), "database is a standby") })
 	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 503, "AUTH_UNAVAILABLE")
 }

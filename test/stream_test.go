@@ -24,6 +24,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // open sends a request whose answer goes on, and returns it once its first bytes are here.
@@ -76,7 +77,7 @@ func follow(resp *http.Response) *follower {
 func (f *follower) goesOn(t *testing.T) {
 	t.Helper()
 	before := f.read.Load()
-	eventually(t, "the stream goes on", func() bool {
+	eventually.True(t, "the stream goes on", func() bool {
 		select {
 		case err := <-f.ended:
 			t.Fatalf("the stream ended: %v", err)
@@ -148,7 +149,7 @@ func TestStreamsEndWithTheirKeyAndOthersGoOn(t *testing.T) {
 	spared := follow(g.open("GET", "/v1/memories", demo(other, "sse"), nil))
 	waiting := async(t, "GET", g.http+"/v1/memories", demo(key, "hang"), nil)
 	uploading := async(t, "POST", g.http+"/v1/memories", bearer(key), endlessUpload(t))
-	eventually(t, "all five requests are open", func() bool { return r.production.Open() == 5 })
+	eventually.True(t, "all five requests are open", func() bool { return r.production.Open() == 5 })
 
 	r.revoke(key.ID)
 	ends(t, events)
@@ -158,7 +159,7 @@ func TestStreamsEndWithTheirKeyAndOthersGoOn(t *testing.T) {
 			t.Errorf("%s: the connection, whose context was cancelled, is kept", name)
 		}
 	}
-	eventually(t, "the backend is rid of them", func() bool { return r.production.Open() == 1 })
+	eventually.True(t, "the backend is rid of them", func() bool { return r.production.Open() == 1 })
 	spared.goesOn(t)
 }
 
@@ -205,7 +206,7 @@ func TestHTTP2StreamsEndWithTheirKeyAndOthersOnTheSameConnectionGoOn(t *testing.
 			download := g.openOver(transport, "GET", "/v1/memories", demo(key, "download"), nil)
 			waiting := asyncBy(t, http2, "GET", g.http+"/v1/memories", demo(key, "hang"), nil)
 			uploading := asyncBy(t, http2, "POST", g.http+"/v1/memories", bearer(key), endlessUpload(t))
-			eventually(t, "all five requests are open", func() bool { return r.production.Open() == 5 })
+			eventually.True(t, "all five requests are open", func() bool { return r.production.Open() == 5 })
 
 			end(key)
 			ends(t, events)
@@ -215,7 +216,7 @@ func TestHTTP2StreamsEndWithTheirKeyAndOthersOnTheSameConnectionGoOn(t *testing.
 					t.Errorf("%s: answered over %s", name, answer.Proto)
 				}
 			}
-			eventually(t, "the backend is rid of them", func() bool { return r.production.Open() == 1 })
+			eventually.True(t, "the backend is rid of them", func() bool { return r.production.Open() == 1 })
 			spared.goesOn(t)
 			if again, err := sendBy(http2, "GET", g.http+"/v1/memories", bearer(other), nil); err != nil || again.StatusCode != http.StatusOK {
 				t.Errorf("another request: %v, %v", again.Response, err)
@@ -224,7 +225,7 @@ func TestHTTP2StreamsEndWithTheirKeyAndOthersOnTheSameConnectionGoOn(t *testing.
 				t.Errorf("%d connections, want one for all", n)
 			}
 			_ = sparedStream.Body.Close()
-			eventually(t, "nothing is open", func() bool { return r.production.Open() == 0 })
+			eventually.True(t, "nothing is open", func() bool { return r.production.Open() == 0 })
 		})
 	}
 }
@@ -248,7 +249,7 @@ func TestCutIsNotBookedAsTheBackendsFailure(t *testing.T) {
 		"reverse_proxy PRODUCTION {\nfail_duration 1m\nmax_fails 1\n}", 1))
 	key, other := r.key("production", "memories:read"), r.key("production", "memories:read")
 	waiting := async(t, "GET", g.http+"/v1/memories", demo(key, "hang"), nil)
-	eventually(t, "the request is open", func() bool { return r.production.Open() == 1 })
+	eventually.True(t, "the request is open", func() bool { return r.production.Open() == 1 })
 	r.revoke(key.ID)
 	waiting().wantCode(t, http.StatusUnauthorized, "API_KEY_REVOKED")
 	g.do("GET", "/v1/memories", bearer(other)).wantCode(t, http.StatusOK, "")
@@ -261,9 +262,9 @@ func TestDownloadToAClientThatDoesNotReadIsCut(t *testing.T) {
 	g := r.start(standardSite)
 	key := r.key("production", "memories:read")
 	g.open("GET", "/v1/memories", demo(key, "download"), nil)
-	eventually(t, "the download is open", func() bool { return r.production.Open() == 1 })
+	eventually.True(t, "the download is open", func() bool { return r.production.Open() == 1 })
 	r.revoke(key.ID)
-	eventually(t, "the backend is rid of it", func() bool { return r.production.Open() == 0 })
+	eventually.True(t, "the backend is rid of it", func() bool { return r.production.Open() == 0 })
 }
 
 // TestUploadOfAClientThatSendsNoMoreIsCut: the proxy, or what buffers a body for it, is blocked in a read then.
@@ -278,10 +279,10 @@ func TestUploadOfAClientThatSendsNoMoreIsCut(t *testing.T) {
 		if _, err := io.WriteString(conn, "some"); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "the upload is open", func() bool { return g.status().InFlight == 1 })
+		eventually.True(t, "the upload is open", func() bool { return g.status().InFlight == 1 })
 		r.revoke(key.ID)
 		wantRefused(t, conn)
-		eventually(t, "it is over", func() bool { return g.status().InFlight == 0 })
+		eventually.True(t, "it is over", func() bool { return g.status().InFlight == 0 })
 	}
 }
 
@@ -338,10 +339,10 @@ func TestUploadOverFastCGIEndsWithItsKey(t *testing.T) {
 	const size = 1 << 40
 	conn := g.beginUpload(key, size)
 	go func() { _, _ = io.CopyN(conn, zeros{}, size) }()
-	eventually(t, "the upload is open", func() bool { return received.Load() > 0 })
+	eventually.True(t, "the upload is open", func() bool { return received.Load() > 0 })
 	r.revoke(key.ID)
 	wantRefused(t, conn)
-	eventually(t, "the backend is rid of it", func() bool { return g.status().InFlight == 0 })
+	eventually.True(t, "the backend is rid of it", func() bool { return g.status().InFlight == 0 })
 	select {
 	case whole := <-whole:
 		if whole && received.Load() == size {

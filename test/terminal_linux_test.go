@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // terminal makes a terminal, and returns the end of who sits before it and that of programs.
@@ -72,7 +73,7 @@ func (k *keysCLI) start(input *os.File, stderr io.Writer, args ...string) (*exec
 // interrupted wants a command to have ended by itself, with an error.
 func interrupted(t *testing.T, cmd *exec.Cmd, ended <-chan struct{}) {
 	t.Helper()
-	eventually(t, "the command ends", func() bool {
+	eventually.True(t, "the command ends", func() bool {
 		select {
 		case <-ended:
 			return true
@@ -95,7 +96,7 @@ func TestInterruptAtTheQuestionForAKeyEndsTheCommandAndRestoresTheTerminal(t *te
 		if prompt, err := bufio.NewReader(person).ReadString(' '); err != nil || prompt != "Key: " {
 			t.Fatalf("%q, %v", prompt, err)
 		}
-		eventually(t, "nothing is echoed", func() bool { return !echoes(t, programs) })
+		eventually.True(t, "nothing is echoed", func() bool { return !echoes(t, programs) })
 		if by == "a signal" {
 			_ = cmd.Process.Signal(syscall.SIGTERM)
 		} else if _, err := person.WriteString("\x03"); err != nil {
@@ -126,7 +127,7 @@ func TestInterruptEndsACommandThatReadsItsInput(t *testing.T) {
 		if _, err := to.WriteString(input); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "the input is read", func() bool {
+		eventually.True(t, "the input is read", func() bool {
 			left, err := unix.IoctlGetInt(int(from.Fd()), unix.TIOCINQ)
 			return err == nil && left == 0
 		})

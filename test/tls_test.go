@@ -10,6 +10,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // tlsPostgres is a server that speaks TLS as localhost, and takes connections without TLS as well: one that fell back to
@@ -64,7 +65,7 @@ func TestEveryConnectionToPostgresIsEncryptedAndVerified(t *testing.T) {
 		t.Errorf("%d connections with TLS, %d without", encrypted, plain)
 	}
 	r.revoke(key.ID)
-	eventually(t, "the revocation holds", func() bool { return g.ask(key) == "API_KEY_REVOKED" })
+	eventually.True(t, "the revocation holds", func() bool { return g.ask(key) == "API_KEY_REVOKED" })
 }
 
 func TestPostgresThatCannotBeVerifiedIsNotAskedAndTheLogSaysWhy(t *testing.T) {
@@ -80,12 +81,12 @@ func TestPostgresThatCannotBeVerifiedIsNotAskedAndTheLogSaysWhy(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			g := r.of(t).prepare(standardSite, "refresh 100ms")
 			g.run(tc.url)
-			eventually(t, "the gateway serves", func() bool {
+			eventually.True(t, "the gateway serves", func() bool {
 				_, err := client.Get(g.http)
 				return err == nil
 			})
 			g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 503, "AUTH_UNAVAILABLE")
-			eventually(t, "the log says why", func() bool { return strings.Contains(g.log.String(), tc.why) })
+			eventually.True(t, "the log says why", func() bool { return strings.Contains(g.log.String(), tc.why) })
 			if password, _ := mustParse(t, tc.url).User.Password(); strings.Contains(g.log.String(), password) {
 				t.Error("the log shows the password")
 			}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 const tracedSite = `
@@ -103,7 +104,7 @@ func TestTraceTellsTheDecisionAndTheWaitForPostgresAndNoKey(t *testing.T) {
 	}
 	cold := requestID("GET", "/v1/memories", bearer(good))
 	warm := ""
-	eventually(t, "the key is answered from memory", func() bool {
+	eventually.True(t, "the key is answered from memory", func() bool {
 		before := g.status().Lookups
 		warm = requestID("GET", "/v1/memories", bearer(good))
 		return g.status().Lookups == before
@@ -167,7 +168,7 @@ func TestTraceOfALookupThatFailedSaysSo(t *testing.T) {
 	g.env = traces.env()
 	g.run("postgres://nobody@127.0.0.1:1/none?connect_timeout=1")
 	var answer reply
-	eventually(t, "the gateway serves", func() bool {
+	eventually.True(t, "the gateway serves", func() bool {
 		var err error
 		answer, err = send("GET", g.http+"/v1/memories", bearer(r.key("production", "memories:read")), nil)
 		return err == nil

@@ -15,6 +15,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // usage returns all that is counted of a key, by outcome.
@@ -109,7 +110,7 @@ func (l *clients) total() (n int64) {
 func (l *clients) goOn(requests int64) {
 	l.t.Helper()
 	until := l.total() + requests
-	eventually(l.t, "more requests are answered", func() bool { return l.total() >= until })
+	eventually.True(l.t, "more requests are answered", func() bool { return l.total() >= until })
 }
 
 // TestUsageAddsUpExactly: two edges and one Postgres, with reloads, a restart, lost connections and outages under load. One edge
@@ -168,7 +169,7 @@ func TestUsageAddsUpExactlyOverReloadsARestartAndAnOutage(t *testing.T) {
 	north.process.Stop(t)
 	south.process.Stop(t)
 	t.Logf("%d requests, %d connections broke", l.total(), l.broken.Load())
-	eventually(t, "the connection that the restart broke is replaced", func() bool {
+	eventually.True(t, "the connection that the restart broke is replaced", func() bool {
 		_, err := r.admin.Get(t.Context(), keyadmin.Operator("test"), keys[0].ID)
 		return err == nil
 	})
@@ -206,7 +207,7 @@ func TestStopWhileAnOldConfigurationIsDrainingLosesNoUse(t *testing.T) {
 	ask := func() {
 		for range requests {
 			var answer reply
-			eventually(t, "a request is answered", func() bool { // a reload closes connections in its queue
+			eventually.True(t, "a request is answered", func() bool { // a reload closes connections in its queue
 				var err error
 				answer, err = send("GET", g.http+"/v1/memories", bearer(key), nil)
 				return err == nil
@@ -216,7 +217,7 @@ func TestStopWhileAnOldConfigurationIsDrainingLosesNoUse(t *testing.T) {
 	}
 	ask()
 	// A first use is flushed at once. What follows is not, for a minute.
-	eventually(t, "the first use is flushed", func() bool { return r.usage(key)["allowed"] > 0 })
+	eventually.True(t, "the first use is flushed", func() bool { return r.usage(key)["allowed"] > 0 })
 	ask()
 	stream := g.open("GET", "/v1/memories", demo(key, "sse"), nil) // keeps the old configuration
 	g.rewrite(t, "usage_flush 1m", "usage_flush 2m")
@@ -235,10 +236,10 @@ func TestReloadFlushesWhatIsCounted(t *testing.T) {
 	g := r.start(standardSite, "usage_flush 5m")
 	key := r.key("production", "memories:read")
 	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 200, "")
-	eventually(t, "the first use is flushed", func() bool { return r.usage(key)["allowed"] == 1 })
+	eventually.True(t, "the first use is flushed", func() bool { return r.usage(key)["allowed"] == 1 })
 	g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 200, "")
 	g.reload()
-	eventually(t, "the second is flushed by the reload", func() bool { return r.usage(key)["allowed"] == 2 })
+	eventually.True(t, "the second is flushed by the reload", func() bool { return r.usage(key)["allowed"] == 2 })
 }
 
 func TestKilledGatewayLosesNoMoreThanItHadNotFlushed(t *testing.T) {
@@ -252,7 +253,7 @@ func TestKilledGatewayLosesNoMoreThanItHadNotFlushed(t *testing.T) {
 		}
 	}
 	ask(20)
-	eventually(t, "they are flushed", func() bool { return r.usage(key)["allowed"] == 20 })
+	eventually.True(t, "they are flushed", func() bool { return r.usage(key)["allowed"] == 20 })
 	ask(10)
 	g.process.Kill(t)
 	if got := r.usage(key)["allowed"]; got < 20 || got > 30 {
@@ -270,7 +271,7 @@ func TestUsageIsShownFromTheCommandLineAndInMetrics(t *testing.T) {
 	}
 	g.do("DELETE", "/v1/memories/1", bearer(key)).wantCode(t, 403, "SCOPE_INSUFFICIENT")
 	var used keyadmin.Usage
-	eventually(t, "all requests are counted", func() bool {
+	eventually.True(t, "all requests are counted", func() bool {
 		stdout, stderr, code := cli(t, r.database, "keys", "usage", key.ID, "--json")
 		if code != 0 {
 			t.Fatal(stderr)

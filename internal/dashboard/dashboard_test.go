@@ -25,7 +25,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
-	"github.com/rekall-ai/gateway/test/process"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
@@ -852,7 +852,7 @@ func TestPageClaimsNothingOfEdgesThatDoNotReport(t *testing.T) {
 	b := r.browser("ann@acme")
 	b.do("/"+key.ID+"/revoke", url.Values{"name": {"Key"}}).want(t, http.StatusSeeOther)
 	var page reply
-	process.Within(t, 30*time.Second, "the page says that no edge reports", func() bool {
+	eventually.Within(t, 30*time.Second, "the page says that no edge reports", func() bool {
 		page = b.do("/"+key.ID, nil)
 		return strings.Contains(page.body, "No edge reports")
 	})

@@ -13,7 +13,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
-	"github.com/rekall-ai/gateway/test/process"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // edge reports as a gateway does, when it is told to.
@@ -65,7 +65,7 @@ func (e *edge) catchUp() {
 // awaitPage opens a key's page until it has a text, and returns it.
 func (b *browser) awaitPage(id, text string) (page reply) {
 	b.r.t.Helper()
-	process.Within(b.r.t, 30*time.Second, "the page says "+text, func() bool {
+	eventually.Within(b.r.t, 30*time.Second, "the page says "+text, func() bool {
 		page = b.do("/"+id, nil)
 		return strings.Contains(page.body, text)
 	})
@@ -113,7 +113,7 @@ func TestRevocationIsWatchedAgainAfterPostgresWasAway(t *testing.T) {
 	b := r.browser("ann@acme")
 	b.revoke(key)
 	pgtest.Exec(t, r.database, "alter table rekall.edges rename to gone")
-	process.Within(t, 30*time.Second, "the watch has failed", func() bool { return !r.state.Watched(key.ID) })
+	eventually.Within(t, 30*time.Second, "the watch has failed", func() bool { return !r.state.Watched(key.ID) })
 	pgtest.Exec(t, r.database, "alter table rekall.gone rename to edges")
 	b.awaitPage(key.ID, "Waiting for the edges")
 }

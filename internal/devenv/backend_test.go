@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 func startBackend(t *testing.T) *devenv.Backend {
@@ -88,7 +89,7 @@ func TestEchoTellsWhatTheBackendReceived(t *testing.T) {
 		if response.Header.Get("Content-Type") != "application/json" || backend.Requests() != 1 {
 			t.Errorf("%s, %d requests", response.Header.Get("Content-Type"), backend.Requests())
 		}
-		eventually(t, "none open", func() bool { return backend.Open() == 0 })
+		eventually.True(t, "none open", func() bool { return backend.Open() == 0 })
 	})
 }
 
@@ -124,7 +125,7 @@ func TestStreamsRunUntilTheClientGoes(t *testing.T) {
 				t.Errorf("%s: %d open", demo, n)
 			}
 			leave()
-			eventually(t, demo+" over", func() bool { return backend.Open() == 0 })
+			eventually.True(t, demo+" over", func() bool { return backend.Open() == 0 })
 		}
 	})
 }
@@ -144,7 +145,7 @@ func TestHangLastsUntilTheClientGoes(t *testing.T) {
 			}
 			ended <- err
 		}()
-		eventually(t, "request", func() bool { return backend.Open() == 1 })
+		eventually.True(t, "request", func() bool { return backend.Open() == 1 })
 		select {
 		case err := <-ended:
 			t.Errorf("ended with %v", err)
@@ -154,7 +155,7 @@ func TestHangLastsUntilTheClientGoes(t *testing.T) {
 		if err := <-ended; !errors.Is(err, context.Canceled) {
 			t.Errorf("ended with %v", err)
 		}
-		eventually(t, "hang over", func() bool { return backend.Open() == 0 })
+		eventually.True(t, "hang over", func() bool { return backend.Open() == 0 })
 	})
 }
 
@@ -170,7 +171,7 @@ func TestStopEndsStreamsAndFreesTheAddress(t *testing.T) {
 		if _, err := io.Copy(io.Discard, response.Body); err == nil {
 			t.Error("the stream ended as if it were whole")
 		}
-		eventually(t, "none open", func() bool { return backend.Open() == 0 })
+		eventually.True(t, "none open", func() bool { return backend.Open() == 0 })
 		again, err := devenv.StartBackend(t.Context(), "again", backend.Address())
 		if err != nil {
 			t.Fatal(err)

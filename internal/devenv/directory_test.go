@@ -61,18 +61,6 @@ func query(t *testing.T, databaseURL, sql string) string {
 	return value
 }
 
-func eventually(t *testing.T, what string, done func() bool) {
-	t.Helper()
-	ticker := time.NewTicker(5 * time.Millisecond)
-	defer ticker.Stop()
-	for deadline := time.Now().Add(20 * time.Second); !done(); {
-		if time.Now().After(deadline) {
-			t.Fatalf("never: %s", what)
-		}
-		<-ticker.C
-	}
-}
-
 // alive returns those of the processes that have not ended.
 func alive(members []processEntry) []int {
 	var pids []int

@@ -16,6 +16,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // The test binary, started again with this variable, is a program that owns a server: its value is the kept directory, or
@@ -224,14 +226,14 @@ func TestKilledOwnerLeavesNothingToTheNextStart(t *testing.T) {
 				}
 				_ = o.cmd.Wait()
 				if !paused && runtime.GOOS == "linux" {
-					eventually(t, "the server ends", func() bool { return len(alive(o.members)) == 0 })
+					eventually.True(t, "the server ends", func() bool { return len(alive(o.members)) == 0 })
 				}
 				options := PostgresOptions{}
 				if dir == kept {
 					options.Dir = dir
 				}
 				next := start(t, options)
-				eventually(t, "the old server ends", func() bool { return len(alive(o.members)) == 0 })
+				eventually.True(t, "the old server ends", func() bool { return len(alive(o.members)) == 0 })
 				if exists(o.run) {
 					t.Errorf("left %s", o.run)
 				}
@@ -250,7 +252,7 @@ func TestInterruptedStartLeavesNothing(t *testing.T) {
 			o := launchOwner(t, "temporary", nil)
 			var run string
 			var members []processEntry
-			eventually(t, program+" runs", func() bool {
+			eventually.True(t, program+" runs", func() bool {
 				for _, e := range tree(o.cmd.Process.Pid) {
 					line := commandLine(e.pid)
 					if e.parent != o.cmd.Process.Pid || !strings.Contains(line, "/"+program+" -D ") {
@@ -274,7 +276,7 @@ func TestInterruptedStartLeavesNothing(t *testing.T) {
 			if err := o.cmd.Wait(); err != nil && !strings.Contains(string(output), context.Canceled.Error()) {
 				t.Errorf("the owner ended with %v, saying %q\n%s", err, output, o.stderr.String())
 			}
-			eventually(t, "all have ended", func() bool { return len(alive(members)) == 0 })
+			eventually.True(t, "all have ended", func() bool { return len(alive(members)) == 0 })
 			if exists(run) {
 				t.Errorf("left %s", run)
 			}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // patience is how long a test waits for what should come soon.
@@ -156,7 +157,7 @@ func TestInterruptedFirstStartDoesNotSpoilAKeptDirectory(t *testing.T) {
 		ended <- err
 	}()
 	// initdb writes its first files long before its last.
-	eventually(t, "initdb at work", func() bool {
+	eventually.True(t, "initdb at work", func() bool {
 		entries, _ := filepath.Glob(filepath.Join(dir, "*", "base"))
 		return len(entries) > 0
 	})
@@ -300,20 +301,5 @@ func TestServerThatCannotStartSaysWhy(t *testing.T) {
 	}
 	if !strings.Contains(err.Error(), "no_such_setting") {
 		t.Errorf("got %v", err)
-	}
-}
-
-// eventually polls until something holds.
-func eventually(t *testing.T, what string, holds func() bool) {
-	t.Helper()
-	deadline := time.After(patience)
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	for !holds() {
-		select {
-		case <-tick.C:
-		case <-deadline:
-			t.Fatalf("never: %s", what)
-		}
 	}
 }

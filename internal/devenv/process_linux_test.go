@@ -12,6 +12,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // processes returns the ids of those that work in a directory, as a server and all its children do, even when it is gone.
@@ -42,7 +43,7 @@ func noProcesses(t *testing.T, dir string) {
 			}
 		}
 	})
-	eventually(t, "no process left in "+dir, func() bool { return len(processes(t, dir)) == 0 })
+	eventually.True(t, "no process left in "+dir, func() bool { return len(processes(t, dir)) == 0 })
 }
 
 func TestStopLeavesNoProcess(t *testing.T) {
@@ -73,7 +74,7 @@ func busy(t *testing.T, server *devenv.Postgres) {
 		<-ended
 		_ = conn.Close(ctx)
 	})
-	eventually(t, "busy", func() bool {
+	eventually.True(t, "busy", func() bool {
 		return query[bool](t, server, "select count(*) > 0 from pg_stat_activity where state = 'active' and query like 'do %'")
 	})
 }

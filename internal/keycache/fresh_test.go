@@ -20,6 +20,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/internal/outage"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 func TestFreshnessEndsOnTheClockThatShowsMoreTime(t *testing.T) {
@@ -97,9 +98,9 @@ func TestStalledPostgresStopsTrustAtTheBound(t *testing.T) {
 	})
 	key, cold := db.create(t), db.create(t) // before the feed begins, which would bring their rows
 	run(t, c)
-	eventually(t, "the first sync", func() bool { return c.Status().Fresh })
+	eventually.True(t, "the first sync", func() bool { return c.Status().Fresh })
 	want(t, c, key.digest, apikey.Allowed)
-	eventually(t, "the key is in memory", func() bool {
+	eventually.True(t, "the key is in memory", func() bool {
 		before := c.Status().Lookups
 		want(t, c, key.digest, apikey.Allowed)
 		return c.Status().Lookups == before
@@ -126,10 +127,10 @@ func TestStalledPostgresStopsTrustAtTheBound(t *testing.T) {
 	}
 
 	server.Resume()
-	eventually(t, "the key works again", func() bool { return outcome(t, c, key.digest) == apikey.Allowed })
+	eventually.True(t, "the key works again", func() bool { return outcome(t, c, key.digest) == apikey.Allowed })
 	db.revoke(t, key)
-	eventually(t, "the revocation holds", func() bool { return outcome(t, c, key.digest) == apikey.Revoked })
-	eventually(t, "the log says that it is over", func() bool { return logs.FilterMessage("key sync works again").Len() == 1 })
+	eventually.True(t, "the revocation holds", func() bool { return outcome(t, c, key.digest) == apikey.Revoked })
+	eventually.True(t, "the log says that it is over", func() bool { return logs.FilterMessage("key sync works again").Len() == 1 })
 	if n := logs.FilterMessageSnippet("key sync failed").Len(); n != 1 {
 		t.Errorf("the log says %d times that the sync failed, want once", n)
 	}
@@ -197,11 +198,11 @@ func TestPostgresThatWasKilledIsTrustedAgainAfterItsRestart(t *testing.T) {
 	key := db.create(t)
 	want(t, c, key.digest, apikey.Allowed)
 	server.Kill()
-	eventually(t, "nobody can tell", func() bool { return outcome(t, c, key.digest) == apikey.Unavailable })
+	eventually.True(t, "nobody can tell", func() bool { return outcome(t, c, key.digest) == apikey.Unavailable })
 	if err := server.Restart(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the key works again", func() bool {
+	eventually.True(t, "the key works again", func() bool {
 		got := outcome(t, c, key.digest)
 		if got != apikey.Allowed && got != apikey.Unavailable {
 			t.Fatalf("outcome %v for a good key", got)
@@ -239,7 +240,7 @@ func TestKeysThatAreFoundOftenNeedNoLookupAfterARestartOfPostgres(t *testing.T) 
 	if err := server.Restart(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the feed starts over", func() bool { return c.state.Load().origin > origin })
+	eventually.True(t, "the feed starts over", func() bool { return c.state.Load().origin > origin })
 	misses := c.Status().Misses
 	for _, key := range often[1:] {
 		want(t, c, key.digest, apikey.Allowed)
@@ -255,25 +256,25 @@ func TestNotificationBringsARevocationBeforeTheTick(t *testing.T) {
 	c := newCache(t, db.store, func(cfg *Config) { cfg.Refresh = time.Hour - time.Second; cfg.MaxStaleness = time.Hour })
 	run(t, c)
 	key := db.create(t)
-	eventually(t, "the cache listens", func() bool { return c.Status().Syncs >= 2 })
+	eventually.True(t, "the cache listens", func() bool { return c.Status().Syncs >= 2 })
 	want(t, c, key.digest, apikey.Allowed)
 	db.revoke(t, key)
-	eventually(t, "the revocation holds", func() bool { return outcome(t, c, key.digest) == apikey.Revoked })
+	eventually.True(t, "the revocation holds", func() bool { return outcome(t, c, key.digest) == apikey.Revoked })
 }
 
 func TestLostListenerIsReplaced(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	c := newCache(t, db.store, func(cfg *Config) { cfg.Refresh = time.Hour - time.Second; cfg.MaxStaleness = time.Hour })
 	run(t, c)
-	eventually(t, "the cache listens", func() bool { return c.Status().Syncs >= 2 })
+	eventually.True(t, "the cache listens", func() bool { return c.Status().Syncs >= 2 })
 	db.exec(t, `select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and query = 'listen rekall_keys'`)
-	eventually(t, "the loss is noticed", func() bool { return c.Status().ListenErrors == 1 })
+	eventually.True(t, "the loss is noticed", func() bool { return c.Status().ListenErrors == 1 })
 	key := db.create(t)
 	want(t, c, key.digest, apikey.Allowed)
 	syncs := c.Status().Syncs
-	eventually(t, "it listens again", func() bool { return c.Status().Syncs > syncs })
+	eventually.True(t, "it listens again", func() bool { return c.Status().Syncs > syncs })
 	db.revoke(t, key)
-	eventually(t, "the revocation holds", func() bool { return outcome(t, c, key.digest) == apikey.Revoked })
+	eventually.True(t, "the revocation holds", func() bool { return outcome(t, c, key.digest) == apikey.Revoked })
 }
 
 // requestFunc is a request in flight that a cancel function ends.
@@ -297,7 +298,7 @@ func TestRevocationArrivesWithTheTickWhenTheListenerHearsNothing(t *testing.T) {
 	key := db.create(t)
 	want(t, c, key.digest, apikey.Allowed)
 	db.revoke(t, key)
-	eventually(t, "the revocation holds", func() bool { return outcome(t, c, key.digest) == apikey.Revoked })
+	eventually.True(t, "the revocation holds", func() bool { return outcome(t, c, key.digest) == apikey.Revoked })
 }
 
 // unreadStore fails to read all keys a few times.
@@ -320,7 +321,7 @@ func TestFailureToReadAllKeysIsLoggedOnceWhenItBeginsAndOnceWhenItEnds(t *testin
 		cfg.Logger = func() *zap.Logger { return zap.New(core) }
 	})
 	run(t, c)
-	eventually(t, "all keys are read", func() bool { return logs.FilterMessage("filter of all keys is built").Len() == 1 })
+	eventually.True(t, "all keys are read", func() bool { return logs.FilterMessage("filter of all keys is built").Len() == 1 })
 	if n := logs.FilterMessageSnippet("reading all keys failed").Len(); n != 1 {
 		t.Errorf("the log says %d times that it failed, want once", n)
 	}
@@ -653,11 +654,11 @@ func TestRevocationAfterACrashThatThePostmasterOutlivedIsNotMissed(t *testing.T)
 		ctx := track(t, c, key)
 		lost := crashWithLostID(t, server.URL(), func() { tick(t, c) })
 		var given uint64
-		eventually(t, "Postgres has recovered and the key is revoked", func() bool {
+		eventually.True(t, "Postgres has recovered and the key is revoked", func() bool {
 			return db.pool.QueryRow(t.Context(),
 				"update rekall.api_keys set revoked_at = now() where id = $1 returning change_xid::text::bigint", key.id).Scan(&given) == nil
 		})
-		eventually(t, "a sync", func() bool { return c.sync(t.Context()) == nil })
+		eventually.True(t, "a sync", func() bool { return c.sync(t.Context()) == nil })
 		want(t, c, key.digest, apikey.Revoked)
 		wantCut(t, ctx, apikey.Revoked)
 		if given <= lost {
@@ -687,7 +688,7 @@ func crashWithLostID(t *testing.T, url string, seen func()) (id uint64) {
 	if err := syscall.Kill(int(victim.PgConn().PID()), syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the postmaster ends all connections", func() bool { return witness.Ping(t.Context()) != nil })
+	eventually.True(t, "the postmaster ends all connections", func() bool { return witness.Ping(t.Context()) != nil })
 	return id
 }
 

@@ -18,6 +18,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
@@ -143,17 +144,6 @@ func want(t testing.TB, c *Cache, d apikey.Digest, wanted apikey.Outcome) {
 	}
 }
 
-func eventually(t testing.TB, what string, condition func() bool) {
-	t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
-	for !condition() {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within 20s: %s", what)
-		}
-		<-time.After(2 * time.Millisecond)
-	}
-}
-
 func TestKnownKeyIsAskedOfPostgresOnce(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	c := newCache(t, db.store, nil)
@@ -259,7 +249,7 @@ func TestConcurrentMissesOfOneKeyAreOneLookup(t *testing.T) {
 	for range requests {
 		wg.Go(func() { load(t, c, key.digest, apikey.Allowed) })
 	}
-	eventually(t, "all requests wait", func() bool { return waiters(c) == requests })
+	eventually.True(t, "all requests wait", func() bool { return waiters(c) == requests })
 	close(release)
 	wg.Wait()
 	if n := store.lookups.Load(); n != 1 {
@@ -279,7 +269,7 @@ func TestMissesAreReadInBatches(t *testing.T) {
 	for range requests {
 		wg.Go(func() { load(t, c, unknownKey(), apikey.Unknown) })
 	}
-	eventually(t, "all requests wait", func() bool { return waiters(c) == requests })
+	eventually.True(t, "all requests wait", func() bool { return waiters(c) == requests })
 	close(release)
 	wg.Wait()
 	if n := store.lookups.Load(); n > requests/20 {
@@ -444,7 +434,7 @@ func TestKeysThatWereRestoredInTheSameDatabaseAreReadAnew(t *testing.T) {
 	}
 	db.exec(t, "alter table rekall.api_keys disable trigger user")
 	db.exec(t, "insert into rekall.api_keys select * from public.dump")
-	eventually(t, "a sync", func() bool { return c.sync(t.Context()) == nil }) // plans of the former tables may fail once
+	eventually.True(t, "a sync", func() bool { return c.sync(t.Context()) == nil }) // plans of the former tables may fail once
 	want(t, c, key.digest, apikey.Allowed)
 	want(t, c, later.digest, apikey.Unknown)
 	wantCut(t, ctx, apikey.Unknown)

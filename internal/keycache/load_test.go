@@ -13,6 +13,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // made makes n keys and returns their digests, in the order of their numbers.
@@ -213,7 +214,7 @@ func TestLookupThatNobodyWaitsForIsNotMade(t *testing.T) {
 	for range maxLookups {
 		running := store.lookups.Load()
 		held.Go(func() { load(t, c, unknownKey(), apikey.Unknown) })
-		eventually(t, "the lookup runs", func() bool { return store.lookups.Load() == running+1 })
+		eventually.True(t, "the lookup runs", func() bool { return store.lookups.Load() == running+1 })
 	}
 	ctx, leave := context.WithCancel(t.Context())
 	for range 100 {
@@ -223,7 +224,7 @@ func TestLookupThatNobodyWaitsForIsNotMade(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, "all wait", func() bool {
+	eventually.True(t, "all wait", func() bool {
 		c.loader.mu.Lock()
 		defer c.loader.mu.Unlock()
 		return len(c.loader.waiting) == 100
@@ -232,7 +233,7 @@ func TestLookupThatNobodyWaitsForIsNotMade(t *testing.T) {
 	gone.Wait()
 	close(release)
 	held.Wait()
-	eventually(t, "nothing waits", func() bool {
+	eventually.True(t, "nothing waits", func() bool {
 		c.loader.mu.Lock()
 		defer c.loader.mu.Unlock()
 		return len(c.loader.waiting) == 0 && len(c.loader.calls) == 0 && c.loader.running == 0
@@ -254,7 +255,7 @@ func TestScanAndLookupsTogetherLeaveTheSyncItsConnection(t *testing.T) {
 	store.afterScan = func() {
 		for n := range maxLookups {
 			held.Go(func() { load(t, c, unknownKey(), apikey.Unknown) })
-			eventually(t, "the key is asked for, and not together with another", func() bool {
+			eventually.True(t, "the key is asked for, and not together with another", func() bool {
 				c.loader.mu.Lock()
 				defer c.loader.mu.Unlock()
 				return len(c.loader.calls) == n+1 && !c.loader.gathering

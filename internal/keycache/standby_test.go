@@ -16,6 +16,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // standbyDatabase is a primary with a hot standby, from which a cache reads.
@@ -76,7 +77,7 @@ func (db *standbyDatabase) report(t *testing.T) {
 	db.mu.Lock()
 	db.sent[beat] = report
 	db.mu.Unlock()
-	eventually(t, "the standby has the report", func() bool {
+	eventually.True(t, "the standby has the report", func() bool {
 		snap, err := db.reads.Snapshot(t.Context(), "")
 		return err == nil && snap.Beat == beat
 	})
@@ -112,7 +113,7 @@ func TestChangesComeToAStandbyNoLongerThanUntilTheNextReportThoughALongTransacti
 			db.makeKeys(t, rows)
 			for range 2 { // syncs that bring them: once, and again until a report is there that was made after them
 				db.report(t)
-				eventually(t, "a sync", func() bool { return c.sync(t.Context()) == nil })
+				eventually.True(t, "a sync", func() bool { return c.sync(t.Context()) == nil })
 			}
 			want(t, c, key.digest, apikey.Allowed)
 			c.known.Wait()
@@ -164,7 +165,7 @@ func TestStandbyWhoseReplayALongReadCanStopIsWarnedOf(t *testing.T) {
 		}
 		c := db.cache(t, func(cfg *Config) { cfg.Logger = func() *zap.Logger { return zap.New(core) } })
 		db.report(t)
-		eventually(t, "a sync", func() bool { return c.sync(t.Context()) == nil })
+		eventually.True(t, "a sync", func() bool { return c.sync(t.Context()) == nil })
 		if n := logs.FilterMessageSnippet("hot_standby_feedback").Len(); n != warnings {
 			t.Errorf("%s: %d warnings, want %d", feedback, n, warnings)
 		}

@@ -13,6 +13,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 func TestDelayOfARevocationIsToldOnceAndOnlyOfKeysInMemory(t *testing.T) {
@@ -96,7 +97,7 @@ func TestEdgeThatNeverSyncedAgesFromItsStartAndSaysThatNoKeyIsTrusted(t *testing
 	c := newCache(t, store, func(cfg *Config) { cfg.Logger = func() *zap.Logger { return zap.New(core) } })
 	c.madeAt = c.madeAt.Add(-time.Minute)
 	run(t, c)
-	eventually(t, "the first sync has failed", func() bool { return logs.FilterMessageSnippet("key sync failed").Len() > 0 })
+	eventually.True(t, "the first sync has failed", func() bool { return logs.FilterMessageSnippet("key sync failed").Len() > 0 })
 	if line := logs.FilterMessageSnippet("key sync failed").All()[0].Message; !strings.Contains(line, "no key is trusted yet") {
 		t.Errorf("the log says %q", line)
 	}
@@ -154,9 +155,9 @@ func TestStatusCountsEachConnectionOfTheFeedAndEachStartOver(t *testing.T) {
 	db := newDatabase(t, server.URL())
 	c := newCache(t, db.store, nil)
 	run(t, c)
-	eventually(t, "the feed is followed", func() bool { s := c.Status(); return s.Restarts == 1 && s.Listens == 1 })
+	eventually.True(t, "the feed is followed", func() bool { s := c.Status(); return s.Restarts == 1 && s.Listens == 1 })
 	if err := server.Restart(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "it is followed again", func() bool { s := c.Status(); return s.Restarts == 2 && s.Listens == 2 && s.ListenErrors > 0 })
+	eventually.True(t, "it is followed again", func() bool { s := c.Status(); return s.Restarts == 2 && s.Listens == 2 && s.ListenErrors > 0 })
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 func unknownKey() apikey.Digest { return apikey.Hash(apikey.Generate(apikey.Production)) }
@@ -32,7 +33,7 @@ func find(t *testing.T, c *Cache, d apikey.Digest) <-chan apikey.Outcome {
 	before := c.unknown.proving.Load()
 	result := make(chan apikey.Outcome, 1)
 	go func() { result <- outcome(t, c, d) }()
-	eventually(t, "the request waits for proof", func() bool { return c.unknown.proving.Load() == before+1 })
+	eventually.True(t, "the request waits for proof", func() bool { return c.unknown.proving.Load() == before+1 })
 	return result
 }
 
@@ -58,7 +59,7 @@ func TestFloodOfUnknownKeysCausesFewStatementsAndHarmsNoKnownKey(t *testing.T) {
 	}
 	c := newCache(t, db.store, func(cfg *Config) { cfg.NoListen = true })
 	run(t, c)
-	eventually(t, "the filter is built", func() bool { return c.Status().FilterKeys == cold+1 })
+	eventually.True(t, "the filter is built", func() bool { return c.Status().FilterKeys == cold+1 })
 	want(t, c, warm.digest, apikey.Allowed)
 	goroutines := runtime.NumGoroutine()
 	before, began := c.Status(), time.Now()
@@ -116,7 +117,7 @@ func TestFloodOfUnknownKeysCausesFewStatementsAndHarmsNoKnownKey(t *testing.T) {
 	if proofs := after.Proofs - before.Proofs; proofs < workers*each*9/10 {
 		t.Errorf("only %d keys were proved absent by the feed", proofs)
 	}
-	eventually(t, "no goroutine is left over", func() bool { return runtime.NumGoroutine() <= goroutines+2 })
+	eventually.True(t, "no goroutine is left over", func() bool { return runtime.NumGoroutine() <= goroutines+2 })
 }
 
 func TestKeyThatTheFilterLacksIsUnknownOnlyAfterASyncThatBeganLater(t *testing.T) {
@@ -276,11 +277,11 @@ func TestFilterThatIsFullIsBuiltAgain(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	c := newCache(t, db.store, func(cfg *Config) { cfg.Refresh = 20 * time.Millisecond })
 	run(t, c)
-	eventually(t, "the filter is built", func() bool { return c.unknown.filter.Load() != nil })
+	eventually.True(t, "the filter is built", func() bool { return c.unknown.filter.Load() != nil })
 	first := c.unknown.filter.Load()
 	for n := range minFilterKeys + minFilterKeys/50 {
 		d := numbered(n)
 		c.learn(&d)
 	}
-	eventually(t, "there is another", func() bool { return c.unknown.filter.Load() != first })
+	eventually.True(t, "there is another", func() bool { return c.unknown.filter.Load() != first })
 }

@@ -23,6 +23,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/devenv/redistest"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // edgeUnderTest is a limiter, and what its store logs.
@@ -102,15 +103,6 @@ func (e *edgeUnderTest) ask(d apikey.Digest, limit Limit) Verdict {
 	return v
 }
 
-func eventually(t testing.TB, what string, condition func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !condition(); <-time.After(2 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within 30s: %s", what)
-		}
-	}
-}
-
 // hammer asks for more than the limit at all the edges for a while, and until enough was allowed however slow the machine is. It
 // returns what was allowed and how long it took.
 func hammer(t *testing.T, edges []*edgeUnderTest, d apikey.Digest, limit Limit, length time.Duration, enough int64) (allowed int64, took time.Duration) {
@@ -166,13 +158,13 @@ func TestWhatAnEdgeDoesNotUseGoesToTheOthers(t *testing.T) {
 		e.ask(d, slow)
 	}
 	allowed := int64(3)
-	eventually(t, "one edge gets all that is left", func() bool {
+	eventually.True(t, "one edge gets all that is left", func() bool {
 		if edges[0].ask(d, slow).Allowed {
 			allowed++
 		}
 		return allowed >= 950
 	})
-	eventually(t, "the others hold nothing", func() bool {
+	eventually.True(t, "the others hold nothing", func() bool {
 		return edges[1].bucket(d).lease.held.Load() == 0 && edges[2].bucket(d).lease.held.Load() == 0
 	})
 }
@@ -221,7 +213,7 @@ func TestAnEdgeThatEndsGivesBackWhatItHolds(t *testing.T) {
 	edges := startEdges(t, server.URL(), 2)
 	d, slow := digest(1), Limit{PerMinute: 1, Burst: 1000}
 	edges[0].ask(d, slow)
-	eventually(t, "it holds a lease", func() bool { return edges[0].bucket(d).lease.held.Load() > 5 })
+	eventually.True(t, "it holds a lease", func() bool { return edges[0].bucket(d).lease.held.Load() > 5 })
 	edges[0].stop()
 	client := connect(t, server.URL())
 	spent := func() int64 {
@@ -366,7 +358,7 @@ func TestARequestWaitsForAnExchangeNoLongerThanItsClientDoes(t *testing.T) {
 	limit := Limit{PerMinute: 50, Burst: 75}
 	gone, leave := context.WithCancel(t.Context())
 	leave()
-	eventually(t, "an exchange would have to be waited for", func() bool {
+	eventually.True(t, "an exchange would have to be waited for", func() bool {
 		_, v := l.Acquire(gone, digest(1), limit)
 		return !v.Allowed
 	})
@@ -402,7 +394,7 @@ func TestRedisIsAskedFarLessOftenThanAKeyThatIsOverItsLimit(t *testing.T) {
 	server := redistest.Server(t, devenv.RedisOptions{})
 	e := startEdges(t, server.URL(), 1)[0]
 	d, limit := digest(1), Limit{PerMinute: 1}
-	eventually(t, "it is over its limit", func() bool { return !e.ask(d, limit).Allowed })
+	eventually.True(t, "it is over its limit", func() bool { return !e.ask(d, limit).Allowed })
 	for range 100_000 {
 		e.ask(d, limit)
 	}
@@ -434,7 +426,7 @@ func TestWithoutRedisEachEdgeAllowsItsPartAndSaysSoOnce(t *testing.T) {
 			each := func(what string, condition func(*edgeUnderTest) bool) {
 				t.Helper()
 				for _, e := range edges {
-					eventually(t, what, func() bool { return condition(e) })
+					eventually.True(t, what, func() bool { return condition(e) })
 				}
 			}
 			each("the fallback begins", func(e *edgeUnderTest) bool { return e.Status().Fallback })
@@ -464,7 +456,7 @@ func TestAnEdgeGoesOnWithoutARedisThatHangsBeforeItsProbeIsOver(t *testing.T) {
 	server.Pause()
 	t.Cleanup(server.Resume)
 	e := startEdges(t, server.URL(), 1)[0] // with nothing to exchange
-	eventually(t, "the fallback begins", func() bool { return e.log.lines(begins) == 1 })
+	eventually.True(t, "the fallback begins", func() bool { return e.log.lines(begins) == 1 })
 	if e.log.lines(errSlow.Error()) != 1 {
 		t.Errorf("it began for another reason:\n%s", e.log)
 	}
@@ -478,7 +470,7 @@ func TestARedisThatIsEmptiedGivesNoKeyItsBurstAgain(t *testing.T) {
 			if err := server.Restart(t.Context()); err != nil {
 				return err
 			}
-			eventually(t, "it is told what was let through", told)
+			eventually.True(t, "it is told what was let through", told)
 			return server.Restart(t.Context())
 		},
 		"flushed while it is in use": func(server *devenv.Redis, _ func() bool) error {
@@ -510,9 +502,9 @@ func TestARedisThatIsEmptiedGivesNoKeyItsBurstAgain(t *testing.T) {
 				t.Fatal(err)
 			}
 			after := use()
-			eventually(t, "it is told what was let through", told)
+			eventually.True(t, "it is told what was let through", told)
 			for _, e := range edges {
-				eventually(t, "the fallback ends", func() bool { return e.Status().Outages > 0 && !e.Status().Fallback })
+				eventually.True(t, "the fallback ends", func() bool { return e.Status().Outages > 0 && !e.Status().Fallback })
 			}
 			after += use()
 			// How evenly the edges shared the burst is chance, and each remembers its part of it at most. A burst again would be all of it.
@@ -540,17 +532,17 @@ func TestAnOutageOfHoursDoesNotPassForARedisThatWasEmptied(t *testing.T) {
 func TestAnOutageIsLoggedOnceWhenItBeginsAndOnceWhenItEnds(t *testing.T) {
 	server := redistest.Server(t, devenv.RedisOptions{})
 	e := startEdges(t, server.URL(), 1)[0]
-	eventually(t, "it is connected", func() bool { return e.store.connected.Load() })
+	eventually.True(t, "it is connected", func() bool { return e.store.connected.Load() })
 	server.Kill()
-	eventually(t, "several attempts fail", func() bool { return e.store.failures.Load() >= 3 })
+	eventually.True(t, "several attempts fail", func() bool { return e.store.failures.Load() >= 3 })
 	if n := e.log.lines(begins); n != 1 {
 		t.Errorf("%d lines when it begins, want 1:\n%s", n, e.log)
 	}
 	if err := server.Restart(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the fallback ends", func() bool { return !e.Status().Fallback })
-	eventually(t, "the line is written", func() bool { return e.log.lines(ends) == 1 })
+	eventually.True(t, "the fallback ends", func() bool { return !e.Status().Fallback })
+	eventually.True(t, "the line is written", func() bool { return e.log.lines(ends) == 1 })
 }
 
 func TestBucketsInRedisExpireAndNameNoKey(t *testing.T) {
@@ -559,7 +551,7 @@ func TestBucketsInRedisExpireAndNameNoKey(t *testing.T) {
 	limit := Limit{PerMinute: 6000, Burst: 6000}
 	const keys = 50
 	client, seen := connect(t, server.URL()), map[string]bool{}
-	eventually(t, "all have been there", func() bool { // each for as long as its requests count: less than a second
+	eventually.True(t, "all have been there", func() bool { // each for as long as its requests count: less than a second
 		for i := range keys {
 			e.ask(digest(i), limit)
 		}
@@ -583,10 +575,10 @@ func TestBucketsInRedisExpireAndNameNoKey(t *testing.T) {
 			t.Errorf("%s is not ours by name", name)
 		}
 	}
-	eventually(t, "they are gone but for the name of the data, which goes as well", func() bool {
+	eventually.True(t, "they are gone but for the name of the data, which goes as well", func() bool {
 		return client.DBSize(t.Context()).Val() == 1 && client.PTTL(t.Context(), dataKey).Val() > 0
 	})
-	eventually(t, "idle buckets are given back", func() bool {
+	eventually.True(t, "idle buckets are given back", func() bool {
 		e.giveBackIdle()
 		return e.size() == 0
 	})
@@ -596,12 +588,12 @@ func TestPasswordIsInNoLogAndNoError(t *testing.T) {
 	const password = "correct-horse-battery"
 	server := redistest.Server(t, devenv.RedisOptions{Password: password})
 	right := startEdges(t, server.URL(), 1)[0]
-	eventually(t, "it leases", func() bool {
+	eventually.True(t, "it leases", func() bool {
 		right.ask(digest(1), fast)
 		return right.store.commands.Load() > 0 && right.bucket(digest(1)).lease.held.Load() > 0
 	})
 	wrong := startEdges(t, strings.Replace(server.URL(), password, "wrong-"+password, 1), 1)[0]
-	eventually(t, "the fallback begins", func() bool { return wrong.log.lines(begins) == 1 })
+	eventually.True(t, "the fallback begins", func() bool { return wrong.log.lines(begins) == 1 })
 	if log := right.log.String() + wrong.log.String(); strings.Contains(log, password) {
 		t.Error(log)
 	}
@@ -730,12 +722,12 @@ func TestStoreOverTLSIsUsedOnlyIfItsCertificateIsGood(t *testing.T) {
 	l.store.client.Options().TLSConfig.RootCAs = x509.NewCertPool()
 	l.store.client.Options().TLSConfig.RootCAs.AddCert(page.Certificate())
 	trusting, doubting := startEdge(t, l, log), startEdges(t, server.URL(), 1)[0]
-	eventually(t, "it holds a lease", func() bool {
+	eventually.True(t, "it holds a lease", func() bool {
 		trusting.ask(digest(1), fast) // the first may come before the connection is made
 		return trusting.bucket(digest(1)).lease.held.Load() > 0
 	})
 	doubting.ask(digest(1), fast)
-	eventually(t, "nobody vouches for the certificate, and the log says so", func() bool { return doubting.log.lines("x509: certificate signed by unknown authority") > 0 })
+	eventually.True(t, "nobody vouches for the certificate, and the log says so", func() bool { return doubting.log.lines("x509: certificate signed by unknown authority") > 0 })
 	if doubting.store.connected.Load() {
 		t.Error("the store was used")
 	}

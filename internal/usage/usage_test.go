@@ -19,6 +19,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/internal/usage"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
@@ -76,17 +77,6 @@ func run(t *testing.T, c *usage.Counter) (stop func()) {
 	}
 	t.Cleanup(stop)
 	return stop
-}
-
-func eventually(t *testing.T, what string, condition func() bool) {
-	t.Helper()
-	deadline := time.Now().Add(30 * time.Second)
-	for !condition() {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within 30s: %s", what)
-		}
-		<-time.After(10 * time.Millisecond)
-	}
 }
 
 var noon = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
@@ -347,7 +337,7 @@ func TestOutageLosesNoCountAndIsLoggedOnce(t *testing.T) {
 	for range 100 {
 		count()
 	}
-	eventually(t, "the first counts are flushed", func() bool { return c.Status().Flushed == uint64(sent) })
+	eventually.True(t, "the first counts are flushed", func() bool { return c.Status().Flushed == uint64(sent) })
 	server.Kill()
 	for errors := c.Status().FlushErrors; c.Status().FlushErrors < errors+3; {
 		count()
@@ -359,7 +349,7 @@ func TestOutageLosesNoCountAndIsLoggedOnce(t *testing.T) {
 	if err := server.Restart(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "all counts are flushed", func() bool { return c.Status().Flushed == uint64(sent) })
+	eventually.True(t, "all counts are flushed", func() bool { return c.Status().Flushed == uint64(sent) })
 	count()
 	stop()
 	if n := total(t, store, record)["allowed"]; n != sent {
@@ -409,7 +399,7 @@ func TestFirstUseOfAKeyIsFlushedLongBeforeItsInterval(t *testing.T) {
 	for _, record := range newRecords(3) {
 		c.Count(record, apikey.Revoked, noon) // no use
 		c.Count(record, apikey.Allowed, noon)
-		eventually(t, "the first use is known", func() bool { return total(t, store, record)["allowed"] == 1 })
+		eventually.True(t, "the first use is known", func() bool { return total(t, store, record)["allowed"] == 1 })
 	}
 }
 

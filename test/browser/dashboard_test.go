@@ -18,6 +18,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 func TestDashboard(t *testing.T) {
@@ -106,7 +107,7 @@ func useRotateRevoke(t *testing.T) {
 			t.Fatalf("status %d", status)
 		}
 	}
-	eventually(t, "the page counts the requests", func() bool {
+	eventually.True(t, "the page counts the requests", func() bool {
 		b.open("/" + used.ID)
 		return strings.Contains(b.html(), "<b>3</b> allowed")
 	})
@@ -132,7 +133,7 @@ func useRotateRevoke(t *testing.T) {
 		b.see("li[contains(., '"+edge+"')]", "confirmed after")
 	}
 	b.see("h2", "No edge that reports allows this key")
-	eventually(t, "the key is refused", func() bool { return call(t, "GET", "/v1/memories", used.Key.Reveal()) == 401 })
+	eventually.True(t, "the key is refused", func() bool { return call(t, "GET", "/v1/memories", used.Key.Reveal()) == 401 })
 
 	b.open("/" + manager.ID + "/revoke")
 	b.see("p", "You signed in with this key")
@@ -189,7 +190,7 @@ func livePageInUse(t *testing.T) {
 	}
 	is := func(what, expression string) {
 		t.Helper()
-		eventually(t, what, func() (is bool) {
+		eventually.True(t, what, func() (is bool) {
 			b.run(chromedp.Evaluate(expression, &is))
 			return is
 		})
@@ -235,7 +236,7 @@ func order(t *testing.T) {
 	b.signIn(key(t, "order", "Manager", true))
 	b.run(chromedp.Focus("select[name=sort]", chromedp.ByQuery), chromedp.KeyEvent(kb.ArrowDown), chromedp.KeyEvent(kb.ArrowDown))
 	b.click("button", "Apply")
-	eventually(t, "the list is in the order that was chosen", func() bool { return strings.Contains(b.location(), "sort=last-used") })
+	eventually.True(t, "the list is in the order that was chosen", func() bool { return strings.Contains(b.location(), "sort=last-used") })
 }
 
 func anotherAccount(t *testing.T) {
@@ -287,7 +288,7 @@ func errorStates(t *testing.T) {
 // seeProblem waits until a form shows what is wrong, on the screen and with the cursor in the field.
 func (b *tab) seeProblem(text, field string) {
 	b.t.Helper()
-	eventually(b.t, "the problem of "+field+" is on the screen", func() (shown bool) {
+	eventually.True(b.t, "the problem of "+field+" is on the screen", func() (shown bool) {
 		b.run(chromedp.Evaluate(fmt.Sprintf(`(() => {
 			const problem = document.getElementById("problem");
 			if (!problem || problem.textContent !== %q || document.activeElement.id !== %q || !document.title.startsWith("Error: ")) return false;

@@ -29,6 +29,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
 
@@ -129,7 +130,7 @@ func startGateway(t testing.TB, program, dir, name string, backends []any) strin
 	process.Write(t, file, text)
 	gateway := process.Start(t, process.Options{Env: []string{"REKALL_DATABASE_URL=" + world.database, "HOME=" + dir}, Log: &world.log},
 		program, "run", "--config", file, "--adapter", "caddyfile")
-	eventually(t, "the gateway "+name+" is ready", func() bool {
+	eventually.True(t, "the gateway "+name+" is ready", func() bool {
 		gateway.MustRun(t)
 		resp, err := http.Get(fmt.Sprintf("http://127.0.0.1:%d/rekall/ready", adminPort))
 		if err != nil {
@@ -139,11 +140,6 @@ func startGateway(t testing.TB, program, dir, name string, backends []any) strin
 		return resp.StatusCode == http.StatusOK
 	})
 	return fmt.Sprintf("http://127.0.0.1:%d", port)
-}
-
-func eventually(t testing.TB, what string, condition func() bool) {
-	t.Helper()
-	process.Within(t, patience, what, condition)
 }
 
 // key makes a key.
@@ -283,7 +279,7 @@ func (b *tab) fill(selector, text string) {
 // awaitFocus waits until the page has put the cursor into a field, which it does a moment after it can be seen.
 func (b *tab) awaitFocus() {
 	b.t.Helper()
-	eventually(b.t, "a field has the focus", func() (focused bool) {
+	eventually.True(b.t, "a field has the focus", func() (focused bool) {
 		b.run(chromedp.Evaluate(`document.activeElement.matches("input")`, &focused))
 		return focused
 	})

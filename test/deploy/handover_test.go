@@ -9,7 +9,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
 
@@ -78,7 +80,7 @@ func TestConfigurationOfTheGuideServesOnSystemdsSockets(t *testing.T) {
 			t.Fatal(err)
 		}
 		req.Host = "api.rekall.ai"
-		process.Eventually(t, "the site has its certificate", func() bool {
+		eventually.Within(t, time.Minute, "the site has its certificate", func() bool {
 			resp, err := client.Do(req)
 			if err != nil {
 				return false

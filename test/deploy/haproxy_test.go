@@ -16,9 +16,11 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
 
@@ -110,7 +112,7 @@ func (b *balanced) server(i int) map[string]string {
 
 func (b *balanced) waitFor(i int, status string) {
 	b.t.Helper()
-	process.Eventually(b.t, fmt.Sprintf("HAProxy sees edge %d %s", i+1, status), func() bool {
+	eventually.Within(b.t, time.Minute, fmt.Sprintf("HAProxy sees edge %d %s", i+1, status), func() bool {
 		b.haproxy.MustRun(b.t)
 		return b.server(i)["status"] == status
 	})

@@ -20,6 +20,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
 
@@ -168,7 +169,7 @@ func (g *gateway) startReady() {
 
 func (g *gateway) waitReady() {
 	g.t.Helper()
-	process.Eventually(g.t, "the gateway is ready", func() bool {
+	eventually.Within(g.t, time.Minute, "the gateway is ready", func() bool {
 		g.process.MustRun(g.t)
 		answer, err := ask("GET", g.admin+"/rekall/ready", "")
 		return err == nil && answer.status == http.StatusOK
@@ -270,7 +271,7 @@ func (l *load) note(got answer, err error) {
 func (l *load) waitMore(n int64) {
 	l.t.Helper()
 	from := l.good.Load()
-	process.Eventually(l.t, "requests are answered", func() bool { return l.good.Load() >= from+n || l.failed() > 0 })
+	eventually.Within(l.t, time.Minute, "requests are answered", func() bool { return l.good.Load() >= from+n || l.failed() > 0 })
 }
 
 func (l *load) failed() int {

@@ -17,7 +17,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
-	"github.com/rekall-ai/gateway/test/process"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // size of a fleet, and of what happens to it.
@@ -42,7 +42,7 @@ func TestNoEdgeOfAFleetAllowsARevokedKeyPastTheBoundNorRefusesAGoodOne(t *testin
 		revocations[i] = &revocation{key: f.key(), at: rand.N(s.span), done: make(chan struct{})}
 	}
 	for _, e := range f.edges {
-		process.Eventually(t, e.name+" allows the keys", func() bool { return e.answersAll(allowed, append(keys(revocations), good)) })
+		eventually.Within(t, time.Minute, e.name+" allows the keys", func() bool { return e.answersAll(allowed, append(keys(revocations), good)) })
 	}
 
 	// Disturb and revoke, and ask all the while.
@@ -66,11 +66,11 @@ func TestNoEdgeOfAFleetAllowsARevokedKeyPastTheBoundNorRefusesAGoodOne(t *testin
 
 	// All faults are over: every edge knows all that happened, and says so.
 	for _, e := range f.edges {
-		process.Eventually(t, e.name+" refuses the revoked keys", func() bool { return e.answersAll(revoked, keys(revocations)) })
-		process.Eventually(t, e.name+" allows the good key", func() bool { return e.answersAll(allowed, []keyadmin.Key{good}) })
+		eventually.Within(t, time.Minute, e.name+" refuses the revoked keys", func() bool { return e.answersAll(revoked, keys(revocations)) })
+		eventually.Within(t, time.Minute, e.name+" allows the good key", func() bool { return e.answersAll(allowed, []keyadmin.Key{good}) })
 	}
 	for _, r := range revocations {
-		process.Eventually(t, "every live edge has confirmed the revocation", func() bool { return f.confirmed(r.xid) })
+		eventually.Within(t, time.Minute, "every live edge has confirmed the revocation", func() bool { return f.confirmed(r.xid) })
 	}
 	f.printDelays()
 	f.printLoad(fmt.Sprintf("%d revocations and the faults within %v, `max_staleness` %v", s.revocations, s.span, s.maxStaleness), load)
@@ -133,7 +133,7 @@ func TestRevocationReachesARequestWithAndWithoutListen(t *testing.T) {
 		var sinceSent, sinceCommit, statements []time.Duration
 		for range tc.n {
 			key := f.key()
-			process.Eventually(t, "the key works", func() bool { return g.ask(key).verdict == allowed })
+			eventually.Within(t, time.Minute, "the key works", func() bool { return g.ask(key).verdict == allowed })
 			wait(t.Context(), rand.N(tc.pause))
 			before := time.Now()
 			if _, err := conn.Exec(t.Context(), "select 1"); err != nil {

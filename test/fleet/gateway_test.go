@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
 
@@ -79,7 +80,7 @@ http://%s {
 	process.Write(t, g.file, text)
 	g.start()
 	t.Cleanup(g.end)
-	process.Eventually(t, "the gateway is ready", g.ready)
+	eventually.Within(t, time.Minute, "the gateway is ready", g.ready)
 	return g
 }
 

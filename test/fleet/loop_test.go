@@ -15,7 +15,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/keystore"
-	"github.com/rekall-ai/gateway/test/process"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // loop is an edge in this process: all of a gateway but HTTP.
@@ -47,7 +47,7 @@ func startLoop(t *testing.T, database, name string, refresh, maxStaleness time.D
 		cache.Close()
 		store.Close()
 	})
-	process.Eventually(t, "the loop has synced", func() bool { return cache.Status().Fresh })
+	eventually.Within(t, time.Minute, "the loop has synced", func() bool { return cache.Status().Fresh })
 	return &loop{cache}
 }
 

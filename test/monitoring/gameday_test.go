@@ -26,6 +26,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/devenv/redistest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
 
@@ -207,7 +208,7 @@ backend edges
 		f.t.Fatalf("%v\n%s", err, output)
 	}
 	process.Start(f.t, process.Options{}, "haproxy", "-db", "-f", file)
-	process.Eventually(f.t, "HAProxy serves", func() bool { return status("http://"+f.front+"/v1/memories") == http.StatusUnauthorized })
+	eventually.Within(f.t, time.Minute, "HAProxy serves", func() bool { return status("http://"+f.front+"/v1/memories") == http.StatusUnauthorized })
 }
 
 func (f *fleet) signal(edge int, signal syscall.Signal) {
@@ -300,7 +301,7 @@ func (f *fleet) revoke(key keyadmin.Key) time.Time {
 func (f *fleet) play(d disaster) string {
 	key := f.keyAtPrimary()
 	for _, g := range f.edges {
-		process.Eventually(f.t, "the edge has the key", func() bool { return f.send(g.http, key) == http.StatusOK })
+		eventually.Within(f.t, time.Minute, "the edge has the key", func() bool { return f.send(g.http, key) == http.StatusOK })
 	}
 	stream := f.openStream()
 	f.mu.Lock()
@@ -335,7 +336,7 @@ func (f *fleet) play(d disaster) string {
 		}
 		return f.send(f.front, f.good) == http.StatusOK
 	}
-	process.Eventually(f.t, d.what+": all edges serve again, without anybody's doing", recovered)
+	eventually.Within(f.t, time.Minute, d.what+": all edges serve again, without anybody's doing", recovered)
 	refusedAfter := <-revoked
 	for _, alert := range d.alerts {
 		if _, ok := fired[alert]; !ok {
@@ -353,7 +354,7 @@ func (f *fleet) play(d disaster) string {
 	for _, alert := range slices.Sorted(maps.Keys(fired)) {
 		alerts = append(alerts, fmt.Sprintf("%s %s", alert, fired[alert]))
 	}
-	process.Eventually(f.t, "all alerts are over", func() bool { return len(f.prometheus.firing()) == 0 })
+	eventually.Within(f.t, time.Minute, "all alerts are over", func() bool { return len(f.prometheus.firing()) == 0 })
 	return fmt.Sprintf("| %s | %s | %s | %s | %s | %s | %s |\n", d.what, broken.Round(time.Second), strings.Join(answers, ", "), gap,
 		stream(), refusedAfter.Round(time.Millisecond), strings.Join(alerts, ", "))
 }

@@ -16,6 +16,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -23,6 +24,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/devenv/redistest"
+	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
 
@@ -100,10 +102,10 @@ func TestEveryQueryReturnsDataAndEachAlertFiresWhenItsFaultIsMade(t *testing.T) 
 
 	for title, queries := range panels(t) {
 		for _, query := range queries {
-			process.Eventually(t, title+" has data: "+query, func() bool { return hasNumber(p.query(query)) })
+			eventually.Within(t, time.Minute, title+" has data: "+query, func() bool { return hasNumber(p.query(query)) })
 		}
 	}
-	process.Eventually(t, "no alert fires while all is well", func() bool { return len(p.firing()) == 0 })
+	eventually.Within(t, time.Minute, "no alert fires while all is well", func() bool { return len(p.firing()) == 0 })
 	fired := []string{"RekallRevocationSlow"}
 	fault := func(alerts ...string) {
 		t.Helper()
@@ -124,7 +126,7 @@ func TestEveryQueryReturnsDataAndEachAlertFiresWhenItsFaultIsMade(t *testing.T) 
 	fault("RekallEdgeRestarts")
 	for starts := range 3 {
 		other.run()
-		process.Eventually(t, "Prometheus has seen the start", func() bool {
+		eventually.Within(t, time.Minute, "Prometheus has seen the start", func() bool {
 			return len(p.query(fmt.Sprintf("changes(process_start_time_seconds[15m]) > %d", starts))) == 1
 		})
 		other.process.Kill(t)
@@ -230,7 +232,7 @@ func TestMetricsFollowConventionsAndSurviveReloads(t *testing.T) {
 	for range 200 { // of which about one in 16 is timed
 		g.allowed(key)
 	}
-	process.Eventually(t, "usage is flushed", func() bool { return g.metric("rekall_usage_flushed_total") == 200 })
+	eventually.Within(t, time.Minute, "usage is flushed", func() bool { return g.metric("rekall_usage_flushed_total") == 200 })
 	before := g.counters()
 	promtool(t, g.text(), "check", "metrics")
 

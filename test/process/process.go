@@ -215,24 +215,6 @@ func FreeAddress(t testing.TB) string {
 	return loopback(FreePort(t))
 }
 
-// Eventually waits until a condition holds, for a minute at most.
-func Eventually(t testing.TB, what string, condition func() bool) {
-	t.Helper()
-	Within(t, time.Minute, what, condition)
-}
-
-// Within waits until a condition holds.
-func Within(t testing.TB, limit time.Duration, what string, condition func() bool) {
-	t.Helper()
-	deadline := time.Now().Add(limit)
-	for !condition() {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within %s: %s", limit, what)
-		}
-		<-time.After(5 * time.Millisecond)
-	}
-}
-
 // Write writes a file that only the test's user may read.
 func Write(t testing.TB, path, text string) {
 	t.Helper()

@@ -1,0 +1,25 @@
+// Package eventually waits in tests for what comes by itself.
+package eventually
+
+import (
+	"testing"
+	"time"
+)
+
+// True waits until a condition holds, for 30 seconds at most.
+func True(t testing.TB, what string, condition func() bool) {
+	t.Helper()
+	Within(t, 30*time.Second, what, condition)
+}
+
+// Within waits until a condition holds. After limit the test has failed.
+func Within(t testing.TB, limit time.Duration, what string, condition func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(limit)
+	for !condition() {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within %s: %s", limit, what)
+		}
+		<-time.After(2 * time.Millisecond)
+	}
+}
