@@ -1,6 +1,7 @@
 package caddymodule
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -152,22 +153,30 @@ func (g *Gateway) Provision(ctx caddy.Context) error {
 type block struct {
 	configured caddyhttp.MiddlewareHandler
 	chain      caddyhttp.Handler
+	askOrigin  bool // whether they may ask Caddy for the request as it came, before it was rewritten
 }
 
 func loadBlock(ctx caddy.Context, g *Gateway, field string, raw *json.RawMessage, environment apikey.Environment) (block, error) {
 	if *raw == nil {
 		return block{}, nil
 	}
-	var err error
-	if *raw, err = withTransport(*raw, environment); err != nil {
+	var config any
+	decoder := json.NewDecoder(bytes.NewReader(*raw))
+	decoder.UseNumber()
+	if err := decoder.Decode(&config); err != nil {
 		return block{}, fmt.Errorf("rekall_gateway: read handlers: %w", err)
+	}
+	setTransport(config, environment)
+	var err error
+	if *raw, err = json.Marshal(config); err != nil {
+		return block{}, fmt.Errorf("rekall_gateway: write handlers: %w", err)
 	}
 	module, err := ctx.LoadModule(g, field)
 	if err != nil {
 		return block{}, fmt.Errorf("rekall_gateway: load handlers: %w", err)
 	}
 	handler := module.(caddyhttp.MiddlewareHandler)
-	return block{handler, chain(handler)}, nil
+	return block{handler, chain(handler), mayAskOrigin(config)}, nil
 }
 
 // chain is an environment's handlers with nothing behind them. A block is compiled here, once: as a handler it would compile
@@ -207,7 +216,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	span := trace.SpanFromContext(r.Context())
 	defer x.end(r, span)
 	path := r.URL.EscapedPath()
-	if x.outcome = parse(r.Method, path, r.URL.RawQuery, &cred); x.outcome != apikey.Allowed {
+	if x.outcome = parse(r, path, &cred); x.outcome != apikey.Allowed {
 		return x.refuse(w, r)
 	}
 	var verdict ratelimit.Verdict
@@ -253,13 +262,14 @@ func (g *Gateway) begin(w http.ResponseWriter, r *http.Request, environment apik
 
 var errKeyChanging = errors.New("the key changed each time it was found, or this configuration has ended")
 
-// parse decides what can be decided on the request alone. A space in the query would end the request's target at a backend that is
-// spoken to in HTTP/1; over HTTP/2 the server lets it through.
-func parse(method, path, query string, cred *credential.Credential) apikey.Outcome {
+// parse decides what can be decided on the request alone, with its escaped path. A space in the query would end the request's target at
+// a backend that is spoken to in HTTP/1; over HTTP/2 the server lets it through. An opaque target ("x:name") is sent in the place
+// of the path, also of one that a handler before the gateway has set, and HTTP/2 takes it for the backend's failure.
+func parse(r *http.Request, path string, cred *credential.Credential) apikey.Outcome {
 	switch {
-	case !scoperule.KnownMethod(method):
+	case !scoperule.KnownMethod(r.Method):
 		return apikey.MethodInvalid
-	case cred.PathHeldKey || !scoperule.Canonical(path), strings.IndexByte(query, ' ') >= 0:
+	case cred.PathHeldKey || !scoperule.Canonical(path), strings.IndexByte(r.URL.RawQuery, ' ') >= 0, r.URL.Opaque != "":
 		return apikey.PathInvalid
 	}
 	switch cred.Kind {
@@ -281,7 +291,7 @@ func parse(method, path, query string, cred *credential.Credential) apikey.Outco
 func (g *Gateway) decide(x *exchange, method, path string, found keycache.Found) apikey.Outcome {
 	required, covered := g.rules.Required(method, path)
 	request := apikey.Request{Environment: x.environment, Required: required, Covered: covered}
-	if g.handler(x.environment) == nil {
+	if g.block(x.environment).chain == nil {
 		request.Environment = 0 // the site serves the other one only
 	}
 	outcome := found.Record.Decide(found.Now, request)
@@ -298,19 +308,22 @@ func (g *Gateway) decide(x *exchange, method, path string, found keycache.Found)
 	return outcome
 }
 
-func (g *Gateway) handler(environment apikey.Environment) caddyhttp.Handler {
+var missingBlock block
+
+func (g *Gateway) block(environment apikey.Environment) *block {
 	switch environment {
 	case apikey.Production:
-		return g.production.chain
+		return &g.production
 	case apikey.Sandbox:
-		return g.sandbox.chain
+		return &g.sandbox
 	}
-	return nil
+	return &missingBlock
 }
 
 // route sends the request to the handlers of the key's environment, and follows it so that it ends with its key. It
 // reports false, having sent nothing, if the key has changed since it was found and the request was not cut for it.
 func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential.Credential) (bool, error) {
+	to := x.gateway.block(x.environment)
 	x.pass = pass{Context: r.Context(), environment: x.environment}
 	if c := connectionOf(r); c.ends(r) {
 		x.cancel, x.closing = c.cancel, true
@@ -335,6 +348,9 @@ func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential
 		return true, x.unavailable(x.ResponseWriter, r, err)
 	}
 	x.count()
+	if to.askOrigin {
+		x.pass.Context = context.WithValue(x.pass.Context, caddyhttp.OriginalRequestCtxKey, decidedOn(r))
+	}
 	forwarded := r.WithContext(&x.pass)
 	if x.gateway.ForwardCredential || x.gateway.issuer != nil {
 		forwarded.Header = maps.Clone(r.Header) // what handlers around the gateway see, and may send elsewhere, is r's
@@ -347,7 +363,7 @@ func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential
 	if x.gateway.ForwardCredential {
 		forwarded.Header["Authorization"] = []string{"Bearer " + cred.Reveal()}
 	}
-	return true, x.finish(x.gateway.handler(x.environment).ServeHTTP(x, forwarded))
+	return true, x.finish(to.chain.ServeHTTP(x, forwarded))
 }
 
 // deadEnd ends the chain of an environment's handlers: there is nothing behind the gateway.

@@ -130,7 +130,7 @@ func (g *Gateway) decideOn(x *exchange, r *http.Request, secret string) apikey.O
 	}
 	cred, path := credential.Take(r), r.URL.EscapedPath()
 	cred.Digest = apikey.Hash(secret)
-	if outcome := parse(r.Method, path, r.URL.RawQuery, &cred); outcome != apikey.Allowed {
+	if outcome := parse(r, path, &cred); outcome != apikey.Allowed {
 		return outcome
 	}
 	found, err := g.cache.Find(r.Context(), cred.Digest)

@@ -231,7 +231,7 @@ func isBelow(path, root string) bool {
 // *apierror.Error, or one of keyadmin's. It takes the credential out of the request, so it can be asked once only.
 func (k *Keys) actor(r *http.Request) (keyadmin.Actor, error) {
 	cred := credential.Take(r)
-	outcome := parse(r.Method, r.URL.EscapedPath(), r.URL.RawQuery, &cred)
+	outcome := parse(r, r.URL.EscapedPath(), &cred)
 	person, authenticated := k.person(r)
 	switch {
 	case !authenticated && outcome == apikey.Allowed:

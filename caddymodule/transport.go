@@ -3,7 +3,6 @@ package caddymodule
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -95,21 +94,10 @@ const idleConnsPerHost = 512
 // untilTheKeyEnds is how long a WebSocket may outlive the configuration that it was opened with: a hundred years.
 const untilTheKeyEnds = "876000h"
 
-// withTransport returns a block's handlers with the transport "rekall" in each of their proxies that has the transport "http",
-// which is also what one without any has. And it lets WebSockets outlive a reload, as event streams do: those of a proxy without a
-// stream_close_delay Caddy closes with its configuration. It does so before the proxies are loaded: their health checks read the
-// transport then, and requests read all of a proxy.
-func withTransport(handlers json.RawMessage, environment apikey.Environment) (json.RawMessage, error) {
-	var block any
-	decoder := json.NewDecoder(bytes.NewReader(handlers))
-	decoder.UseNumber()
-	if err := decoder.Decode(&block); err != nil {
-		return nil, err
-	}
-	setTransport(block, environment)
-	return json.Marshal(block)
-}
-
+// setTransport gives each proxy of a block the transport "rekall" that has the transport "http", which is also what one without any has.
+// And it lets WebSockets outlive a reload, as event streams do: those of a proxy without a stream_close_delay Caddy closes with its
+// configuration. It does so before the proxies are loaded: their health checks read the transport then, and requests read all
+// of a proxy.
 func setTransport(config any, environment apikey.Environment) {
 	switch config := config.(type) {
 	case []any:

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/fcgi"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
@@ -76,6 +77,56 @@ func TestNoOrderOfDirectivesLeadsPastTheGateway(t *testing.T) {
 			r := r.of(t)
 			g := r.start(tc.before + "http://:PORT {\nbind 127.0.0.1\nlog\n" + tc.site + "\n}\n")
 			wantIsolation(t, r, g, tc.serves)
+		})
+	}
+}
+
+// TestOpaqueTargetTakesNoRequestPastTheScopeRules: it is sent in the place of the path, whatever a handler before the gateway has made of that.
+func TestOpaqueTargetTakesNoRequestPastTheScopeRules(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	g := r.start("http://:PORT {\nbind 127.0.0.1\nrewrite * /v1/memories\n" + standardBlock + "\n}\n")
+	key := r.key("production", "memories:read")
+	g.do("GET", "/v1/anything", bearer(key)).wantCode(t, 200, "")
+	served := r.production.Requests()
+	for _, target := range []string{"x:http://b/v1/entities/secret?a=1", "x:entities", "http:v1/entities"} {
+		answer, _ := g.raw(lines("GET "+target+" HTTP/1.1", "Authorization: "+bearer(key).Get("Authorization")))
+		answer.wantCode(t, 400, "PATH_INVALID")
+	}
+	if n := r.production.Requests() - served; n != 0 {
+		t.Errorf("%d requests with an opaque target reached the backend", n)
+	}
+}
+
+// TestFastCGIBackendIsToldTheTargetThatWasDecidedOn: frameworks route by REQUEST_URI, for which Caddy takes what came before any rewrite.
+func TestFastCGIBackendIsToldTheTargetThatWasDecidedOn(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = listener.Close() })
+	go func() {
+		_ = fcgi.Serve(listener, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			_, _ = io.WriteString(w, r.URL.RequestURI()) // which package fcgi takes from REQUEST_URI
+		}))
+	}()
+	proxy := "reverse_proxy " + listener.Addr().String() + " {\ntransport fastcgi\n}"
+	key := r.key("production", "memories:read")
+	for _, tc := range []struct{ name, before, block, requested, told string }{
+		{"as it came", "", proxy, "/v1/memories?a=1", "/v1/memories?a=1"},
+		{"rewritten before the gateway", "rewrite * /v1/memories\n", proxy, "/v1/entities/secret?a=1", "/v1/memories?a=1"},
+		{"a prefix stripped before the gateway", "uri strip_prefix /api\n", proxy, "/api/v1/memories?a=1", "/v1/memories?a=1"},
+		{"rewritten behind the gateway, as for index.php", "", "rewrite * /index.php\n" + proxy, "/v1/memories?a=1", "/v1/memories?a=1"},
+		{"both", "rewrite * /v1/memories\n", "rewrite * /index.php\n" + proxy, "/v1/entities/secret", "/v1/memories"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			g := r.of(t).start("http://:PORT {\nbind 127.0.0.1\n" + tc.before + block(tc.block, "reverse_proxy SANDBOX") + "\n}\n")
+			answer := g.do("GET", tc.requested, bearer(key))
+			if answer.StatusCode != http.StatusOK || answer.body != tc.told {
+				t.Errorf("answer %d, the backend was told %s, want %s", answer.StatusCode, answer.body, tc.told)
+			}
 		})
 	}
 }

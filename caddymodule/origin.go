@@ -1,0 +1,41 @@
+package caddymodule
+
+import (
+	"net/http"
+)
+
+// mayAskOrigin reports whether a handler of a block may ask Caddy for the request as it came, as the transport "fastcgi" does for its
+// REQUEST_URI: all do that are not known to do without.
+func mayAskOrigin(config any) bool {
+	switch config := config.(type) {
+	case []any:
+		for _, item := range config {
+			if mayAskOrigin(item) {
+				return true
+			}
+		}
+	case map[string]any:
+		switch config["handler"] {
+		case nil, "subroute", "headers", "request_body", "encode", "rewrite", "vars", "map", "error", "static_response", "log_append":
+		case "reverse_proxy":
+			if transport, ok := config["transport"].(map[string]any); !ok || transport["protocol"] != "rekall" {
+				return true
+			}
+		default:
+			return true
+		}
+		for _, value := range config {
+			if mayAskOrigin(value) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// decidedOn is what Caddy keeps of a request as it came, but of the request as it reached the gateway. A handler before the gateway may have
+// rewritten it: then a backend that routes by the target before that would serve another request than the one that was decided on.
+func decidedOn(r *http.Request) http.Request {
+	target := *r.URL
+	return http.Request{Method: r.Method, RemoteAddr: r.RemoteAddr, RequestURI: r.URL.RequestURI(), URL: &target}
+}
