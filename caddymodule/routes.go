@@ -18,16 +18,18 @@ import (
 )
 
 // checkRoutes refuses a configuration in which a backend behind a gateway can be reached in another way: without a key, or
-// with a key of the other environment. It runs at start: routes of all servers are provisioned by then.
+// with a key of the other environment. So it does one in which answers with a client's text in them are run as templates. It runs at
+// start: routes of all servers are provisioned by then.
 //
 // It compares addresses as they are written, with the spellings of one address folded. Two names of one machine, and
 // handlers of third parties that hold routes of their own, are beyond it; the transport "rekall" is for those.
 func checkRoutes(app *caddyhttp.App, logger *zap.Logger) error {
 	c := routeCheck{dialled: map[string]dial{}, logger: logger}
 	for name, server := range app.Servers {
-		c.named, c.invoked = server.NamedRoutes, map[invocation]bool{}
+		c.named, c.invoked, c.templates = server.NamedRoutes, map[invocation]bool{}, false
 		c.routes("server "+name, 0, server.Routes)
 		if server.Errors != nil {
+			c.templates = false
 			c.routes("server "+name+", error routes", 0, server.Errors.Routes)
 		}
 	}
@@ -44,16 +46,22 @@ type dial struct {
 type invocation struct {
 	route       string
 	environment apikey.Environment
+	templates   bool
 }
 
 type routeCheck struct {
 	named   map[string]*caddyhttp.Route // of the server being walked
-	invoked map[invocation]bool         // so that routes which invoke each other end
-	dialled map[string]dial
-	gateway bool // there is one, or its transport
-	open    string
-	err     error
-	logger  *zap.Logger
+	invoked map[invocation]bool         // with what became of templates: so routes which invoke each other end
+
+	// templates is whether the answer of the handler that is walked to passes a handler "templates", which may read the
+	// environment and all files. The dashboard's pages repeat what clients have chosen, names of keys and addresses, and a
+	// backend's answers may too.
+	templates bool
+	dialled   map[string]dial
+	gateway   bool // there is one, or its transport
+	open      string
+	err       error
+	logger    *zap.Logger
 }
 
 // verdict returns the first error. An open proxy is one only where there is something to protect from it.
@@ -65,15 +73,34 @@ func (c *routeCheck) verdict() error {
 }
 
 func (c *routeCheck) routes(where string, env apikey.Environment, routes caddyhttp.RouteList) {
+	before, groups := c.templates, map[string]bool{} // of a group only one route is taken
 	for _, route := range routes {
+		others := len(groups)
+		if groups[route.Group] {
+			others--
+		}
+		c.templates = before || others > 0
 		for _, handler := range route.Handlers {
 			c.handler(where, env, handler)
 		}
+		switch {
+		case !c.templates, route.Terminal:
+		case route.Group != "":
+			groups[route.Group] = true
+		default:
+			before = true
+		}
 	}
+	c.templates = before || len(groups) > 0
 }
 
 func (c *routeCheck) handler(where string, env apikey.Environment, handler any) {
+	if module, ok := handler.(caddy.Module); ok && module.CaddyModule().ID == "http.handlers.templates" {
+		c.templates = true
+	}
 	switch h := handler.(type) {
+	case *Keys:
+		c.answers(where + ", rekall_keys")
 	case *caddyhttp.Subroute:
 		c.routes(where, env, h.Routes)
 		if h.Errors != nil {
@@ -84,6 +111,7 @@ func (c *routeCheck) handler(where string, env apikey.Environment, handler any) 
 	case *intercept.Intercept:
 		c.responses(where, env, h.HandleResponse)
 	case *Gateway:
+		c.answers(where + ", rekall_gateway")
 		c.gateway = true
 		c.handler(where+", rekall_gateway production", apikey.Production, h.production.configured)
 		c.handler(where+", rekall_gateway sandbox", apikey.Sandbox, h.sandbox.configured)
@@ -100,12 +128,25 @@ func (c *routeCheck) responses(where string, env apikey.Environment, handlers []
 }
 
 func (c *routeCheck) invoke(where string, env apikey.Environment, name string) {
-	route, use := c.named[name], invocation{name, env}
-	if route == nil || c.invoked[use] {
+	route, use := c.named[name], invocation{name, env, c.templates}
+	if route == nil {
 		return
 	}
-	c.invoked[use] = true
+	if templates, ok := c.invoked[use]; ok {
+		c.templates = templates
+		return
+	}
+	c.invoked[use] = c.templates
 	c.routes(where+", named route "+name, env, caddyhttp.RouteList{*route})
+	c.invoked[use] = c.templates
+}
+
+// answers notes that what a client has written may be in the answers that are made here.
+func (c *routeCheck) answers(where string) {
+	if c.templates && c.err == nil {
+		c.err = fmt.Errorf("templates would run what clients have written, with the environment and the files of this server (%s): "+
+			"put templates into a handle that the gateway is not in", where)
+	}
 }
 
 func (c *routeCheck) proxy(where string, env apikey.Environment, h *reverseproxy.Handler) {
@@ -118,6 +159,9 @@ func (c *routeCheck) proxy(where string, env apikey.Environment, h *reverseproxy
 	} else if _, ok := h.Transport.(*reverseproxy.HTTPTransport); ok && env != 0 && countsFailures(h) {
 		c.logger.Warn("a reverse_proxy of a named route counts errors of clients as failures of its backends; give it the transport rekall",
 			zap.String("transport", "rekall "+env.String()), zap.String("where", where))
+	}
+	if env != 0 {
+		c.answers(where)
 	}
 	if env != 0 && countsSlowness(h) {
 		c.logger.Warn("unhealthy_latency and unhealthy_request_count count slow uploads and streams of clients as failures of the backends; leave them out",

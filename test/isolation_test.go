@@ -71,6 +71,8 @@ func TestNoOrderOfDirectivesLeadsPastTheGateway(t *testing.T) {
 		{name: "responses handled", site: block("reverse_proxy PRODUCTION {\n handle_response {\n copy_response\n }\n}", "reverse_proxy SANDBOX"), serves: true},
 		{name: "response handled by a backend of ours", site: "reverse_proxy 127.0.0.1:1 {\n transport rekall production\n handle_response {\n" + guarded("production") + "}\n}\n"},
 		{name: "authenticated elsewhere", site: "forward_auth PRODUCTION {\n uri /v1/memories\n transport rekall production\n}\nrespond 418"},
+		{name: "templates elsewhere", before: "http://a.example:PORT {\ntemplates\nrespond {args}\n}\n",
+			site: "handle /docs/* {\ntemplates\nrespond docs\n}\nhandle {\n" + standardBlock + "}", serves: true},
 		{name: "dynamic upstreams", site: block("reverse_proxy {\n dynamic a localhost "+port(r.production.Address())+" {\n versions ipv4\n }\n}", "reverse_proxy SANDBOX"), serves: true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -185,7 +187,7 @@ func wantIsolation(t *testing.T, r *rig, g *gateway, serves bool) {
 func TestConfigurationWithAWayPastTheGatewayIsRefused(t *testing.T) {
 	r := newRig(t)
 	production, sandbox := port(r.production.Address()), port(r.sandbox.Address())
-	both, without := "in both environments", "also reachable without one"
+	both, without, templates := "in both environments", "also reachable without one", "templates would run what clients have written"
 	for _, tc := range []struct{ name, before, site, after, reason string }{
 		{name: "bare proxy above", site: "reverse_proxy PRODUCTION\n" + standardBlock, reason: without},
 		{name: "bare proxy in route", site: "route {\nreverse_proxy PRODUCTION\n" + standardBlock + "}", reason: without},
@@ -223,6 +225,15 @@ func TestConfigurationWithAWayPastTheGatewayIsRefused(t *testing.T) {
 		{name: "upstream that the client chooses within", site: block("reverse_proxy PRODUCTION", "reverse_proxy {header.X-Backend}"), reason: "depends on the request"},
 		{name: "upstreams that cannot be known", site: standardBlock,
 			after: "http://other.example:PORT {\nreverse_proxy {\n dynamic multi {\n a localhost " + production + "\n }\n}\n}", reason: "takes its upstreams from"},
+		{name: "templates", site: "templates\n" + standardBlock, reason: templates},
+		{name: "templates before the management of keys", site: "templates\nrekall_keys", reason: templates},
+		{name: "templates in a route before", site: "route {\ntemplates\n" + standardBlock + "}", reason: templates},
+		{name: "templates in the same handle", site: "handle /v1/* {\ntemplates\n" + standardBlock + "}", reason: templates},
+		{name: "templates in a handle before", site: "handle /a {\ntemplates\n}\n" + standardBlock, reason: templates},
+		{name: "templates in a named route before", before: "&(t) {\n templates\n}\n", site: "route {\ninvoke t\n" + standardBlock + "}", reason: templates},
+		{name: "templates before a named route", before: "&(g) {\n" + standardBlock + "}\n",
+			site: "handle /a {\ninvoke g\n}\nhandle {\ntemplates\ninvoke g\n}", reason: templates},
+		{name: "templates within", site: block("templates\nreverse_proxy PRODUCTION", "reverse_proxy SANDBOX"), reason: templates},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Setenv("REKALL_TEST_UPSTREAM", r.production.Address())
