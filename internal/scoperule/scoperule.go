@@ -5,6 +5,7 @@ package scoperule
 import (
 	"errors"
 	"fmt"
+	"net/url"
 	"strings"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
@@ -196,7 +197,7 @@ func (t *Table) Required(method, path string) (apikey.Scopes, bool) {
 		scope, loose := root.find(path[1:])
 		// Many backends serve /V1/Memories/ as /v1/memories, and some /v1/memories.json (Rails): no spelling may escape to a looser rule
 		// with another scope.
-		if loose && root.findFolded(strings.TrimSuffix(path[1:], "/")) != scope {
+		if loose && root.findFolded(strings.TrimSuffix(unescape(path[1:]), "/")) != scope {
 			return 0, false
 		}
 		if scope != 0 {
@@ -229,6 +230,22 @@ func (n *node) find(path string) (scope apikey.Scopes, loose bool) {
 		return n.rest, n.rest != 0
 	}
 	return 0, false
+}
+
+// dotlessI is what Java, for one, takes for other cases of the letter i, beside those that all do.
+var dotlessI = strings.NewReplacer("İ", "i", "ı", "i")
+
+// unescape undoes the escapes of a canonical path, none of which is of a slash or a dot: letters that are other cases of ASCII's (ſ of s)
+// can be written with them only.
+func unescape(path string) string {
+	if strings.IndexByte(path, '%') < 0 {
+		return path
+	}
+	unescaped, err := url.PathUnescape(path)
+	if err != nil { // it is not canonical
+		return path
+	}
+	return dotlessI.Replace(unescaped)
 }
 
 // findFolded is find for a path without its final slash, where neither case nor that slash counts, nor what follows a dot in the last

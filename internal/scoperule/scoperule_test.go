@@ -2,6 +2,7 @@ package scoperule_test
 
 import (
 	"net/http"
+	"net/url"
 	"regexp"
 	"slices"
 	"strings"
@@ -248,7 +249,10 @@ func TestNoSpellingEscapesARuleForALooserOnesOtherScope(t *testing.T) {
 		"/v1/x/": "agents:read", "/v1/x": "", "/v1/X": "", "/v1/X/": "",
 		"/v1/hives/abc/x": "memories:read", "/v1/new": "memories:read", "/v1/new/": "memories:read", "/v1/New": "memories:read",
 		"/v1/memories/abc/": "memories:read", "/v1/MEMORIES": "memories:read", // asks for the same scope
-		"/V1/new": "",
+		"/V1/new":               "",
+		"/v1/hive%C5%BF":        "",                               // ſ
+		"/v1/wor%E2%84%AAflows": "", "/v1/ent%C4%B1t%C4%B0es": "", // the sign for Kelvin, ı and İ
+		"/v1/memorie%C5%BF": "memories:read", "/v1/%C5%BF": "memories:read",
 	} {
 		check(t, tab, "GET", path, want)
 	}
@@ -441,7 +445,12 @@ func fixesAName(pattern, other string) bool {
 var parameterName = regexp.MustCompile(`:[^/]+`)
 
 // fold makes one of all spellings that a backend may take for the same.
-func fold(path string) string { return "/" + strings.ToLower(strings.Trim(path, "/")) }
+func fold(path string) string {
+	if unescaped, err := url.PathUnescape(path); err == nil {
+		path = strings.NewReplacer("ſ", "s", "\u212a", "k", "İ", "i", "ı", "i").Replace(unescaped)
+	}
+	return "/" + strings.ToLower(strings.Trim(path, "/"))
+}
 
 // stem is a path without what follows a dot in its last segment, if there is anything before.
 func stem(path string) string {
