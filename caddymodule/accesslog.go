@@ -51,8 +51,8 @@ func (x *exchange) MarshalLogObject(to zapcore.ObjectEncoder) error {
 		}
 		to.AddString("limit", limitNames[kind])
 	}
-	if x.reason != "" {
-		to.AddString("reason", x.reason)
+	if x.reason != nil {
+		to.AddString("reason", x.reason.Code)
 	}
 	return nil
 }

@@ -6,23 +6,16 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"sync/atomic"
 
 	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/internal/apierror"
 )
 
-// clientBody is the body of a forwarded request.
-type clientBody struct {
-	io.ReadCloser
-	begun  atomic.Bool                 // to be read, which is when there is a connection to the backend
-	failed atomic.Pointer[clientError] // the first error that the client caused, of whatever part of the request
-}
-
-func (b *clientBody) Read(p []byte) (int, error) {
-	b.begun.Store(true)
-	n, err := b.ReadCloser.Read(p)
+// Read reads the body of the client's request.
+func (p *pass) Read(b []byte) (int, error) {
+	p.begun.Store(true)
+	n, err := p.body.Read(b)
 	if err == nil || errors.Is(err, io.EOF) {
 		return n, err
 	}
@@ -30,9 +23,12 @@ func (b *clientBody) Read(p []byte) (int, error) {
 	if tooLarge(err) { // a limit before the gateway
 		failed.answer = bodyTooLarge
 	}
-	b.failed.Store(failed)
+	p.failed.Store(failed)
 	return n, failed
 }
+
+// Close closes it.
+func (p *pass) Close() error { return p.body.Close() }
 
 // tooLarge reports whether a body was beyond the limit of Caddy's request_body.
 func tooLarge(err error) bool {

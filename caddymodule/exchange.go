@@ -28,10 +28,10 @@ type exchange struct {
 	caddyhttp.ResponseWriterWrapper
 	gateway   *Gateway
 	requestID string
-	record    *apikey.Record // nil until found
-	now       apikey.Time    // Postgres's clock when it was found
-	startedAt instant        // 0: its latency is not sampled
-	reason    string         // code of the error that the gateway answered with; empty: none
+	record    *apikey.Record  // nil until found
+	now       apikey.Time     // Postgres's clock when it was found
+	startedAt instant         // 0: its latency is not sampled
+	reason    *apierror.Error // that the gateway answered with; nil: none
 	flight    keycache.Flight
 	pass      pass                                                // once allowed
 	cancel    context.CancelCauseFunc                             // of the pass's context, or of the connection's
@@ -58,6 +58,7 @@ const (
 	scopesValue
 	requestIDValue
 	answeredIDValue
+	cacheControlValue
 	tokenValue // empty: none is asked for
 	firstRateLimitValue
 )
@@ -92,7 +93,7 @@ func (x *exchange) refuse(w http.ResponseWriter, r *http.Request) error {
 
 // answer answers in place of a backend.
 func (x *exchange) answer(w http.ResponseWriter, e *apierror.Error) {
-	x.reason = e.Code
+	x.reason = e
 	x.tellLimits(w.Header())
 	e.Write(w, x.requestID)
 }
@@ -181,7 +182,7 @@ func (x *exchange) end(r *http.Request, request trace.Span) {
 		x.mu.Lock()
 		x.done = true
 		x.mu.Unlock()
-		x.outcome, x.reason = cut.Outcome, apierror.Of(cut.Outcome).Code
+		x.outcome, x.reason = cut.Outcome, apierror.Of(cut.Outcome)
 	}
 	x.traceDecision(request)
 }
@@ -198,7 +199,7 @@ func (x *exchange) WriteHeader(status int) {
 			x.refuseCut(cut, true)
 			return
 		}
-		if failed := x.pass.body.failed.Load(); failed != nil && status == statusClientClosed {
+		if failed := x.pass.failed.Load(); failed != nil && status == statusClientClosed {
 			x.refuseFailed(failed)
 			return
 		}
@@ -216,6 +217,7 @@ func (x *exchange) WriteHeader(status int) {
 // tell sets the headers that every answer to a good key has.
 func (x *exchange) tell() {
 	x.set(x.Header(), "X-Request-Id", answeredIDValue, x.requestID)
+	x.keepPrivate(x.Header())
 	x.tellLimits(x.Header())
 }
 
@@ -229,7 +231,7 @@ func (x *exchange) Write(p []byte) (int, error) {
 // mayWrite comes before each part of an answer's body. A request that was cut gets no more of it.
 func (x *exchange) mayWrite() error {
 	if cut := x.cutBy.Load(); cut != nil {
-		x.pass.withheld = x.reason == "" // else the gateway's own answer, which is whole, stands in its place
+		x.pass.withheld = x.reason == nil // else the gateway's own answer, which is whole, stands in its place
 		return cut
 	}
 	if !x.wroteHeader {
@@ -293,7 +295,7 @@ func (x *exchange) finish(err error) error {
 	if err == nil {
 		return nil
 	}
-	if failed := x.pass.body.failed.Load(); failed != nil {
+	if failed := x.pass.failed.Load(); failed != nil {
 		x.refuseFailed(failed)
 		return nil
 	}

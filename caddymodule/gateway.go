@@ -357,8 +357,8 @@ func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential
 	}
 	x.identify(forwarded)
 	if r.Body != nil && r.Body != http.NoBody {
-		x.pass.body.ReadCloser = r.Body
-		forwarded.Body = &x.pass.body
+		x.pass.body = r.Body
+		forwarded.Body = &x.pass
 	}
 	if x.gateway.ForwardCredential {
 		forwarded.Header["Authorization"] = []string{"Bearer " + cred.Reveal()}

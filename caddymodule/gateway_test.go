@@ -416,3 +416,36 @@ func readingTheClock() time.Duration {
 	}
 	return time.Since(begun) / times
 }
+
+// saying stands for a backend whose answers have these Cache-Control headers.
+type saying []string
+
+func (s saying) ServeHTTP(w http.ResponseWriter, _ *http.Request) error {
+	for _, value := range s {
+		w.Header().Add("Cache-Control", value)
+	}
+	w.WriteHeader(http.StatusOK)
+	return nil
+}
+
+func TestNoSharedCacheMayStoreAnAnswer(t *testing.T) {
+	g, secret := newGateway(t)
+	for _, tc := range []struct {
+		backend saying
+		want    string
+	}{
+		{nil, "private"},
+		{saying{"max-age=60"}, "max-age=60, private"},
+		{saying{"public, max-age=60, s-maxage=600"}, "max-age=60, private"},
+		{saying{"Public", "S-MaxAge=600 , immutable"}, "immutable, private"},
+		{saying{`private="Set-Cookie, X-A", max-age=60`}, `private="Set-Cookie, X-A", max-age=60, private`},
+		{saying{"no-cache"}, "no-cache, private"},
+		{saying{"no-store"}, "no-store"},
+		{saying{"Private, max-age=60"}, "Private, max-age=60"},
+	} {
+		g.production.chain = tc.backend
+		if got := g.serve(t, bearerRequest(secret)).Header()["Cache-Control"]; !slices.Equal(got, []string{tc.want}) {
+			t.Errorf("of %q the client gets %q, want %q", tc.backend, got, tc.want)
+		}
+	}
+}

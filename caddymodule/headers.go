@@ -30,19 +30,20 @@ func (x *exchange) identify(r *http.Request) {
 	}
 }
 
-// overrides reports whether a header of this name makes some backends take another method or path: they would serve another
-// request than the one that was decided on. Symfony, Laminas and IIS read the URLs so, and services made for nginx's auth_request
-// the URI.
+// overriding are headers that make some backends take another method or path: they would serve another request than the one that was
+// decided on. Symfony, Laminas and IIS read the methods and URLs so, services made for nginx's auth_request or Traefik's ForwardAuth
+// the originals and what was forwarded, and those behind Envoy its path.
+var overriding = [...]string{
+	"x-http-method", "x-method-override", "x-http-method-override", "x-original-method", "x-forwarded-method",
+	"x-original-url", "x-original-uri", "x-rewrite-url", "x-rewrite-uri", "x-override-url", "x-forwarded-uri", "x-forwarded-path",
+	"x-envoy-original-path",
+}
+
 func overrides(name string) bool {
-	switch len(name) {
-	case len("x-http-method"): // and of "x-rewrite-url"
-		return hasFolded(name, "x-http-method") || hasFolded(name, "x-rewrite-url")
-	case len("x-original-url"):
-		return hasFolded(name, "x-original-url") || hasFolded(name, "x-original-uri")
-	case len("x-method-override"):
-		return hasFolded(name, "x-method-override")
-	case len("x-http-method-override"):
-		return hasFolded(name, "x-http-method-override")
+	for _, header := range overriding {
+		if len(name) == len(header) && hasFolded(name, header) {
+			return true
+		}
 	}
 	return false
 }
@@ -75,6 +76,29 @@ func hasFolded(name, prefix string) bool {
 		}
 	}
 	return true
+}
+
+// keepPrivate forbids caches that are shared to store an answer: one between the client and the gateway would give it to whoever has no key,
+// or one that was revoked. Requests with an Authorization header are spared by them (RFC 9111, section 3.5), others are not, and the
+// backend sees neither. What the backend says for the client's own cache stays.
+func (x *exchange) keepPrivate(h http.Header) {
+	said := h["Cache-Control"]
+	if len(said) == 0 {
+		x.set(h, "Cache-Control", cacheControlValue, "private")
+		return
+	}
+	var kept []string
+	for directive := range strings.SplitSeq(strings.Join(said, ","), ",") {
+		directive = strings.TrimSpace(directive)
+		name, _, _ := strings.Cut(strings.ToLower(directive), "=")
+		switch {
+		case strings.EqualFold(directive, "private"), name == "no-store":
+			return
+		case name != "public" && name != "s-maxage":
+			kept = append(kept, directive)
+		}
+	}
+	x.set(h, "Cache-Control", cacheControlValue, strings.Join(append(kept, "private"), ", "))
 }
 
 // restrictConnection leaves only the upgrade to WebSocket. "Connection: X-Rekall-Key-Id" would have the proxy strip our

@@ -57,7 +57,7 @@ func (x *exchange) traceDecision(request trace.Span) {
 		request.SetAttributes(
 			attribute.String("rekall.key_id", x.record.ID), attribute.String("rekall.account", x.record.Account))
 	}
-	if x.reason != "" {
-		request.SetAttributes(attribute.String("rekall.reason", x.reason))
+	if x.reason != nil {
+		request.SetAttributes(attribute.String("rekall.reason", x.reason.Code))
 	}
 }

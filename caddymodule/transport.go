@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
@@ -207,7 +208,7 @@ func (p *pass) excuse(r *http.Request, err error) error {
 		failed.answer = bodyTooLarge
 	case late && !errors.Is(err, os.ErrDeadlineExceeded): // no deadline of a connection: the backend had all that it waits for
 		return err
-	case r.Header["Upgrade"] == nil && !p.body.begun.Load(): // a backend that speaks only HTTP/2 fails at an upgrade
+	case r.Header["Upgrade"] == nil && !p.begun.Load(): // a backend that speaks only HTTP/2 fails at an upgrade
 		return err
 	}
 	return p.fail(failed)
@@ -215,7 +216,7 @@ func (p *pass) excuse(r *http.Request, err error) error {
 
 // fail keeps the first error that the client's request made, for the answer.
 func (p *pass) fail(failed *clientError) error {
-	p.body.failed.CompareAndSwap(nil, failed)
+	p.failed.CompareAndSwap(nil, failed)
 	return failed
 }
 
@@ -287,12 +288,14 @@ func (r *refusal) Header() http.Header         { return r.header }
 func (r *refusal) WriteHeader(int)             {}
 func (r *refusal) Write(p []byte) (int, error) { return r.body.Write(p) }
 
-// pass is the context of a request that the gateway allowed.
+// pass is the context of a request that the gateway allowed, and its body.
 type pass struct {
 	context.Context
+	body        io.ReadCloser               // of the client
+	failed      atomic.Pointer[clientError] // the first error that the client caused, of whatever part of the request
+	begun       atomic.Bool                 // to read the body, which is when there is a connection to the backend
 	environment apikey.Environment
-	withheld    bool       // a part of the answer, after a cut
-	body        clientBody // of the forwarded request
+	withheld    bool // a part of the answer, after a cut
 }
 
 type passKey struct{}

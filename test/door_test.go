@@ -371,7 +371,8 @@ func TestNoSpellingOfAnIdentityHeaderReachesTheBackend(t *testing.T) {
 		"X-Rekall-Key-Id", "x-rekall-key-id", "X-REKALL-ACCOUNT", "X-Rekall-Environment", "X-Rekall-Scopes", "X-Rekall-New", "X-Request-Id",
 		"X_Rekall_Key_Id", "X-Rekall_Key.Id", "x.rekall.account", "X_REQUEST_ID", "X-Rekall-Version-", "X-Rekall_Version",
 		"X!Rekall!Key!Id", "x~rekall^account", "X-Rekall|Scopes", "X'Request`Id", "X-Rekall*New",
-		"X-HTTP-Method-Override", "X-HTTP-Method", "X-Method-Override", "X_Http_Method_Override", "X!HTTP!Method",
+		"X-HTTP-Method-Override", "X-HTTP-Method", "X-Method-Override", "X_Http_Method_Override", "X!HTTP!Method", "X-Original-Method",
+		"X-Forwarded-Method",
 	} {
 		spoofed = append(spoofed, name+": spoofed", name+": spoofed, again")
 	}
@@ -424,7 +425,8 @@ func TestHeadersThatRedirectABackendDoNotReachIt(t *testing.T) {
 	r := newRig(t)
 	g := r.start(standardSite)
 	h := bearer(r.key("production", "memories:read"))
-	names := []string{"X-Original-Url", "X-Original-Uri", "X-Rewrite-Url", "X.original.url", "X!rewrite!url"}
+	names := []string{"X-Original-Url", "X-Original-Uri", "X-Rewrite-Url", "X-Rewrite-Uri", "X-Override-Url", "X-Forwarded-Uri", "X-Forwarded-Path",
+		"X-Envoy-Original-Path", "X.original.url", "X!rewrite!url"}
 	for _, name := range names {
 		h[name] = []string{"/v1/entities"}
 	}
