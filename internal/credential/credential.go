@@ -157,7 +157,18 @@ func mayBeKey(value string) bool {
 			return true
 		}
 	}
-	return apikey.ContainsKey(value)
+	return apikey.ContainsKey(value) || lacksPrefix(value)
+}
+
+// lacksPrefix reports whether a value is a key but for its prefix, which is the same for all: the rest of it is the whole secret. Other
+// values have its checksum by chance once in billions of times.
+func lacksPrefix(value string) bool {
+	for _, prefix := range [...]string{apikey.ProductionPrefix, apikey.SandboxPrefix} {
+		if len(prefix)+len(value) == apikey.Length {
+			return apikey.ChecksumValid(prefix + value)
+		}
+	}
+	return false
 }
 
 // base64URL reports whether c is one of the characters of a JWT.

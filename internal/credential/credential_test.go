@@ -382,11 +382,13 @@ func TestTheDoorTakesMistypedKeys(t *testing.T) {
 	key := apikey.Generate(apikey.Production)
 	for _, secret := range []string{
 		key[:47], "RK_" + key[3:], "Rk_", `"` + key[:40], "'rk_x'", "x,rk_y", "Bearer rk_x", "é" + key[:20], "\x00rk_x", "x" + key, "key=rk_x", "a/rk_x",
+		strings.TrimPrefix(key, apikey.ProductionPrefix), strings.TrimPrefix(apikey.Generate(apikey.Sandbox), apikey.SandboxPrefix),
 	} {
 		for _, r := range []*http.Request{
 			request("/", http.Header{"Authorization": {"Bearer " + secret}}),
 			request("/", http.Header{"X-Api-Key": {secret}}),
 			request("/?api_key="+url.QueryEscape(secret), nil),
+			request("/?api_key="+strings.ReplaceAll(url.QueryEscape(url.QueryEscape(secret)), "_", "%255F"), nil),
 		} {
 			r = credential.AtDoor(r)
 			if len(r.Header) != 0 || r.RequestURI != "/" {

@@ -48,7 +48,7 @@ func (c *Credential) cutQuery(query string, ours func(string) bool) (left string
 		}
 		name, value, _ := strings.Cut(pair, "=")
 		if strings.EqualFold(unescape(name), parameter) {
-			if value = unescape(value); ours(value) {
+			if value = unescape(value); ours(value) || ours(unescape(value)) { // some client escapes twice
 				took = true
 				if value != "" { // an empty parameter presents nothing
 					c.add(value, nil)
