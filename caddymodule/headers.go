@@ -5,6 +5,8 @@ import (
 	"strings"
 
 	"golang.org/x/net/http/httpguts"
+
+	"github.com/rekall-ai/gateway/internal/dashboard"
 )
 
 // identify replaces what the client says of itself with what the gateway knows.
@@ -16,6 +18,8 @@ func (x *exchange) identify(r *http.Request) {
 			delete(h, name)
 		case name == "Connection", name == "Upgrade":
 			restrictConnection(h)
+		case name == "Cookie":
+			takeSession(h)
 		}
 	}
 	// A trailer can carry an identity header past everything that looked at the headers.
@@ -76,6 +80,20 @@ func hasFolded(name, prefix string) bool {
 		}
 	}
 	return true
+}
+
+// takeSession takes the dashboard's session away from backends.
+func takeSession(h http.Header) {
+	var left []string
+	for _, cookies := range h["Cookie"] {
+		if cookies = dashboard.WithoutSession(cookies); cookies != "" {
+			left = append(left, cookies)
+		}
+	}
+	delete(h, "Cookie")
+	if left != nil {
+		h["Cookie"] = left
+	}
 }
 
 // keepPrivate forbids caches that are shared to store an answer: one between the client and the gateway would give it to whoever has no key,

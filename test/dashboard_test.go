@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 
@@ -64,7 +65,7 @@ func TestCookieIsSecureWhereverTheVisitorUsedTLS(t *testing.T) {
 			t.Fatal(err)
 		}
 		cookies := signedIn.Cookies()
-		if len(cookies) != 1 || cookies[0].Secure != one.secure || strings.HasPrefix(cookies[0].Name, "__Secure-") != one.secure {
+		if len(cookies) != 1 || cookies[0].Secure != one.secure || strings.HasPrefix(cookies[0].Name, "__Host-") != one.secure {
 			t.Errorf("%s from %s by %q: %d, cookies %v", one.site, one.from, one.scheme, signedIn.StatusCode, cookies)
 			continue
 		}
@@ -73,5 +74,24 @@ func TestCookieIsSecureWhereverTheVisitorUsedTLS(t *testing.T) {
 			t.Errorf("%s from %s by %q: %d, error %v with the cookie", one.site, one.from, one.scheme, list.StatusCode, err)
 		}
 		browser.CloseIdleConnections()
+	}
+}
+
+func TestNoBackendIsSentASessionOfTheDashboard(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	g := r.start(standardSite)
+	for sent, received := range map[string][]string{
+		"__Host-rekall-session=secret":                 nil,
+		"a=1; __Host-rekall-session=secret; b=\"x y\"": {"a=1; b=\"x y\""},
+		"rekall-session=secret;c=3":                    {"c=3"},
+		"not-rekall-session=1;d=4":                     {"not-rekall-session=1; d=4"},
+		"e=5;f=6":                                      {"e=5;f=6"},
+	} {
+		header := bearer(r.key("production", "memories:read"))
+		header.Set("Cookie", sent)
+		if got := g.do("GET", "/v1/memories", header).echo(t).Headers["Cookie"]; !slices.Equal(got, received) {
+			t.Errorf("of %s the backend received %q, want %q", sent, got, received)
+		}
 	}
 }

@@ -156,12 +156,33 @@ func (s *sessions) actor(r *http.Request, id string, admin *keyadmin.Admin) (key
 	return actor, err
 }
 
-// cookieName is one that pages without TLS cannot set, where there is TLS.
+// Names of the cookie that has a session. Where there is TLS it is one that browsers take from this host alone: a page of a sibling's could
+// have a visitor work in a session of its own choosing, and give away a key of somebody else's account for theirs.
+const (
+	hostCookie  = "__Host-rekall-session"
+	plainCookie = "rekall-session"
+)
+
 func (d *Dashboard) cookieName(r *http.Request) string {
 	if d.Secure(r) {
-		return "__Secure-rekall-session"
+		return hostCookie
 	}
-	return "rekall-session"
+	return plainCookie
+}
+
+// WithoutSession takes the session out of a Cookie header, which browsers send with all requests to the host: it is no backend's.
+func WithoutSession(cookies string) string {
+	if !strings.Contains(cookies, plainCookie) {
+		return cookies
+	}
+	var kept []string
+	for cookie := range strings.SplitSeq(cookies, ";") {
+		cookie = strings.TrimSpace(cookie)
+		if name, _, _ := strings.Cut(cookie, "="); name != hostCookie && name != plainCookie {
+			kept = append(kept, cookie)
+		}
+	}
+	return strings.Join(kept, "; ")
 }
 
 func (d *Dashboard) sessionID(r *http.Request) string {
@@ -173,8 +194,12 @@ func (d *Dashboard) sessionID(r *http.Request) string {
 }
 
 func (d *Dashboard) setCookie(w http.ResponseWriter, r *http.Request, value string, maxAge int) {
+	path := Root
+	if d.Secure(r) {
+		path = "/" // what the name demands
+	}
 	http.SetCookie(w, &http.Cookie{
-		Name: d.cookieName(r), Value: value, Path: Root, MaxAge: maxAge, HttpOnly: true, Secure: d.Secure(r), SameSite: http.SameSiteStrictMode,
+		Name: d.cookieName(r), Value: value, Path: path, MaxAge: maxAge, HttpOnly: true, Secure: d.Secure(r), SameSite: http.SameSiteStrictMode,
 	})
 }
 
