@@ -2,6 +2,7 @@ package keyadmin
 
 import (
 	"context"
+	"net/netip"
 	"regexp"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
@@ -117,7 +118,7 @@ const maxLeaked = 1000
 var keyPattern = regexp.MustCompile(`rk_(?:[0-9A-Za-z]{45}|test_[0-9A-Za-z]{40})`)
 
 // Leaked revokes the keys that somebody has found: possession is the proof. source says who reported them, in the audit as
-// "leak:<source>". What is no key of ours is passed over, and without anything like a key there is no line in the audit. The count is
+// "leak:<source>", an address in that of operators only. What is no key of ours is passed over, and without anything like a key there is no line in the audit. The count is
 // for the log alone: told to the reporter, it would tell which keys exist. A report that is not acceptable is an *InvalidError, which
 // does not quote it.
 func (a *Admin) Leaked(ctx context.Context, source string, keys []string) (Revocation, error) {
@@ -137,9 +138,13 @@ func (a *Admin) Leaked(ctx context.Context, source string, keys []string) (Revoc
 		return Revocation{}, nil
 	}
 	reporter := "leak:" + source
+	told := reporter
+	if _, err := netip.ParseAddr(source); err == nil {
+		told = "leak:report" // who found the key may have reason to fear its owner, who reads this
+	}
 	var revocation Revocation
 	err := a.store.Change(ctx, func(tx *keystore.Tx) (err error) {
-		revocation, err = revokeMany(ctx, tx, reporter, keystore.Everything(), selected, map[string]any{"reason": "leaked"})
+		revocation, err = revokeMany(ctx, tx, told, keystore.Everything(), selected, map[string]any{"reason": "leaked"})
 		if err != nil {
 			return err
 		}

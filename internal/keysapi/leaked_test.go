@@ -92,6 +92,10 @@ func TestReportedKeyIsRevokedAndTheAnswerDoesNotTellWhetherItExisted(t *testing.
 	if a, b := r.status(third.ID), r.status(fourth.ID); a != keyadmin.Revoked || b != keyadmin.Revoked {
 		t.Errorf("keys with something around them are %s and %s", a, b)
 	}
+	owners, err := r.admin.Audit(t.Context(), keyadmin.Operator("test"), keyadmin.AuditRequest{KeyID: first.ID, Action: string(keyadmin.KeyRevoked)})
+	if err != nil || len(owners.Entries) != 1 || owners.Entries[0].Actor != "leak:report" {
+		t.Errorf("the owner is told of the finder: %+v, %v", owners, err)
+	}
 	entries := r.reports()
 	if len(entries) != len(answers)-3 || entries[0].Actor != "leak:192.0.2.1" {
 		t.Errorf("audit %+v", entries)
