@@ -101,12 +101,8 @@ func readSignature(h http.Header) (signature, error) {
 	return signature{identifiers[0], der}, nil
 }
 
-// verify checks that GitHub has signed a body.
-func (g *GitHub) verify(ctx context.Context, s signature, body []byte) error {
-	key, err := g.key(ctx, s.identifier)
-	if err != nil {
-		return err
-	}
+// verify checks that the holder of a key has signed a body.
+func (s signature) verify(key *ecdsa.PublicKey, body []byte) error {
 	digest := sha256.Sum256(body)
 	if !ecdsa.VerifyASN1(key, digest[:], s.der) {
 		return errSignature

@@ -95,9 +95,13 @@ var errBusy = apierror.New(http.StatusServiceUnavailable, "SERVICE_UNAVAILABLE",
 var errGitHubBody = invalid("", "The body must be a list of objects that each have a token.")
 
 // leakedOnGitHub revokes the keys that GitHub's secret scanning has found. Nothing of the body is believed, and not even
-// parsed, before its signature is; without one it is not even read.
+// parsed, before its signature is; without one by a key that GitHub has published it is not even read.
 func (a *API) leakedOnGitHub(r *http.Request) (answer, error) {
 	signature, err := readSignature(r.Header)
+	if err != nil {
+		return answer{}, err
+	}
+	key, err := a.GitHub.key(r.Context(), signature.identifier)
 	if err != nil {
 		return answer{}, err
 	}
@@ -116,7 +120,7 @@ func (a *API) leakedOnGitHub(r *http.Request) (answer, error) {
 	if err != nil {
 		return answer{}, err
 	}
-	if err := a.GitHub.verify(r.Context(), signature, body); err != nil {
+	if err := signature.verify(key, body); err != nil {
 		return answer{}, err
 	}
 	var matches []struct {

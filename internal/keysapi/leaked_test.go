@@ -413,8 +413,10 @@ const looksSigned = "Github-Public-Key-Identifier: current\r\nGithub-Public-Key-
 
 func TestReportWithoutASignatureIsRefusedUnread(t *testing.T) {
 	hub := newGitHub(t)
+	hub.publish("current", elliptic.P256())
 	r := newRigOn(t, pgtest.URL(t), checker(t, hub.server.URL))
 	for what, header := range map[string]string{
+		"unknown identifier": "Github-Public-Key-Identifier: other\r\nGithub-Public-Key-Signature: AAAA\r\n",
 		"no signature":       "",
 		"no identifier":      "Github-Public-Key-Signature: AAAA\r\n",
 		"no base64":          "Github-Public-Key-Identifier: current\r\nGithub-Public-Key-Signature: %\r\n",
@@ -484,6 +486,7 @@ func (s stalled) Read([]byte) (int, error) {
 
 func TestLongReportsThatFindNoPlaceWriteNoErrorsIntoTheLog(t *testing.T) {
 	hub := newGitHub(t)
+	hub.publish("current", elliptic.P256())
 	r := newRigOn(t, pgtest.URL(t), checker(t, hub.server.URL))
 	send := func(ctx context.Context, body io.Reader) *httptest.ResponseRecorder {
 		request := httptest.NewRequestWithContext(ctx, "POST", leaked+"/github", body)
