@@ -23,8 +23,7 @@ func (p *pass) Read(b []byte) (int, error) {
 	if tooLarge(err) { // a limit before the gateway
 		failed.answer = bodyTooLarge
 	}
-	p.failed.Store(failed)
-	return n, failed
+	return n, p.fail(failed)
 }
 
 // Close closes it.

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/iotest"
 	"testing/synctest"
 	"time"
 
@@ -293,5 +294,18 @@ func TestAnswerThatWasCutLooksWholeToNoClient(t *testing.T) {
 			_ = resp.Body.Close()
 			server.Close()
 		}
+	}
+}
+
+// TestAClientIsToldTheFirstErrorThatItsRequestMade: net/http may go on reading a body after the request has failed.
+func TestAClientIsToldTheFirstErrorThatItsRequestMade(t *testing.T) {
+	p := &pass{body: io.NopCloser(iotest.ErrReader(errors.New("the client is gone")))}
+	first := &clientError{headersTooLarge, errBeyondHTTP2}
+	_ = p.fail(first)
+	if _, err := io.ReadAll(p); err == nil {
+		t.Error("the body could be read")
+	}
+	if told := p.failed.Load(); told != first {
+		t.Errorf("the client is told %v", told)
 	}
 }

@@ -97,7 +97,7 @@ func newRuntime(s settings) (_ *runtime, err error) {
 	rt.reporter = edge.NewReporter(store, rt.identity, rt.logger.Load)
 	config := keycache.Config{
 		Size: s.cacheSize, Warm: s.warm, Refresh: s.refresh, MaxStaleness: s.maxStaleness, NoListen: !s.listen,
-		Changed: rt.reporter.Changed, Revoked: rt.metrics.revoked, Logger: rt.logger.Load,
+		Report: rt.reporter.Changed, Revoked: rt.metrics.revoked, Logger: rt.logger.Load,
 	}
 	var reads keycache.Store = store
 	if s.readDatabase != "" {

@@ -1,10 +1,13 @@
 package test
 
 import (
+	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/test/eventually"
@@ -60,6 +63,32 @@ func TestStandbyWhoseReplayIsPausedIsNotTrusted(t *testing.T) {
 	eventually.True(t, "the revocation arrives", func() bool {
 		return g.ask(bad) == "API_KEY_REVOKED"
 	})
+}
+
+// TestUnknownKeysAreRefusedAsSuchWhereAStandbyIsRead: in a flood the feed proves that they do not exist, which a standby can only with a
+// report made since. "Cannot tell" would page somebody.
+func TestUnknownKeysAreRefusedAsSuchWhereAStandbyIsRead(t *testing.T) {
+	t.Parallel()
+	primary := pgtest.Server(t)
+	r := newRigOn(t, primary.URL())
+	standby, err := primary.StartStandby(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = standby.Stop(t.Context()) })
+	g := r.start(standardSite, "read_database "+standby.URL())
+	r.key("production", "memories:read")
+	eventually.True(t, "the filter is built", func() bool { return g.series(t, "rekall_filter_keys") > 0 })
+	var clients sync.WaitGroup
+	for range 10 {
+		clients.Go(func() {
+			for range 10 {
+				header := http.Header{"X-Api-Key": {apikey.Generate(apikey.Production)}}
+				g.do("GET", "/v1/memories", header).wantCode(t, http.StatusUnauthorized, "API_KEY_INVALID")
+			}
+		})
+	}
+	clients.Wait()
 }
 
 func TestStandbyAsTheOnlyDatabaseIsRefused(t *testing.T) {

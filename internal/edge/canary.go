@@ -53,10 +53,8 @@ func (c *Canary) send(ctx context.Context, settle time.Duration) error {
 	if err != nil || id == "" {
 		return err
 	}
-	select {
-	case <-time.After(settle):
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+	_ = pause(ctx, settle)
+	ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), reportTimeout) // none is left alive by an edge that stops
+	defer cancel()
 	return c.store.RevokeCanary(ctx, id)
 }

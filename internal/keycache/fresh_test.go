@@ -373,7 +373,7 @@ func TestListenersOfAFleetDoNotComeBackInStep(t *testing.T) {
 func TestTickWithoutNewsAsksForNoReport(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	reports := 0
-	c := newCache(t, db.store, func(cfg *Config) { cfg.Changed = func() { reports++ } })
+	c := newCache(t, db.store, func(cfg *Config) { cfg.Report = func() { reports++ } })
 	tick(t, c)
 	for range 20 {
 		tick(t, c)

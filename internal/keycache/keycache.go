@@ -53,7 +53,7 @@ type Store interface {
 	ScanRecent(ctx context.Context, n int, begin func(keystore.Server) error, each func(apikey.Record)) error
 }
 
-// Config of a Cache. Warm, NoListen, Sent, Changed and Revoked may be left out.
+// Config of a Cache. Warm, NoListen, Sent, Report and Revoked may be left out.
 type Config struct {
 	Size         int           // keys held, at most
 	Warm         int           // keys read into memory when the feed starts over, at most Size; 0: none
@@ -62,8 +62,10 @@ type Config struct {
 	NoListen     bool          // do not LISTEN for early wake-ups, e.g. behind PgBouncer
 	// Sent makes the store a standby's, which may lag: a sync then vouches for no more than the last report of this edge
 	// that the standby has replayed. Sent returns that report. Nil: the store is the primary's.
-	Sent    func(beat uint64) (keystore.Report, bool)
-	Changed func() // called after changes were applied; must not block; may be nil
+	Sent func(beat uint64) (keystore.Report, bool)
+	// Report asks for a report of this edge: when changes were applied, and when a standby is to prove that a key does not
+	// exist. It must not block; it may be nil.
+	Report func()
 	// Revoked is called when a key that was in memory is found to be revoked, with the time for which it stayed allowed after
 	// its revocation, by Postgres's clock, MaxStaleness at most where nobody could tell. It must not block; it may be nil.
 	Revoked func(delay time.Duration)

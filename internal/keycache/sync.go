@@ -101,6 +101,9 @@ func (c *Cache) awaitSync(ctx context.Context, startedAt time.Time, took time.Du
 	case <-c.wake:
 		return true
 	case <-c.unknown.wanted:
+		if c.cfg.Sent != nil {
+			c.report() // a standby proves nothing without one that came later
+		}
 		gap := min(max(proofGap, proofShare*took), c.cfg.Refresh)
 		return pause(ctx, gap-time.Since(startedAt), c.wake)
 	case <-ctx.Done():
@@ -162,10 +165,16 @@ func (c *Cache) follow(ctx context.Context) error {
 	c.measureCanary(old, changed)
 	// Only now: a confirmed change has also reached the requests in flight.
 	c.applied.Store(&Applied{At: r.Now.Add(r.vouchedAt.Sub(r.startedAt)), Snapshot: c.state.Load().seen, Server: r.Server, Beat: r.Beat})
-	if (over || len(changed) > 0) && c.cfg.Changed != nil {
-		c.cfg.Changed()
+	if over || len(changed) > 0 {
+		c.report()
 	}
 	return nil
+}
+
+func (c *Cache) report() {
+	if c.cfg.Report != nil {
+		c.cfg.Report()
+	}
 }
 
 // readFeed reads what has changed since old.

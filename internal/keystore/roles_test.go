@@ -248,6 +248,23 @@ func TestEdgeRevokesCanariesAndNoOtherKey(t *testing.T) {
 	}
 }
 
+// TestCanaryThatAKilledEdgeLeftAliveIsRevoked: it can be removed only once it is.
+func TestCanaryThatAKilledEdgeLeftAliveIsRevoked(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	exec(t, connect(t, databaseURL), `insert into rekall.api_keys (id, account, name, environment, key_hash, scopes, created_at)
+		values ('key_left000000000000000000', 'rekall:canary', 'Canary', 'sandbox', sha256('left'), '{}', now() - interval '11 minutes'),
+			('key_lives00000000000000000', 'rekall:canary', 'Canary', 'sandbox', sha256('lives'), '{}', now() - interval '2 minutes')`)
+	if id, err := store.CreateCanary(t.Context()); err != nil || id == "" {
+		t.Fatalf("canary %q, %v", id, err)
+	}
+	for id, revoked := range map[string]bool{"key_left000000000000000000": true, "key_lives00000000000000000": false} {
+		if row, err := store.Get(t.Context(), keystore.Everything(), id); err != nil || (row.RevokedAt != nil) != revoked {
+			t.Errorf("%s: %+v, %v", id, row, err)
+		}
+	}
+}
+
 // New functions are everybody's by default, and there may be no roles.
 func TestFunctionsThatRunAsTheSchemasOwnerAreNotForEverybody(t *testing.T) {
 	databaseURL := database(t)

@@ -24,6 +24,9 @@ type UsageFlush struct {
 	Keys     []*KeyCounts
 }
 
+// maxCount is the greatest bigint. An edge that was taken over may have written it: no flush of another may fail for it.
+const maxCount = `9223372036854775807`
+
 // flushSQL is one statement, so that an edge that is stopped in the middle of a flush holds no lock. A flush that was
 // applied already yields no mark, and without a mark nothing is added. If its first copy is still running, the second waits
 // for it at the mark.
@@ -38,7 +41,7 @@ with mark as (
 	select n.key_id, $3, 'allowed', n.count, n.used_at from mark, unnest($4::text[], $5::bigint[], $6::timestamptz[]) as n (key_id, count, used_at)
 	union all
 	select n.key_id, $3, n.outcome, n.count, null from mark, unnest($7::text[], $8::text[], $9::bigint[]) as n (key_id, outcome, count)
-	on conflict (key_id, hour, outcome) do update set count = u.count + excluded.count, used_at = greatest(u.used_at, excluded.used_at)
+	on conflict (key_id, hour, outcome) do update set count = u.count + least(excluded.count, ` + maxCount + ` - u.count), used_at = greatest(u.used_at, excluded.used_at)
 	returning u.key_id, u.used_at, u.xmax = 0 as new
 )
 insert into rekall.last_used as l (key_id, first_used_at, last_used_at)
@@ -180,11 +183,13 @@ select l.key_id, l.first_used_at, `+lastUse+` from rekall.last_used l where l.ke
 }
 
 // ClaimChore takes the turn at what one edge of all is to do, and reports whether it is the caller's: it is nobody's until
-// period has passed since the last claim.
+// period has passed since the last claim. One further ahead than that is none: it would keep everybody from
+// the chore.
 func (s *Store) ClaimChore(ctx context.Context, name string, period time.Duration) (bool, error) {
 	tag, err := s.pool.Exec(ctx, `
 insert into rekall.usage_chores as c (name) values ($1)
-on conflict (name) do update set claimed_at = excluded.claimed_at where c.claimed_at <= excluded.claimed_at - $2::interval`, name, period)
+on conflict (name) do update set claimed_at = excluded.claimed_at 
+where c.claimed_at not between excluded.claimed_at - $2::interval and excluded.claimed_at + $2::interval`, name, period)
 	if err != nil {
 		return false, failedAtEdge("claim "+name, err)
 	}
@@ -202,7 +207,7 @@ type HourTotal struct {
 // the one before) and have no spike in it yet.
 func (s *Store) BusyKeys(ctx context.Context, floor int64, each func(HourTotal)) error {
 	rows, _ := s.pool.Query(ctx, `
-select u.key_id, u.hour, sum(u.count)::bigint from rekall.usage u
+select u.key_id, u.hour, least(sum(u.count), `+maxCount+`)::bigint from rekall.usage u
 where u.hour >= date_trunc('hour', now() - interval '5 minutes', 'UTC')
 	and not exists (select from rekall.spikes s where s.key_id = u.key_id and s.hour = u.hour)
 group by u.key_id, u.hour having sum(u.count) >= $1`, floor) // ForEachRow returns its error
@@ -219,7 +224,7 @@ group by u.key_id, u.hour having sum(u.count) >= $1`, floor) // ForEachRow retur
 // UsageHistory calls each for every hour before the given one, up to window back, in which one of the keys was used.
 func (s *Store) UsageHistory(ctx context.Context, keyIDs []string, before time.Time, window time.Duration, each func(HourTotal)) error {
 	rows, _ := s.pool.Query(ctx, `
-select key_id, hour, sum(count)::bigint from rekall.usage
+select key_id, hour, least(sum(count), `+maxCount+`)::bigint from rekall.usage
 where key_id = any($1) and hour < $2 and hour >= $2::timestamptz - $3::interval
 group by key_id, hour`, keyIDs, before, window) // ForEachRow returns its error
 	var total HourTotal

@@ -293,6 +293,35 @@ func TestChoreHasOneTakerInItsPeriod(t *testing.T) {
 	if n := claim(); n != 1 {
 		t.Errorf("%d edges took the next turn", n)
 	}
+	exec(t, connect(t, databaseURL), `update rekall.usage_chores set claimed_at = 'infinity'`)
+	if n := claim(); n != 1 {
+		t.Errorf("%d edges took a turn that somebody had taken for ever", n)
+	}
+}
+
+// TestNoCountThatAnotherEdgeWroteMakesAFlushFail: all that the others count in that hour would be lost.
+func TestNoCountThatAnotherEdgeWroteMakesAFlushFail(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	id, other, now := newKey().ID, newKey().ID, time.Now().UTC().Truncate(time.Hour)
+	edge := instance()
+	mustFlush(t, store, flushOf(edge, 1, now, counts(id, 1, 1, 1)))
+	exec(t, connect(t, databaseURL), `update rekall.usage set count = 9223372036854775807`)
+	mustFlush(t, store, flushOf(edge, 2, now, counts(id, 1, 1, 1), counts(other, 2, 0, 1)))
+	if used, err := store.Usage(t.Context(), other, now, now.Add(time.Hour)); err != nil || len(used.Hours) != 1 || used.Hours[0].Count != 2 {
+		t.Errorf("of another key %+v, %v", used, err)
+	}
+	var busiest keystore.HourTotal
+	if err := store.BusyKeys(t.Context(), 1, func(total keystore.HourTotal) {
+		if total.Count > busiest.Count {
+			busiest = total
+		}
+	}); err != nil || busiest.KeyID != id {
+		t.Errorf("busy keys: %+v, %v", busiest, err)
+	}
+	if err := store.UsageHistory(t.Context(), []string{id}, now.Add(time.Hour), 24*time.Hour, func(keystore.HourTotal) {}); err != nil {
+		t.Errorf("history: %v", err)
+	}
 }
 
 // TestBusyKeysAreThoseOfTheHourInUTC: in a time zone half an hour off, an hour begins elsewhere.

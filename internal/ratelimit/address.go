@@ -44,12 +44,18 @@ func NewAddresses(perMinute, burst int) *Addresses {
 	return &Addresses{start: time.Now(), interval: int64(time.Minute) / int64(perMinute), depth: int64(burst), seed: maphash.MakeSeed()}
 }
 
-// Suspect reports whether an address has sent a request without a good key, as far as the table remembers.
+// suspectFor is how long an address is suspect after what it had sent without a good key is paid for. An office whose key was mistyped
+// once must not be refused for it when an edge starts and all its good keys have to be looked up.
+const suspectFor = 10 * time.Minute
+
+// Suspect reports whether an address has sent requests without a good key lately, as far as the table remembers.
 func (a *Addresses) Suspect(address netip.Addr) bool {
 	id, set := a.at(address)
+	now := int64(time.Since(a.start))
 	set.mu.Lock()
 	defer set.mu.Unlock()
-	return set.find(id) != nil
+	entry := set.find(id)
+	return entry != nil && (entry.pending > 0 || now-entry.emptyAt < int64(suspectFor))
 }
 
 // Begin tells whether a request of a suspect address may have a key looked up. If so, End must follow when that is over. Until then it

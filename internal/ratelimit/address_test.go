@@ -82,6 +82,21 @@ func TestNoAddressIsSuspectBeforeItsFirstRequestWithoutAGoodKey(t *testing.T) {
 	}
 }
 
+func TestAnAddressIsSuspectNoLongerThanItsRequestsAreLately(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, address := NewAddresses(60, 1), netip.MustParseAddr("192.0.2.1")
+		a.Take(address)
+		<-time.After(suspectFor)
+		if !a.Suspect(address) {
+			t.Error("not suspect any longer, a second before its time")
+		}
+		<-time.After(time.Second)
+		if a.Suspect(address) {
+			t.Error("suspect for ever")
+		}
+	})
+}
+
 func TestAFloodOfAddressesNeitherRefusesOthersNorForgetsWhoOwesMost(t *testing.T) {
 	a := NewAddresses(1, 100)
 	worst := netip.MustParseAddr("192.0.2.1")
