@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -255,8 +256,8 @@ func (d *dev) stop() error {
 	ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
 	defer cancel()
 	var errs []error
-	for i := len(d.stops) - 1; i >= 0; i-- {
-		errs = append(errs, d.stops[i](ctx))
+	for _, stop := range slices.Backward(d.stops) {
+		errs = append(errs, stop(ctx))
 	}
 	return errors.Join(errs...)
 }

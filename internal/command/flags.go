@@ -1,6 +1,7 @@
 package command
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"math"
@@ -25,11 +26,8 @@ func databaseURL(cmd *cobra.Command) (string, error) {
 	if err := NotEmpty(cmd, "database"); err != nil {
 		return "", err
 	}
-	url := text(cmd, "database")
+	url := strings.TrimSpace(cmp.Or(text(cmd, "database"), os.Getenv(keystore.DatabaseVariable))) // one from a file ends with a line feed
 	if url == "" {
-		url = os.Getenv(keystore.DatabaseVariable)
-	}
-	if url = strings.TrimSpace(url); url == "" { // one from a file ends with a line feed
 		return "", errors.New("no database: give --database or set " + keystore.DatabaseVariable)
 	}
 	return url, nil

@@ -68,8 +68,13 @@ type Confirmation struct {
 	DelaySeconds float64 `json:"delay_seconds"`
 }
 
-// confirmPoll is how often the edges are looked at while they confirm.
-const confirmPoll = 20 * time.Millisecond
+// The edges are looked at every confirmPoll while those confirm that can, and every latePoll once only those are waited for that
+// may be away, up to their max_staleness.
+const (
+	confirmPoll = 20 * time.Millisecond
+	confirmSoon = time.Second
+	latePoll    = 250 * time.Millisecond
+)
 
 // Revocation is a committed transaction that revoked keys, for the edges to confirm.
 type Revocation struct {
@@ -110,8 +115,6 @@ func (a *Admin) WaitRevoked(ctx context.Context, id string, progress func(Confir
 // the database becomes another server.
 func (a *Admin) Wait(ctx context.Context, revocation Revocation, progress func(Confirmation)) error {
 	done := make(map[string]bool)
-	ticker := time.NewTicker(confirmPoll)
-	defer ticker.Stop()
 	for began := time.Now(); ; {
 		seen, server, err := a.store.Edges(ctx, revocation.xid)
 		if err != nil {
@@ -140,8 +143,12 @@ func (a *Admin) Wait(ctx context.Context, revocation Revocation, progress func(C
 		if waiting == 0 {
 			return nil
 		}
+		poll := confirmPoll
+		if time.Since(began) > confirmSoon {
+			poll = latePoll
+		}
 		select {
-		case <-ticker.C:
+		case <-time.After(poll):
 		case <-ctx.Done():
 			return ctx.Err()
 		}

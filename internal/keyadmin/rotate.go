@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
@@ -36,11 +37,9 @@ func ParseOverlap(s string) (Overlap, error) {
 	case s == onFirstUse:
 		overlap.OnFirstUse = true
 		return overlap, nil
-	case len(s) > len(onFirstUse) && s[:len(onFirstUse)+1] == onFirstUse+":":
-		overlap.OnFirstUse = true
-		s = s[len(onFirstUse)+1:]
 	}
 	var err error
+	s, overlap.OnFirstUse = strings.CutPrefix(s, onFirstUse+":")
 	if overlap.For, err = ParseDuration(s); err != nil {
 		return Overlap{}, &InvalidError{"overlap", err.Error() + ", or on-first-use"}
 	}

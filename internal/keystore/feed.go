@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgtype"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 )
@@ -196,8 +197,8 @@ func (s *Store) Snapshot(ctx context.Context, since string) (Snapshot, error) {
 	first, last := unread(since)
 	var (
 		snap   Snapshot
-		header column // of one row
-		key    row    // of the others
+		header pgtype.DriverBytes // of one row
+		key    row                // of the others
 	)
 	rows, _ := s.pool.Query(ctx, snapshotSQL, first, last, s.instance, MaxChanges+1) // ForEachRow returns its error
 	_, err := pgx.ForEachRow(rows, append([]any{&header}, key.targets()...), func() error {

@@ -69,17 +69,9 @@ func Open(url string, options Options) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	config.MaxConns, config.MinConns, config.MinIdleConns = defaultMaxConns, 0, 0
-	if options.MaxConns > 0 {
-		config.MaxConns = options.MaxConns
-	}
+	config.MaxConns, config.MinConns, config.MinIdleConns = cmp.Or(options.MaxConns, defaultMaxConns), 0, 0
 	params := config.ConnConfig.RuntimeParams
-	if params["application_name"] == "" {
-		params["application_name"] = defaultName
-		if options.ApplicationName != "" {
-			params["application_name"] = options.ApplicationName
-		}
-	}
+	params["application_name"] = cmp.Or(params["application_name"], options.ApplicationName, defaultName)
 	boundCleanup(config)
 	// Behind a pooler that gives each statement another connection nothing can be planned ahead.
 	if options.PlanOnce && config.ConnConfig.DefaultQueryExecMode == pgx.QueryExecModeCacheStatement {

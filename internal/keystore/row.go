@@ -12,10 +12,10 @@ import (
 // row receives recordColumns, all null where a join found no key. It is used for row after row: what it holds is valid until
 // the next.
 type row struct {
-	id, account, hash, environment column
+	id, account, hash, environment pgtype.DriverBytes // as the connection has read them; nil if null
 	scopes                         pgtype.UndecodedBytes
 	manageKeys                     pgtype.Bool
-	tier                           column // null: nobody gave the account one
+	tier                           pgtype.DriverBytes // null: nobody gave the account one
 	perMinute, burst, concurrent   pgtype.Int4
 	expiresAt, revokedAt           pgtype.Timestamptz
 
@@ -25,19 +25,6 @@ type row struct {
 
 // maxDecoded bounds row.decoded.
 const maxDecoded = 1000
-
-// column is a text or bytea; nil if it is null. Unlike *string it takes no memory for each row.
-type column []byte
-
-// ScanBytes implements pgtype.BytesScanner. The argument is pgx's, and overwritten by the next row.
-func (c *column) ScanBytes(v []byte) error {
-	if v == nil {
-		*c = nil
-		return nil
-	}
-	*c = append((*c)[:0], v...)
-	return nil
-}
 
 func (r *row) targets() []any {
 	return []any{&r.id, &r.account, &r.hash, &r.environment, &r.scopes, &r.manageKeys, &r.expiresAt, &r.revokedAt,

@@ -57,7 +57,7 @@ func (s *Store) ScanHashes(ctx context.Context, begin func(server Server, keys i
 		if err := begin(server, keys); err != nil {
 			return err
 		}
-		var prefix column
+		var prefix pgtype.DriverBytes
 		rows, _ := tx.Query(ctx, fmt.Sprintf(`select substring(key_hash for %d) from rekall.api_keys`, HashPrefix)) // ForEachRow returns its error
 		_, err := pgx.ForEachRow(rows, []any{&prefix}, func() error {
 			each(prefix)

@@ -38,7 +38,7 @@ with mark as (
 	returning sequence
 ), counted as (
 	insert into rekall.usage as u (key_id, hour, outcome, count, used_at)
-	select n.key_id, $3, 'allowed', n.count, n.used_at from mark, unnest($4::text[], $5::bigint[], $6::timestamptz[]) as n (key_id, count, used_at)
+	select n.key_id, $3::timestamptz, 'allowed', n.count, n.used_at from mark, unnest($4::text[], $5::bigint[], $6::timestamptz[]) as n (key_id, count, used_at)
 	union all
 	select n.key_id, $3, n.outcome, n.count, null from mark, unnest($7::text[], $8::text[], $9::bigint[]) as n (key_id, outcome, count)
 	on conflict (key_id, hour, outcome) do update set count = u.count + least(excluded.count, ` + maxCount + ` - u.count), used_at = greatest(u.used_at, excluded.used_at)
@@ -57,31 +57,27 @@ const lastUse = `greatest(l.last_used_at, (select u.used_at from rekall.usage u
 // order: then they do not deadlock. A flush whose outcome is not known is to be repeated, unchanged; it is never counted
 // twice.
 func (s *Store) FlushUsage(ctx context.Context, f UsageFlush) error {
-	const idSize, numberSize = 4 + 26, 4 + 8
-	keys := newArray(textArrayOID, textOID, len(f.Keys)*idSize)
-	counts := newArray(bigintArrayOID, bigintOID, len(f.Keys)*numberSize)
-	usedAt := newArray(timestamptzArrayOID, timestamptzOID, len(f.Keys)*numberSize)
-	deniedKeys, outcomes := newArray(textArrayOID, textOID, 0), newArray(textArrayOID, textOID, 0)
-	deniedCounts := newArray(bigintArrayOID, bigintOID, 0)
+	var (
+		keys, deniedKeys, outcomes []string
+		counts, deniedCounts       []int64
+		usedAt                     []time.Time
+	)
 	for _, k := range f.Keys {
 		for outcome, n := range k.Counts {
 			switch {
 			case n == 0:
 			case apikey.Outcome(outcome) == apikey.Allowed:
-				keys.addText(k.KeyID)
-				counts.addBigint(int64(n))
-				usedAt.addTimestamptz(k.UsedAt)
+				keys, counts, usedAt = append(keys, k.KeyID), append(counts, int64(n)), append(usedAt, time.UnixMicro(k.UsedAt))
 			default:
-				deniedKeys.addText(k.KeyID)
-				outcomes.addText(apikey.Outcome(outcome).String())
-				deniedCounts.addBigint(int64(n))
+				deniedKeys, outcomes = append(deniedKeys, k.KeyID), append(outcomes, apikey.Outcome(outcome).String())
+				deniedCounts = append(deniedCounts, int64(n))
 			}
 		}
 	}
 	// First uses lock key rows, for which the undoing of a rotation may wait in the other order.
 	err := repeatDeadlocked(func() error {
-		return s.execBinary(ctx, flushSQL, text(f.Instance), bigint(f.Sequence), timestamptz(f.Hour*3600*1e6),
-			keys.parameter(), counts.parameter(), usedAt.parameter(), deniedKeys.parameter(), outcomes.parameter(), deniedCounts.parameter())
+		_, err := s.pool.Exec(ctx, flushSQL, f.Instance, f.Sequence, time.Unix(f.Hour*3600, 0), keys, counts, usedAt, deniedKeys, outcomes, deniedCounts)
+		return err
 	})
 	if err != nil {
 		return failedAtEdge("flush usage", err)
