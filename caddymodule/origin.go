@@ -2,6 +2,7 @@ package caddymodule
 
 import (
 	"net/http"
+	"slices"
 )
 
 // mayAskOrigin reports whether a handler of a block may ask Caddy for the request as it came, as the transport "fastcgi" does for its
@@ -9,10 +10,8 @@ import (
 func mayAskOrigin(config any) bool {
 	switch config := config.(type) {
 	case []any:
-		for _, item := range config {
-			if mayAskOrigin(item) {
-				return true
-			}
+		if slices.ContainsFunc(config, mayAskOrigin) {
+			return true
 		}
 	case map[string]any:
 		switch config["handler"] {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	"os/exec"
@@ -51,9 +52,7 @@ const tokenHeader = "X-Rekall-Identity-Token"
 func (g *gateway) token(key keyadmin.Key, header http.Header) string {
 	g.t.Helper()
 	all := bearer(key)
-	for name, values := range header {
-		all[name] = values
-	}
+	maps.Copy(all, header)
 	answer := g.do("GET", "/v1/memories", all)
 	answer.wantCode(g.t, 200, "")
 	found := ""

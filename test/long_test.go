@@ -12,13 +12,13 @@ import (
 // TestLongRunHasEveryTestThatABuildTagKeepsFromTheDailyOne, at full size: what nobody runs before a release is not tested.
 func TestLongRunHasEveryTestThatABuildTagKeepsFromTheDailyOne(t *testing.T) {
 	t.Parallel()
-	var scripts string
+	var scripts strings.Builder
 	for _, name := range []string{"long", "load/run"} {
 		text, err := os.ReadFile(name)
 		if err != nil {
 			t.Fatal(err)
 		}
-		scripts += string(text)
+		scripts.WriteString(string(text))
 	}
 	wanted := map[string]bool{"REKALL_FLEET=full go test": true, "REKALL_SCALE:-10000,100000,1000000,10000000": true}
 	err := filepath.WalkDir(".", func(path string, _ fs.DirEntry, err error) error {
@@ -37,7 +37,7 @@ func TestLongRunHasEveryTestThatABuildTagKeepsFromTheDailyOne(t *testing.T) {
 		t.Fatalf("found %v, %v", wanted, err)
 	}
 	for part := range wanted {
-		if !strings.Contains(scripts, part) {
+		if !strings.Contains(scripts.String(), part) {
 			t.Errorf("test/long does not run %s", strings.TrimSpace(part))
 		}
 	}

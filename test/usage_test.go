@@ -2,6 +2,7 @@ package test
 
 import (
 	"encoding/json"
+	"maps"
 	"net/http"
 	"net/url"
 	"os"
@@ -33,9 +34,7 @@ func outcomes(used keyadmin.Usage) map[string]int64 {
 	if used.Total.Allowed > 0 {
 		sum["allowed"] = used.Total.Allowed
 	}
-	for reason, n := range used.Total.DeniedByReason {
-		sum[reason] = n
-	}
+	maps.Copy(sum, used.Total.DeniedByReason)
 	return sum
 }
 

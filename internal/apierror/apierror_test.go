@@ -19,7 +19,7 @@ func written(e *apierror.Error) *httptest.ResponseRecorder {
 }
 
 func TestEveryOutcomeButAllowedHasAnErrorThatIsPreparedAsItIsEncoded(t *testing.T) {
-	for o := apikey.Outcome(0); o < apikey.OutcomeCount; o++ {
+	for o := range apikey.OutcomeCount {
 		e := apierror.Of(o)
 		if o == apikey.Allowed {
 			if e != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"html"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/cookiejar"
@@ -298,9 +299,7 @@ func TestFormsSayWhatIsWrongAndKeepWhatWasTyped(t *testing.T) {
 		"Idempotency-Key must have at most 255 printable ASCII character": {"once": {"ü"}},
 	} {
 		form := createForm("Typed")
-		for field, values := range change {
-			form[field] = values
-		}
+		maps.Copy(form, change)
 		reply := b.do("/new", form)
 		reply.want(t, http.StatusUnprocessableEntity, problem)
 		if change["scope"] == nil && len(form["scope"]) > 0 && !strings.Contains(reply.body, `value="hives:write" checked`) {

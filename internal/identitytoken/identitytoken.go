@@ -14,6 +14,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -89,10 +90,8 @@ func NewIssuer(signer *Signer, size int, options Options) (*Issuer, error) {
 	if options.Lifetime < minLifetime || options.Lifetime > maxLifetime {
 		return nil, fmt.Errorf("lifetime must be between %s and %s", short(minLifetime), short(maxLifetime))
 	}
-	for _, audience := range options.Audience {
-		if audience == "" {
-			return nil, errors.New("audience must not be empty")
-		}
+	if slices.Contains(options.Audience, "") {
+		return nil, errors.New("audience must not be empty")
 	}
 	i := &Issuer{signer: signer, options: options, limit: 2*size/shards + 1} // twice the share: shards fill unevenly
 	for n := range i.shards {

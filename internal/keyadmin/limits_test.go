@@ -9,15 +9,13 @@ import (
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
-func number(n int) *int { return &n }
-
 func TestLimitsOfAKeyAreItsOwnThenItsAccountsThenItsTiers(t *testing.T) {
 	admin, _, _ := newAdmin(t)
 	ctx := t.Context()
 	r := request()
 	r.Environment = "production"
 	production, sandbox := create(t, admin, r), create(t, admin, request())
-	account, err := admin.SetAccountLimits(ctx, operator, "acme", "pro", keyadmin.LimitsChange{PerMinute: number(2001)})
+	account, err := admin.SetAccountLimits(ctx, operator, "acme", "pro", keyadmin.LimitsChange{PerMinute: new(2001)})
 	want := keyadmin.AccountLimits{
 		Account: "acme", Tier: "pro", Own: keyadmin.Limits{PerMinute: 2001, Burst: 3002}, Effective: keyadmin.Limits{PerMinute: 2001, Burst: 3002, Concurrent: 25},
 	}
@@ -37,7 +35,7 @@ func TestLimitsOfAKeyAreItsOwnThenItsAccountsThenItsTiers(t *testing.T) {
 		{production, keyadmin.Limits{PerMinute: 2001, Burst: 3002, Concurrent: 1}},
 		{sandbox, keyadmin.Limits{PerMinute: 50, Burst: 75, Concurrent: 1}},
 	} {
-		set, err := admin.SetKeyLimits(ctx, operator, tc.key.ID, keyadmin.LimitsChange{Concurrent: number(1)})
+		set, err := admin.SetKeyLimits(ctx, operator, tc.key.ID, keyadmin.LimitsChange{Concurrent: new(1)})
 		if set.Effective != tc.want || err != nil {
 			t.Errorf("%+v, %v", set, err)
 		}
@@ -45,13 +43,13 @@ func TestLimitsOfAKeyAreItsOwnThenItsAccountsThenItsTiers(t *testing.T) {
 			t.Errorf("%+v, %v, want %+v", got, err, set)
 		}
 	}
-	if tier, err := admin.SetTier(ctx, operator, "sandbox", keyadmin.LimitsChange{PerMinute: number(60), Burst: number(15)}); tier.Concurrent != 2 || err != nil {
+	if tier, err := admin.SetTier(ctx, operator, "sandbox", keyadmin.LimitsChange{PerMinute: new(60), Burst: new(15)}); tier.Concurrent != 2 || err != nil {
 		t.Errorf("what was not named has changed: %+v, %v", tier, err)
 	}
 	if got, err := admin.KeyLimits(ctx, operator, sandbox.ID); got.Effective != (keyadmin.Limits{PerMinute: 60, Burst: 15, Concurrent: 1}) || err != nil {
 		t.Errorf("%+v, %v", got, err)
 	}
-	back, err := admin.SetAccountLimits(ctx, operator, "acme", "", keyadmin.LimitsChange{PerMinute: number(0)})
+	back, err := admin.SetAccountLimits(ctx, operator, "acme", "", keyadmin.LimitsChange{PerMinute: new(0)})
 	if back.Tier != "pro" || back.Effective != (keyadmin.Limits{PerMinute: 1000, Burst: 1500, Concurrent: 25}) || err != nil {
 		t.Errorf("left to its tier again: %+v, %v", back, err)
 	}
@@ -62,9 +60,9 @@ func TestChangesOfLimitsAreInTheAuditOnce(t *testing.T) {
 	ctx := t.Context()
 	key := create(t, admin, request())
 	for range 2 { // the second time nothing changes
-		_, tierErr := admin.SetTier(ctx, operator, "free", keyadmin.LimitsChange{Concurrent: number(6)})
+		_, tierErr := admin.SetTier(ctx, operator, "free", keyadmin.LimitsChange{Concurrent: new(6)})
 		_, accountErr := admin.SetAccountLimits(ctx, operator, "acme", "team", keyadmin.LimitsChange{})
-		_, keyErr := admin.SetKeyLimits(ctx, operator, key.ID, keyadmin.LimitsChange{PerMinute: number(8)})
+		_, keyErr := admin.SetKeyLimits(ctx, operator, key.ID, keyadmin.LimitsChange{PerMinute: new(8)})
 		if err := errors.Join(tierErr, accountErr, keyErr); err != nil {
 			t.Fatal(err)
 		}
@@ -90,9 +88,9 @@ func TestBadLimitsAreRefusedAndChangeNothing(t *testing.T) {
 	ctx := t.Context()
 	key := create(t, admin, request())
 	for field, changes := range map[string][]keyadmin.LimitsChange{
-		"requests_per_minute": {{PerMinute: number(-1)}, {PerMinute: number(1_000_001)}},
-		"burst":               {{Burst: number(5)}, {PerMinute: number(41), Burst: number(10)}, {PerMinute: number(1), Burst: number(10_000_001)}, {PerMinute: number(1), Burst: number(-1)}},
-		"concurrent_requests": {{Concurrent: number(-1)}, {Concurrent: number(1_000_001)}},
+		"requests_per_minute": {{PerMinute: new(-1)}, {PerMinute: new(1_000_001)}},
+		"burst":               {{Burst: new(5)}, {PerMinute: new(41), Burst: new(10)}, {PerMinute: new(1), Burst: new(10_000_001)}, {PerMinute: new(1), Burst: new(-1)}},
+		"concurrent_requests": {{Concurrent: new(-1)}, {Concurrent: new(1_000_001)}},
 	} {
 		for _, change := range changes {
 			_, err := admin.SetKeyLimits(ctx, operator, key.ID, change)
@@ -111,7 +109,7 @@ func TestBadLimitsAreRefusedAndChangeNothing(t *testing.T) {
 			t.Errorf("%s: %v", tier, err)
 		}
 	}
-	if _, err := admin.SetKeyLimits(ctx, operator, "key_0000000000000000000000", keyadmin.LimitsChange{Concurrent: number(1)}); !errors.Is(err, keyadmin.ErrNotFound) {
+	if _, err := admin.SetKeyLimits(ctx, operator, "key_0000000000000000000000", keyadmin.LimitsChange{Concurrent: new(1)}); !errors.Is(err, keyadmin.ErrNotFound) {
 		t.Errorf("limits of a key that is not there: %v", err)
 	}
 	if got, err := admin.KeyLimits(ctx, operator, key.ID); got.Own != (keyadmin.Limits{}) || err != nil {
@@ -130,7 +128,7 @@ func TestOnlyAnOperatorSetsLimits(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	change := keyadmin.LimitsChange{Concurrent: number(1)}
+	change := keyadmin.LimitsChange{Concurrent: new(1)}
 	_, tierErr := admin.SetTier(ctx, owner, "free", change)
 	_, accountErr := admin.SetAccountLimits(ctx, owner, "acme", "team", change)
 	_, keyErr := admin.SetKeyLimits(ctx, owner, key.ID, change)

@@ -86,7 +86,7 @@ func TestSuccessorHasTheLimitsOfTheOldKeysOwn(t *testing.T) {
 		t.Fatal(err)
 	}
 	throttled, plain := create(t, admin, request()), create(t, admin, request())
-	limits, err := admin.SetKeyLimits(t.Context(), operator, throttled.ID, keyadmin.LimitsChange{PerMinute: number(2), Concurrent: number(1)})
+	limits, err := admin.SetKeyLimits(t.Context(), operator, throttled.ID, keyadmin.LimitsChange{PerMinute: new(2), Concurrent: new(1)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -114,7 +114,7 @@ func TestLimitsThatAreSetDuringARotationReachTheSuccessor(t *testing.T) {
 			return err
 		}
 		go func() {
-			_, err := admin.SetKeyLimits(t.Context(), operator, old.ID, keyadmin.LimitsChange{Concurrent: number(1)})
+			_, err := admin.SetKeyLimits(t.Context(), operator, old.ID, keyadmin.LimitsChange{Concurrent: new(1)})
 			limited <- err
 		}()
 		waitUntilBlocked(t, databaseURL, 1)

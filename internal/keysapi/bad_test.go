@@ -1,6 +1,7 @@
 package keysapi_test
 
 import (
+	"maps"
 	"net/http"
 	"strings"
 	"testing"
@@ -191,9 +192,7 @@ func TestBadInputIsRefusedWithTheFieldNamedAndNothingChanged(t *testing.T) {
 		{"POST", path, `{"name": "a", "scopes": ["hives:read"]}`, http.Header{"Authorization": {"Bearer " + pasted}}, "401 API_KEY_INVALID", ""},
 	} {
 		header := by(manager)
-		for name, values := range test.header {
-			header[name] = values
-		}
+		maps.Copy(header, test.header)
 		status, code, _ := strings.Cut(test.want, " ")
 		answer := r.bad(test.method, test.path, header, test.body)
 		if got := answer.Status[:3]; got != status {

@@ -214,7 +214,7 @@ func TestReportsOfAllNetworksTogetherAreLimited(t *testing.T) {
 	var senders sync.WaitGroup
 	for sender := range 4 {
 		senders.Go(func() {
-			for i := 0; i < 1000; i++ {
+			for i := range 1000 {
 				answer := r.ask("POST", leaked, from(fmt.Sprintf("10.%d.%d.%d", sender, i/256, i%256)), keysBody(t, "x"))
 				if answer.StatusCode == http.StatusTooManyRequests {
 					mu.Lock()

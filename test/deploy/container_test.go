@@ -76,7 +76,7 @@ func readImage(t *testing.T) image {
 		instruction, rest, _ := strings.Cut(strings.TrimSpace(line), " ")
 		switch instruction {
 		case "ENV":
-			for _, pair := range strings.Fields(rest) {
+			for pair := range strings.FieldsSeq(rest) {
 				name, value, _ := strings.Cut(pair, "=")
 				im.env[name] = value
 			}
