@@ -121,11 +121,29 @@ func connectToMigrate(ctx context.Context, url, doing string) (conn *pgx.Conn, e
 	if conn, err = pgx.ConnectConfig(ctx, config.ConnConfig); err != nil {
 		return nil, nil, failedAs(errNotOwner, doing, err)
 	}
-	return conn, func() {
+	end = func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
 		defer cancel()
 		_ = conn.Close(ctx)
-	}, nil
+	}
+	if err = checkEncoding(ctx, conn); err != nil {
+		end()
+		return nil, nil, fmt.Errorf("%s: %w", doing, err)
+	}
+	return conn, end, nil
+}
+
+// checkEncoding demands UTF8: in any other encoding Postgres counts the characters of names wrongly, or cannot take all of them.
+func checkEncoding(ctx context.Context, conn *pgx.Conn) error {
+	var encoding string
+	if err := conn.QueryRow(ctx, "show server_encoding").Scan(&encoding); err != nil {
+		return err
+	}
+	if encoding != "UTF8" {
+		return fmt.Errorf("the database's encoding is %s, which cannot hold every name of a key: "+
+			"create the database with encoding 'UTF8' (and template template0)", encoding)
+	}
+	return nil
 }
 
 func schemaVersion(ctx context.Context, tx pgx.Tx) (version int32, err error) {

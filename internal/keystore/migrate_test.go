@@ -93,6 +93,30 @@ func TestPlanShowsWhatMigrateRunsAndChangesNothing(t *testing.T) {
 	}
 }
 
+// TestDatabaseThatIsNotInUTF8IsRefusedUntouched: key management would fail in it later, at the first name that is not ASCII.
+func TestDatabaseThatIsNotInUTF8IsRefusedUntouched(t *testing.T) {
+	for _, encoding := range []string{"SQL_ASCII", "LATIN1"} {
+		server, name := pgtest.URL(t), "test_"+strings.ToLower(apikey.RandomText(20))
+		pgtest.Exec(t, server, fmt.Sprintf(`create database %q encoding %s locale 'C' template template0`, name, encoding))
+		t.Cleanup(func() { pgtest.Exec(t, server, fmt.Sprintf(`drop database %q with (force)`, name)) })
+		u, err := url.Parse(server)
+		if err != nil {
+			t.Fatal(err)
+		}
+		u.Path = "/" + name
+		_, _, migrateErr := keystore.Migrate(t.Context(), u.String())
+		_, _, planErr := keystore.Plan(t.Context(), u.String())
+		for doing, err := range map[string]error{"migrate": migrateErr, "plan": planErr} {
+			if err == nil || !strings.Contains(err.Error(), encoding) || !strings.Contains(err.Error(), "create the database with encoding 'UTF8'") {
+				t.Errorf("%s, %s: the error is %v", encoding, doing, err)
+			}
+		}
+		if n := relations(t, u.String()); n != 0 {
+			t.Errorf("%s: %d objects were made", encoding, n)
+		}
+	}
+}
+
 func TestMigrationsAtOnceRunOnce(t *testing.T) {
 	databaseURL := pgtest.URL(t)
 	files, err := fs.Sub(keystore.Migrations, "migrations")
