@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math"
+	"net"
 	"sync/atomic"
 	"time"
 
@@ -53,7 +55,7 @@ type store struct {
 	followed  []*lease // that hold or owe something
 	data      string   // names what Redis has: a new name tells that it was emptied
 	emptied   uint64   // the epoch that began with that, the last time
-	explained bool     // the log has more of the outage than that there was no answer in time
+	explained int      // how telling the most telling cause of the outage is that the log has
 
 	exchanges atomic.Uint64
 	commands  atomic.Uint64 // keys settled in them
@@ -367,10 +369,10 @@ func (s *store) probe(ctx context.Context) {
 	}
 	if err != nil {
 		s.failures.Add(1)
-		if s.fall(err) {
-			s.explained = true
-		} else if !s.explained && !errors.Is(err, errSlow) { // such as a bad certificate, which the timer came before
-			s.explained = true
+		if telling := telling(err); s.fall(err) {
+			s.explained = telling
+		} else if telling > s.explained { // such as a password that is missing, which the old connection's end came before
+			s.explained = telling
 			s.logger().Warn("rate limit store fails", zap.Error(err))
 		}
 		s.forget()
@@ -399,10 +401,22 @@ func (s *store) probe(ctx context.Context) {
 		l.due = 0
 	}
 	if s.settle(ctx, s.followed) && !emptied {
-		s.explained = false
+		s.explained = 0
 		s.fallback.Store(false)
 		s.logger().Info("rate limit store answers again")
 	}
+}
+
+// telling says how much an error tells of an outage's cause, from 1 to 3: an outage has that many lines in the log at most.
+func telling(err error) int {
+	var network *net.OpError
+	switch {
+	case errors.Is(err, errSlow), errors.Is(err, errConnectionLost), errors.Is(err, context.DeadlineExceeded):
+		return 1
+	case errors.As(err, &network), errors.Is(err, io.EOF):
+		return 2
+	}
+	return 3 // such as Redis's own word
 }
 
 // forget drops what an outage has made useless to settle: leases of keys that no longer come.

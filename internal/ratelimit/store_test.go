@@ -6,10 +6,13 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
+	"io"
 	"math/rand/v2"
+	"net"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -543,6 +546,76 @@ func TestAnOutageIsLoggedOnceWhenItBeginsAndOnceWhenItEnds(t *testing.T) {
 	}
 	eventually.True(t, "the fallback ends", func() bool { return !e.Status().Fallback })
 	eventually.True(t, "the line is written", func() bool { return e.log.lines(ends) == 1 })
+}
+
+// TestCauseOfAnOutageIsLoggedThoughALessTellingErrorCameBefore plays administrators who give Redis a password that the edge has not.
+func TestCauseOfAnOutageIsLoggedThoughALessTellingErrorCameBefore(t *testing.T) {
+	const cause = "NOAUTH"
+	wantCause := func(t *testing.T, e *edgeUnderTest) {
+		t.Helper()
+		eventually.True(t, "the cause is logged", func() bool { return e.log.lines(cause) > 0 })
+		failures := e.store.failures.Load()
+		eventually.True(t, "several attempts fail", func() bool { return e.store.failures.Load() >= failures+3 })
+		if n := e.log.lines("\n"); e.log.lines(begins) != 1 || e.log.lines(cause) != 1 || n > 3 {
+			t.Errorf("%d lines:\n%s", n, e.log)
+		}
+	}
+	t.Run("connection lost", func(t *testing.T) {
+		server := redistest.Server(t, devenv.RedisOptions{})
+		e, client := startEdges(t, server.URL(), 1)[0], connect(t, server.URL())
+		eventually.True(t, "it is connected", func() bool { return e.store.connected.Load() })
+		if err := client.ConfigSet(t.Context(), "requirepass", "secret").Err(); err != nil {
+			t.Fatal(err)
+		}
+		if err := client.ClientKillByFilter(t.Context(), "TYPE", "normal", "SKIPME", "yes").Err(); err != nil {
+			t.Fatal(err)
+		}
+		wantCause(t, e)
+	})
+	t.Run("connection refused", func(t *testing.T) {
+		server := redistest.Server(t, devenv.RedisOptions{Password: "secret"})
+		address := closedAddress(t)
+		e := startEdges(t, "redis://"+address, 1)[0]
+		eventually.True(t, "the connection is refused", func() bool { return e.log.lines("connection refused") == 1 })
+		forward(t, address, server.Port)
+		wantCause(t, e)
+	})
+}
+
+// closedAddress is one that nobody listens on.
+func closedAddress(t *testing.T) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = listener.Close()
+	return listener.Addr().String()
+}
+
+// forward has an address lead to a port of this machine.
+func forward(t *testing.T, address string, port int) {
+	t.Helper()
+	listener, err := net.Listen("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = listener.Close() })
+	go func() {
+		for {
+			client, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			server, err := net.Dial("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
+			if err != nil {
+				_ = client.Close()
+				continue
+			}
+			go func() { _, _ = io.Copy(server, client); _ = server.Close() }()
+			go func() { _, _ = io.Copy(client, server); _ = client.Close() }()
+		}
+	}()
 }
 
 func TestBucketsInRedisExpireAndNameNoKey(t *testing.T) {
