@@ -190,6 +190,9 @@ func parseGateway(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 			handlers, err := httpcaddyfile.ParseSegmentAsSubroute(h.WithDispenser(h.NewFromNextSegment()))
 			if err != nil {
 				return nil, err
+			if block, ok := handlers.(*caddyhttp.Subroute); ok && len(block.Routes) == 0 { // its requests would all be answered 502
+				return nil, h.Errf("%s is empty: give it a reverse_proxy, or leave it out", option)
+			}
 			}
 			*raw = caddyconfig.JSONModuleObject(handlers, "handler", "subroute", nil)
 		case "scope":
