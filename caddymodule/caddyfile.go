@@ -12,7 +12,6 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keysapi"
-	"github.com/rekall-ai/gateway/internal/scoperule"
 )
 
 func init() {
@@ -200,7 +199,8 @@ func parseGateway(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 			if !h.AllArgs(&rule.Scope, &rule.Method, &rule.Path) {
 				return nil, h.Err("scope takes three arguments: a scope, a method and a path, as in 'scope memories:read GET /v1/exports/*'")
 			}
-			if _, err := scoperule.ParseRule(rule.Scope, rule.Method, rule.Path); err != nil {
+			g.ScopeRules = append(g.ScopeRules, rule)
+			if _, err := g.ownRules(); err != nil { // here it has a line
 				return nil, h.WrapErr(err)
 			}
 			g.ScopeRules = append(g.ScopeRules, rule)

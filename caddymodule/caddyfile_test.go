@@ -78,6 +78,33 @@ func validate(t *testing.T, caddyfile string) error {
 	return caddy.Validate(&c)
 }
 
+// TestTwoScopeRulesForTheSameRequestsAreRefused in JSON too; the golden files have the Caddyfile's.
+func TestTwoScopeRulesForTheSameRequestsAreRefused(t *testing.T) {
+	builtin := `{"scope": "memories:write", "method": "GET", "path": "/v1/memories/:id"}`
+	for name, tc := range map[string]struct {
+		rules   string
+		refused bool
+	}{
+		"one that replaces a built-in rule": {builtin, false},
+		"names of parameters do not count":  {builtin + `, {"scope": "memories:read", "method": "GET", "path": "/v1/memories/:memory"}`, true},
+		"another method":                    {builtin + `, {"scope": "memories:read", "method": "HEAD", "path": "/v1/memories/:id"}`, false},
+		"a fixed segment beside a name":     {builtin + `, {"scope": "memories:read", "method": "GET", "path": "/v1/memories/id"}`, false},
+		"a slash at the end":                {builtin + `, {"scope": "memories:read", "method": "GET", "path": "/v1/memories/:id/"}`, false},
+		"the rest beside a name":            {builtin + `, {"scope": "memories:read", "method": "GET", "path": "/v1/memories/*"}`, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := new(Gateway)
+			if err := json.Unmarshal([]byte(`{"scope_rules": [`+tc.rules+`]}`), g); err != nil {
+				t.Fatal(err)
+			}
+			_, err := g.scopeTable()
+			if refused := err != nil && strings.Contains(err.Error(), "has two scope rules"); refused != tc.refused || err != nil && !tc.refused {
+				t.Errorf("error %v, want it refused: %t", err, tc.refused)
+			}
+		})
+	}
+}
+
 func TestContradictorySettingsAreRefusedWithTheReason(t *testing.T) {
 	t.Setenv(keystore.DatabaseVariable, "")
 	site := "\nhttp://127.0.0.1:1 {\nrekall_gateway {\nproduction {\nrespond 200\n}\n}\n}\n"

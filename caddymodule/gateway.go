@@ -40,7 +40,7 @@ type Gateway struct {
 	SandboxRaw json.RawMessage `json:"sandbox,omitempty" caddy:"namespace=http.handlers inline_key=handler"`
 
 	// Scope rules that add to the built-in table of Rekall's API. A rule with the method and path of a built-in one
-	// replaces it. A request that no rule covers is answered 403 ROUTE_NOT_COVERED.
+	// replaces it; two of the same method and path are refused. A request that no rule covers is answered 403 ROUTE_NOT_COVERED.
 	ScopeRules []ScopeRule `json:"scope_rules,omitempty"`
 
 	// Whether requests that the scope rules would refuse are logged, counted and let pass, to meet live traffic with new
@@ -194,15 +194,30 @@ func chain(handler caddyhttp.MiddlewareHandler) caddyhttp.Handler {
 }
 
 func (g *Gateway) scopeTable() (*scoperule.Table, error) {
-	rules := scoperule.Builtin()
+	own, err := g.ownRules()
+	if err != nil {
+		return nil, fmt.Errorf("scope rule: %w", err)
+	}
+	return scoperule.New(append(scoperule.Builtin(), own...)...)
+}
+
+// ownRules reads the configured rules. They may replace built-in ones, but not each other: of two the operator means one, and a table
+// cannot know which.
+func (g *Gateway) ownRules() ([]scoperule.Rule, error) {
+	rules, seen := make([]scoperule.Rule, 0, len(g.ScopeRules)), map[string]bool{}
 	for _, sr := range g.ScopeRules {
 		rule, err := scoperule.ParseRule(sr.Scope, sr.Method, sr.Path)
 		if err != nil {
-			return nil, fmt.Errorf("scope rule: %w", err)
+			return nil, err
 		}
+		requests := rule.Requests()
+		if seen[requests] {
+			return nil, fmt.Errorf("%s %s has two scope rules (names of parameters do not count): leave one out", rule.Method, apikey.Redact(rule.Pattern))
+		}
+		seen[requests] = true
 		rules = append(rules, rule)
 	}
-	return scoperule.New(rules...)
+	return rules, nil
 }
 
 // maxFinds is how often a key is found again when it changes between being found and being tracked.

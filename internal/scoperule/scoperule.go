@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"regexp"
 	"strings"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
@@ -89,6 +90,13 @@ func ParseRule(scope, method, pattern string) (Rule, error) {
 	}
 	return Rule{set, method, pattern}, nil
 }
+
+// Requests is the same for rules that stand for the same requests: names of parameters do not count.
+func (r Rule) Requests() string {
+	return r.Method + " " + parameterName.ReplaceAllString(r.Pattern, "/:")
+}
+
+var parameterName = regexp.MustCompile(`/:[^/]+`)
 
 func checkPattern(pattern string) error {
 	if !strings.HasPrefix(pattern, "/") {
