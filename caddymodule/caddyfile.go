@@ -48,11 +48,11 @@ func init() {
 //		rate_limit_store <url>
 //	}
 func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
+	d.Next() // an error says where it stands
 	if existing != nil {
 		return nil, d.Err("rekall stands twice in the global options: merge the two blocks")
 	}
 	app := new(App)
-	d.Next()
 	if d.NextArg() {
 		return nil, d.ArgErr()
 	}
@@ -189,9 +189,9 @@ func parseGateway(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 			handlers, err := httpcaddyfile.ParseSegmentAsSubroute(h.WithDispenser(h.NewFromNextSegment()))
 			if err != nil {
 				return nil, err
+			}
 			if block, ok := handlers.(*caddyhttp.Subroute); ok && len(block.Routes) == 0 { // its requests would all be answered 502
 				return nil, h.Errf("%s is empty: give it a reverse_proxy, or leave it out", option)
-			}
 			}
 			*raw = caddyconfig.JSONModuleObject(handlers, "handler", "subroute", nil)
 		case "scope":
@@ -203,7 +203,6 @@ func parseGateway(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 			if _, err := g.ownRules(); err != nil { // here it has a line
 				return nil, h.WrapErr(err)
 			}
-			g.ScopeRules = append(g.ScopeRules, rule)
 		case "scopes":
 			var mode string
 			if !h.AllArgs(&mode) || mode != "report_only" {
