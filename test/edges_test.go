@@ -21,6 +21,19 @@ func (r *rig) edges() []keyadmin.Edge {
 	return edges
 }
 
+func TestAgeOfAnEdgeIsToldToTheMillisecond(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.start(standardSite)
+	eventually.True(t, "the edge is listed", func() bool { return len(r.edges()) == 1 })
+	for range 5 { // one may happen to have three decimals
+		stdout, stderr, code := cli(t, r.database, "edges", "list", "--json")
+		if code != 0 || !regexp.MustCompile(`"age_seconds": \d+(\.\d{1,3})?\n`).MatchString(stdout) {
+			t.Fatalf("%d %s%s", code, stdout, stderr)
+		}
+	}
+}
+
 func TestRevocationIsConfirmedByEveryEdgeAndTheSilentOneIsNamed(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)

@@ -29,7 +29,7 @@ type Edge struct {
 	Instance   string     `json:"instance"`
 	Status     EdgeStatus `json:"status"`
 	LastSyncAt *time.Time `json:"last_sync_at"` // null: never
-	AgeSeconds float64    `json:"age_seconds"`  // since then; since its last report, if never
+	AgeSeconds float64    `json:"age_seconds"`  // since then, to the millisecond; since its last report, if never
 }
 
 // Edges lists the edges that are running, and those that went silent a short while ago.
@@ -48,7 +48,7 @@ func (a *Admin) Edges(ctx context.Context) ([]Edge, error) {
 func fromSeen(e keystore.SeenEdge) Edge {
 	edge := Edge{
 		Name: e.Name, Region: e.Region, Version: e.Version, Instance: e.Instance, Status: Live,
-		LastSyncAt: utc(e.SyncedAt), AgeSeconds: e.Age.Seconds(),
+		LastSyncAt: utc(e.SyncedAt), AgeSeconds: float64(e.Age.Round(time.Millisecond).Milliseconds()) / 1000,
 	}
 	if e.Age > e.MaxStaleness {
 		edge.Status = FailClosed
