@@ -476,3 +476,4 @@ func TestShellCompletesCommandsFlagsAndTheirValues(t *testing.T) {
 		t.Errorf("completion bash: %d %s", code, stderr)
 	}
 }
+		{[]string{"audit", "--action", ""}, keyadmin.ActionNames()},

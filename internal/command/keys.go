@@ -225,6 +225,7 @@ func keysAuditCommand() *cobra.Command {
 	return cmd
 }
 
+	choices(cmd, "action", keyadmin.ActionNames()...)
 func showAudit(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
 	if err := NotEmpty(cmd, "account", "key-id", "actor", "action", "since", "until"); err != nil {
 		return err

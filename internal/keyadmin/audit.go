@@ -35,12 +35,13 @@ var actions = []Action{
 	TierLimitsChanged, AccountLimitsChanged, KeyLimitsChanged,
 }
 
-func joined(actions []Action) string {
+// ActionNames returns all actions.
+func ActionNames() []string {
 	names := make([]string, len(actions))
 	for i, action := range actions {
 		names[i] = string(action)
 	}
-	return strings.Join(names, ", ")
+	return names
 }
 
 // AuditEntry says who did what to which key and when. Times are Postgres's, in UTC.
@@ -112,7 +113,7 @@ func (r AuditRequest) validate() (filter keystore.AuditFilter, limit int, err er
 		}
 	}
 	if r.Action != "" && !slices.Contains(actions, Action(r.Action)) {
-		return filter, 0, &InvalidError{"action", "must be one of " + joined(actions)}
+		return filter, 0, &InvalidError{"action", "must be one of " + strings.Join(ActionNames(), ", ")}
 	}
 	if filter.Since, err = parseTime("since", r.Since); err != nil {
 		return filter, 0, err
