@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -394,6 +395,51 @@ func TestFileOfKeysIsImportedOnceAndWhole(t *testing.T) {
 	}
 }
 
+func TestScopesMayHaveBlanksAroundTheirCommas(t *testing.T) {
+	t.Parallel()
+	k := newKeysCLI(t)
+	key := k.create("n", "--scopes", " memories:read , memories:write")
+	if got := strings.Join(key.Scopes, " "); got != "memories:read memories:write" {
+		t.Errorf("scopes %s", got)
+	}
+}
+
+func TestFlagOfAWrongKindIsAnsweredWithWhatItTakes(t *testing.T) {
+	t.Parallel()
+	for args, want := range map[string]string{
+		"keys list --limit abc":                                "Error: --limit must be a whole number\n",
+		"keys list --limit 9223372036854775808":                "Error: --limit must be a whole number\n",
+		"keys list --json=foo":                                 "Error: --json must be true or false: leave the value out for true\n",
+		"limits tier free --requests-per-minute 1e6":           "Error: --requests-per-minute must be a whole number\n",
+		"migrate --plan=maybe":                                 "Error: --plan must be true or false: leave the value out for true\n",
+		"keys list --limit " + "rk_" + strings.Repeat("a", 45): "Error: --limit must be a whole number\n",
+	} {
+		stdout, stderr, code := cli(t, "", strings.Fields(args)...)
+		if code != 1 || stdout != "" || stderr != want {
+			t.Errorf("%s: %d %q %q, want %q", args, code, stdout, stderr, want)
+		}
+	}
+}
+
+// TestExitCodesStandInTheHelpOfTheCommandsThatUseThem: scripts go by them.
+func TestExitCodesStandInTheHelpOfTheCommandsThatUseThem(t *testing.T) {
+	t.Parallel()
+	k := newKeysCLI(t)
+	unknown, ended := "key_0000000000000000000000", k.create("n").ID
+	k.run("revoke", ended)
+	for _, test := range []struct {
+		args string
+		code int
+	}{{"keys show " + unknown, 3}, {"keys revoke " + ended, 4}, {"limits show --key " + unknown, 3}, {"limits key " + unknown + " --burst 1", 3}} {
+		group, _, _ := strings.Cut(test.args, " ")
+		_, stderr, code := cli(t, k.database, strings.Fields(test.args)...)
+		help, _, _ := cli(t, "", group, "--help")
+		if code != test.code || !regexp.MustCompile(fmt.Sprintf(`Exit codes:.*\b%d where`, code)).MatchString(help) {
+			t.Errorf("%s: exit %d %s, want %d, and in the help:\n%s", test.args, code, stderr, test.code, help)
+		}
+	}
+}
+
 func TestImportOfALongFileShowsItsProgress(t *testing.T) {
 	t.Parallel()
 	k := newKeysCLI(t)
@@ -464,6 +510,7 @@ func TestShellCompletesCommandsFlagsAndTheirValues(t *testing.T) {
 		{[]string{"list", "--status", ""}, []string{"active", "expiring", "expired", "revoked"}},
 		{[]string{"rotate", "--overlap", "o"}, []string{"on-first-use"}},
 		{[]string{"import", "--format", ""}, []string{"csv", "jsonl"}},
+		{[]string{"audit", "--action", ""}, keyadmin.ActionNames()},
 	} {
 		got := complete(test.args...)
 		for _, want := range test.want {
@@ -476,4 +523,3 @@ func TestShellCompletesCommandsFlagsAndTheirValues(t *testing.T) {
 		t.Errorf("completion bash: %d %s", code, stderr)
 	}
 }
-		{[]string{"audit", "--action", ""}, keyadmin.ActionNames()},

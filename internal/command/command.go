@@ -51,8 +51,7 @@ func All() []Command {
 // SetUp completes cmd, which has c's name and texts: its arguments, errors, flags and what it does.
 func (c Command) SetUp(cmd *cobra.Command) {
 	cmd.Args = noArgs
-	// Keys stay out of what cobra says of the flags of a command and its subcommands.
-	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return errors.New(apikey.Redact(err.Error())) })
+	cmd.SetFlagErrorFunc(flagError)
 	cmd.RunE = run(c.Do)
 	c.Add(cmd)
 }

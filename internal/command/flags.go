@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
@@ -31,6 +32,20 @@ func databaseURL(cmd *cobra.Command) (string, error) {
 		return "", errors.New("no database: give --database or set " + keystore.DatabaseVariable)
 	}
 	return url, nil
+}
+
+// flagError says what a flag takes of a command or its subcommands, and keeps keys out of what cobra says of them otherwise.
+func flagError(_ *cobra.Command, err error) error {
+	var invalid *pflag.InvalidValueError
+	if errors.As(err, &invalid) { // whose text is strconv's
+		switch flag := invalid.GetFlag(); flag.Value.Type() {
+		case "int":
+			return fmt.Errorf("--%s must be a whole number", flag.Name)
+		case "bool":
+			return fmt.Errorf("--%s must be true or false: leave the value out for true", flag.Name)
+		}
+	}
+	return errors.New(apikey.Redact(err.Error()))
 }
 
 // noArgs is cobra.NoArgs, which quotes what it refuses, for what may be a key. Where there are no subcommands it may be a flag's.

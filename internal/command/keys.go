@@ -61,6 +61,9 @@ func createKey(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyad
 		return err
 	}
 	scopes, _ := cmd.Flags().GetStringSlice("scopes")
+	for i, scope := range scopes {
+		scopes[i] = strings.TrimSpace(scope) // such as those after a comma, as in a file to import
+	}
 	_, _, err := admin.Create(ctx, operator(), keyadmin.CreateRequest{
 		Name: text(cmd, "name"), Account: text(cmd, "account"), Environment: text(cmd, "environment"), Scopes: scopes,
 		ManageKeys: is(cmd, "manage-keys"), ExpiresIn: text(cmd, "expires-in"), ExpiresAt: text(cmd, "expires-at"),
@@ -222,10 +225,10 @@ func keysAuditCommand() *cobra.Command {
 	cmd.Flags().String("since", "", "Only at or after this time, e.g. 2030-12-31T23:59:59Z")
 	cmd.Flags().String("until", "", "Only before this time")
 	cmd.Flags().Int("limit", 100, "At most this many; 0: all")
+	choices(cmd, "action", keyadmin.ActionNames()...)
 	return cmd
 }
 
-	choices(cmd, "action", keyadmin.ActionNames()...)
 func showAudit(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
 	if err := NotEmpty(cmd, "account", "key-id", "actor", "action", "since", "until"); err != nil {
 		return err

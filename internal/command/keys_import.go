@@ -23,7 +23,7 @@ func keysImportCommand() *cobra.Command {
   account      that owns it
   name         for people
   environment  production or sandbox; not needed with key
-  scopes       with spaces or commas in between, or a JSON list
+  scopes       with spaces or commas in between; in JSON lines also a list
   manage_keys  true or false (default false)
   created_at   e.g. 2030-12-31T23:59:59Z (default: now)
   expires_at   (default: never)

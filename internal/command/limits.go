@@ -21,7 +21,9 @@ func limitsCommand() Command {
 		Long: `Shows and sets the rate limits of tiers, accounts and keys in Postgres. Gateways that have rate_limits follow within their refresh.
 
 A production key has the limits of its account's tier, free unless you say otherwise; a sandbox key has those of the tier
-sandbox. What an account has of its own comes before its tier, and what a key has of its own before both.`,
+sandbox. What an account has of its own comes before its tier, and what a key has of its own before both.
+
+Exit codes: 3 where there is no such key, 1 for whatever else failed.`,
 		Add: func(cmd *cobra.Command) {
 			cmd.AddCommand(limitsShowCommand(), limitsTierCommand(), limitsAccountCommand(), limitsKeyCommand())
 		},
