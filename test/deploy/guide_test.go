@@ -118,9 +118,12 @@ func TestCommandsOfTheGuideWork(t *testing.T) {
 		}
 	}
 
-	// The dump has the key, and after the rotation only the second user logs in.
+	// The dump has the key and no edge, and after the rotation only the second user logs in.
 	if list := command(t, program, withDatabase(t, another, "rekall_restored"), "keys", "list"); !strings.Contains(list, "First key") {
 		t.Errorf("the restored database has %s", list)
+	}
+	if list := command(t, program, withDatabase(t, another, "rekall_restored"), "edges", "list", "--json"); list != "[]\n" {
+		t.Errorf("the restored database lists edges that have not come to it: %s", list)
 	}
 	if err := pgtest.TryExec(withUser(t, r.database, edge, password), "select 1"); err == nil {
 		t.Error("the first user still logs in")
