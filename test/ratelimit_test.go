@@ -538,3 +538,33 @@ func TestKeysAreLimitedWhereTheyAreManagedToo(t *testing.T) {
 		t.Errorf("%s", crowded.body)
 	}
 }
+
+// TestOnlyAnswersGivenBeforeAKeyIsLookedAtTellAGoodKeyNoLimits, as the guide says.
+func TestOnlyAnswersGivenBeforeAKeyIsLookedAtTellAGoodKeyNoLimits(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	g := r.start(strings.Replace(managedSite, "rekall_gateway {", "rekall_gateway {\n\t\trate_limits", 1))
+	key := bearer(r.manager("acme"))
+	for _, test := range []struct {
+		request string
+		status  int
+		told    bool
+	}{
+		{"GET /v1/memories", 200, true},
+		{"GET /v1/nothing", 403, true},
+		{"GET " + keysPath, 200, true},
+		{"GET " + keysPath + "/key_0000000000000000000000", 404, true},
+		{"BREW /v1/memories", 405, false},
+		{"GET /v1/memories//1", 400, false},
+		{"PATCH " + keysPath, 405, false},
+		{"GET " + keysPath + "/a/b/c", 404, false},
+	} {
+		method, path, _ := strings.Cut(test.request, " ")
+		answer := g.do(method, path, key)
+		for _, name := range rateLimits {
+			if told := answer.Header.Get(name) != ""; answer.StatusCode != test.status || told != test.told {
+				t.Errorf("%s: %d with %s: %t, want %d and %t", test.request, answer.StatusCode, name, told, test.status, test.told)
+			}
+		}
+	}
+}
