@@ -32,7 +32,7 @@ func startLoop(t *testing.T, database, name string, refresh, maxStaleness time.D
 		Instance: edge.NewInstance(), Name: name, Version: "test", MaxStaleness: maxStaleness,
 	}, zap.NewNop)
 	cache, err := keycache.New(store, keycache.Config{
-		Size: 10_000, Refresh: refresh, MaxStaleness: maxStaleness, Changed: reporter.Changed, Logger: zap.NewNop,
+		Size: 10_000, Refresh: refresh, MaxStaleness: maxStaleness, Report: reporter.Changed, Logger: zap.NewNop,
 	})
 	if err != nil {
 		t.Fatal(err)
