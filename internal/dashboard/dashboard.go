@@ -210,6 +210,7 @@ var (
 	errNoPage      = &Refusal{http.StatusNotFound, "There is no such page, or no such key among those that you may manage."}
 	errCrossOrigin = &Refusal{http.StatusForbidden, "A page of another site sent this form, so nothing was changed. Open the key here and do it again."}
 	errForm        = &Refusal{http.StatusBadRequest, "The form could not be read, so nothing was changed. Go back and send it again."}
+	errTooMany     = &Refusal{http.StatusTooManyRequests, "This account has made as many keys as it may in 24 hours. Use those that it has, or ask the operator for more."}
 	errForbidden   = &Refusal{http.StatusForbidden, "You may not manage these keys."}
 	errUnavailable = &Refusal{http.StatusServiceUnavailable, "Keys cannot be managed right now. Keys that exist keep working. Try again shortly."}
 )
@@ -254,6 +255,8 @@ func explain(err error) *Refusal {
 		return errForbidden
 	case errors.Is(err, keyadmin.ErrNotFound):
 		return errNoPage
+	case errors.Is(err, keyadmin.ErrTooMany):
+		return errTooMany
 	}
 	return errUnavailable
 }

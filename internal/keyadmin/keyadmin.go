@@ -44,15 +44,26 @@ var (
 	// ErrNotRotated: there is no rotation to undo.
 	ErrNotRotated = errors.New("key is not being rotated")
 
+	// ErrTooMany: the account has made as many keys as it may in 24 hours.
+	ErrTooMany = errors.New("account has made as many keys as it may in 24 hours")
+
 	// ErrIdempotencyMismatch: the idempotency key came with another request before.
 	ErrIdempotencyMismatch = errors.New("idempotency key was used with another request: use a new one for each key")
 )
 
 // Admin manages the keys in a store.
-type Admin struct{ store *keystore.Store }
+type Admin struct {
+	store      *keystore.Store
+	keysPerDay int // of an account, by others than operators; 0: any number
+}
 
 // New returns an Admin. The store remains the caller's, to be closed.
-func New(store *keystore.Store) *Admin { return &Admin{store} }
+func New(store *keystore.Store) *Admin { return &Admin{store: store} }
+
+// Limited returns an Admin with which an account makes no more than so many keys in 24 hours, successors included, unless an
+// operator does. A key is never deleted, every edge has it in its filter, and each that may manage keys can make more of them: without
+// a bound, one customer could fill the database of all.
+func (a *Admin) Limited(keysPerDay int) *Admin { return &Admin{a.store, keysPerDay} }
 
 // CreateRequest says what key to create.
 type CreateRequest struct {
@@ -100,7 +111,7 @@ func (a *Admin) Create(ctx context.Context, actor Actor, request CreateRequest) 
 		if err := checkFuture(ctx, tx, key.ExpiresAt); err != nil {
 			return err
 		}
-		row, err := insert(ctx, tx, actor, key)
+		row, err := a.insert(ctx, tx, actor, key)
 		if err != nil {
 			return err
 		}
@@ -145,7 +156,16 @@ func generate(key *keystore.NewKey) string {
 }
 
 // insert writes a new key and its line in the audit.
-func insert(ctx context.Context, tx *keystore.Tx, actor Actor, key keystore.NewKey) (keystore.Row, error) {
+func (a *Admin) insert(ctx context.Context, tx *keystore.Tx, actor Actor, key keystore.NewKey) (keystore.Row, error) {
+	if a.keysPerDay > 0 && actor.rank != operator {
+		made, err := tx.CountMade(ctx, key.Account, a.keysPerDay)
+		if err != nil {
+			return keystore.Row{}, err
+		}
+		if made >= a.keysPerDay {
+			return keystore.Row{}, ErrTooMany
+		}
+	}
 	row, err := tx.Insert(ctx, key)
 	if err != nil {
 		return row, err

@@ -346,3 +346,55 @@ func TestUnacceptableListRequestSaysWhy(t *testing.T) {
 		}
 	}
 }
+
+// TestAnAccountMakesNoMoreKeysADayThanItMay: keys are never deleted, and one that may manage keys makes more of them.
+func TestAnAccountMakesNoMoreKeysADayThanItMay(t *testing.T) {
+	unlimited, _, databaseURL := newAdmin(t)
+	admin, ctx := unlimited.Limited(3), t.Context()
+	manager := request()
+	manager.ManageKeys = true
+	parent := create(t, admin, manager)
+	pgtest.Exec(t, databaseURL, `insert into rekall.api_keys (id, account, name, environment, key_hash, scopes, created_by, created_at)
+		select 'key_0000000000000000000' || n, 'acme', 'n', 'sandbox', sha256(n::text::bytea), '{}', 'user:ann', now() - interval '25 hours'
+		from generate_series(100, 110) n`)
+	ann := must(keyadmin.Person("ann", "acme"))
+	holder := must(keyadmin.ManagingKey(&apikey.Record{ID: parent.ID, Account: "acme", Environment: apikey.Sandbox, ManageKeys: true, Scopes: apikey.AllScopes}))
+	if _, _, err := admin.Create(ctx, holder, request()); err != nil {
+		t.Fatal(err)
+	}
+	child, _, err := admin.Create(ctx, ann, request())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := admin.Rotate(ctx, ann, child.ID, keyadmin.RotateRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	for _, actor := range []keyadmin.Actor{ann, holder} {
+		if _, _, err := admin.Create(ctx, actor, request()); !errors.Is(err, keyadmin.ErrTooMany) {
+			t.Errorf("%s made a fourth: %v", actor, err)
+		}
+		if _, _, err := admin.Rotate(ctx, actor, parent.ID, keyadmin.RotateRequest{}); !errors.Is(err, keyadmin.ErrTooMany) {
+			t.Errorf("%s made a fourth by rotation: %v", actor, err)
+		}
+	}
+	if key, err := admin.Get(ctx, operator, parent.ID); err != nil || key.Status != keyadmin.Active || key.Successor != nil {
+		t.Errorf("the key that could not be rotated: %+v, %v", key, err)
+	}
+	create(t, admin, request()) // an operator's
+	other := request()
+	other.Account = "other"
+	if _, _, err := admin.Create(ctx, must(keyadmin.Person("bob", "other")), other); err != nil {
+		t.Errorf("another account: %v", err)
+	}
+	if _, _, err := unlimited.Create(ctx, ann, request()); err != nil {
+		t.Errorf("without a limit: %v", err)
+	}
+}
+
+// must is for actors that can be.
+func must(actor keyadmin.Actor, err error) keyadmin.Actor {
+	if err != nil {
+		panic(err)
+	}
+	return actor
+}

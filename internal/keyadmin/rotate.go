@@ -105,7 +105,7 @@ func (a *Admin) Rotate(ctx context.Context, actor Actor, id string, request Rota
 			successor = *before
 			return nil
 		}
-		if successor, err = succeed(ctx, tx, actor, old, nextID, request.Overlap); err != nil {
+		if successor, err = a.succeed(ctx, tx, actor, old, nextID, request.Overlap); err != nil {
 			return err
 		}
 		return handed.over(successor, request.HandOut)
@@ -122,7 +122,7 @@ func hashRotation(id string, overlap Overlap) [sha256.Size]byte {
 }
 
 // succeed makes the successor of a key, and sets the key's end.
-func succeed(ctx context.Context, tx *keystore.Tx, actor Actor, old keystore.Row, id string, overlap Overlap) (Key, error) {
+func (a *Admin) succeed(ctx context.Context, tx *keystore.Tx, actor Actor, old keystore.Row, id string, overlap Overlap) (Key, error) {
 	next, err := successorOf(old, actor, overlap)
 	if err != nil {
 		return Key{}, err
@@ -138,7 +138,7 @@ func succeed(ctx context.Context, tx *keystore.Tx, actor Actor, old keystore.Row
 	}
 	next.ID = id
 	secret := generate(&next)
-	row, err := insert(ctx, tx, actor, next)
+	row, err := a.insert(ctx, tx, actor, next)
 	if err != nil {
 		return Key{}, err
 	}

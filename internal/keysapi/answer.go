@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net/http"
 	"strconv"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -95,6 +96,8 @@ var (
 		"This API key was not used yet, and the one that it replaces lives on until then. Use it first, or undo that rotation.")
 	errNotRotated = apierror.New(http.StatusConflict, "KEY_NOT_ROTATED",
 		"This API key is not being rotated: there is nothing to undo.")
+	errTooMany = apierror.New(http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDED",
+		"This account has made as many API keys as it may in 24 hours. Use those that it has, or ask the operator for more.").Later(time.Hour)
 	errUnavailable = apierror.New(http.StatusServiceUnavailable, "SERVICE_UNAVAILABLE",
 		"API keys cannot be managed right now. Try again shortly.")
 )
@@ -152,6 +155,8 @@ func explain(err error) *apierror.Error {
 		return errAwaited
 	case errors.Is(err, keyadmin.ErrNotRotated):
 		return errNotRotated
+	case errors.Is(err, keyadmin.ErrTooMany):
+		return errTooMany
 	}
 	return errUnavailable
 }

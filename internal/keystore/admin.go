@@ -119,6 +119,21 @@ returning `+rowColumns, key.ID, key.Account, key.Name, key.Environment.String(),
 		key.ManageKeys, key.CreatedBy, key.ExpiresAt, lifetime, key.Predecessor, key.OverlapOnFirstUse)
 }
 
+// CountMade returns how many keys an account has that were made within 24 hours by others than operators, and limit if they are more. It
+// looks at the account's newest only, ten times as many: an import of others takes no longer to count.
+func (t *Tx) CountMade(ctx context.Context, account string, limit int) (made int, err error) {
+	err = t.db.QueryRow(ctx, `
+select least(count(*), $2) from (
+	select created_by from rekall.api_keys
+	where account = $1 and created_at > now() - interval '24 hours'
+	order by created_at desc, id desc limit 10 * $2::bigint
+) newest where split_part(created_by, ':', 1) in ('key', 'user')`, account, limit).Scan(&made)
+	if err != nil {
+		return 0, failed("count new keys", err)
+	}
+	return made, nil
+}
+
 // Get returns a key, or an error that wraps ErrNoRow.
 func (k Keys) Get(ctx context.Context, reach Reach, id string) (Row, error) {
 	return readRow(ctx, k.db, "get key", `select `+rowColumns+` from rekall.api_keys k where `+oneKey, reach.args(id)...)
