@@ -19,7 +19,10 @@ import (
 	"sync"
 	"time"
 
+	"go.uber.org/zap"
+
 	"github.com/rekall-ai/gateway/internal/apierror"
+	"github.com/rekall-ai/gateway/internal/outage"
 )
 
 // GitHubKeys is where GitHub publishes the keys that its secret scanning signs with.
@@ -51,7 +54,10 @@ type GitHub struct {
 	isURL  bool
 	now    func() time.Time
 
+	failures outage.Failures
+
 	mu      sync.Mutex
+	reading outage.Kind
 	keys    map[string]*ecdsa.PublicKey
 	readAt  time.Time // of keys; zero: never
 	triedAt time.Time // of the last read, good or bad
@@ -61,7 +67,9 @@ type GitHub struct {
 // NewGitHub returns a GitHub that reads the public keys from an https URL (http only of this machine) or a file, in the
 // format of GitHubKeys, when they are first needed and then every hour. A file must be there already.
 func NewGitHub(source string) (*GitHub, error) {
-	g := &GitHub{source: source, now: time.Now}
+	g := &GitHub{source: source, now: time.Now, reading: outage.Kind{
+		Begins: "public keys of GitHub cannot be read", Over: "public keys of GitHub are read again", Level: zap.WarnLevel,
+	}}
 	u, err := url.Parse(source)
 	switch {
 	case source == "" || err != nil:
@@ -126,6 +134,7 @@ func (g *GitHub) key(ctx context.Context, identifier string) (*ecdsa.PublicKey, 
 		if keys, g.err = g.read(ctx); g.err == nil {
 			g.keys, g.readAt = keys, now
 		}
+		g.failures.Note(&g.reading, g.err)
 		key, ok = g.keys[identifier]
 	}
 	switch {

@@ -67,6 +67,9 @@ func New(config Config) *API {
 		Config: config, mux: http.NewServeMux(), finders: ratelimit.NewAddresses(leaksOfOne, leaksOfOne), limiter: ratelimit.New(),
 		longReports: make(chan struct{}, longReports),
 	}
+	if a.GitHub != nil {
+		a.GitHub.failures.Logger = func() *zap.Logger { return a.Logger }
+	}
 	for path, endpoints := range a.routes() {
 		a.mux.Handle(path, resource{a, endpoints})
 	}

@@ -570,6 +570,14 @@ func TestGitHubsKeysAreReadAgainWhenTheyAreOldOrAnotherIsNamed(t *testing.T) {
 	pass(time.Hour)
 	want("first", first, http.StatusAccepted, 5) // an outage there is none here
 	want("third", second, http.StatusServiceUnavailable, 5)
+	pass(time.Minute)
+	want("third", second, http.StatusServiceUnavailable, 6)
+	if n := strings.Count(r.log.String(), "public keys of GitHub cannot be read"); n != 2 {
+		t.Errorf("two outages, whatever is asked meanwhile, are logged %d times", n)
+	}
+	if n := strings.Count(r.log.String(), "public keys of GitHub are read again"); n != 1 {
+		t.Errorf("the end of one is logged %d times", n)
+	}
 }
 
 // The key that GitHub publishes for the example in its documentation.
