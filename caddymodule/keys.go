@@ -8,7 +8,6 @@ import (
 	"net/netip"
 	"regexp"
 	"strings"
-	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -22,7 +21,6 @@ import (
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/keysapi"
-	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/internal/usage"
 )
 
@@ -54,6 +52,7 @@ type Keys struct {
 
 	api         *keysapi.API
 	dashboard   *dashboard.Dashboard
+	managed     *management
 	app         *App
 	cache       keys
 	metrics     *metrics
@@ -66,23 +65,6 @@ type Keys struct {
 // CaddyModule returns the Caddy module information.
 func (Keys) CaddyModule() caddy.ModuleInfo {
 	return caddy.ModuleInfo{ID: "http.handlers.rekall_keys", New: func() caddy.Module { return new(Keys) }}
-}
-
-// managements are shared by the configurations before and after a reload: requests of the old one may be in flight.
-var managements = caddy.NewUsagePool()
-
-// management is a pool of connections besides the edge's own: long lists must not delay decisions. A reload signs nobody out.
-type management struct {
-	store *keystore.Store
-	admin *keyadmin.Admin
-	state *dashboard.State
-}
-
-// Destruct ends the management when no configuration uses it any longer.
-func (m *management) Destruct() error {
-	m.state.Close()
-	m.store.Close()
-	return nil
 }
 
 // Provision opens the database, which connects when it is first asked, and guards the server's door.
@@ -114,11 +96,18 @@ func (k *Keys) provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
-	k.api = keysapi.New(keysapi.Config{Admin: m.admin, Actor: k.actor, Client: clientAddress, GitHub: github, Refused: logRefusal, Logger: k.logger})
-	k.dashboard = dashboard.New(dashboard.Config{
-		Admin: m.admin, Person: k.visitor, SignIn: k.signIn, Secure: secure, State: m.state, Logger: k.logger,
-	})
+	k.manageWith(m, github)
 	return nil
+}
+
+func (k *Keys) manageWith(m *management, github *keysapi.GitHub) {
+	k.managed = m
+	k.api = keysapi.New(keysapi.Config{
+		Admin: m.admin, Actor: k.actor, Client: clientAddress, GitHub: github, Refused: logRefusal, Answered: k.answered, Logger: k.logger,
+	})
+	k.dashboard = dashboard.New(dashboard.Config{
+		Admin: m.admin, Person: k.visitor, SignIn: k.signIn, Secure: secure, Answered: k.answered, State: m.state, Logger: k.logger,
+	})
 }
 
 // placeholders finds all of them; ofRequest those that speak of the request. To Caddy a brace without its other half is text.
@@ -173,9 +162,6 @@ func (k *Keys) gitHub() (*keysapi.GitHub, error) {
 	return github, nil
 }
 
-// connectTimeout leaves time for the statements in the five seconds that the API and the dashboard have for an answer.
-const connectTimeout = 4 * time.Second
-
 func (k *Keys) management(app *App) (*management, error) {
 	database := app.database
 	if k.Database != "" {
@@ -186,12 +172,7 @@ func (k *Keys) management(app *App) (*management, error) {
 		database = strings.TrimSpace(database)
 	}
 	value, _, err := managements.LoadOrNew(database, func() (caddy.Destructor, error) {
-		store, err := keystore.Open(database, keystore.Options{ApplicationName: "rekall-gateway keys", ConnectTimeout: connectTimeout})
-		if err != nil {
-			return nil, fmt.Errorf("database: %w", err)
-		}
-		admin := keyadmin.New(store)
-		return &management{store, admin, dashboard.NewState(admin)}, nil
+		return newManagement(database)
 	})
 	if err != nil {
 		return nil, err
@@ -214,9 +195,9 @@ func (k *Keys) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.
 	case isBelow(r.URL.Path, keysapi.Root):
 		m := &managing{header: w.Header()}
 		defer m.release()
-		k.api.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), managingKey{}, m)))
+		k.api.ServeHTTP(w, r.WithContext(context.WithValue(asking(r.Context()), managingKey{}, m)))
 	case isBelow(r.URL.Path, dashboard.Root):
-		k.dashboard.ServeHTTP(w, r)
+		k.dashboard.ServeHTTP(w, r.WithContext(asking(r.Context())))
 	default:
 		return next.ServeHTTP(w, r)
 	}

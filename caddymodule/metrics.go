@@ -22,6 +22,7 @@ type metrics struct {
 	reportOnly      *prometheus.CounterVec
 	upstreamErrors  *prometheus.CounterVec
 	limited         [len(limitNames)]prometheus.Counter // by limitKind
+	keysErrors      prometheus.Counter
 	collectors      []prometheus.Collector
 }
 
@@ -61,6 +62,10 @@ func newMetrics() *metrics {
 			Name: "rekall_upstream_errors_total",
 			Help: "Allowed requests that no backend answered: it could not be reached, or not in time, or the connection to it broke.",
 		}, []string{"environment", "reason"}),
+		keysErrors: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "rekall_keys_errors_total",
+			Help: "Requests to manage keys, by API or dashboard, that failed because the database of rekall_keys did: they were answered 503.",
+		}),
 	}
 	for outcome := range m.decisions {
 		for environment := range m.decisions[outcome] {
@@ -83,7 +88,7 @@ func newMetrics() *metrics {
 	for kind, name := range limitNames {
 		m.limited[kind] = limited.WithLabelValues(name)
 	}
-	m.collectors = []prometheus.Collector{decisions, m.latencies, m.revocationDelay, m.reportOnly, m.upstreamErrors, limited}
+	m.collectors = []prometheus.Collector{decisions, m.latencies, m.revocationDelay, m.reportOnly, m.upstreamErrors, limited, m.keysErrors}
 	return m
 }
 

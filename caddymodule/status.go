@@ -145,12 +145,16 @@ func (rt *runtime) status(ctx context.Context) runtimeStatus {
 	return s
 }
 
-// lastFailures are those of each part; nil where there was none.
+// lastFailures are those of each part, and of key management; nil where there was none.
 func (rt *runtime) lastFailures() []*outage.Failure {
 	all := []*outage.Failure{rt.cache.LastFailure(), rt.reporter.LastFailure(), rt.signer.LastFailure(), rt.usage.LastFailure()}
 	if rt.canary != nil {
 		all = append(all, rt.canary.LastFailure())
 	}
+	managements.Range(func(_, value any) bool {
+		all = append(all, value.(*management).failures.Last())
+		return true
+	})
 	return all
 }
 

@@ -564,6 +564,47 @@ func TestReportedKeyIsRefusedByEveryEdgeAndStandsInNoLog(t *testing.T) {
 	}
 }
 
+// Keys are checked as ever: nothing else tells of it.
+func TestOutageOfTheManagingDatabaseIsToldOnceByTheLogAndByMetricsAndStatusAcrossReloads(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	manager := r.manager("acme")
+	g := r.start(managedSite)
+	const audit = keysPath + "/audit"
+	g.manage("GET", audit, bearer(manager), "", http.StatusOK)
+	pgtest.Exec(t, r.database, "alter table rekall.audit rename to away")
+	for range 2 {
+		g.manage("GET", audit, bearer(manager), "", http.StatusServiceUnavailable)
+		g.manage("POST", keysPath+"/leaked", nil, `{"keys": ["`+apikey.Generate(apikey.Production)+`"]}`, http.StatusServiceUnavailable)
+		g.reload()
+	}
+	logged := func(level, message string) (n int) {
+		for line := range strings.Lines(g.log.String()) {
+			if strings.Contains(line, `"level":"`+level+`"`) && strings.Contains(line, `"msg":"`+message+`"`) {
+				n++
+			}
+		}
+		return n
+	}
+	begun := func() int { return logged("error", "API keys cannot be managed") }
+	over := func() int { return logged("info", "API keys can be managed again") }
+	eventually.True(t, "the log tells", func() bool { return begun() > 0 })
+	if n := g.series(t, "rekall_keys_errors_total"); n != 4 {
+		t.Errorf("%v errors are counted, want 4", n)
+	}
+	if got := g.status().LastError; !strings.Contains(got, "rekall-gateway migrate") {
+		t.Errorf("last error %q", got)
+	}
+	pgtest.Exec(t, r.database, "alter table rekall.away rename to audit")
+	eventually.True(t, "the log tells that it is over", func() bool {
+		g.manage("GET", audit, bearer(manager), "", http.StatusOK)
+		return over() > 0
+	})
+	if begun() != 1 || over() != 1 {
+		t.Errorf("its beginning is logged %d times, its end %d times", begun(), over())
+	}
+}
+
 // Edges whose database user may not manage keys do so with another.
 func TestManagementHasADatabaseUserOfItsOwn(t *testing.T) {
 	t.Parallel()

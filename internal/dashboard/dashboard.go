@@ -60,6 +60,10 @@ type Config struct {
 	// Secure reports whether the visitor's browser sent a request with TLS, perhaps to a proxy in front.
 	Secure func(*http.Request) bool
 
+	// Answered is told of each page that was shown, with nil, and of each request that could not be carried out though nobody refused
+	// it, with why.
+	Answered func(r *http.Request, err error)
+
 	// State outlives the Dashboard, so that a new configuration of the server signs nobody out.
 	State *State
 
@@ -162,7 +166,9 @@ func (s signedIn) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if err != nil {
 		v.fail(err)
+		return
 	}
+	s.d.Answered(r, nil)
 }
 
 // actor finds out who asks: a person, else the holder of a key who signed in.
@@ -215,7 +221,7 @@ var (
 	errUnavailable = &Refusal{http.StatusServiceUnavailable, "Keys cannot be managed right now. Keys that exist keep working. Try again shortly."}
 )
 
-// fail shows what went wrong. Only what nobody foresaw is logged: the rest is the visitor's, also that they went away.
+// fail shows what went wrong. Only what nobody foresaw is told: the rest is the visitor's, also that they went away.
 func (v *visit) fail(err error) {
 	if errors.Is(err, errSignedOut) {
 		data := signInData{Next: v.comeBack()}
@@ -227,7 +233,8 @@ func (v *visit) fail(err error) {
 	}
 	refusal := explain(err)
 	if refusal == errUnavailable && !errors.Is(err, context.Canceled) {
-		v.Logger.Error("the dashboard cannot manage keys", zap.String("method", v.r.Method), zap.String("error", apikey.Redact(err.Error())))
+		v.Logger.Debug("the dashboard cannot manage keys", zap.String("method", v.r.Method), zap.String("error", apikey.Redact(err.Error())))
+		v.Answered(v.r, err)
 	}
 	if refusal.Status == http.StatusServiceUnavailable {
 		v.w.Header().Set("Retry-After", "1")

@@ -65,7 +65,7 @@ func newRigVia(t *testing.T, via func(testing.TB, string) string) *rig {
 	t.Cleanup(r.state.Close)
 	logger := zap.New(zapcore.NewCore(zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig()), zapcore.Lock(zapcore.AddSync(r.log)), zap.DebugLevel))
 	r.server = httptest.NewServer(dashboard.New(dashboard.Config{
-		Admin: r.admin, State: r.state, Logger: logger, Secure: func(req *http.Request) bool { return req.TLS != nil },
+		Admin: r.admin, State: r.state, Logger: logger, Answered: func(*http.Request, error) {}, Secure: func(req *http.Request) bool { return req.TLS != nil },
 		Person: func(req *http.Request) (keyadmin.Actor, error) {
 			name, account, ok := strings.Cut(req.Header.Get("X-Person"), "@")
 			if !ok {

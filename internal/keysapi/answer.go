@@ -111,17 +111,25 @@ func invalid(field, message string) *apierror.Error {
 	return e
 }
 
-// refuse says an error. Only what nobody foresaw is logged: the rest is the caller's, also that it went away.
+// refuse says an error. Only what nobody foresaw is told: the rest is the caller's, also that it went away. The log has it for those
+// who debug, since strangers too may ask as often as they like.
 func (a *API) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	refusal := explain(err)
 	if a.Refused != nil {
 		a.Refused(r, w.Header().Get(requestID), refusal)
 	}
 	if refusal == errUnavailable && !errors.Is(err, context.Canceled) {
-		a.Logger.Error("API keys cannot be managed", zap.String("request_id", w.Header().Get(requestID)),
+		a.Logger.Debug("API keys cannot be managed", zap.String("request_id", w.Header().Get(requestID)),
 			zap.String("method", r.Method), zap.String("error", apikey.Redact(err.Error())))
+		a.answered(r, err)
 	}
 	refusal.Write(w, w.Header().Get(requestID))
+}
+
+func (a *API) answered(r *http.Request, err error) {
+	if a.Answered != nil {
+		a.Answered(r, err)
+	}
 }
 
 // explain finds the refusal that says an error.

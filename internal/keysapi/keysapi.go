@@ -31,7 +31,7 @@ const answerWithin = 5 * time.Second
 // answer that Postgres keeps waiting would look unwanted.
 const readWithin = answerWithin + time.Second
 
-// Config of an API. GitHub and Refused may be left out.
+// Config of an API. GitHub, Refused and Answered may be left out.
 type Config struct {
 	Admin *keyadmin.Admin
 
@@ -47,6 +47,10 @@ type Config struct {
 
 	// Refused is told of each refusal before it is answered; nil: nobody is.
 	Refused func(r *http.Request, requestID string, e *apierror.Error)
+
+	// Answered is told of each request that was carried out, with nil, and of each that could not be though nobody refused it, with
+	// why. Nil: nobody is.
+	Answered func(r *http.Request, err error)
 
 	Logger *zap.Logger
 }
@@ -148,6 +152,7 @@ func (res resource) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		res.api.refuse(w, r, err)
 		return
 	}
+	res.api.answered(r, nil)
 	answer.write(w)
 }
 

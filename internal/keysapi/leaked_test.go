@@ -578,6 +578,9 @@ func TestGitHubsKeysAreReadAgainWhenTheyAreOldOrAnotherIsNamed(t *testing.T) {
 	if n := strings.Count(r.log.String(), "public keys of GitHub are read again"); n != 1 {
 		t.Errorf("the end of one is logged %d times", n)
 	}
+	if strings.Contains(r.log.String(), `"level":"error"`) {
+		t.Errorf("strangers can fill the log: %s", r.log)
+	}
 }
 
 // The key that GitHub publishes for the example in its documentation.

@@ -52,6 +52,9 @@ type Options struct {
 	// ConnectTimeout is for making a connection, if the URL names none; default 800 ms, which is what an edge can wait. From far
 	// away it takes longer: six times there and back, with TLS and a password.
 	ConnectTimeout time.Duration
+
+	// Asked is told of each call that is about to ask Postgres, by its context; nil: nobody is.
+	Asked func(context.Context)
 }
 
 // Store is a pool of connections to the Postgres that holds the keys. Its methods may be called concurrently.
@@ -73,6 +76,9 @@ func Open(url string, options Options) (*Store, error) {
 	params := config.ConnConfig.RuntimeParams
 	params["application_name"] = cmp.Or(params["application_name"], options.ApplicationName, defaultName)
 	boundCleanup(config)
+	if options.Asked != nil {
+		config.ConnConfig.Tracer = asked(options.Asked)
+	}
 	// Behind a pooler that gives each statement another connection nothing can be planned ahead.
 	if options.PlanOnce && config.ConnConfig.DefaultQueryExecMode == pgx.QueryExecModeCacheStatement {
 		config.AfterConnect = planOnce
@@ -94,6 +100,23 @@ func planOnce(ctx context.Context, conn *pgx.Conn) error {
 	_, err := conn.Exec(ctx, "set plan_cache_mode = force_generic_plan; set jit = off; set enable_seqscan = off; set enable_memoize = off")
 	return err
 }
+
+// asked is told of each connection that is asked for, also where none is to be had.
+type asked func(context.Context)
+
+func (a asked) TraceAcquireStart(ctx context.Context, _ *pgxpool.Pool, _ pgxpool.TraceAcquireStartData) context.Context {
+	a(ctx)
+	return ctx
+}
+
+func (asked) TraceAcquireEnd(context.Context, *pgxpool.Pool, pgxpool.TraceAcquireEndData) {}
+
+// A pool takes no tracer but one of statements.
+func (asked) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
+	return ctx
+}
+
+func (asked) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
 
 // parse reads a database URL. Nothing of it may stand in the error.
 func parse(url string, defaultConnectTimeout time.Duration) (*pgxpool.Config, error) {

@@ -1,0 +1,110 @@
+package caddymodule
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/dashboard"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/internal/outage"
+)
+
+// managements are shared by the configurations before and after a reload: requests of the old one may be in flight.
+var managements = caddy.NewUsagePool()
+
+// management is a pool of connections besides the edge's own: long lists must not delay decisions. A reload signs nobody out, and ends
+// no outage.
+type management struct {
+	store *keystore.Store
+	admin *keyadmin.Admin
+	state *dashboard.State
+
+	mu        sync.Mutex
+	answering outage.Kind
+	failures  outage.Failures
+}
+
+const (
+	// connectTimeout leaves time for the statements in the five seconds that the API and the dashboard have for an answer.
+	connectTimeout = 4 * time.Second
+
+	// fairShare of a request's time is what Postgres must have had, or not having answered says nothing of it: the client has used the
+	// time up, with a body that came slowly.
+	fairShare = time.Second
+)
+
+func newManagement(database string) (*management, error) {
+	store, err := keystore.Open(database, keystore.Options{
+		ApplicationName: "rekall-gateway keys", ConnectTimeout: connectTimeout, Asked: asks,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("database: %w", err)
+	}
+	admin := keyadmin.New(store)
+	return &management{store: store, admin: admin, state: dashboard.NewState(admin), answering: outage.Kind{
+		Begins: "API keys cannot be managed", Over: "API keys can be managed again", Level: zap.ErrorLevel,
+	}}, nil
+}
+
+// Destruct ends the management when no configuration uses it any longer.
+func (m *management) Destruct() error {
+	m.state.Close()
+	m.store.Close()
+	return nil
+}
+
+// note takes how a request has ended that asked the database. As with backends, the outage is over with the first success after
+// troubleOver without a failure: where Postgres reads and does not write, each list would else end it and each new key begin it.
+// The logger is of the request's configuration.
+func (m *management) note(logger *zap.Logger, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if last := m.failures.Last(); err == nil && last != nil && time.Since(last.At) < troubleOver {
+		return
+	}
+	m.failures.Logger = func() *zap.Logger { return logger }
+	m.failures.Note(&m.answering, err)
+}
+
+// askedKey leads to the instant at which a request asked the managing database last; 0: it did not.
+type askedKey struct{}
+
+func asking(ctx context.Context) context.Context {
+	return context.WithValue(ctx, askedKey{}, new(atomic.Int64))
+}
+
+// asks is told by the store.
+func asks(ctx context.Context) {
+	if at, ok := ctx.Value(askedKey{}).(*atomic.Int64); ok {
+		at.Store(int64(time.Since(processStart)))
+	}
+}
+
+// answered is told by the API and by the dashboard how a request has ended. An answer that took no Postgres says nothing of it.
+func (k *Keys) answered(r *http.Request, err error) {
+	at := r.Context().Value(askedKey{}).(*atomic.Int64).Load()
+	switch {
+	case at == 0 || err != nil && inVain(r.Context(), time.Duration(at)):
+		return
+	case err != nil:
+		k.metrics.keysErrors.Inc()
+		err = errors.New(apikey.Redact(err.Error()))
+	}
+	k.managed.note(k.logger, err)
+}
+
+// inVain reports whether a request failed since its client left Postgres no time. asked is an instant.
+func inVain(ctx context.Context, asked time.Duration) bool {
+	deadline, limited := ctx.Deadline()
+	return limited && ctx.Err() != nil && deadline.Sub(processStart)-asked < fairShare
+}
