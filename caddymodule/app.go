@@ -15,6 +15,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/internal/garbage"
 	"github.com/rekall-ai/gateway/internal/identitytoken"
@@ -106,6 +107,8 @@ type App struct {
 
 	addresses    *ratelimit.Addresses // of the gateway of this configuration with the strictest address_limit; nil: none has one
 	addressLimit AddressLimit         // its settings
+
+	managements map[*management]*zap.Logger // that the handlers of this configuration manage keys with
 
 	draining *atomic.Bool // Caddy is about to stop this configuration
 }
@@ -235,6 +238,9 @@ func (a *App) Start() error {
 		return err
 	}
 	a.runtime.follow(a)
+	for m, logger := range a.managements {
+		m.check(logger)
+	}
 	if len(a.issuers) > 0 {
 		a.runtime.startSigner()
 	}
@@ -264,6 +270,14 @@ func (a *App) Cleanup() error {
 // ready reports whether requests can be answered: cached keys are trusted, and tokens can be signed. An edge that cannot sign would
 // answer every good key 503, and a rolling update would go on to the next.
 func (a *App) ready() bool { return a.runtime.ready(a.issuers) }
+
+// toManage has a management checked as the configuration starts.
+func (a *App) toManage(m *management, logger *zap.Logger) {
+	if a.managements == nil {
+		a.managements = make(map[*management]*zap.Logger)
+	}
+	a.managements[m] = logger
+}
 
 // app returns the rekall app of the configuration being provisioned.
 func app(ctx caddy.Context) (*App, error) {

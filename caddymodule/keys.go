@@ -96,6 +96,7 @@ func (k *Keys) provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
+	app.toManage(m, k.logger)
 	k.manageWith(m, github)
 	return nil
 }

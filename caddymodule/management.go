@@ -29,6 +29,10 @@ type management struct {
 	admin *keyadmin.Admin
 	state *dashboard.State
 
+	ctx     context.Context
+	cancel  context.CancelFunc
+	running sync.WaitGroup // checks
+
 	mu        sync.Mutex
 	answering outage.Kind
 	failures  outage.Failures
@@ -37,6 +41,9 @@ type management struct {
 const (
 	// connectTimeout leaves time for the statements in the five seconds that the API and the dashboard have for an answer.
 	connectTimeout = 4 * time.Second
+
+	// checkWithin is what a request has, too.
+	checkWithin = 5 * time.Second
 
 	// fairShare of a request's time is what Postgres must have had, or not having answered says nothing of it: the client has used the
 	// time up, with a body that came slowly.
@@ -51,16 +58,35 @@ func newManagement(database string) (*management, error) {
 		return nil, fmt.Errorf("database: %w", err)
 	}
 	admin := keyadmin.New(store)
-	return &management{store: store, admin: admin, state: dashboard.NewState(admin), answering: outage.Kind{
+	m := &management{store: store, admin: admin, state: dashboard.NewState(admin), answering: outage.Kind{
 		Begins: "API keys cannot be managed", Over: "API keys can be managed again", Level: zap.ErrorLevel,
-	}}, nil
+	}}
+	m.ctx, m.cancel = context.WithCancel(context.Background())
+	return m, nil
 }
 
 // Destruct ends the management when no configuration uses it any longer.
 func (m *management) Destruct() error {
+	m.cancel()
+	m.running.Wait()
 	m.state.Close()
 	m.store.Close()
 	return nil
+}
+
+// check has the log say at a start what else customers would be the first to be told. Nobody waits for it: Postgres may be away.
+func (m *management) check(logger *zap.Logger) {
+	m.running.Go(func() {
+		ctx, cancel := context.WithTimeout(m.ctx, checkWithin)
+		defer cancel()
+		err := m.admin.Ready(ctx)
+		if err == nil || m.ctx.Err() != nil {
+			return
+		}
+		m.failures.Keep(err)
+		logger.Warn("API keys cannot be managed: look at the database of rekall_keys, at the role of its user and at its schema",
+			zap.String("error", apikey.Redact(err.Error())))
+	})
 }
 
 // note takes how a request has ended that asked the database. As with backends, the outage is over with the first success after

@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
+	"path/filepath"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -20,6 +23,9 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/eventually"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // keysRig is rekall_keys for the person ann@acme, before a database that the edge does not share.
@@ -217,4 +223,81 @@ func TestDatabaseThatReadsAndDoesNotWriteIsLoggedOnce(t *testing.T) {
 			t.Errorf("when it writes again: told %s", told)
 		}
 	})
+}
+
+func TestDatabaseThatKeysCannotBeManagedInIsToldAtTheStartWithWhatToDo(t *testing.T) {
+	database := migrated(t)
+	roles := keystore.Roles{Edge: pgtest.Role(t, database), Admin: pgtest.Role(t, database)}
+	if _, _, err := keystore.MigrateAndGrant(t.Context(), database, roles); err != nil {
+		t.Fatal(err)
+	}
+	readOnly := pgtest.Login(t, database, roles.Admin)
+	reader, err := url.Parse(readOnly)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pgtest.Exec(t, database, "alter role "+reader.User.Username()+" set default_transaction_read_only = on")
+	for name, test := range map[string]struct{ database, because string }{
+		"a managing user":       {pgtest.Login(t, database, roles.Admin), ""},
+		"the owner":             {database, ""},
+		"an edge's user":        {pgtest.Login(t, database, roles.Edge), "--admin-role"},
+		"no schema":             {pgtest.URL(t), `run "rekall-gateway migrate"`},
+		"a database to read":    {readOnly, "read-only transaction"},
+		"nobody at the address": {"postgres://rekall:hunter2@127.0.0.1:1/none", "connection refused"},
+	} {
+		r := newKeysRig(t, test.database)
+		r.managed.check(r.logger)
+		r.managed.running.Wait()
+		if test.because == "" {
+			if told := r.told(); told != "" || r.managed.failures.Last() != nil {
+				t.Errorf("%s: told %s", name, told)
+			}
+			continue
+		}
+		const warning = "warn API keys cannot be managed: look at the database of rekall_keys, at the role of its user and at its schema"
+		if told := r.told(); told != warning {
+			t.Errorf("%s: told %s", name, told)
+			continue
+		}
+		because := r.logs.All()[0].ContextMap()["error"].(string)
+		if !strings.Contains(because, test.because) || strings.Contains(because, "hunter2") {
+			t.Errorf("%s: %s", name, because)
+		}
+	}
+}
+
+func TestStartDoesNotWaitForTheManagingDatabase(t *testing.T) {
+	silent, err := net.Listen("tcp", "127.0.0.1:0") // which takes connections and says nothing
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = silent.Close() }()
+	r := newKeysRig(t, "postgres://rekall@"+silent.Addr().String()+"/none")
+	r.managed.check(r.logger)
+	if told := r.told(); told != "" {
+		t.Errorf("it has waited until: %s", told)
+	}
+}
+
+// TestReloadTellsAgainOfADatabaseThatKeysCannotBeManagedIn, and the status does, though the edge's own database is as it should be.
+func TestReloadTellsAgainOfADatabaseThatKeysCannotBeManagedIn(t *testing.T) {
+	log, database := filepath.Join(t.TempDir(), "log"), migrated(t)
+	run(t, database, log)
+	config := configure(t, database, log, map[string]any{}, map[string]any{"http": map[string]any{"servers": map[string]any{"srv": map[string]any{
+		"listen": []string{"127.0.0.1:0"},
+		"routes": []any{map[string]any{"handle": []any{
+			map[string]any{"handler": "rekall_keys", "database": pgtest.URL(t)},
+		}}},
+	}}}})
+	for n := range 2 {
+		if err := caddy.Load(config, true); err != nil {
+			t.Fatal(err)
+		}
+		eventually.True(t, "the log tells", func() bool {
+			return strings.Count(process.Read(t, log), "API keys cannot be managed: look at the database of rekall_keys") == n+1
+		})
+	}
+	if s := running()[0].status(t.Context()); s.LastError == nil || !strings.Contains(s.LastError.Message, "rekall-gateway migrate") {
+		t.Errorf("last error %+v", s.LastError)
+	}
 }
