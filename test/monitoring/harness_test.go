@@ -69,7 +69,7 @@ func (r *rig) startBackend(address string) {
 func (r *rig) key() keyadmin.Key {
 	r.t.Helper()
 	key, _, err := r.admin.Create(r.t.Context(), keyadmin.Operator("test"), keyadmin.CreateRequest{
-		Name: "test", Account: "acme", Environment: "production", Scopes: []string{"memories:read"},
+		Name: "test", Account: "acme", Environment: "production", Scopes: []string{"memories:read"}, ManageKeys: true,
 	})
 	if err != nil {
 		r.t.Fatal(err)
@@ -99,6 +99,7 @@ const caddyfile = `{
 }
 
 http://HTTP {
+	rekall_keys
 	rekall_gateway {
 		GATEWAY
 		production {
@@ -136,8 +137,10 @@ func (g *gateway) run() {
 }
 
 // ask sends a request with a key and returns the status.
-func (g *gateway) ask(key string) int {
-	req, err := http.NewRequest("GET", "http://"+g.http+"/v1/memories", nil)
+func (g *gateway) ask(key string) int { return g.get("/v1/memories", key) }
+
+func (g *gateway) get(path, key string) int {
+	req, err := http.NewRequest("GET", "http://"+g.http+path, nil)
 	if err != nil {
 		g.t.Error(err)
 		return 0

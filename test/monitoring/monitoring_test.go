@@ -149,6 +149,13 @@ func TestEveryQueryReturnsDataAndEachAlertFiresWhenItsFaultIsMade(t *testing.T) 
 	pgtest.Exec(t, r.database, "alter table rekall.edges drop constraint unwelcome")
 	other.process.Kill(t)
 
+	fault("RekallCannotManageKeys") // of nothing else is the audit a part
+	pgtest.Exec(t, r.database, "alter table rekall.audit rename to taken_away")
+	end = load(1, func() { g.get("/v1/api-keys/audit", good.Key.Reveal()) })
+	p.waitFiring("RekallCannotManageKeys")
+	end()
+	pgtest.Exec(t, r.database, "alter table rekall.taken_away rename to audit")
+
 	fault("RekallUpstreamUnavailable")
 	if err := r.backend.Stop(t.Context()); err != nil {
 		t.Fatal(err)
