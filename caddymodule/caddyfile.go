@@ -296,6 +296,7 @@ func parseIdentityToken(h httpcaddyfile.Helper) (*IdentityToken, error) {
 //		user                   <placeholder>
 //		database               <url>
 //		github_secret_scanning [<url>|<file>]
+//		keys_per_day           <n>
 //	}
 func parseKeys(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 	k := new(Keys)
@@ -303,13 +304,16 @@ func parseKeys(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 	if h.NextArg() {
 		return nil, h.ArgErr()
 	}
-	settings := map[string]*string{"account": &k.Account, "user": &k.User, "database": &k.Database, "github_secret_scanning": &k.GitHubSecretScanning}
+	var keysPerDay string
+	settings := map[string]*string{
+		"account": &k.Account, "user": &k.User, "database": &k.Database, "github_secret_scanning": &k.GitHubSecretScanning, "keys_per_day": &keysPerDay,
+	}
 	for nesting := h.Nesting(); h.NextBlock(nesting); {
 		option, values := h.Val(), h.RemainingArgs()
 		setting, known := settings[option]
 		switch {
 		case !known:
-			return nil, h.Errf("unknown option %q: use account, user, database or github_secret_scanning", option)
+			return nil, h.Errf("unknown option %q: use account, user, database, github_secret_scanning or keys_per_day", option)
 		case *setting != "":
 			return nil, h.Errf("%s is given twice", option)
 		case len(values) == 0 && option == "github_secret_scanning":
@@ -318,6 +322,12 @@ func parseKeys(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 			return nil, h.Errf("%s takes one value", option)
 		}
 		*setting = values[0]
+		if option == "keys_per_day" {
+			var err error
+			if k.KeysPerDay, err = strconv.Atoi(values[0]); err != nil || k.KeysPerDay < 1 || k.KeysPerDay > maxKeysPerDay {
+				return nil, h.Errf("keys_per_day must be a whole number from 1 to %d", maxKeysPerDay)
+			}
+		}
 	}
 	return k, nil
 }

@@ -1,6 +1,7 @@
 package caddymodule
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -50,6 +51,10 @@ type Keys struct {
 	// /v1/api-keys/leaked/github. Default: none, there is nothing at that path.
 	GitHubSecretScanning string `json:"github_secret_scanning,omitempty"`
 
+	// How many keys an account can make in 24 hours here, successors included: 1 to 1,000,000. Beyond that it is answered 429. No key
+	// is ever deleted, so this is what keeps one customer from filling the database of all. Commands are not bound. Default: 1000.
+	KeysPerDay int `json:"keys_per_day,omitempty"`
+
 	api         *keysapi.API
 	dashboard   *dashboard.Dashboard
 	managed     *management
@@ -85,6 +90,9 @@ func (k *Keys) provision(ctx caddy.Context) error {
 	if err := k.checkPerson(); err != nil {
 		return err
 	}
+	if k.KeysPerDay < 0 || k.KeysPerDay > maxKeysPerDay {
+		return fmt.Errorf("keys_per_day must be from 1 to %d", maxKeysPerDay)
+	}
 	if err := guardDoor(ctx); err != nil {
 		return err
 	}
@@ -103,13 +111,19 @@ func (k *Keys) provision(ctx caddy.Context) error {
 
 func (k *Keys) manageWith(m *management, github *keysapi.GitHub) {
 	k.managed = m
+	admin := m.admin.Limited(cmp.Or(k.KeysPerDay, defaultKeysPerDay))
 	k.api = keysapi.New(keysapi.Config{
-		Admin: m.admin, Actor: k.actor, Client: clientAddress, GitHub: github, Refused: logRefusal, Answered: k.answered, Logger: k.logger,
+		Admin: admin, Actor: k.actor, Client: clientAddress, GitHub: github, Refused: logRefusal, Answered: k.answered, Logger: k.logger,
 	})
 	k.dashboard = dashboard.New(dashboard.Config{
-		Admin: m.admin, Person: k.visitor, SignIn: k.signIn, Secure: secure, Answered: k.answered, State: m.state, Logger: k.logger,
+		Admin: admin, Person: k.visitor, SignIn: k.signIn, Secure: secure, Answered: k.answered, State: m.state, Logger: k.logger,
 	})
 }
+
+const (
+	defaultKeysPerDay = 1000
+	maxKeysPerDay     = 1_000_000
+)
 
 // placeholders finds all of them; ofRequest those that speak of the request. To Caddy a brace without its other half is text.
 var (

@@ -1,9 +1,13 @@
 package caddymodule
 
 import (
+	"encoding/json"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/caddyserver/caddy/v2"
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
@@ -46,6 +50,19 @@ func TestKeysSettingsByWhichEverybodyWouldBeSomebodyAreRefused(t *testing.T) {
 		}
 		if err != nil && strings.Contains(err.Error(), "hunter2") {
 			t.Error("the error shows the password")
+		}
+	}
+}
+
+// TestKeysPerDayBeyondItsBoundsAreRefused in JSON too; the golden files have the Caddyfile's.
+func TestKeysPerDayBeyondItsBoundsAreRefused(t *testing.T) {
+	t.Setenv(keystore.DatabaseVariable, "postgres://h/d")
+	for _, n := range []int{-1, maxKeysPerDay + 1} {
+		config := &caddy.Config{Admin: &caddy.AdminConfig{Disabled: true}, AppsRaw: caddy.ModuleMap{
+			"http": json.RawMessage(fmt.Sprintf(`{"servers": {"s": {"listen": ["127.0.0.1:1"], "routes": [{"handle": [{"handler": "rekall_keys", "keys_per_day": %d}]}]}}}`, n)),
+		}}
+		if err := caddy.Validate(config); err == nil || !strings.Contains(err.Error(), "keys_per_day must be from 1 to 1000000") {
+			t.Errorf("%d: %v", n, err)
 		}
 	}
 }

@@ -45,6 +45,9 @@ const (
 	// checkWithin is what a request has, too.
 	checkWithin = 5 * time.Second
 
+	// partsWithin is the most that a request takes: its body may come until a second after its time.
+	partsWithin = checkWithin + time.Second
+
 	// fairShare of a request's time is what Postgres must have had, or not having answered says nothing of it: the client has used the
 	// time up, with a body that came slowly.
 	fairShare = time.Second
@@ -65,13 +68,22 @@ func newManagement(database string) (*management, error) {
 	return m, nil
 }
 
-// Destruct ends the management when no configuration uses it any longer.
+// Destruct ends the management when no configuration uses it any longer. Requests of the last one may be in flight after a reload: they
+// have the time of an answer.
 func (m *management) Destruct() error {
+	if caddy.Exiting() {
+		m.close()
+		return nil
+	}
+	time.AfterFunc(partsWithin, m.close)
+	return nil
+}
+
+func (m *management) close() {
 	m.cancel()
 	m.running.Wait()
 	m.state.Close()
 	m.store.Close()
-	return nil
 }
 
 // check has the log say at a start what else customers would be the first to be told. Nobody waits for it: Postgres may be away.

@@ -301,3 +301,22 @@ func TestReloadTellsAgainOfADatabaseThatKeysCannotBeManagedIn(t *testing.T) {
 		t.Errorf("last error %+v", s.LastError)
 	}
 }
+
+func TestRequestsInFlightAtAReloadStillHaveTheirDatabase(t *testing.T) {
+	t.Parallel()
+	database := pgtest.URL(t)
+	if _, _, err := keystore.Migrate(t.Context(), database); err != nil {
+		t.Fatal(err)
+	}
+	m, err := newManagement(database)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Destruct(); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.admin.Ready(t.Context()); err != nil {
+		t.Errorf("a request of the former configuration: %v", err)
+	}
+	eventually.True(t, "the connections are closed", func() bool { return m.admin.Ready(t.Context()) != nil })
+}

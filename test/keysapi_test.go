@@ -525,6 +525,25 @@ func TestPeopleWhomCaddyHasAuthenticatedManageTheKeysOfTheirAccount(t *testing.T
 	}
 }
 
+func TestAnAccountMakesNoMoreKeysADayThanTheConfigurationLetsIt(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	g := r.start(strings.Replace(managedSite, "rekall_keys", "rekall_keys {\nkeys_per_day 2\n}", 1))
+	manager := r.manager("acme")
+	const body = `{"name": "n", "scopes": ["memories:read"]}`
+	for range 2 {
+		g.manage("POST", keysPath, bearer(manager), body, http.StatusCreated)
+	}
+	answer := g.manage("POST", keysPath, bearer(manager), body, http.StatusTooManyRequests)
+	answer.wantCode(t, http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDED")
+	if answer.Header.Get("Retry-After") != "3600" {
+		t.Errorf("Retry-After %q", answer.Header.Get("Retry-After"))
+	}
+	g.manage("POST", keysPath+"/"+manager.ID+"/rotate", bearer(manager), "", http.StatusTooManyRequests)
+	g.manage("POST", keysPath, bearer(r.manager("other")), body, http.StatusCreated)
+	g.manage("DELETE", keysPath+"/"+manager.ID, bearer(manager), "", http.StatusOK) // who may make no more can still revoke
+}
+
 // A key that was found is reported to one edge and refused by all.
 func TestReportedKeyIsRefusedByEveryEdgeAndStandsInNoLog(t *testing.T) {
 	t.Parallel()

@@ -14,7 +14,8 @@ const (
 	// watchFor is how long a revocation may take to hold everywhere, and a little.
 	watchFor = 65 * time.Second
 
-	// maxWatches bounds what a flood of revocations costs: each that goes on asks Postgres 50 times a second. Those beyond it are
+	// maxWatches bounds what a flood of revocations costs: each that goes on asks Postgres 50 times in its first second, and 4
+	// times a second later. Those beyond it are
 	// in force all the same, but nobody looks on.
 	maxWatches = 20
 )
