@@ -37,9 +37,8 @@ func serveLive(w http.ResponseWriter, r *http.Request) error {
 	return reply(w, r, http.StatusOK, map[string]bool{"live": true})
 }
 
-// serveReady answers 200 while the configuration in use is ready: an outage shorter than max_staleness drains nobody, nor does a
-// configuration that is being loaded, which may be given up. The first one is in use once all apps have started: before, its keys
-// may be there and its sites do not listen yet.
+// serveReady answers 200 while the configuration in use is ready. An outage shorter than max_staleness does not make it unready. A
+// configuration that is only being loaded does not count: it may be given up, and its sites do not listen yet.
 func serveReady(w http.ResponseWriter, r *http.Request) error {
 	used, err := caddy.ActiveContext().AppIfConfigured("rekall")
 	return replyReady(w, r, err == nil && used.(*App).ready())

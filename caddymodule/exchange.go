@@ -104,8 +104,8 @@ func (x *exchange) unavailable(w http.ResponseWriter, r *http.Request, err error
 	return x.refuse(w, r)
 }
 
-// untold is the outcome where a key could not be checked: Abandoned if the client has hung up, as often as it likes, which must not
-// look as if the gateway had failed.
+// untold is the outcome where a key could not be checked: Abandoned if the client hung up first. Clients can do that at will, so it must
+// not count as the gateway's failure.
 func untold(r *http.Request) apikey.Outcome {
 	if r.Context().Err() != nil {
 		return apikey.Abandoned

@@ -76,9 +76,9 @@ func (a *allowance) release() {
 // limit beside it.
 func (a *allowance) remaining() int { return min(a.verdict.Remaining, a.limits.PerMinute) }
 
-// unixAfter is the time after a while, in Unix seconds, rounded up.
-func unixAfter(now time.Time, while time.Duration) int64 {
-	return now.Add(while + time.Second - 1).Unix()
+// unixAfter returns now+d in Unix seconds, rounded up.
+func unixAfter(now time.Time, d time.Duration) int64 {
+	return now.Add(d + time.Second - 1).Unix()
 }
 
 // rateLimitHeaders are the names of REKALL.md, "Rate limits", as Go writes them.

@@ -18,8 +18,8 @@ import (
 )
 
 // checkRoutes refuses a configuration in which a backend behind a gateway can be reached in another way: without a key, or
-// with a key of the other environment. So it does one in which answers with a client's text in them are run as templates. It runs at
-// start: routes of all servers are provisioned by then.
+// with a key of the other environment. It also refuses one that would run a client's text as a template. It runs at start: routes
+// of all servers are provisioned by then.
 //
 // It compares addresses as they are written, with the spellings of one address folded. Two names of one machine, and
 // handlers of third parties that hold routes of their own, are beyond it; the transport "rekall" is for those.

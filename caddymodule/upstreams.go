@@ -11,8 +11,8 @@ import (
 // runtime: the reload that names other backends may be what ends the trouble.
 type upstreams [apikey.Sandbox + 1]trouble
 
-// troubleOver is how long there must have been none before the trouble is over. One of several backends that is away, or one client whose
-// uploads they break off, would else begin and end it with every request.
+// troubleOver is the time without trouble after which it counts as over. Without it, one dead backend of several, or one client whose
+// uploads break off, would begin and end it with every request.
 const troubleOver = 10 * time.Second
 
 // trouble is what many requests may meet, and is to be logged once.

@@ -145,7 +145,7 @@ func (g *gateway) ask(key keyadmin.Key) string {
 	return answer.code(g.t)
 }
 
-// TestOutage walks through Postgres stalling, being killed and coming back, with a stream open and good and revoked keys.
+// Postgres stalls, is killed and comes back, with a stream open and good and revoked keys.
 func TestOutageNeverTurnsAGoodKeyAwayAsBadNorLetsARevokedOneIn(t *testing.T) {
 	t.Parallel()
 	for name, fault := range map[string]struct{ begin, end func(*testing.T, *faultRig) }{

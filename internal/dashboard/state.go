@@ -15,8 +15,7 @@ const (
 	watchFor = 65 * time.Second
 
 	// maxWatches bounds what a flood of revocations costs: each that goes on asks Postgres 50 times in its first second, and 4
-	// times a second later. Those beyond it are
-	// in force all the same, but nobody looks on.
+	// times a second later. Those beyond it are in force all the same, but nobody looks on.
 	maxWatches = 20
 )
 

@@ -40,8 +40,8 @@ const (
 
 	reportTimeout = 2 * time.Second
 
-	// The times of so many reports are kept, and of all that were sent since: longer ago than any max_staleness, by which a standby may
-	// lag and be trusted. A storm of changes makes twenty a second.
+	// All reports of the last minute are remembered, which is longer than any max_staleness by which a standby may lag and be trusted, and
+	// never fewer than rememberBeats. A storm of changes makes twenty a second.
 	rememberBeats = 64
 	rememberFor   = time.Minute
 )

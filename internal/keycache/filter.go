@@ -22,7 +22,8 @@ const (
 )
 
 // filter is a set of digests that may report a digest which is not in it, and never misses one that is: a split block Bloom
-// filter. Digests are added while others look. None is ever removed, since keys are never deleted.
+// filter. Digests are added while others look. None is ever removed: keys are never deleted, and
+// canaries that were stay in it until it is built again.
 type filter struct {
 	origin   uint64 // of the states that it belongs to
 	blocks   [][filterWords]atomic.Uint64

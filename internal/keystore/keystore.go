@@ -21,7 +21,7 @@ const DatabaseVariable = "REKALL_DATABASE_URL"
 // ErrNotMigrated says that the database lacks tables, columns or functions that this binary needs.
 var ErrNotMigrated = errors.New(`database has no schema rekall, or an older one: run "rekall-gateway migrate"`)
 
-// What stands before Postgres's own words, which name the table, where the database user lacks a right.
+// What to do where the database user lacks a right. Postgres's own words follow, which name the table.
 var (
 	errNotEdge = errors.New(`database user lacks a right: make it a member of the role of "rekall-gateway migrate --edge-role", ` +
 		`and run that again after an upgrade`)

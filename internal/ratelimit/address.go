@@ -76,7 +76,7 @@ func (a *Addresses) Begin(address netip.Addr) Verdict {
 	return verdict
 }
 
-// End says that a key was looked up, or not for whatever reason. A request without a good one is to be taken before.
+// End must follow every Begin that was allowed, whether or not a key was looked up. If the key was not good, Take comes first.
 func (a *Addresses) End(address netip.Addr) {
 	id, set := a.at(address)
 	set.mu.Lock()
