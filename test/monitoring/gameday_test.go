@@ -6,7 +6,9 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"io"
 	"maps"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -80,6 +82,7 @@ type fleet struct {
 	redis            *devenv.Redis
 	edges            []*gateway
 	front            string // address of HAProxy
+	haproxy          string // socket of its statistics
 	prometheus       *prometheus
 	good, revoked    keyadmin.Key
 	clients          *http.Client
@@ -188,7 +191,10 @@ func (f *fleet) startHAProxy() {
 		fmt.Fprintf(&servers, "\tserver edge-%d %s check port %s inter 500ms fall 2 rise 2\n", i, g.http, port)
 	}
 	file := filepath.Join(f.t.TempDir(), "haproxy.cfg")
-	process.Write(f.t, file, `defaults
+	f.haproxy = filepath.Join(f.t.TempDir(), "haproxy.sock")
+	process.Write(f.t, file, `global
+	stats socket `+f.haproxy+`
+defaults
 	mode tcp
 	timeout connect 1s
 	timeout client 1h
@@ -225,11 +231,32 @@ func (f *fleet) beginFlood() {
 
 // restartEdges does as the operator's guide says: the next only when the one before is ready and the load balancer knows.
 func (f *fleet) restartEdges() {
-	for _, g := range f.edges {
+	for i, g := range f.edges {
 		g.process.Stop(f.t)
+		f.waitForHAProxy(i, "DOWN")
 		g.run()
-		<-time.After(2 * time.Second)
+		f.waitForHAProxy(i, "UP")
 	}
+}
+
+// waitForHAProxy waits until it has an edge's status.
+func (f *fleet) waitForHAProxy(edge int, status string) {
+	f.t.Helper()
+	eventually.Within(f.t, time.Minute, fmt.Sprintf("HAProxy sees edge %d %s", edge, status), func() bool {
+		conn, err := net.Dial("unix", f.haproxy)
+		if err != nil {
+			return false
+		}
+		defer func() { _ = conn.Close() }()
+		_, _ = io.WriteString(conn, "show stat\n")
+		statistics, err := io.ReadAll(conn)
+		for line := range strings.Lines(string(statistics)) {
+			if strings.HasPrefix(line, fmt.Sprintf("edges,edge-%d,", edge)) {
+				return err == nil && strings.Contains(line, ","+status+",")
+			}
+		}
+		return false
+	})
 }
 
 func (f *fleet) failOver() {
