@@ -8,6 +8,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/dustin/go-humanize"
+
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
@@ -30,7 +32,7 @@ var functions = template.FuncMap{
 	"version": func() string { return assetVersion },
 	"when":    when,
 	"clock":   func(t time.Time) string { return t.UTC().Format("15:04 MST") },
-	"number":  number,
+	"number":  humanize.Comma,
 	"num":     func(f float64) string { return fmt.Sprintf("%.2f", f) },
 	"action":  func(a keyadmin.Action) string { return cmp.Or(actions[a], string(a)) },
 	"delay":   delay,
@@ -111,15 +113,6 @@ func delay(seconds float64) string {
 		return fmt.Sprintf("%.0f ms", seconds*1000)
 	}
 	return fmt.Sprintf("%.1f s", seconds)
-}
-
-// number writes 1234567 as 1,234,567.
-func number(n int64) string {
-	text := fmt.Sprint(n)
-	for i := len(text) - 3; i > 0; i -= 3 {
-		text = text[:i] + "," + text[i:]
-	}
-	return text
 }
 
 // short is what stands of scopes in a row of the list.
