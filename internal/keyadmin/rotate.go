@@ -31,10 +31,10 @@ type Overlap struct {
 func ParseOverlap(s string) (Overlap, error) {
 	const onFirstUse = "on-first-use"
 	overlap := Overlap{For: defaultOverlap}
-	switch {
-	case s == "":
+	switch s {
+	case "":
 		return overlap, nil
-	case s == onFirstUse:
+	case onFirstUse:
 		overlap.OnFirstUse = true
 		return overlap, nil
 	}
