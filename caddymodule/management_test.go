@@ -50,6 +50,7 @@ func newKeysRig(t *testing.T, database string) *keysRig {
 		if err := k.Cleanup(); err != nil {
 			t.Error(err)
 		}
+		m.close() // now, and not when its last requests must have their answers
 	})
 	k.manageWith(m, nil)
 	return &keysRig{k, t, logs}
