@@ -284,6 +284,7 @@ type hookedStore struct {
 	afterLookup func()
 	change      func(*keystore.Snapshot)
 	afterScan   func() // after the first hash of a scan has been read
+	afterRecent func() // after the first row of the keys used last has been read
 	failing     error  // of each sync
 	unreadable  error  // of each lookup
 }
@@ -318,6 +319,16 @@ func (s *hookedStore) ScanHashes(ctx context.Context, begin func(keystore.Server
 			s.afterScan()
 			s.afterScan = nil
 		}
+	})
+}
+
+func (s *hookedStore) ScanRecent(ctx context.Context, n int, begin func(keystore.Server) error, each func(apikey.Record)) error {
+	return s.Store.ScanRecent(ctx, n, begin, func(r apikey.Record) {
+		if s.afterRecent != nil {
+			s.afterRecent()
+			s.afterRecent = nil
+		}
+		each(r)
 	})
 }
 
@@ -530,6 +541,26 @@ func TestEntryInUseNeverFallsBehindTheHorizon(t *testing.T) {
 	}
 	if n := c.Status().Lookups; n != 1 {
 		t.Errorf("%d lookups of a key that is in use, want 1", n)
+	}
+}
+
+func TestRowFromBeforeARevocationIsNotBelievedOnceTheRevocationIsForgotten(t *testing.T) {
+	record := &apikey.Record{Digest: unknownKey()}
+	revoked := *record
+	revoked.RevokedAt = apikey.TimeOf(time.Now())
+	s := newState().restart(reading{})
+	read := newEntry(*record, s.epoch)
+	s, _ = s.next(reading{Snapshot: keystore.Snapshot{Changes: []*apikey.Record{&revoked}}})
+	others := make([]*apikey.Record, maxChanges)
+	for n := range others {
+		others[n] = &apikey.Record{Digest: numbered(n)}
+	}
+	s, _ = s.next(reading{Snapshot: keystore.Snapshot{Changes: others}})
+	if _, ok := s.changes[record.Digest]; ok || len(s.changes) != maxChanges {
+		t.Fatalf("the revocation is among %d changes: the test shows nothing", len(s.changes))
+	}
+	if s.usable(read) {
+		t.Error("the row from before the revocation is believed")
 	}
 }
 
