@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"runtime"
 	"strconv"
 	"sync"
 	"syscall"
@@ -144,6 +145,11 @@ func (silentStore) Lookup(ctx context.Context, _ []apikey.Digest) (keystore.Foun
 	return keystore.Found{}, ctx.Err()
 }
 
+func (silentStore) Snapshot(ctx context.Context, _ string) (keystore.Snapshot, error) {
+	<-ctx.Done()
+	return keystore.Snapshot{}, ctx.Err()
+}
+
 func TestFindEndsWithinASecondThoughPostgresHangs(t *testing.T) {
 	synced := func(c *Cache, origin uint64) {
 		s := newState()
@@ -188,6 +194,23 @@ func TestFindEndsWithinASecondThoughPostgresHangs(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestStatementThatPostgresDoesNotAnswerIsGivenUp: before those who wait for a lookup have given up, and before the data that a sync may
+// still bring is too old to be of use.
+func TestStatementThatPostgresDoesNotAnswerIsGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCache(t, silentStore{}, nil)
+		defer c.Close()
+		began := time.Now()
+		if _, err := c.Find(t.Context(), unknownKey()); !errors.Is(err, context.DeadlineExceeded) || time.Since(began) >= answerWithin {
+			t.Errorf("lookup: %v after %v", err, time.Since(began))
+		}
+		began = time.Now()
+		if err := c.sync(t.Context()); !errors.Is(err, context.DeadlineExceeded) || time.Since(began) > 2*time.Second {
+			t.Errorf("sync: %v after %v", err, time.Since(began))
+		}
+	})
 }
 
 func TestPostgresThatWasKilledIsTrustedAgainAfterItsRestart(t *testing.T) {
@@ -462,13 +485,15 @@ func TestWatchCutsRequestsInTime(t *testing.T) {
 	const bound = 30 * time.Second
 	for name, tc := range map[string]struct {
 		age       time.Duration // of the key data when the watch begins
+		younger   time.Duration // than that is what vouches for the request
 		expiresIn time.Duration
 		why       apikey.Outcome
 		from, to  time.Duration
 	}{
-		"the key expires":               {0, 10*time.Second + time.Millisecond, apikey.Expired, 10*time.Second + time.Millisecond, 10*time.Second + 250*time.Millisecond},
-		"the key data becomes too old":  {0, time.Hour, apikey.Unavailable, bound - 500*time.Millisecond, bound},
-		"it became too old in one leap": {bound, time.Hour, apikey.Unavailable, 0, 1500 * time.Millisecond},
+		"the key expires":               {0, 0, 10*time.Second + time.Millisecond, apikey.Expired, 10*time.Second + time.Millisecond, 10*time.Second + 250*time.Millisecond},
+		"the key data becomes too old":  {0, 0, time.Hour, apikey.Unavailable, bound - 500*time.Millisecond, bound},
+		"the key was asked for after":   {0, 100 * time.Millisecond, time.Hour, apikey.Unavailable, bound - 400*time.Millisecond, bound + 100*time.Millisecond},
+		"it became too old in one leap": {bound, 0, time.Hour, apikey.Unavailable, 0, 1500 * time.Millisecond},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -482,7 +507,7 @@ func TestWatchCutsRequestsInTime(t *testing.T) {
 				if !c.Track(&f, found(e, s, began, s.syncedAt), &request) {
 					t.Fatal("not tracked")
 				}
-				s.syncedAt, f.vouchedAt = began.Add(-tc.age), began.Add(-tc.age)
+				s.syncedAt, f.vouchedAt = began.Add(-tc.age), began.Add(tc.younger-tc.age)
 				ctx, stop := context.WithCancel(t.Context())
 				var watching sync.WaitGroup
 				watching.Go(func() { c.watch(ctx) })
@@ -585,6 +610,61 @@ func TestRequestInFlightOfAKeyRevokedWhileTheFeedStartsOverIsCut(t *testing.T) {
 	wantCut(t, cutMe, apikey.Revoked)
 	if spareMe.Err() != nil {
 		t.Error("the request of a good key was cut")
+	}
+}
+
+// TestRequestThatBeginsWhileTheFeedStartsOverIsVerifiedToo: the state of before, which lets it go, has not heard of the revocation, and the
+// new one brings no changes.
+func TestRequestThatBeginsWhileTheFeedStartsOverIsVerifiedToo(t *testing.T) {
+	db := new(twoStandbys)
+	store := &hookedStore{Store: db}
+	c := newCache(t, store, nil)
+	good := apikey.Record{ID: "key_a", Digest: unknownKey(), Environment: apikey.Production}
+	revoked := good
+	revoked.RevokedAt = apikey.TimeOf(time.Now())
+	db.snap = keystore.Snapshot{Server: keystore.Server{StartedAt: 1}, Now: time.Now(), Text: "5:5:", Xmin: 5, Xmax: 5}
+	tick(t, c)
+	c.hot[place(&good.Digest)%hotSlots].Store(newEntry(good, c.state.Load().epoch)) // so that it is carried over
+	ctx, cancel := context.WithCancelCause(t.Context())
+	store.afterLookup = func() {
+		store.afterLookup = nil
+		found, err := c.Find(t.Context(), good.Digest)
+		if err != nil || !c.Track(new(Flight), found, requestFunc(cancel)) {
+			t.Error("the request has not begun", err)
+		}
+	}
+	db.snap.Server.StartedAt = 2
+	db.found = keystore.Found{Server: db.snap.Server, Now: db.snap.Now, Records: []*apikey.Record{&revoked}}
+	tick(t, c)
+	if ctx.Err() == nil {
+		t.Fatal("it goes on with a key that is revoked")
+	}
+	wantCut(t, ctx, apikey.Revoked)
+}
+
+// TestNothingIsConfirmedBeforeTheRequestsInFlightAreVerified: who revokes a key is told that its requests have ended, too.
+func TestNothingIsConfirmedBeforeTheRequestsInFlightAreVerified(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	store := &hookedStore{Store: db.store}
+	c := newCache(t, store, nil)
+	tick(t, c)
+	key := db.create(t)
+	ctx := track(t, c, key)
+	before := c.Applied()
+	db.revoke(t, key)
+	store.change = func(snap *keystore.Snapshot) { snap.Xmax = 1 } // transaction ids have gone back
+	store.unreadable = errors.New("connection refused")
+	if err := c.sync(t.Context()); !errors.Is(err, store.unreadable) {
+		t.Fatalf("sync: %v, want %v", err, store.unreadable)
+	}
+	if after := c.Applied(); after != before {
+		t.Errorf("%+v is confirmed while the request goes on", after)
+	}
+	store.unreadable = nil
+	tick(t, c)
+	wantCut(t, ctx, apikey.Revoked)
+	if after := c.Applied(); after == before {
+		t.Error("nothing is confirmed though the request has ended")
 	}
 }
 
@@ -719,6 +799,32 @@ func TestKeyThatChangedBetweenFindAndTrackIsFoundAgain(t *testing.T) {
 	}
 	if n := c.InFlight(); n != 0 {
 		t.Errorf("%d requests in flight, want none", n)
+	}
+}
+
+// TestKeyThatChangesWhileItsRequestIsPutInFlightIsFoundAgain: the sync that brings the change has looked at the requests in flight just
+// before. Whether Track gets as far in time is up to the scheduler, and so it has many tries.
+func TestKeyThatChangesWhileItsRequestIsPutInFlightIsFoundAgain(t *testing.T) {
+	c := newCache(t, nil, nil)
+	for range 1000 {
+		s, now := c.state.Load(), time.Now()
+		key := found(newEntry(apikey.Record{Digest: unknownKey()}, s.epoch), s, now, now)
+		shard := &c.flight[shardOf(&key.Record.Digest)]
+		begins, tracked := make(chan struct{}), make(chan bool)
+		shard.mu.Lock()
+		go func() {
+			close(begins)
+			tracked <- c.Track(new(Flight), key, requestFunc(func(error) {}))
+		}()
+		<-begins
+		for range 10 {
+			runtime.Gosched() // it comes to wait for the shard
+		}
+		c.state.Store(s.restart(reading{}))
+		shard.mu.Unlock()
+		if <-tracked {
+			t.Fatal("a request is in flight on a state that was past when it was put there")
+		}
 	}
 }
 
