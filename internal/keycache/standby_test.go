@@ -250,3 +250,40 @@ func TestRevocationThatThePrimaryToldOfIsNotUndoneByTheKeysCreationOnAStandbyTha
 	tick(t, c)
 	want(t, c, good.Digest, apikey.Revoked)
 }
+
+// TestSnapshotThatAnotherClustersPrimaryReportedMovesNoStandbyOn: its transactions are not those of the standby, which would pass over all
+// changes up to then.
+func TestSnapshotThatAnotherClustersPrimaryReportedMovesNoStandbyOn(t *testing.T) {
+	for name, tc := range map[string]struct {
+		takenBy int64
+		want    string
+	}{"the standby's": {1, "900:900:"}, "another": {2, "5:5:"}} {
+		t.Run(name, func(t *testing.T) {
+			db, now := new(twoStandbys), time.Now()
+			c := newCache(t, db, func(cfg *Config) {
+				cfg.Sent = func(uint64) (keystore.Report, bool) {
+					return keystore.Report{SentAt: now, TakenBy: keystore.Server{SystemID: tc.takenBy}, Snapshot: "900:900:"}, true
+				}
+			})
+			db.snap = keystore.Snapshot{Server: keystore.Server{SystemID: 1, InRecovery: true}, Beat: 1, Now: now, Text: "5:5:", Xmin: 5, Xmax: 5}
+			tick(t, c)
+			if seen := c.Applied().Snapshot; seen != tc.want {
+				t.Errorf("the feed goes on from %s, want %s", seen, tc.want)
+			}
+		})
+	}
+}
+
+// TestWhatIsReadOfAStandbyIsConfirmedAsOfTheReportThatItHas: what was revoked since then, it may not show.
+func TestWhatIsReadOfAStandbyIsConfirmedAsOfTheReportThatItHas(t *testing.T) {
+	const lag = 10 * time.Second
+	db, now := new(twoStandbys), time.Now()
+	c := newCache(t, db, func(cfg *Config) {
+		cfg.Sent = func(uint64) (keystore.Report, bool) { return keystore.Report{SentAt: now.Add(-lag)}, true }
+	})
+	db.snap = keystore.Snapshot{Server: keystore.Server{InRecovery: true}, Beat: 1, Now: now, Text: "5:5:", Xmin: 5, Xmax: 5}
+	tick(t, c)
+	if behind := now.Sub(c.Applied().At); behind < lag {
+		t.Errorf("confirmed as of %v ago, want %v at least", behind, lag)
+	}
+}
