@@ -218,6 +218,47 @@ func TestKeyCreatedWhileTheFilterIsBuiltIsInIt(t *testing.T) {
 	}
 }
 
+func TestKeyCreatedWhileTheFilterIsBuiltAnewIsInTheOneInUseToo(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	store := &hookedStore{Store: db.store}
+	c := newFiltered(t, store)
+	db.create(t) // for the scan
+	tick(t, c)
+	inUse, created := c.unknown.filter.Load(), testKey{}
+	store.afterScan = func() {
+		created = db.create(t)
+		tick(t, c)
+	}
+	fill(t, c)
+	if c.unknown.filter.Load() == inUse {
+		t.Fatal("there is no other: the test shows nothing")
+	}
+	if !inUse.has(&created.digest) {
+		t.Error("until the other was built, a key that exists passed for one that does not")
+	}
+}
+
+// TestNoStateBringsAKeyThatTheFilterHasNotLearned: else the key would pass for one that does not exist, if the state brings too many to
+// tell of them.
+func TestNoStateBringsAKeyThatTheFilterHasNotLearned(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	c := newFiltered(t, db.store)
+	db.create(t)
+	before := c.state.Load()
+	c.unknown.filter.Store(new(filter)) // which has no room, and panics
+	func() {
+		defer func() {
+			if recover() == nil {
+				t.Error("the filter learned of the key: the test shows nothing")
+			}
+		}()
+		tick(t, c)
+	}()
+	if c.state.Load() != before {
+		t.Error("the state that brings the key is published")
+	}
+}
+
 func TestFilterOfAnEarlierServerIsNotBelieved(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	c := newFiltered(t, db.store)
