@@ -276,6 +276,20 @@ func TestNoSpellingEscapesARuleForALooserOnesOtherScope(t *testing.T) {
 	}
 }
 
+// TestSpellingOfTwoRulesPathsNeedsTheScopesOfBoth: which of them a backend takes it for, nobody knows. Rules have no order here, and so each
+// is asked for many times.
+func TestSpellingOfTwoRulesPathsNeedsTheScopesOfBoth(t *testing.T) {
+	tab := table(t,
+		rule(t, "memories:read", "GET", "/v1/files/*"), rule(t, "memories:read", "GET", "/v1/files/export"),
+		rule(t, "memories:delete", "GET", "/v1/files/export.json"), rule(t, "memories:delete", "GET", "/v1/files/admin"))
+	for range 100 {
+		check(t, tab, "GET", "/v1/files/EXPORT.JSON", "")  // export, in a format, or export.json
+		check(t, tab, "GET", "/v1/files/admin.x.json", "") // admin, in a format of two parts
+		check(t, tab, "GET", "/v1/files/EXPORT.xml", "memories:read")
+		check(t, tab, "GET", "/v1/files/export.json", "memories:delete")
+	}
+}
+
 func TestATrailingSlashIsAPathOfItsOwn(t *testing.T) {
 	tab := table(t, rule(t, "hives:read", "GET", "/v1/x/"), rule(t, "hives:write", "GET", "/"))
 	check(t, tab, "GET", "/v1/x/", "hives:read")
