@@ -449,3 +449,39 @@ func TestNoSharedCacheMayStoreAnAnswer(t *testing.T) {
 		}
 	}
 }
+
+// TestReportOnlyLetsNoKeyIntoTheOtherEnvironment: it is about scopes.
+func TestReportOnlyLetsNoKeyIntoTheOtherEnvironment(t *testing.T) {
+	row := apikey.Record{Environment: apikey.Sandbox, Scopes: apikey.AllScopes} // whatever the key's prefix says
+	g := gatewayOn(t, &followed{cutWhileTracking: cutWhileTracking{record: row}}, caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error {
+		t.Error("sent to production")
+		return nil
+	}))
+	g.ScopesReportOnly = true
+	if w := g.serve(t, bearerRequest(apikey.Generate(apikey.Production))); w.Code != http.StatusForbidden {
+		t.Errorf("answer %d %s, want 403", w.Code, w.Body)
+	}
+}
+
+// changedOnce has a key change between being found and being tracked, once.
+type changedOnce struct {
+	keys
+	tracked int
+}
+
+func (c *changedOnce) Track(f *keycache.Flight, found keycache.Found, request keycache.Request) bool {
+	c.tracked++
+	return c.tracked > 1 && c.keys.Track(f, found, request)
+}
+
+func TestRequestWhoseKeyIsFoundAgainHoldsOnePlaceAndGivesItBack(t *testing.T) {
+	g, secret := newGateway(t)
+	cache := &changedOnce{keys: g.cache}
+	g.cache, g.limiter = cache, ratelimit.New()
+	if w := g.serve(t, bearerRequest(secret)); w.Code != http.StatusNoContent || cache.tracked != 2 {
+		t.Fatalf("answer %d %s after %d times", w.Code, w.Body, cache.tracked)
+	}
+	if _, verdict := g.limiter.Acquire(t.Context(), apikey.Hash(secret), ratelimit.Limit{PerMinute: 60, Burst: 90, Concurrent: 1}); !verdict.Allowed {
+		t.Error("a place is held after the request has ended")
+	}
+}

@@ -181,6 +181,21 @@ func TestTransportOfNoEnvironmentIsRefused(t *testing.T) {
 	}
 }
 
+// TestErrorRouteOfASubrouteIsAWayPastTheGateway: a Caddyfile makes none, JSON may have them.
+func TestErrorRouteOfASubrouteIsAWayPastTheGateway(t *testing.T) {
+	proxy := func() caddyhttp.MiddlewareHandler {
+		return &reverseproxy.Handler{Upstreams: reverseproxy.UpstreamPool{{Dial: "prod:80"}}}
+	}
+	handlers := func(h ...caddyhttp.MiddlewareHandler) caddyhttp.RouteList { return caddyhttp.RouteList{{Handlers: h}} }
+	err := checkRoutes(&caddyhttp.App{Servers: map[string]*caddyhttp.Server{"srv0": {Routes: handlers(
+		&caddyhttp.Subroute{Errors: &caddyhttp.HTTPErrorConfig{Routes: handlers(proxy())}},
+		&Gateway{production: block{configured: proxy()}},
+	)}}}, zap.NewNop())
+	if err == nil || !strings.Contains(err.Error(), "also reachable without one") {
+		t.Errorf("error %v: a backend of the gateway answers the errors of anybody", err)
+	}
+}
+
 func TestSpellingsOfOneAddressAreOne(t *testing.T) {
 	t.Setenv("REKALL_TEST_UPSTREAM", "127.0.0.1:80")
 	for _, same := range [][]string{
