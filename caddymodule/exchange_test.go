@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/iotest"
@@ -142,6 +144,39 @@ func TestCutEndsARequestWithinASecond(t *testing.T) {
 			t.Errorf("cancelled after %v, and free of the write after %v", a, b)
 		}
 	})
+}
+
+// TestCutEndsAWebSocketWhoseClientDoesNotRead: neither a message that is stuck nor the goodbye keeps it open.
+func TestCutEndsAWebSocketWhoseClientDoesNotRead(t *testing.T) {
+	for name, message := range map[string][]byte{"within a message": {0x81, 1, 'x'}, "between two": nil} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			server, client := net.Pipe() // which has no buffer
+			defer func() { _ = client.Close() }()
+			x := new(exchange)
+			conn := &webSocketConn{Conn: server, exchange: x}
+			var ending sync.WaitGroup
+			if message != nil {
+				ending.Go(func() { _, _ = conn.Write(message) })
+				if _, err := client.Read(make([]byte, 1)); err != nil { // and no more
+					t.Fatal(err)
+				}
+			}
+			x.cutBy.Store(&keycache.Cut{Outcome: apikey.Revoked})
+			closed := make(chan struct{})
+			ending.Go(func() {
+				_ = conn.Close()
+				close(closed)
+			})
+			select {
+			case <-closed:
+			case <-time.After(20 * time.Second):
+				t.Error("it is open, and its key has ended")
+				_ = server.Close()
+			}
+			ending.Wait()
+		})
+	}
 }
 
 // cutBeforeTracked finds every key good, and cuts a request before it is one in flight, once.
