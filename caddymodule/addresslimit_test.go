@@ -171,6 +171,25 @@ func TestALookupOfASuspectAddressCountsUntilItIsOverOnEveryWayOut(t *testing.T) 
 	}
 }
 
+// TestEndOfARequestEndsTheLookupOfNoOther: its own was over when its key was found.
+func TestEndOfARequestEndsTheLookupOfNoOther(t *testing.T) {
+	g, secret := newGateway(t)
+	address := netip.MustParseAddr("192.0.2.1")
+	g.addresses = ratelimit.NewAddresses(1, 2)
+	g.addresses.Take(address)
+	g.cache = lookups{g.cache, func() {}}
+	g.production.chain = caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error {
+		if !g.addresses.Begin(address).Allowed { // the other's, which goes on
+			t.Error("the request's own lookup still counts")
+		}
+		return nil
+	})
+	g.serve(t, comesFrom(address.String(), bearerRequest(secret)))
+	if g.addresses.Begin(address).Allowed {
+		t.Error("a third key may be looked up, since the other's lookup counts no longer")
+	}
+}
+
 func TestRequestWithoutAnAddressIsNotLimited(t *testing.T) {
 	g, _ := newGateway(t)
 	g.addresses = ratelimit.NewAddresses(1, 1)

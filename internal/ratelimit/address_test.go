@@ -156,6 +156,25 @@ func TestNoMoreLookupsOfASuspectAddressAreUnderWayThanItsLimit(t *testing.T) {
 	}
 }
 
+// TestALookupThatOutlivesWhatWasKnownOfItsAddressEarnsNothing: another address had its place, and then it came anew.
+func TestALookupThatOutlivesWhatWasKnownOfItsAddressEarnsNothing(t *testing.T) {
+	a, address := NewAddresses(1, 2), netip.MustParseAddr("192.0.2.1")
+	a.Take(address)
+	if !a.Begin(address).Allowed {
+		t.Fatal("refused within the limit")
+	}
+	id, set := a.at(address)
+	*set.find(id) = addressEntry{}
+	a.Take(address)
+	a.End(address)
+	if !a.Begin(address).Allowed {
+		t.Error("refused within the limit")
+	}
+	if a.Begin(address).Allowed {
+		t.Error("one request was bad and one key is being looked up: a second passes beyond the limit")
+	}
+}
+
 func TestAddressesAllocateNothing(t *testing.T) {
 	a, address := NewAddresses(1, 1), netip.MustParseAddr("2001:db8::1")
 	if n := testing.AllocsPerRun(1000, func() { a.Take(address) }); n > 0 {
