@@ -166,6 +166,46 @@ func TestIncidentSwitchOfAPersonStaysInTheirAccount(t *testing.T) {
 	}
 }
 
+// TestIncidentSwitchIsInTheAuditOfThoseWhoseKeysItRevokes: managers see the lines of their account, and of their environment.
+func TestIncidentSwitchIsInTheAuditOfThoseWhoseKeysItRevokes(t *testing.T) {
+	admin, store, _ := newAdmin(t)
+	person, err := keyadmin.Person("ann", "globex")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := request()
+	r.Environment, r.ManageKeys = "sandbox", true
+	key := managing(t, store, create(t, admin, r))
+	told := func(field *string) string {
+		if field == nil {
+			return ""
+		}
+		return *field
+	}
+	const before = "2020-01-01T00:00:00Z" // nobody's keys
+	for name, c := range map[string]struct {
+		actor                keyadmin.Actor
+		selection            keyadmin.Selection
+		account, environment string
+	}{
+		"an operator, of one account": {operator, keyadmin.Selection{Account: "acme", CreatedBefore: before}, "acme", ""},
+		"an operator, of any":         {operator, keyadmin.Selection{CreatedBefore: before}, "", ""},
+		"a person":                    {person, keyadmin.Selection{CreatedBefore: before}, "globex", ""},
+		"a key of the sandbox":        {key, keyadmin.Selection{CreatedBefore: before}, "acme", "sandbox"},
+	} {
+		if _, err := admin.RevokeMany(t.Context(), c.actor, c.selection, false); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		page, err := admin.Audit(t.Context(), operator, keyadmin.AuditRequest{Action: string(keyadmin.KeysRevoked)})
+		if err != nil || len(page.Entries) == 0 {
+			t.Fatalf("%s: %+v, %v", name, page, err)
+		}
+		if account, environment := told(page.Entries[0].Account), told(page.Entries[0].Environment); account != c.account || environment != c.environment {
+			t.Errorf("%s: account %q and environment %q, want %q and %q", name, account, environment, c.account, c.environment)
+		}
+	}
+}
+
 // managing returns the actor that a gateway makes of a key.
 func managing(t *testing.T, store *keystore.Store, key keyadmin.Key) keyadmin.Actor {
 	t.Helper()

@@ -6,7 +6,9 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
 func TestLimitsOfAKeyAreItsOwnThenItsAccountsThenItsTiers(t *testing.T) {
@@ -79,6 +81,75 @@ func TestChangesOfLimitsAreInTheAuditOnce(t *testing.T) {
 		}
 		if diff := cmp.Diff(want, page.Entries[0].Details); diff != "" {
 			t.Error(action, diff)
+		}
+	}
+}
+
+func TestTwoChangesOfTheSameLimitsAtOnceAreBothInForce(t *testing.T) {
+	admin, store, databaseURL := newAdmin(t)
+	ctx := t.Context()
+	key := create(t, admin, request())
+	for name, c := range map[string]struct {
+		first  func(*keystore.Tx) (set func() error, err error) // to three requests at a time
+		second func(keyadmin.LimitsChange) (keyadmin.Limits, error)
+	}{
+		"a tier's": {
+			func(tx *keystore.Tx) (func() error, error) {
+				tiers, err := tx.LockTiers(ctx)
+				tiers[apikey.Pro].Concurrent = 3
+				return func() error { return tx.SetTier(ctx, apikey.Pro, tiers[apikey.Pro]) }, err
+			},
+			func(change keyadmin.LimitsChange) (keyadmin.Limits, error) {
+				tier, err := admin.SetTier(ctx, operator, "pro", change)
+				return tier.Limits, err
+			},
+		},
+		"an account's": {
+			func(tx *keystore.Tx) (func() error, error) {
+				limits, err := tx.LockAccountLimits(ctx, "acme")
+				limits.Own.Concurrent = 3
+				return func() error { return tx.SetAccountLimits(ctx, limits) }, err
+			},
+			func(change keyadmin.LimitsChange) (keyadmin.Limits, error) {
+				account, err := admin.SetAccountLimits(ctx, operator, "acme", "", change)
+				return account.Own, err
+			},
+		},
+		"a key's": {
+			func(tx *keystore.Tx) (func() error, error) {
+				limits, err := tx.LockKeyLimits(ctx, key.ID)
+				limits.Own.Concurrent = 3
+				return func() error { return tx.SetKeyLimits(ctx, limits) }, err
+			},
+			func(change keyadmin.LimitsChange) (keyadmin.Limits, error) {
+				key, err := admin.SetKeyLimits(ctx, operator, key.ID, change)
+				return key.Own, err
+			},
+		},
+	} {
+		if _, err := c.second(keyadmin.LimitsChange{PerMinute: new(50), Concurrent: new(2)}); err != nil {
+			t.Fatal(err)
+		}
+		var after keyadmin.Limits
+		waited := make(chan error, 1)
+		err := store.ChangeOnce(ctx, func(tx *keystore.Tx) error {
+			set, err := c.first(tx)
+			if err != nil {
+				return err
+			}
+			go func() {
+				var err error
+				after, err = c.second(keyadmin.LimitsChange{PerMinute: new(60)})
+				waited <- err
+			}()
+			waitUntilBlocked(t, databaseURL, 1)
+			return set()
+		})
+		if err := errors.Join(err, <-waited); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if want := (keyadmin.Limits{PerMinute: 60, Burst: 90, Concurrent: 3}); after != want {
+			t.Errorf("%s: %+v, want %+v", name, after, want)
 		}
 	}
 }
