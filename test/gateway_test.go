@@ -352,6 +352,9 @@ func TestPlainHTTPIsRefusedAndNeverRedirected(t *testing.T) {
 	if answer.Header.Get("Location") != "" {
 		t.Error("redirected")
 	}
+	if kept := g.openOver(new(http.Transport), "GET", "/v1/memories", nil, nil); !kept.Close {
+		t.Error("the connection is kept, and what comes next on it is in the clear as well")
+	}
 	if apikey.ContainsKey(g.log.String()) {
 		t.Error("the log holds the key")
 	}
