@@ -490,6 +490,12 @@ func TestFormThatDoesNotComeIsNotWaitedFor(t *testing.T) {
 	}
 }
 
+func TestFormLongerThanAnybodyFillsInIsRefused(t *testing.T) {
+	r := newRig(t)
+	form := url.Values{"key": {r.key("acme", "Manager", true).Key.Reveal()}, "more": {strings.Repeat("x", 32<<10)}}
+	r.browser("").do("/sign-in", form).want(t, http.StatusBadRequest, "could not be read")
+}
+
 func TestNobodyButAManagingKeySignsIn(t *testing.T) {
 	r := newRig(t)
 	b := r.browser("")
@@ -891,6 +897,9 @@ func TestPostgresThatIsGoneIsSaidAndNothingElse(t *testing.T) {
 	pgtest.Exec(t, r.database, "alter table rekall.api_keys rename to gone")
 	reply := r.browser("ann@acme").do("", nil)
 	reply.want(t, http.StatusServiceUnavailable, "Keys that exist keep working")
+	if reply.Header.Get("Retry-After") == "" {
+		t.Error("no Retry-After")
+	}
 	if strings.Contains(reply.body, "api_keys ") || !strings.Contains(r.log.String(), "the dashboard cannot manage keys") {
 		t.Errorf("body %s\nlog %s", reply.body, r.log)
 	}
