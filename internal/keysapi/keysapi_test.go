@@ -290,7 +290,7 @@ func (r reply) decode(t *testing.T, status int, to any) {
 	if err := json.Unmarshal([]byte(r.body), to); err != nil {
 		t.Fatalf("%q: %v", r.body, err)
 	}
-	if r.Header.Get("Cache-Control") != "no-store" {
-		t.Errorf("Cache-Control %q", r.Header.Get("Cache-Control"))
+	if r.Header.Get("Cache-Control") != "no-store" || r.Header.Get("X-Content-Type-Options") != "nosniff" {
+		t.Errorf("may be stored, or taken for a page: %v", r.Header)
 	}
 }

@@ -207,6 +207,23 @@ func TestReportsAreLimitedByTheNetworkTheyComeFrom(t *testing.T) {
 	}
 }
 
+// TestAnAddressOverItsLimitTakesNothingOfTheLimitOfAll: else it could keep all others from reporting.
+func TestAnAddressOverItsLimitTakesNothingOfTheLimitOfAll(t *testing.T) {
+	r := newRig(t)
+	refused := 0
+	for range 400 { // more than all together may report
+		if r.limited("192.0.2.1") {
+			refused++
+		}
+	}
+	if refused < 300 {
+		t.Fatalf("%d reports were refused: the test shows nothing", refused)
+	}
+	if r.limited("192.0.2.2") {
+		t.Error("another address is limited too")
+	}
+}
+
 func TestReportsOfAllNetworksTogetherAreLimited(t *testing.T) {
 	r := newRig(t)
 	var mu sync.Mutex
@@ -581,6 +598,53 @@ func TestGitHubsKeysAreReadAgainWhenTheyAreOldOrAnotherIsNamed(t *testing.T) {
 	if strings.Contains(r.log.String(), `"level":"error"`) {
 		t.Errorf("strangers can fill the log: %s", r.log)
 	}
+}
+
+// TestAStrangerWhoGoesAwayDoesNotSpoilTheReadOfGitHubsKeys: there is no other for a minute.
+func TestAStrangerWhoGoesAwayDoesNotSpoilTheReadOfGitHubsKeys(t *testing.T) {
+	hub := newGitHub(t)
+	signer := hub.publish("current", elliptic.P256())
+	r := newRigOn(t, pgtest.URL(t), checker(t, hub.server.URL))
+	body := matchOf("x")
+	gone, leave := context.WithCancel(t.Context())
+	leave()
+	request := httptest.NewRequestWithContext(gone, "POST", leaked+"/github", strings.NewReader(body))
+	request.Header = http.Header{"Github-Public-Key-Identifier": {"current"}, "Github-Public-Key-Signature": {"AAAA"}}
+	r.server.Config.Handler.ServeHTTP(httptest.NewRecorder(), request)
+	hub.wantReads(1)
+	if answer := r.call("POST", leaked+"/github", signed(t, "current", signer, body), body); answer.StatusCode != http.StatusAccepted {
+		t.Errorf("GitHub is answered %d %s", answer.StatusCode, answer.body)
+	}
+	hub.wantReads(1)
+}
+
+func TestGitHubsKeysAreReadOnceForAllWhoAskAtOnce(t *testing.T) {
+	hub := newGitHub(t)
+	signer := hub.publish("current", elliptic.P256())
+	r := newRigOn(t, pgtest.URL(t), checker(t, hub.server.URL))
+	body := matchOf("x")
+	header := signed(t, "current", signer, body)
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() {
+			if answer := r.ask("POST", leaked+"/github", header, body); answer.StatusCode != http.StatusAccepted {
+				t.Errorf("%d %s", answer.StatusCode, answer.body)
+			}
+		})
+	}
+	all.Wait()
+	hub.wantReads(1)
+}
+
+func TestGitHubsKeysAreReadFromNowhereElseThanIsConfigured(t *testing.T) {
+	hub := newGitHub(t)
+	signer := hub.publish("current", elliptic.P256())
+	elsewhere := httptest.NewServer(http.RedirectHandler(hub.server.URL, http.StatusFound))
+	t.Cleanup(elsewhere.Close)
+	r := newRigOn(t, pgtest.URL(t), checker(t, elsewhere.URL))
+	body := matchOf("x")
+	r.call("POST", leaked+"/github", signed(t, "current", signer, body), body).refused(t, http.StatusServiceUnavailable, "SERVICE_UNAVAILABLE", "")
+	hub.wantReads(0)
 }
 
 // The key that GitHub publishes for the example in its documentation.
