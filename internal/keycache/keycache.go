@@ -108,6 +108,9 @@ type Cache struct {
 	// be read again. Only sync uses it.
 	unverified []apikey.Digest
 
+	// told are the revocations that lookups brought where a standby is read, by digest: it may lag, and ristretto drop them.
+	told sync.Map // of told
+
 	stopped atomic.Bool  // Run has returned: nobody cuts requests any longer
 	closing sync.RWMutex // ristretto panics when Set races Close; for Get, see Close
 	closed  bool

@@ -267,5 +267,13 @@ func (c *Cache) accept(a *answer) {
 		return
 	}
 	c.learn(&a.digest)
-	c.keep(a.entry)
+	c.keepFound(a.entry)
+}
+
+// keepFound keeps a row that a lookup brought.
+func (c *Cache) keepFound(e *entry) {
+	if c.cfg.Sent != nil && !e.record.RevokedAt.IsZero() {
+		c.told.Store(e.record.Digest, told{e, time.Now()})
+	}
+	c.keep(e)
 }

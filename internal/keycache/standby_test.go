@@ -7,6 +7,7 @@ import (
 	"maps"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.uber.org/zap"
@@ -243,12 +244,34 @@ func TestRevocationThatThePrimaryToldOfIsNotUndoneByTheKeysCreationOnAStandbyTha
 	db.found = keystore.Found{Server: server, Now: began, Records: []*apikey.Record{&revoked}}
 	want(t, c, good.Digest, apikey.Revoked)
 	c.settle()
+	c.known.Del(place(&good.Digest)) // as ristretto may
+	c.known.Wait()
 	db.snap.Text, db.snap.Xmin, db.snap.Xmax, db.snap.Changes = "6:6:", 6, 6, []*apikey.Record{good} // all that it has replayed
 	tick(t, c)
 	want(t, c, good.Digest, apikey.Revoked)
 	db.snap.Text, db.snap.Xmin, db.snap.Xmax, db.snap.Changes = "7:7:", 7, 7, []*apikey.Record{&revoked}
 	tick(t, c)
 	want(t, c, good.Digest, apikey.Revoked)
+}
+
+// TestRevocationThatThePrimaryToldOfIsForgottenWhenEveryStandbyThatIsBelievedShowsIt: there is no bound to their number but time.
+func TestRevocationThatThePrimaryToldOfIsForgottenWhenEveryStandbyThatIsBelievedShowsIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := new(twoStandbys)
+		c := newCache(t, db, func(cfg *Config) {
+			cfg.Sent = func(uint64) (keystore.Report, bool) { return keystore.Report{SentAt: time.Now()}, true }
+		})
+		defer c.Close()
+		record := apikey.Record{Digest: unknownKey(), RevokedAt: apikey.TimeOf(time.Now())}
+		c.keepFound(newEntry(record, 0))
+		for _, remembered := range []bool{true, false} {
+			tick(t, c)
+			if _, ok := c.told.Load(record.Digest); ok != remembered {
+				t.Errorf("remembered %v, want %v", ok, remembered)
+			}
+			<-time.After(c.cfg.MaxStaleness)
+		}
+	})
 }
 
 // TestSnapshotThatAnotherClustersPrimaryReportedMovesNoStandbyOn: its transactions are not those of the standby, which would pass over all

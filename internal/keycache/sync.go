@@ -148,6 +148,7 @@ func (c *Cache) sync(ctx context.Context) error {
 
 func (c *Cache) follow(ctx context.Context) error {
 	old := c.state.Load()
+	c.forgetTold(time.Now())
 	r, err := c.readFeed(ctx, old)
 	if err != nil {
 		return err
@@ -259,11 +260,30 @@ func (c *Cache) advance(old *state, r reading) []*entry {
 // replays the key's creation, and only later the revocation that the primary has told of. Nothing takes a revocation back.
 func (c *Cache) keepRevoked(s *state, changes []*apikey.Record) {
 	for i, record := range changes {
-		e, ok := c.known.Get(place(&record.Digest))
-		if ok && e.record.Digest == record.Digest && !e.record.RevokedAt.IsZero() && record.RevokedAt.IsZero() && e.asOf.Load() >= s.origin {
+		was, ok := c.told.Load(record.Digest)
+		if !ok || !record.RevokedAt.IsZero() {
+			continue
+		}
+		if e := was.(told).entry; e.asOf.Load() >= s.origin {
 			changes[i] = &e.record
 		}
 	}
+}
+
+// told is a row that a lookup brought, and when.
+type told struct {
+	entry *entry
+	at    time.Time
+}
+
+// forgetTold forgets what every standby that is believed shows by now.
+func (c *Cache) forgetTold(now time.Time) {
+	c.told.Range(func(digest, was any) bool {
+		if clock.Age(was.(told).at, now) >= c.cfg.MaxStaleness {
+			c.told.Delete(digest)
+		}
+		return true
+	})
 }
 
 // carryOver reads the keys that are found often anew before n, in which nothing read earlier is usable, takes the place of old:
@@ -288,7 +308,7 @@ func (c *Cache) carryOver(ctx context.Context, old, n *state) {
 		}
 		for _, record := range found.Records {
 			e := newEntry(*record, n.epoch)
-			c.keep(e)
+			c.keepFound(e)
 			c.hot[place(&record.Digest)%hotSlots].Store(e)
 		}
 	}
