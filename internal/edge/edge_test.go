@@ -159,6 +159,9 @@ func TestFirstEdgeToReportAfterAnOutageOfPostgresStillCountsTheOthers(t *testing
 	count("the first count that works", keystore.EdgeCount{Live: 2})
 	r.reporter.counting.Failing = false
 	count("the next count", keystore.EdgeCount{Live: 1, FailClosed: 1})
+	r.reporter.counting.Failing = true
+	r.silent("east", 0)
+	count("one that is new after an outage", keystore.EdgeCount{Live: 2, FailClosed: 1})
 }
 
 // TestEdgesThatCannotBeCountedAreNotToldAsAnEdgeThatCannotReport: the others have its report.
@@ -305,6 +308,34 @@ func TestAnEdgeThatStopsFinishesItsReportBeforeItRemovesItsRow(t *testing.T) {
 	}
 	<-stopped
 	r.wantNames("stopped")
+}
+
+func TestAnEdgeStopsThoughPostgresHangs(t *testing.T) {
+	r := newRig(t)
+	lock, err := r.conn.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := lock.Exec(t.Context(), `lock table rekall.edges`); err != nil {
+		t.Fatal(err)
+	}
+	r.reporter.reportTimeout = 100 * time.Millisecond
+	ctx, stop := context.WithCancel(t.Context())
+	stop() // which ends neither the report nor the removal
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		r.reporter.Run(ctx, func() keycache.Applied { return keycache.Applied{} })
+	}()
+	select {
+	case <-stopped:
+	case <-time.After(20 * time.Second):
+		t.Error("it waits for as long as Postgres hangs")
+	}
+	if err := lock.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	<-stopped
 }
 
 // commit makes a transaction, and returns its id.
