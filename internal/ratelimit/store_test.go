@@ -465,6 +465,32 @@ func TestAnEdgeGoesOnWithoutARedisThatHangsBeforeItsProbeIsOver(t *testing.T) {
 	}
 }
 
+// TestWhatAnEdgesPartOfTheLimitHasForgottenOfAnOutageIsNotCharged: it was nobody else's, and the key would be refused for it by all edges.
+func TestWhatAnEdgesPartOfTheLimitHasForgottenOfAnOutageIsNotCharged(t *testing.T) {
+	server := redistest.Server(t, devenv.RedisOptions{})
+	l, log := newShared(t, server.URL(), 3)
+	e, d, limit := &edgeUnderTest{Limiter: l, log: log}, digest(1), Limit{PerMinute: 6, Burst: 76}
+	l.store.probe(t.Context())
+	e.ask(d, limit)
+	settle(t, l.store)
+	b, client := l.bucket(d), connect(t, server.URL())
+	before := client.Get(t.Context(), b.lease.key).Val()
+	l.store.fall(errSlow)
+	for range limit.depth()/3 - 1 {
+		if !e.ask(d, limit).Allowed {
+			t.Fatal("refused within this edge's part")
+		}
+	}
+	b.emptyAt.Store(0) // after a long outage
+	l.store.probe(t.Context())
+	if held := b.lease.held.Load(); l.Status().Fallback || held != 0 {
+		t.Fatalf("%d requests are held, want that none is owed after the outage:\n%s", held, log)
+	}
+	if after := client.Get(t.Context(), b.lease.key).Val(); before == "" || after != before {
+		t.Errorf("the bucket in Redis is empty at %s, want %q", after, before)
+	}
+}
+
 func TestARedisThatIsEmptiedGivesNoKeyItsBurstAgain(t *testing.T) {
 	limit := Limit{PerMinute: 6, Burst: 76} // 75 at once, and hardly more
 	for name, fault := range map[string]func(server *devenv.Redis, told func() bool) error{
