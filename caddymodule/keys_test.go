@@ -3,15 +3,20 @@ package caddymodule
 import (
 	"encoding/json"
 	"fmt"
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"go.uber.org/zap"
 
+	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/internal/ratelimit"
+	"github.com/rekall-ai/gateway/internal/usage"
 )
 
 func TestKeysSettingsByWhichEverybodyWouldBeSomebodyAreRefused(t *testing.T) {
@@ -85,5 +90,28 @@ func TestKeysAreManagedInAPostgresThatIsFarAway(t *testing.T) {
 	})
 	if _, err := m.admin.List(t.Context(), keyadmin.Operator("test"), keyadmin.ListRequest{}); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestLookupOfAKeyThatManagesKeysCountsNoLongerThanItTakes: of an address that is suspect, no more are under way than its limit.
+func TestLookupOfAKeyThatManagesKeysCountsNoLongerThanItTakes(t *testing.T) {
+	address := netip.MustParseAddr("192.0.2.1")
+	addresses := ratelimit.NewAddresses(1, 2)
+	addresses.Take(address)
+	looked := false
+	k := &Keys{
+		app: &App{addresses: addresses}, metrics: newMetrics(), usage: usage.New(nil, usage.Config{}), logger: zap.NewNop(),
+		cache: lookups{new(oneFlight), func() {
+			if looked = true; addresses.Begin(address).Allowed {
+				t.Error("a second key may be looked up meanwhile")
+			}
+		}},
+	}
+	secret := apikey.Generate(apikey.Production)
+	if _, err := k.actor(comesFrom(address.String(), bearerRequest(secret))); err == nil || !looked {
+		t.Errorf("error %v of a key that may not manage keys; looked up: %v", err, looked)
+	}
+	if !addresses.Begin(address).Allowed {
+		t.Error("the lookup still counts")
 	}
 }
