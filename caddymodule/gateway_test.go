@@ -440,6 +440,7 @@ func TestNoSharedCacheMayStoreAnAnswer(t *testing.T) {
 		{saying{"Public", "S-MaxAge=600 , immutable"}, "immutable, private"},
 		{saying{`private="Set-Cookie, X-A", max-age=60`}, `private="Set-Cookie, X-A", max-age=60, private`},
 		{saying{"no-cache"}, "no-cache, private"},
+		{saying{""}, "private"},
 		{saying{"no-store"}, "no-store"},
 		{saying{"Private, max-age=60"}, "Private, max-age=60"},
 	} {

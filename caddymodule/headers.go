@@ -112,7 +112,7 @@ func (x *exchange) keepPrivate(h http.Header) {
 		switch {
 		case strings.EqualFold(directive, "private"), name == "no-store":
 			return
-		case name != "public" && name != "s-maxage":
+		case name != "" && name != "public" && name != "s-maxage":
 			kept = append(kept, directive)
 		}
 	}
