@@ -6,7 +6,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/http/fcgi"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
@@ -105,17 +104,9 @@ func TestOpaqueTargetTakesNoRequestPastTheScopeRules(t *testing.T) {
 func TestFastCGIBackendIsToldTheTargetThatWasDecidedOn(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = listener.Close() })
-	go func() {
-		_ = fcgi.Serve(listener, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			_, _ = io.WriteString(w, r.URL.RequestURI()) // which package fcgi takes from REQUEST_URI
-		}))
-	}()
-	proxy := "reverse_proxy " + listener.Addr().String() + " {\ntransport fastcgi\n}"
+	proxy := fastCGI(t, func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.WriteString(w, r.URL.RequestURI()) // which package fcgi takes from REQUEST_URI
+	})
 	key := r.key("production", "memories:read")
 	for _, tc := range []struct{ name, before, block, requested, told string }{
 		{"as it came", "", proxy, "/v1/memories?a=1", "/v1/memories?a=1"},

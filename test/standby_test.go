@@ -8,14 +8,15 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/test/eventually"
 )
 
-// TestStandbyWhoseReplayIsPausedIsNotTrusted: it answers every question, and looks healthy.
-func TestStandbyWhoseReplayIsPausedIsNotTrusted(t *testing.T) {
-	t.Parallel()
+// newRigWithStandby is a rig on a primary that has a hot standby.
+func newRigWithStandby(t *testing.T) (*rig, *devenv.Postgres) {
+	t.Helper()
 	primary := pgtest.Server(t)
 	r := newRigOn(t, primary.URL())
 	standby, err := primary.StartStandby(t.Context())
@@ -23,6 +24,13 @@ func TestStandbyWhoseReplayIsPausedIsNotTrusted(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = standby.Stop(t.Context()) })
+	return r, standby
+}
+
+// TestStandbyWhoseReplayIsPausedIsNotTrusted: it answers every question, and looks healthy.
+func TestStandbyWhoseReplayIsPausedIsNotTrusted(t *testing.T) {
+	t.Parallel()
+	r, standby := newRigWithStandby(t)
 	g := r.start(standardSite, "read_database "+standby.URL(), "refresh 100ms", "max_staleness "+faultBound.String())
 
 	good, bad := r.key("production", "memories:read"), r.key("production", "memories:read")
@@ -69,13 +77,7 @@ func TestStandbyWhoseReplayIsPausedIsNotTrusted(t *testing.T) {
 // report made since. "Cannot tell" would page somebody.
 func TestUnknownKeysAreRefusedAsSuchWhereAStandbyIsRead(t *testing.T) {
 	t.Parallel()
-	primary := pgtest.Server(t)
-	r := newRigOn(t, primary.URL())
-	standby, err := primary.StartStandby(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = standby.Stop(t.Context()) })
+	r, standby := newRigWithStandby(t)
 	g := r.start(standardSite, "read_database "+standby.URL())
 	r.key("production", "memories:read")
 	eventually.True(t, "the filter is built", func() bool { return g.series(t, "rekall_filter_keys") > 0 })

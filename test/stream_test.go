@@ -314,27 +314,20 @@ func wantRefused(t *testing.T, conn net.Conn) {
 func TestUploadOverFastCGIEndsWithItsKey(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = listener.Close() })
 	var received atomic.Int64
 	whole := make(chan bool, 1)
-	go func() {
-		_ = fcgi.Serve(listener, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
-			buffer := make([]byte, 4096)
-			for {
-				n, err := r.Body.Read(buffer)
-				received.Add(int64(n))
-				if err != nil {
-					whole <- err == io.EOF
-					return
-				}
+	proxy := fastCGI(t, func(_ http.ResponseWriter, r *http.Request) {
+		buffer := make([]byte, 4096)
+		for {
+			n, err := r.Body.Read(buffer)
+			received.Add(int64(n))
+			if err != nil {
+				whole <- err == io.EOF
+				return
 			}
-		}))
-	}()
-	g := r.start(strings.Replace(standardSite, "reverse_proxy PRODUCTION", "reverse_proxy "+listener.Addr().String()+" {\ntransport fastcgi\n}", 1))
+		}
+	})
+	g := r.start(strings.Replace(standardSite, "reverse_proxy PRODUCTION", proxy, 1))
 	key := r.key("production", "memories:write")
 	const size = 1 << 40
 	conn := g.beginUpload(key, size)
@@ -351,6 +344,18 @@ func TestUploadOverFastCGIEndsWithItsKey(t *testing.T) {
 	case <-time.After(30 * time.Second):
 		t.Error("the backend goes on receiving")
 	}
+}
+
+// fastCGI serves a handler over FastCGI until the test ends, and returns the reverse_proxy that asks it.
+func fastCGI(t *testing.T, handler http.HandlerFunc) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = listener.Close() })
+	go func() { _ = fcgi.Serve(listener, handler) }()
+	return "reverse_proxy " + listener.Addr().String() + " {\ntransport fastcgi\n}"
 }
 
 // zeros never end.

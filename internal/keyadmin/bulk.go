@@ -118,9 +118,9 @@ const maxLeaked = 1000
 var keyPattern = regexp.MustCompile(`rk_(?:[0-9A-Za-z]{45}|test_[0-9A-Za-z]{40})`)
 
 // Leaked revokes the keys that somebody has found: possession is the proof. source says who reported them, in the audit as
-// "leak:<source>", an address in that of operators only. What is no key of ours is passed over, and without anything like a key there is no line in the audit. The count is
-// for the log alone: told to the reporter, it would tell which keys exist. A report that is not acceptable is an *InvalidError, which
-// does not quote it.
+// "leak:<source>", an address in that of operators only. What is no key of ours is passed over, and without anything like a key there
+// is no line in the audit. The count is for the log alone: told to the reporter, it would tell which keys exist. A report that is not
+// acceptable is an *InvalidError, which does not quote it.
 func (a *Admin) Leaked(ctx context.Context, source string, keys []string) (Revocation, error) {
 	if err := checkText("source", source); err != nil {
 		return Revocation{}, err

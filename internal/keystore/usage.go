@@ -179,12 +179,12 @@ select l.key_id, l.first_used_at, `+lastUse+` from rekall.last_used l where l.ke
 }
 
 // ClaimChore takes the turn at what one edge of all is to do, and reports whether it is the caller's: it is nobody's until
-// period has passed since the last claim. One further ahead than that is none: it would keep everybody from
-// the chore.
+// period has passed since the last claim. One further ahead than that is none: it would keep everybody
+// from the chore.
 func (s *Store) ClaimChore(ctx context.Context, name string, period time.Duration) (bool, error) {
 	tag, err := s.pool.Exec(ctx, `
 insert into rekall.usage_chores as c (name) values ($1)
-on conflict (name) do update set claimed_at = excluded.claimed_at 
+on conflict (name) do update set claimed_at = excluded.claimed_at
 where c.claimed_at not between excluded.claimed_at - $2::interval and excluded.claimed_at + $2::interval`, name, period)
 	if err != nil {
 		return false, failedAtEdge("claim "+name, err)
