@@ -245,7 +245,7 @@ func TestKeysThatAreFoundOftenNeedNoLookupAfterARestartOfPostgres(t *testing.T) 
 	run(t, c)
 	var often []testKey
 	for _, key := range keys {
-		slot := &c.hot[place(&key.digest)%hotSlots]
+		slot := c.slot(&key.digest)
 		if slot.Load() != nil { // two keys that share a slot take turns
 			continue
 		}
@@ -624,7 +624,7 @@ func TestRequestThatBeginsWhileTheFeedStartsOverIsVerifiedToo(t *testing.T) {
 	revoked.RevokedAt = apikey.TimeOf(time.Now())
 	db.snap = keystore.Snapshot{Server: keystore.Server{StartedAt: 1}, Now: time.Now(), Text: "5:5:", Xmin: 5, Xmax: 5}
 	tick(t, c)
-	c.hot[place(&good.Digest)%hotSlots].Store(newEntry(good, c.state.Load().epoch)) // so that it is carried over
+	c.slot(&good.Digest).Store(newEntry(good, c.state.Load().epoch)) // so that it is carried over
 	ctx, cancel := context.WithCancelCause(t.Context())
 	store.afterLookup = func() {
 		store.afterLookup = nil

@@ -27,6 +27,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/bits"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -76,9 +77,9 @@ type Config struct {
 const answerWithin = 900 * time.Millisecond
 
 const (
-	// hotSlots is how many keys at most are also found without asking ristretto, which takes a third of the time of Find
-	// and locks that CPUs would share.
-	hotSlots = 1 << 12
+	// maxHotSlots is how many keys at most are also found without asking ristretto, whose locks CPUs would share, and which notes each
+	// find in filters of megabytes, in a goroutine of its own: that costs more than the rest of the decision. A power of two.
+	maxHotSlots = 1 << 15
 
 	// hotShare is the part of the finds, one in so many, that ristretto sees all the same: it evicts what it does not see.
 	hotShare = 64
@@ -91,7 +92,7 @@ type Cache struct {
 	madeAt   time.Time // both clocks
 	state    atomic.Pointer[state]
 	known    *ristretto.Cache[uint64, *entry]
-	hot      [hotSlots]atomic.Pointer[entry]
+	hot      []atomic.Pointer[entry] // by place; their number is a power of two
 	unknown  unknowns
 	loader   *loader
 	flight   flights
@@ -167,7 +168,10 @@ func (f *Found) Limits() apikey.Limits { return f.state.tiers.Of(f.Record.Limits
 
 // New returns a cache that is empty and vouches for nothing until Run has synced once.
 func New(store Store, cfg Config) (*Cache, error) {
-	c := &Cache{cfg: cfg, store: store, madeAt: time.Now(), unknown: newUnknowns(), failures: outage.Failures{Logger: cfg.Logger}, wake: make(chan struct{}, 1), refill: make(chan struct{}, 1)}
+	c := &Cache{
+		cfg: cfg, store: store, madeAt: time.Now(), hot: make([]atomic.Pointer[entry], min(maxHotSlots, 1<<bits.Len(uint(cfg.Size-1)))),
+		unknown: newUnknowns(), failures: outage.Failures{Logger: cfg.Logger}, wake: make(chan struct{}, 1), refill: make(chan struct{}, 1),
+	}
 	known, err := ristretto.NewCache(&ristretto.Config[uint64, *entry]{
 		NumCounters: 10 * int64(cfg.Size), // ristretto's advice: ten per entry
 		MaxCost:     int64(cfg.Size),
@@ -240,9 +244,14 @@ func found(e *entry, s *state, pgNow, vouchedAt time.Time) Found {
 // sampled reports whether this find is one that ristretto sees, however often its key is found.
 func sampled(now time.Time) bool { return now.Nanosecond()%hotShare == 0 }
 
+// slot is where a key is kept that is found often.
+func (c *Cache) slot(d *apikey.Digest) *atomic.Pointer[entry] {
+	return &c.hot[place(d)&uint64(len(c.hot)-1)]
+}
+
 // often returns an entry that the fresh state s vouches for if its key is found often, or nil.
 func (c *Cache) often(s *state, d *apikey.Digest, now time.Time) *entry {
-	e := c.hot[place(d)%hotSlots].Load()
+	e := c.slot(d).Load()
 	if e == nil || e.record.Digest != *d || !s.usable(e) {
 		return nil
 	}
@@ -258,7 +267,7 @@ func (c *Cache) often(s *state, d *apikey.Digest, now time.Time) *entry {
 func (c *Cache) cached(s *state, d *apikey.Digest, now time.Time) *entry {
 	if e, ok := c.known.Get(place(d)); ok && e.record.Digest == *d && s.usable(e) {
 		// A key that is found often comes by here soon.
-		if slot := &c.hot[place(d)%hotSlots]; sampled(now) && slot.Load() != e {
+		if slot := c.slot(d); sampled(now) && slot.Load() != e {
 			slot.Store(e)
 		}
 		return e

@@ -413,7 +413,7 @@ func TestFeedThatStartsOverTrustsNoEarlierEntry(t *testing.T) {
 			want(t, c, key.digest, apikey.Allowed)
 			c.known.Wait()
 			before := mustCached(t, c, key.digest)
-			c.hot[place(&key.digest)%hotSlots].Store(before)
+			c.slot(&key.digest).Store(before)
 			db.revoke(t, key)
 			store.change = func(snap *keystore.Snapshot) {
 				snap.Changes = nil // the new server's feed does not tell of the change
@@ -752,7 +752,7 @@ func TestHotEntryIsBelievedNoMoreThanAnyOther(t *testing.T) {
 	}
 	stale := found.entry
 	c.known.Wait()
-	hot := func(d apikey.Digest) { c.hot[place(&d)%hotSlots].Store(stale) }
+	hot := func(d apikey.Digest) { c.slot(&d).Store(stale) }
 	hot(key.digest)
 	want(t, c, key.digest, apikey.Allowed)
 	if n := c.Status().Lookups; n != 1 {
@@ -786,7 +786,7 @@ func TestKeyThatIsFoundOftenNeedsNoLookupWhenRistrettoGivesItUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.known.Wait()
-	c.hot[place(&key.digest)%hotSlots].Store(found.entry)
+	c.slot(&key.digest).Store(found.entry)
 	c.known.Del(place(&key.digest))
 	for range 10 * hotShare {
 		want(t, c, key.digest, apikey.Allowed)

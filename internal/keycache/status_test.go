@@ -138,7 +138,7 @@ func TestStatusCountsALookupThatFailsWhileTheFeedStartsOver(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.hot[place(&key.digest)%hotSlots].Store(found.entry)
+	c.slot(&key.digest).Store(found.entry)
 	store.change = func(snap *keystore.Snapshot) { snap.Server.StartedAt++ }
 	store.unreadable = errors.New("connection reset by peer")
 	tick(t, c)
@@ -160,4 +160,23 @@ func TestStatusCountsEachConnectionOfTheFeedAndEachStartOver(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually.True(t, "it is followed again", func() bool { s := c.Status(); return s.Restarts == 2 && s.Listens == 2 && s.ListenErrors > 0 })
+}
+
+func TestKeysThatAreFoundOftenTakeNoMoreMemoryThanTheCacheMay(t *testing.T) {
+	for size, most := range map[int]int{1: 1, 5: 8, 1000: 1024, 1_000_000: maxHotSlots} {
+		c := newCache(t, nil, func(cfg *Config) { cfg.Size = size })
+		for n := range 4 * most {
+			e := newEntry(apikey.Record{Digest: numbered(n)}, 0)
+			c.slot(&e.record.Digest).Store(e)
+		}
+		held := 0
+		for i := range c.hot {
+			if c.hot[i].Load() != nil {
+				held++
+			}
+		}
+		if held > most || held < most/2 {
+			t.Errorf("room for %d keys: %d are kept for being found often, want at most %d", size, held, most)
+		}
+	}
 }

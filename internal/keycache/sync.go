@@ -124,8 +124,13 @@ func pause(ctx context.Context, d time.Duration, wake <-chan struct{}) bool {
 	return true
 }
 
-// carryOverTimeout bounds how long changes can wait for keys to be carried over.
-const carryOverTimeout = 500 * time.Millisecond
+const (
+	// carryOverTimeout bounds how long changes can wait for keys to be carried over.
+	carryOverTimeout = 500 * time.Millisecond
+
+	// carryOverBatch is the most keys that are read in one statement for it: some 40 ms of work. Nobody else waits for one.
+	carryOverBatch = 1 << 12
+)
 
 // reading is what a sync has read.
 type reading struct {
@@ -301,7 +306,7 @@ func (c *Cache) carryOver(ctx context.Context, old, n *state) {
 			digests = append(digests, e.record.Digest)
 		}
 	}
-	for batch := range slices.Chunk(digests, lookupBatch) {
+	for batch := range slices.Chunk(digests, carryOverBatch) {
 		found, err := c.query(ctx, batch)
 		if err != nil || !n.foundHere(found) {
 			return // they are looked up when they are asked for
@@ -309,7 +314,7 @@ func (c *Cache) carryOver(ctx context.Context, old, n *state) {
 		for _, record := range found.Records {
 			e := newEntry(*record, n.epoch)
 			c.keepFound(e)
-			c.hot[place(&record.Digest)%hotSlots].Store(e)
+			c.slot(&record.Digest).Store(e)
 		}
 	}
 }
