@@ -272,7 +272,7 @@ func (c *Cache) cached(s *state, d *apikey.Digest, now time.Time) *entry {
 		}
 		return e
 	}
-	if ch, ok := s.changes[*d]; ok { // the feed itself brought the row
+	if ch, ok := s.changed(d); ok { // the feed itself brought the row
 		return ch.entry
 	}
 	return nil

@@ -497,7 +497,7 @@ func TestStandbyIsRefused(t *testing.T) {
 	}
 }
 
-func TestManyChangesMoveTheHorizonAndLoseNone(t *testing.T) {
+func TestManyChangesAtOnceAreAllHeededAndCostNoOtherKeyALookup(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	c := newCache(t, db.store, nil)
 	tick(t, c)
@@ -510,11 +510,89 @@ func TestManyChangesMoveTheHorizonAndLoseNone(t *testing.T) {
 		select 'key_' || lpad(n::text, 22, '0'), 'a', 'n', 'production', sha256(n::text::bytea), '{}'
 		from generate_series(1, $1::int) n`, maxChanges+1)
 	tick(t, c)
-	if st := c.state.Load(); st.horizon != st.epoch || len(st.changes) != 0 {
-		t.Errorf("horizon %d of epoch %d with %d changes kept", st.horizon, st.epoch, len(st.changes))
+	lookups := c.Status().Lookups
+	for range 2 {
+		want(t, c, key.digest, apikey.Revoked)
+		want(t, c, quiet.digest, apikey.Allowed)
+		db.create(t)
+		tick(t, c)
 	}
+	if n := c.Status().Lookups - lookups; n != 0 {
+		t.Errorf("%d lookups of keys that were in memory", n)
+	}
+}
+
+// TestRevokedKeyStaysRevokedWhenALargeEpochThatRevokedItIsForgotten: its creation, in a small one, is remembered for longer.
+func TestRevokedKeyStaysRevokedWhenALargeEpochThatRevokedItIsForgotten(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	store, others := &hookedStore{Store: db.store}, 0
+	c := newCache(t, store, nil)
+	tick(t, c)
+	key := db.create(t)
+	tick(t, c)
+	want(t, c, key.digest, apikey.Allowed)
+	store.change = func(snap *keystore.Snapshot) {
+		for range maxChanges {
+			others++
+			snap.Changes = append(snap.Changes, &apikey.Record{Digest: numbered(others)})
+		}
+		snap.Changes = append(snap.Changes, &apikey.Record{Digest: numbered(0)})
+	}
+	db.revoke(t, key)
+	tick(t, c)
 	want(t, c, key.digest, apikey.Revoked)
-	want(t, c, quiet.digest, apikey.Allowed)
+	c.known.Clear() // it drops what it likes
+	for range 3 {
+		tick(t, c)
+		want(t, c, key.digest, apikey.Revoked)
+	}
+}
+
+// TestStateRemembersEachChangeAfterItsHorizon makes large and small epochs by chance, and compares with a plain record of all changes.
+func TestStateRemembersEachChangeAfterItsHorizon(t *testing.T) {
+	random := rand.New(rand.NewPCG(1, 2))
+	last := make(map[apikey.Digest]uint64) // epoch of the latest change
+	s := newState().restart(reading{})
+	forgotten, large := 0, 0
+	for range 60 {
+		n := random.IntN(maxChanges / 2)
+		if random.IntN(6) == 0 {
+			n += maxChanges
+			large++
+		}
+		before := s
+		changes := make([]*apikey.Record, 0, n)
+		for _, i := range random.Perm(3 * maxChanges)[:n] {
+			changes = append(changes, &apikey.Record{Digest: numbered(i)})
+			last[numbered(i)] = s.epoch + 1
+		}
+		s, _ = s.next(reading{Snapshot: keystore.Snapshot{Changes: changes}})
+		if s.horizon < before.horizon {
+			t.Fatalf("the horizon fell from %d to %d", before.horizon, s.horizon)
+		}
+		for d, epoch := range last {
+			ch, ok := s.changed(&d)
+			switch {
+			case epoch > s.horizon && (!ok || ch.epoch != epoch || ch.entry.record.Digest != d):
+				t.Fatalf("epoch %d, horizon %d: a change of epoch %d is remembered as %v %v", s.epoch, s.horizon, epoch, ok, ch.epoch)
+			case epoch <= s.horizon && ok:
+				t.Fatalf("epoch %d, horizon %d: the latest change is of epoch %d, and that of %d is remembered", s.epoch, s.horizon, epoch, ch.epoch)
+			case epoch <= s.horizon:
+				forgotten++
+			}
+			for _, asOf := range []uint64{s.horizon, epoch - 1, epoch, s.epoch} {
+				if got, want := s.unchanged(&d, asOf), asOf >= s.horizon && asOf >= epoch; got != want {
+					t.Fatalf("epoch %d, horizon %d: read as of %d, changed in %d: unchanged %v", s.epoch, s.horizon, asOf, epoch, got)
+				}
+			}
+		}
+		if kept := len(s.changes) + len(s.large.rows); len(s.changes) > maxChanges || kept > maxChanges+3*maxChanges/2 {
+			t.Fatalf("%d and %d changes are kept", len(s.changes), len(s.large.rows))
+		}
+	}
+	if forgotten == 0 || large < 3 {
+		t.Fatalf("%d forgotten, %d large epochs: the test shows nothing", forgotten, large)
+	}
 }
 
 func TestEntryInUseNeverFallsBehindTheHorizon(t *testing.T) {

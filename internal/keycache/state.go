@@ -8,8 +8,8 @@ import (
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
-// maxChanges is how many changed keys a state remembers. When there are more, the horizon moves up and entries that were
-// not used since then are read again.
+// maxChanges is how many changed keys a state remembers, besides those of the last large epoch, which has brought more by itself. When
+// there are more, the horizon moves up and entries that were not used since then are read again.
 const maxChanges = 10_000
 
 // state is what the feed knows after a sync. It is immutable and replaced as a whole.
@@ -17,8 +17,9 @@ type state struct {
 	epoch   uint64
 	origin  uint64 // epoch in which the feed started over
 	horizon uint64
-	changes map[apikey.Digest]change // every key changed in an epoch after horizon
-	log     []epochChanges           // the same keys, oldest epoch first
+	changes map[apikey.Digest]change // every key changed in an epoch after horizon, but for
+	large   largeEpoch               // what this one brought: apart, since each further change makes the others' map anew
+	log     []epochChanges           // the keys of changes, oldest epoch first
 
 	server    keystore.Server
 	seen      string // the snapshot as of which every change has been read
@@ -45,6 +46,12 @@ type epochChanges struct {
 	digests []apikey.Digest
 }
 
+// largeEpoch is one with more than maxChanges: an import, or all keys of an account. The zero value is none.
+type largeEpoch struct {
+	epoch uint64
+	rows  map[apikey.Digest]*entry
+}
+
 func newState() *state { return &state{tiers: new(apikey.Tiers), superseded: make(chan struct{})} }
 
 // fresh reports whether the sync that made s may still be trusted.
@@ -61,8 +68,18 @@ func (s *state) unchanged(d *apikey.Digest, asOf uint64) bool {
 	if asOf >= s.epoch {
 		return true
 	}
-	ch, ok := s.changes[*d]
+	ch, ok := s.changed(d)
 	return !ok || ch.epoch <= asOf
+}
+
+// changed returns the latest change of a key after the horizon. One that is kept from before may not be the latest: a large epoch that was
+// forgotten may have brought the key's revocation.
+func (s *state) changed(d *apikey.Digest) (change, bool) {
+	ch := s.changes[*d]
+	if e, brought := s.large.rows[*d]; brought && ch.epoch < s.large.epoch {
+		ch = change{s.large.epoch, e}
+	}
+	return ch, ch.epoch > s.horizon
 }
 
 // usable reports whether e is the row as of the epoch of s. Success is remembered in e, so that an entry in use never
@@ -124,7 +141,7 @@ func (s *state) restart(r reading) *state {
 // next returns the state after a sync that continues s, and the keys changed in it.
 func (s *state) next(r reading) (n *state, changed []*entry) {
 	n = s.restart(r)
-	n.origin, n.horizon, n.changes, n.log = s.origin, s.horizon, s.changes, s.log
+	n.origin, n.horizon, n.changes, n.large, n.log = s.origin, s.horizon, s.changes, s.large, s.log
 	n.seen = keystore.LaterSnapshot(r.Text, s.seen)
 	var digests []apikey.Digest
 	for _, record := range r.Changes {
@@ -139,25 +156,33 @@ func (s *state) next(r reading) (n *state, changed []*entry) {
 
 // knewRevoked reports whether the feed has brought the key as a revoked one before.
 func (s *state) knewRevoked(d *apikey.Digest) bool {
-	ch, ok := s.changes[*d]
+	ch, ok := s.changed(d)
 	return ok && !ch.entry.record.RevokedAt.IsZero()
 }
 
-// remember adds the changes of epoch n and forgets the oldest epochs while there are too many.
+// remember adds the changes of epoch s and forgets the oldest epochs while there are too many, of two large ones the first. Keys that were
+// used after it, which are those in use, need no lookup for that.
 func (s *state) remember(changed []*entry, digests []apikey.Digest) {
+	if len(digests) > maxChanges {
+		s.horizon = max(s.horizon, s.large.epoch)
+		s.large = largeEpoch{s.epoch, make(map[apikey.Digest]*entry, len(changed))}
+		for _, e := range changed {
+			s.large.rows[e.record.Digest] = e
+		}
+		return
+	}
 	total := len(digests)
 	for _, ec := range s.log {
 		total += len(ec.digests)
 	}
 	log := s.log
-	for len(log) > 0 && total > maxChanges {
+	for len(log) > 0 && (total > maxChanges || log[0].epoch <= s.horizon) {
 		total -= len(log[0].digests)
-		s.horizon = log[0].epoch
+		s.horizon = max(s.horizon, log[0].epoch)
 		log = log[1:]
 	}
-	if total > maxChanges {
-		s.horizon, s.log, s.changes = s.epoch, nil, nil
-		return
+	if s.large.epoch <= s.horizon {
+		s.large = largeEpoch{}
 	}
 	s.log = append(log[:len(log):len(log)], epochChanges{s.epoch, digests})
 	old := s.changes

@@ -252,7 +252,7 @@ func (c *Cache) advance(old *state, r reading) []*entry {
 		if ok {
 			c.keep(e) // thrift: a key in use needs no lookup after its change
 		}
-		if ch, ok := old.changes[e.record.Digest]; ok { // which is found without the cache
+		if ch, ok := old.changed(&e.record.Digest); ok { // which is found without the cache
 			was = ch.entry
 		}
 		c.tellOfRevocation(old, was, e)

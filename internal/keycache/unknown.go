@@ -136,10 +136,9 @@ func (c *Cache) prove(ctx context.Context, d apikey.Digest, since time.Time) (f 
 	if err != nil {
 		return Found{}, fmt.Errorf("%w: %w", errUnavailable, err)
 	}
-	ch, created := s.changes[d]
+	ch, created := s.changed(&d)
 	now := time.Now()
-	// The process was stopped; or the key was created with too many others to be told of, or the feed has started over; or the key
-	// is about to expire.
+	// The process was stopped; or the feed has started over; or the key is about to expire.
 	if !s.fresh(now, c.cfg.MaxStaleness) || !created && !c.unknown.certain(s, &d) || created && s.disputed(ch.entry, now) {
 		ctx, cancel := context.WithDeadline(ctx, since.Add(answerWithin))
 		defer cancel()
