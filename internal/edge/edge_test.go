@@ -361,7 +361,7 @@ func (r *rig) confirmed(xid uint64, applied keycache.Applied) bool {
 // applied is what a cache has applied that has just read this database.
 func (r *rig) applied() keycache.Applied {
 	r.t.Helper()
-	snap, err := r.reporter.store.Snapshot(r.t.Context(), "")
+	snap, err := r.reporter.store.Snapshot(r.t.Context(), "", keystore.MaxChanges)
 	if err != nil {
 		r.t.Fatal(err)
 	}

@@ -145,7 +145,7 @@ func (silentStore) Lookup(ctx context.Context, _ []apikey.Digest) (keystore.Foun
 	return keystore.Found{}, ctx.Err()
 }
 
-func (silentStore) Snapshot(ctx context.Context, _ string) (keystore.Snapshot, error) {
+func (silentStore) Snapshot(ctx context.Context, _ string, _ int) (keystore.Snapshot, error) {
 	<-ctx.Done()
 	return keystore.Snapshot{}, ctx.Err()
 }
@@ -411,13 +411,78 @@ func TestTickWithoutNewsAsksForNoReport(t *testing.T) {
 	}
 }
 
+// slowLink is one to Postgres that carries so many changes a millisecond. Each reading brings all changes until one has ended.
+type slowLink struct {
+	instant
+	rate, changes int
+	hangs         bool // the first reading
+}
+
+func (s *slowLink) Snapshot(ctx context.Context, since string, limit int) (keystore.Snapshot, error) {
+	snap := keystore.Snapshot{Now: time.Now(), Text: "1:1:"}
+	if since == "" {
+		return snap, nil
+	}
+	carried := min(s.changes, limit+1)
+	took := time.Duration(carried) * time.Millisecond / time.Duration(s.rate)
+	if s.hangs {
+		took, s.hangs = time.Hour, false
+	}
+	select {
+	case <-time.After(took):
+	case <-ctx.Done():
+		return keystore.Snapshot{}, ctx.Err()
+	}
+	if snap.Overrun = carried > limit; !snap.Overrun {
+		for n := range carried {
+			snap.Changes = append(snap.Changes, &apikey.Record{Digest: numbered(n), RevokedAt: apikey.TimeOf(snap.Now)})
+		}
+	}
+	s.changes = 0
+	return snap, nil
+}
+
+func TestMoreChangesThanTheLinkBringsInTimeHoldUpTheFeedForAFewSyncs(t *testing.T) {
+	for name, tc := range map[string]struct {
+		link     slowLink
+		late     int
+		restarts uint64
+	}{
+		"all in time":              {slowLink{rate: 10, changes: 15_000}, 0, 0},
+		"too many":                 {slowLink{rate: 10, changes: 40_000}, 1, 1},
+		"too many by far":          {slowLink{rate: 1, changes: 40_000}, 3, 1},
+		"many after Postgres hung": {slowLink{rate: 10, changes: 10_000, hangs: true}, 1, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := newCache(t, &tc.link, nil)
+				defer c.Close()
+				tick(t, c)
+				before := c.Status()
+				for range tc.late {
+					if err := c.sync(t.Context()); err == nil {
+						t.Error("a sync ended in time")
+					}
+				}
+				tick(t, c)
+				if n := c.Status().Restarts - before.Restarts; n != tc.restarts {
+					t.Errorf("the feed starts over %d times, want %d", n, tc.restarts)
+				}
+				if c.late > 0 {
+					t.Error("the next reading is a short one too")
+				}
+			})
+		})
+	}
+}
+
 // frozenStore is one that the process asks, and then stands still before it has the answer. Later Postgres refuses.
 type frozenStore struct {
 	Store
 	asked int
 }
 
-func (s *frozenStore) Snapshot(ctx context.Context, _ string) (keystore.Snapshot, error) {
+func (s *frozenStore) Snapshot(ctx context.Context, _ string, _ int) (keystore.Snapshot, error) {
 	if s.asked++; s.asked == 1 {
 		<-time.After(syncTimeout + 2*leapNoticed)
 		return keystore.Snapshot{}, ctx.Err()

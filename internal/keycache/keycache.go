@@ -47,7 +47,7 @@ var errUnavailable = errors.New("key data is unavailable")
 
 // Store is what the cache asks of Postgres. *keystore.Store is one.
 type Store interface {
-	Snapshot(ctx context.Context, since string) (keystore.Snapshot, error)
+	Snapshot(ctx context.Context, since string, limit int) (keystore.Snapshot, error)
 	Lookup(ctx context.Context, digests []apikey.Digest) (keystore.Found, error)
 	Listen(ctx context.Context, wake func()) error
 	ScanHashes(ctx context.Context, begin func(server keystore.Server, keys int) error, each func(prefix []byte)) error
@@ -104,6 +104,8 @@ type Cache struct {
 	canary   atomic.Int64 // nanoseconds that the last canary stayed allowed after its revocation; 0: none yet
 
 	canaryAt atomic.Int64 // when that was told, in nanoseconds since 1970
+
+	late int // readings of the feed, the last ones, that did not end in time, 3 at most; only sync uses it
 
 	// unverified are the keys that were in flight when the feed started over: changes to them may have been missed, so their rows must
 	// be read again. Only sync uses it.

@@ -301,8 +301,8 @@ func (s *hookedStore) Lookup(ctx context.Context, digests []apikey.Digest) (keys
 	return found, err
 }
 
-func (s *hookedStore) Snapshot(ctx context.Context, since string) (keystore.Snapshot, error) {
-	snap, err := s.Store.Snapshot(ctx, since)
+func (s *hookedStore) Snapshot(ctx context.Context, since string, limit int) (keystore.Snapshot, error) {
+	snap, err := s.Store.Snapshot(ctx, since, limit)
 	if s.change != nil {
 		s.change(&snap)
 	}

@@ -79,7 +79,7 @@ func (db *standbyDatabase) report(t *testing.T) {
 	db.sent[beat] = report
 	db.mu.Unlock()
 	eventually.True(t, "the standby has the report", func() bool {
-		snap, err := db.reads.Snapshot(t.Context(), "")
+		snap, err := db.reads.Snapshot(t.Context(), "", keystore.MaxChanges)
 		return err == nil && snap.Beat == beat
 	})
 }
@@ -180,7 +180,7 @@ type twoStandbys struct {
 	found keystore.Found
 }
 
-func (s *twoStandbys) Snapshot(context.Context, string) (keystore.Snapshot, error) {
+func (s *twoStandbys) Snapshot(context.Context, string, int) (keystore.Snapshot, error) {
 	return s.snap, nil
 }
 

@@ -21,6 +21,9 @@ const (
 	// syncTimeout bounds one sync. A sync that takes longer would tell little that is fresh.
 	syncTimeout = 2 * time.Second
 
+	// fewChanges are read in time over the slowest link to Postgres.
+	fewChanges = 1000
+
 	// wakeGap is the least time between two syncs, so that a storm of changes does not become a storm of statements.
 	wakeGap = 5 * time.Millisecond
 
@@ -183,10 +186,17 @@ func (c *Cache) report() {
 	}
 }
 
-// readFeed reads what has changed since old.
+// readFeed reads what has changed since old. After each reading that did not end in time the next takes a quarter of the changes: over a
+// slow link the same ones would be too many again, for ever. If there are more, the feed starts over.
 func (c *Cache) readFeed(ctx context.Context, old *state) (r reading, err error) {
 	r.startedAt = time.Now()
-	if r.Snapshot, err = c.store.Snapshot(ctx, old.seen); err != nil {
+	r.Snapshot, err = c.store.Snapshot(ctx, old.seen, max(fewChanges, keystore.MaxChanges>>(2*c.late)))
+	if err != nil && ctx.Err() != nil {
+		c.late = min(c.late+1, 3)
+	} else {
+		c.late = 0
+	}
+	if err != nil {
 		return r, fmt.Errorf("read changes: %w", err)
 	}
 	if err := c.vouch(&r); err != nil {

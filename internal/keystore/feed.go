@@ -66,7 +66,7 @@ type Snapshot struct {
 	Text    string           // a snapshot, as pg_snapshot, that saw no more than this: where to read on from
 	Changes []*apikey.Record // of the keys whose rows have changed, in no order
 	Tiers   apikey.Tiers
-	Overrun bool // there were more than MaxChanges: Changes is of no use, and all that was read before may be out of date
+	Overrun bool // there were more than the limit: Changes is of no use, and all that was read before may be out of date
 
 	// Feedback is hot_standby_feedback: without it, a primary removes row versions that a long read needs here, and a standby's replay
 	// waits for the read, max_standby_streaming_delay long.
@@ -142,8 +142,8 @@ func xmaxOf(snapshot string) uint64 {
 // Rows at or above xmax were stamped by another cluster, from which they were restored: this one's ids are not that far.
 // Without the upper bound every reading would return them all until they are.
 //
-// A key is read anew too when the limits of its account or its own have changed. Each part has the limit: more than
-// MaxChanges in one of them are more in all. The order and the lateral joins keep Postgres, which cannot know that there is
+// A key is read anew too when the limits of its account or its own have changed. Each part has the limit: where one of them has
+// more, so have all together. The order and the lateral joins keep Postgres, which cannot know that there is
 // next to nothing to read, from reading all there is. What belongs to the whole reading stands in one row: repeated in each, it
 // would be most of what is sent.
 var snapshotSQL = `
@@ -192,15 +192,15 @@ type reading struct {
 }
 
 // Snapshot reads the feed: every row that has changed since a snapshot, which is the Text of an earlier one of the same
-// server. With an empty one it reads no rows, only where the feed stands.
-func (s *Store) Snapshot(ctx context.Context, since string) (Snapshot, error) {
+// server, if they are no more than limit, MaxChanges at most. With an empty one it reads no rows, only where the feed stands.
+func (s *Store) Snapshot(ctx context.Context, since string, limit int) (Snapshot, error) {
 	first, last := unread(since)
 	var (
 		snap   Snapshot
 		header pgtype.DriverBytes // of one row
 		key    row                // of the others
 	)
-	rows, _ := s.pool.Query(ctx, snapshotSQL, first, last, s.instance, MaxChanges+1) // ForEachRow returns its error
+	rows, _ := s.pool.Query(ctx, snapshotSQL, first, last, s.instance, limit+1) // ForEachRow returns its error
 	_, err := pgx.ForEachRow(rows, append([]any{&header}, key.targets()...), func() error {
 		if header != nil {
 			return snap.begin(header)
@@ -215,7 +215,7 @@ func (s *Store) Snapshot(ctx context.Context, since string) (Snapshot, error) {
 	if err != nil {
 		return Snapshot{}, failedAtEdge("read change feed", err)
 	}
-	if snap.Overrun = len(snap.Changes) > MaxChanges; snap.Overrun {
+	if snap.Overrun = len(snap.Changes) > limit; snap.Overrun {
 		snap.Changes = nil
 	}
 	return snap, nil

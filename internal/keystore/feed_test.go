@@ -314,6 +314,9 @@ func TestMoreChangesThanCanBeReadInTimeAreSaidNotRead(t *testing.T) {
 		if snap.Overrun != overrun || (len(snap.Changes) == keys) == overrun {
 			t.Errorf("of %d changes %d are read, overrun %v", keys, len(snap.Changes), snap.Overrun)
 		}
+		if few, err := store.Snapshot(t.Context(), since, 100); err != nil || !few.Overrun || few.Changes != nil {
+			t.Errorf("of %d changes, 100 at most: %d are read, overrun %v, %v", keys, len(few.Changes), few.Overrun, err)
+		}
 		if snap.Xmax < start.Xmax || snapshot(t, store, snap.Text).Overrun {
 			t.Error("the reading afterwards does not go on from here")
 		}

@@ -124,7 +124,7 @@ func TestFirstIndexOfScopesDoesNotMatter(t *testing.T) {
 		store := open(t, databaseURL, keystore.Options{})
 		start, key := snapshot(t, store, ""), insert(t, store)
 		pgtest.Exec(t, databaseURL, `update rekall.api_keys set scopes = '[0:1]={hives:read,agents:read}'`)
-		snap, err := store.Snapshot(t.Context(), start.Text)
+		snap, err := store.Snapshot(t.Context(), start.Text, keystore.MaxChanges)
 		if err != nil {
 			t.Errorf("%s: %v", mode, err)
 		} else if record := change(snap, key); record == nil || record.Scopes != apikey.HivesRead|apikey.AgentsRead {

@@ -79,7 +79,7 @@ func insert(t testing.TB, store *keystore.Store, with ...func(*keystore.NewKey))
 
 func snapshot(t testing.TB, store *keystore.Store, since string) keystore.Snapshot {
 	t.Helper()
-	snap, err := store.Snapshot(t.Context(), since)
+	snap, err := store.Snapshot(t.Context(), since, keystore.MaxChanges)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -123,7 +123,7 @@ func TestErrorsShowNeitherURLNorPassword(t *testing.T) {
 		}
 		store, err := keystore.Open(databaseURL, keystore.Options{})
 		if err == nil {
-			_, err = store.Snapshot(t.Context(), "")
+			_, err = store.Snapshot(t.Context(), "", keystore.MaxChanges)
 			store.Close()
 		}
 		if err == nil {
@@ -222,7 +222,7 @@ func TestCallsEndWithTheirContextThoughTheServerHangs(t *testing.T) {
 	for range 6 { // more than there are connections
 		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 		_, lookupErr := store.Lookup(ctx, []apikey.Digest{key.Digest})
-		_, snapshotErr := store.Snapshot(ctx, "1:1:")
+		_, snapshotErr := store.Snapshot(ctx, "1:1:", keystore.MaxChanges)
 		cancel()
 		if !errors.Is(lookupErr, context.DeadlineExceeded) || !errors.Is(snapshotErr, context.DeadlineExceeded) {
 			t.Errorf("Lookup: %v, Snapshot: %v", lookupErr, snapshotErr)

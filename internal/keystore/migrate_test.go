@@ -331,7 +331,7 @@ func TestMigrationThatIsDeniedSaysWhoMayRunIt(t *testing.T) {
 func TestDatabaseWithoutSchemaSaysWhatToRun(t *testing.T) {
 	store := open(t, pgtest.URL(t), keystore.Options{})
 	calls := map[string]func(context.Context) error{
-		"Snapshot": func(ctx context.Context) error { _, err := store.Snapshot(ctx, ""); return err },
+		"Snapshot": func(ctx context.Context) error { _, err := store.Snapshot(ctx, "", keystore.MaxChanges); return err },
 		"Lookup":   func(ctx context.Context) error { _, err := store.Lookup(ctx, nil); return err },
 		"Insert":   func(ctx context.Context) error { _, err := store.Insert(ctx, newKey()); return err },
 		"Get": func(ctx context.Context) error {

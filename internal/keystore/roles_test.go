@@ -468,7 +468,7 @@ func TestMissingRightSaysWhatToDo(t *testing.T) {
 	databaseURL, roles := granted(t)
 	pgtest.Exec(t, databaseURL, `revoke select on rekall.api_keys from `+roles.Edge)
 	edge := open(t, pgtest.Login(t, databaseURL, roles.Edge), keystore.Options{})
-	_, err := edge.Snapshot(t.Context(), "")
+	_, err := edge.Snapshot(t.Context(), "", keystore.MaxChanges)
 	if sqlState(err) != insufficientPrivilege || !strings.Contains(err.Error(), "--edge-role") || !strings.Contains(err.Error(), "api_keys") {
 		t.Errorf("got %v", err)
 	}

@@ -166,7 +166,7 @@ func median(t *testing.T, times int, do func() error) time.Duration {
 
 func (db *database) snapshot(t *testing.T, since string) keystore.Snapshot {
 	t.Helper()
-	snap, err := db.store.Snapshot(t.Context(), since)
+	snap, err := db.store.Snapshot(t.Context(), since, keystore.MaxChanges)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -178,7 +178,7 @@ func (db *database) emptyTicks(t *testing.T) (took time.Duration, pages float64)
 	watermark := db.snapshot(t, "").Text
 	before := db.settledPages(t)
 	took = median(t, ticks, func() error {
-		_, err := db.store.Snapshot(t.Context(), watermark)
+		_, err := db.store.Snapshot(t.Context(), watermark, keystore.MaxChanges)
 		return err
 	})
 	return took, float64(db.settledPages(t)-before) / ticks
@@ -216,7 +216,7 @@ func (db *database) changesTicks(t *testing.T) time.Duration {
 			t.Fatal(err)
 		}
 		took = append(took, median(t, 1, func() error {
-			snap, err := db.store.Snapshot(t.Context(), watermark)
+			snap, err := db.store.Snapshot(t.Context(), watermark, keystore.MaxChanges)
 			if err == nil && len(snap.Changes) != changes {
 				err = fmt.Errorf("%d changes, want %d", len(snap.Changes), changes)
 			}
