@@ -290,3 +290,47 @@ func TestLookupsBeyondTheBoundOfThoseThatWaitAreRefused(t *testing.T) {
 		t.Errorf("%v, want errWaiting", err)
 	}
 }
+
+// refusing is a Postgres that refuses connections.
+type refusing struct {
+	Store
+	attempts atomic.Int64
+}
+
+func (s *refusing) Lookup(context.Context, []apikey.Digest) (keystore.Found, error) {
+	s.attempts.Add(1)
+	return keystore.Found{}, errors.New("connection refused")
+}
+
+func (s *refusing) Snapshot(context.Context, string, int) (keystore.Snapshot, error) {
+	s.attempts.Add(1)
+	return keystore.Snapshot{}, errors.New("connection refused")
+}
+
+func TestPostgresThatRefusesConnectionsIsAskedRarelyHoweverManyKeysWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := new(refusing)
+		c := newCache(t, store, func(cfg *Config) { cfg.NoListen = true })
+		defer c.Close()
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() { c.syncLoop(ctx) })
+		const seconds = 10
+		for n := range 1000 * seconds {
+			wg.Go(func() {
+				c.unknown.want()
+				began := time.Now()
+				if _, err := c.Find(ctx, numbered(n)); !errors.Is(err, errUnavailable) || time.Since(began) >= time.Second {
+					t.Errorf("error %v after %v", err, time.Since(began))
+				}
+			})
+			<-time.After(time.Millisecond)
+		}
+		cancel()
+		wg.Wait()
+		<-time.After(lookupRetryMax) // in which the last lookup finds that nobody waits
+		if n := store.attempts.Load(); n > seconds*15 || n < seconds*4 {
+			t.Errorf("%d attempts to connect in %d s, want at most 15 a second", n, seconds)
+		}
+	})
+}

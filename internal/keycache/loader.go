@@ -18,7 +18,7 @@ const (
 	// fails all of them.
 	lookupBatch = 256
 
-	// lookupTimeout leaves the rest of answerWithin for waiting in line and for the answer.
+	// lookupTimeout leaves the rest of answerWithin for waiting in line, lookupRetryMax included, and for the answer.
 	lookupTimeout = 700 * time.Millisecond
 
 	// lookupGap is what a lookup of one key puts the next one off by, once lookupBurst is used up: at first each key is read
@@ -28,6 +28,11 @@ const (
 	lookupBurst  = 32 * lookupGap
 	lookupShare  = 8
 	maxLookupGap = 40 * time.Millisecond
+
+	// While lookups fail, they are put off by lookupRetryMin, twice as long each time, up to lookupRetryMax: each is an attempt to connect, and
+	// a Postgres that recovers or has no connection left gets them from all edges.
+	lookupRetryMin = 10 * time.Millisecond
+	lookupRetryMax = 150 * time.Millisecond
 
 	// maxWaiting bounds the memory of lookups that a Postgres which hangs leaves waiting.
 	maxWaiting = 1 << 16
@@ -51,6 +56,8 @@ type loader struct {
 	gathering bool                    // a lookup waits for its turn
 	reserved  int                     // connections that others use
 	turns     pace
+	retry     time.Duration // by which the last lookup that failed put off the next; 0: none since one that did not
+	retryAt   time.Time
 }
 
 type call struct {
@@ -138,9 +145,10 @@ func (l *loader) start() {
 	}
 	l.running++
 	l.gathering = true
-	var wait time.Duration
+	now := time.Now()
+	wait := l.retryAt.Sub(now)
 	if len(l.waiting) < lookupBatch {
-		wait = l.turns.wait(time.Now())
+		wait = max(wait, l.turns.wait(now))
 	}
 	go l.run(wait)
 }
@@ -150,10 +158,11 @@ func (l *loader) run(wait time.Duration) {
 		<-time.After(wait)
 	}
 	batch := l.next()
+	var err error
 	if len(batch) > 0 {
-		l.lookup(batch)
+		err = l.lookup(batch)
 	}
-	l.finish(batch)
+	l.finish(batch, err)
 }
 
 // next takes the calls for one lookup off the line.
@@ -186,9 +195,16 @@ func (l *loader) next() []*call {
 	return batch
 }
 
-func (l *loader) finish(batch []*call) {
+func (l *loader) finish(batch []*call, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	switch {
+	case err != nil && !errors.Is(err, errOtherServer): // which the next sync clears up
+		l.retry = min(max(2*l.retry, lookupRetryMin), lookupRetryMax)
+		l.retryAt = time.Now().Add(l.retry)
+	case len(batch) > 0:
+		l.retry, l.retryAt = 0, time.Time{}
+	}
 	for _, c := range batch {
 		l.forget(c)
 		close(c.done)
@@ -203,7 +219,7 @@ func (l *loader) forget(c *call) {
 	}
 }
 
-func (l *loader) lookup(batch []*call) {
+func (l *loader) lookup(batch []*call) error {
 	ctx, cancel := context.WithTimeout(context.Background(), lookupTimeout)
 	defer cancel()
 	digests := make([]apikey.Digest, len(batch))
@@ -219,6 +235,7 @@ func (l *loader) lookup(batch []*call) {
 		c.answer = answers[i]
 		l.cache.accept(&c.answer)
 	}
+	return err
 }
 
 // query reads rows, and counts that.

@@ -71,7 +71,11 @@ func (c *Cache) syncLoop(ctx context.Context) {
 			syncing.Begins = "key sync failed; no key is trusted yet, each request asks Postgres"
 		}
 		c.failures.Note(&syncing, err, zap.Duration("max_staleness", c.cfg.MaxStaleness), zap.Duration("took", took))
-		if !pause(ctx, wakeGap, nil) || !c.awaitSync(ctx, startedAt, time.Since(startedAt)) {
+		gap := max(proofGap, proofShare*time.Since(startedAt))
+		if err != nil {
+			gap = max(gap, lookupRetryMax) // each is an attempt to connect
+		}
+		if !pause(ctx, wakeGap, nil) || !c.awaitSync(ctx, startedAt, min(gap, c.cfg.Refresh)) {
 			return
 		}
 	}
@@ -94,8 +98,9 @@ func (c *Cache) AwaitFirstSync(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// awaitSync waits for the time of the next sync after one that began at startedAt. It reports false when ctx is done.
-func (c *Cache) awaitSync(ctx context.Context, startedAt time.Time, took time.Duration) bool {
+// awaitSync waits for the time of the next sync after one that began at startedAt: a tick later, or the gap if a proof waits for it. It
+// reports false when ctx is done.
+func (c *Cache) awaitSync(ctx context.Context, startedAt time.Time, gap time.Duration) bool {
 	timer := time.NewTimer(c.cfg.Refresh - time.Since(startedAt))
 	defer timer.Stop()
 	select {
@@ -107,7 +112,6 @@ func (c *Cache) awaitSync(ctx context.Context, startedAt time.Time, took time.Du
 		if c.cfg.Sent != nil {
 			c.report() // a standby proves nothing without one that came later
 		}
-		gap := min(max(proofGap, proofShare*took), c.cfg.Refresh)
 		return pause(ctx, gap-time.Since(startedAt), c.wake)
 	case <-ctx.Done():
 		return false
