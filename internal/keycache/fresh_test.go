@@ -476,6 +476,31 @@ func TestMoreChangesThanTheLinkBringsInTimeHoldUpTheFeedForAFewSyncs(t *testing.
 	}
 }
 
+// TestChangeIsReportedOnceTheKeysInFlightAreVerified: until then it is not confirmed, and afterwards it must not wait for the next regular
+// report.
+func TestChangeIsReportedOnceTheKeysInFlightAreVerified(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	store, reports := &hookedStore{Store: db.store}, 0
+	c := newCache(t, store, func(cfg *Config) { cfg.Report = func() { reports++ } })
+	tick(t, c)
+	key := db.create(t)
+	tick(t, c)
+	reports = 0
+	c.unverified = []apikey.Digest{key.digest} // as when the feed has started over
+	store.unreadable = errors.New("connection refused")
+	db.revoke(t, db.create(t))
+	if err := c.sync(t.Context()); err == nil || reports != 0 {
+		t.Fatalf("error %v, %d reports while a key in flight cannot be verified", err, reports)
+	}
+	store.unreadable = nil
+	for range 2 {
+		tick(t, c)
+	}
+	if reports != 1 {
+		t.Errorf("%d reports were asked for once it could, want one", reports)
+	}
+}
+
 // frozenStore is one that the process asks, and then stands still before it has the answer. Later Postgres refuses.
 type frozenStore struct {
 	Store

@@ -105,10 +105,12 @@ type Cache struct {
 
 	canaryAt atomic.Int64 // when that was told, in nanoseconds since 1970
 
-	late int // readings of the feed, the last ones, that did not end in time, 3 at most; only sync uses it
+	// Of sync only.
+	late       int  // readings of the feed, the last ones, that did not end in time; 3 at most
+	unreported bool // changes are published that no report was asked for, since what follows failed
 
 	// unverified are the keys that were in flight when the feed started over: changes to them may have been missed, so their rows must
-	// be read again. Only sync uses it.
+	// be read again. Of sync only.
 	unverified []apikey.Digest
 
 	// told are the revocations that lookups brought where a standby is read, by digest: it may lag, and ristretto drop them.

@@ -171,14 +171,16 @@ func (c *Cache) follow(ctx context.Context) error {
 		c.startOver(ctx, old, r)
 	} else {
 		changed = c.advance(old, r)
+		c.measureCanary(old, changed)
 	}
+	c.unreported = c.unreported || over || len(changed) > 0
 	if err := c.verify(ctx); err != nil {
 		return fmt.Errorf("verify keys in flight: %w", err)
 	}
-	c.measureCanary(old, changed)
 	// Only now: a confirmed change has also reached the requests in flight.
 	c.applied.Store(&Applied{At: r.Now.Add(r.vouchedAt.Sub(r.startedAt)), Snapshot: c.state.Load().seen, Server: r.Server, Beat: r.Beat})
-	if over || len(changed) > 0 {
+	if c.unreported {
+		c.unreported = false
 		c.report()
 	}
 	return nil
