@@ -126,11 +126,3 @@ func (c *Cache) buildFilter(ctx context.Context, s *state) error {
 		zap.Int64("keys", f.keys.Load()), zap.Int("bytes", f.bytes()), zap.Duration("took", time.Since(startedAt)))
 	return nil
 }
-
-// isOn returns an error unless server is the one that the feed of s is read from.
-func (s *state) isOn(server keystore.Server) error {
-	if server != s.server {
-		return errOtherServer
-	}
-	return nil
-}

@@ -200,21 +200,10 @@ func New(store Store, cfg Config) (*Cache, error) {
 // Find returns what Postgres knows of the key with that digest, from data no older than MaxStaleness. An error, which comes within a
 // second, says that nobody can tell now, whatever it wraps.
 func (c *Cache) Find(ctx context.Context, d apikey.Digest) (Found, error) {
-	now := time.Now()
-	s := c.state.Load()
-	if s.fresh(now, c.cfg.MaxStaleness) {
-		e := c.often(s, &d, now)
-		if e == nil && c.remembered(s, &d, now) { // before ristretto, which unknown keys need not trouble
-			c.counts.hits.add(&d)
-			return found(nil, s, s.pgTime(now), s.syncedAt), nil
-		}
-		if e == nil {
-			e = c.cached(s, &d, now)
-		}
-		if e != nil && !s.disputed(e, now) {
-			c.counts.hits.add(&d)
-			return found(e, s, s.pgTime(now), s.syncedAt), nil
-		}
+	now, s := time.Now(), c.state.Load()
+	if e, absent := c.recall(s, &d, now); e != nil || absent {
+		c.counts.hits.add(&d)
+		return found(e, s, s.pgTime(now), s.syncedAt), nil
 	}
 	c.counts.misses.Add(1)
 	if c.unknown.certain(s, &d) && !c.unknown.mayAsk(now) {
@@ -225,15 +214,25 @@ func (c *Cache) Find(ctx context.Context, d apikey.Digest) (Found, error) {
 
 // Cached reports whether Find would answer with a record from memory.
 func (c *Cache) Cached(d apikey.Digest) bool {
-	now, s := time.Now(), c.state.Load()
+	e, _ := c.recall(c.state.Load(), &d, time.Now())
+	return e != nil
+}
+
+// recall returns what memory tells of a key: an entry, or that it is absent, or neither.
+func (c *Cache) recall(s *state, d *apikey.Digest, now time.Time) (e *entry, absent bool) {
 	if !s.fresh(now, c.cfg.MaxStaleness) {
-		return false
+		return nil, false
 	}
-	e := c.often(s, &d, now)
-	if e == nil {
-		e = c.cached(s, &d, now)
+	if e = c.often(s, d, now); e == nil {
+		if c.remembered(s, d, now) { // before ristretto, which unknown keys need not trouble
+			return nil, true
+		}
+		e = c.cached(s, d, now)
 	}
-	return e != nil && !s.disputed(e, now)
+	if e != nil && s.disputed(e, now) {
+		return nil, false
+	}
+	return e, false
 }
 
 // found makes an answer of an entry, or of the absence of one.

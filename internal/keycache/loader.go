@@ -39,8 +39,8 @@ const (
 )
 
 var (
-	// errOtherServer says that a row came from another server than the one whose changes the feed follows.
-	errOtherServer = errors.New("lookup was answered by another server than the feed's")
+	// errOtherServer says that rows came from another server than the one whose changes the feed follows.
+	errOtherServer = errors.New("rows came from another server than the feed's")
 
 	errWaiting = errors.New("too many keys wait to be looked up")
 )
@@ -259,9 +259,10 @@ func (c *Cache) read(ctx context.Context, digests []apikey.Digest, epoch uint64)
 	if found.Server.InRecovery && c.cfg.Sent == nil {
 		return nil, errStandby
 	}
-	s := c.state.Load()
-	if !s.syncedAt.IsZero() && !s.foundHere(found) {
-		return nil, errOtherServer
+	if s := c.state.Load(); !s.syncedAt.IsZero() {
+		if err := s.isOn(found.Server); err != nil {
+			return nil, err
+		}
 	}
 	records := make(map[apikey.Digest]*apikey.Record, len(found.Records))
 	for _, r := range found.Records {

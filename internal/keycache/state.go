@@ -124,9 +124,12 @@ func (s *state) sameServer(snap keystore.Snapshot) bool {
 	return s.server == snap.Server && snap.Xmax >= s.xmax
 }
 
-// foundHere reports whether rows were found on the server that the feed of s is read from.
-func (s *state) foundHere(found keystore.Found) bool {
-	return found.Server == s.server
+// isOn returns an error unless server is the one that the feed of s is read from.
+func (s *state) isOn(server keystore.Server) error {
+	if server != s.server {
+		return errOtherServer
+	}
+	return nil
 }
 
 // restart returns the state after a sync that has nothing in common with s: no entry read before it is usable.

@@ -324,7 +324,7 @@ func (c *Cache) carryOver(ctx context.Context, old, n *state) {
 	}
 	for batch := range slices.Chunk(digests, carryOverBatch) {
 		found, err := c.query(ctx, batch)
-		if err != nil || !n.foundHere(found) {
+		if err != nil || n.isOn(found.Server) != nil {
 			return // they are looked up when they are asked for
 		}
 		for _, record := range found.Records {
