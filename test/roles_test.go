@@ -80,7 +80,7 @@ func TestWhoLacksARightIsToldWhichRoleHasIt(t *testing.T) {
 	want := func(user, args, remedy string) {
 		t.Helper()
 		_, stderr, code := cli(t, user, strings.Fields(args)...)
-		if code != 1 || !strings.Contains(stderr, remedy) || !strings.Contains(stderr, "permission denied") || strings.Contains(stderr, "--edge-role") {
+		if code != 1 || strings.Count(stderr, remedy) != 1 || !strings.Contains(stderr, "permission denied") || strings.Contains(stderr, "--edge-role") {
 			t.Errorf("%s: %d %s", args, code, stderr)
 		}
 	}

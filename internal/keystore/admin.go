@@ -186,11 +186,11 @@ func (k Keys) Now(ctx context.Context) (now time.Time, err error) {
 
 // Server returns the server: in a Tx, whose Xid is that server's.
 func (k Keys) Server(ctx context.Context) (Server, error) {
-	var server serverRow
-	if err := k.db.QueryRow(ctx, `select `+serverSQL).Scan(&server); err != nil {
+	server, err := serverOf(ctx, k.db)
+	if err != nil {
 		return Server{}, failed("read the server", err)
 	}
-	return server.server(), nil
+	return server, nil
 }
 
 // Xid returns the id of the transaction.

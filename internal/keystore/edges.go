@@ -116,7 +116,7 @@ type SeenEdge struct {
 func (s *Store) Edges(ctx context.Context, xid uint64) (edges []SeenEdge, server Server, err error) {
 	// One transaction is on one server, even behind a pooler.
 	err = pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) (err error) {
-		if server, err = (Keys{tx}).Server(ctx); err != nil {
+		if server, err = serverOf(ctx, tx); err != nil {
 			return err
 		}
 		rows, _ := tx.Query(ctx, `

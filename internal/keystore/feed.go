@@ -56,6 +56,13 @@ func (r serverRow) server() Server {
 	}
 }
 
+// serverOf returns the server that a transaction is on, and Postgres's own error: who asks wraps it, with the role that they need.
+func serverOf(ctx context.Context, db querier) (Server, error) {
+	var row serverRow
+	err := db.QueryRow(ctx, `select `+serverSQL).Scan(&row)
+	return row.server(), err
+}
+
 // Snapshot is one reading of the change feed: all of it as of one moment of the server.
 type Snapshot struct {
 	Server  Server

@@ -474,6 +474,19 @@ func TestMissingRightSaysWhatToDo(t *testing.T) {
 	}
 }
 
+func TestMissingRightNamesOnceTheRoleThatHasIt(t *testing.T) {
+	databaseURL, roles := granted(t)
+	pgtest.Exec(t, databaseURL, `revoke usage on schema rekall from `+roles.Edge)
+	edge := open(t, pgtest.Login(t, databaseURL, roles.Edge), keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
+	scan := edge.ScanHashes(t.Context(), func(keystore.Server, int) error { return nil }, func([]byte) {})
+	_, _, edges := edge.Edges(t.Context(), 0)
+	for role, err := range map[string]error{"--edge-role": scan, "--admin-role": edges} {
+		if sqlState(err) != insufficientPrivilege || strings.Count(err.Error(), role) != 1 || strings.Count(err.Error(), "-role") != 1 {
+			t.Errorf("want %s once: %v", role, err)
+		}
+	}
+}
+
 // A migration that adds something must say who may use it, or that nobody may.
 func TestEveryObjectAndColumnOfTheSchemaHasItsGrants(t *testing.T) {
 	databaseURL, roles := granted(t)

@@ -137,7 +137,7 @@ func (s *Store) scan(ctx context.Context, doing string, do func(pgx.Tx, Server) 
 		if _, err := tx.Exec(ctx, settings); err != nil {
 			return err
 		}
-		server, err := (Keys{tx}).Server(ctx)
+		server, err := serverOf(ctx, tx)
 		if err != nil {
 			return err
 		}
