@@ -111,7 +111,7 @@ func (t *Tx) Insert(ctx context.Context, key NewKey) (Row, error) {
 	if key.Lifetime != 0 {
 		lifetime = &key.Lifetime
 	}
-	return readRow(ctx, t.db, "create key", `
+	return readRow(ctx, t.tx, "create key", `
 insert into rekall.api_keys as k (id, account, name, environment, key_hash, hint, scopes, manage_keys, created_by, expires_at,
 	predecessor, overlap_on_first_use)
 values ($1, $2, $3, $4, $5, nullif($6, ''), $7, $8, nullif($9, ''), coalesce($10, now() + $11::interval), nullif($12, ''), $13)
@@ -122,7 +122,7 @@ returning `+rowColumns, key.ID, key.Account, key.Name, key.Environment.String(),
 // CountMade returns how many keys an account has that were made within 24 hours by others than operators, and limit if they are more. It
 // looks at the account's newest only, ten times as many: an import of others takes no longer to count.
 func (t *Tx) CountMade(ctx context.Context, account string, limit int) (made int, err error) {
-	err = t.db.QueryRow(ctx, `
+	err = t.tx.QueryRow(ctx, `
 select least(count(*), $2) from (
 	select created_by from rekall.api_keys
 	where account = $1 and created_at > now() - interval '24 hours'
@@ -160,7 +160,7 @@ func (t *Tx) Rename(ctx context.Context, reach Reach, id, name string) (row Row,
 		return row, row.Name, err
 	}
 	before = row.Name
-	row, err = readRow(ctx, t.db, "rename key", `update rekall.api_keys k set name = $2 where k.id = $1 returning `+rowColumns, id, name)
+	row, err = readRow(ctx, t.tx, "rename key", `update rekall.api_keys k set name = $2 where k.id = $1 returning `+rowColumns, id, name)
 	return row, before, err
 }
 
@@ -168,7 +168,7 @@ func (t *Tx) Rename(ctx context.Context, reach Reach, id, name string) (row Row,
 // ErrNoRow if there is no such key. Of many calls at once, one revokes: the others wait for its row and find it revoked. As Lock
 // does, it reads the key once it has it.
 func (t *Tx) Revoke(ctx context.Context, reach Reach, id string) (row Row, revoked bool, err error) {
-	tag, err := t.db.Exec(ctx, `update rekall.api_keys k set revoked_at = now() where `+oneKey+` and k.revoked_at is null`, reach.args(id)...)
+	tag, err := t.tx.Exec(ctx, `update rekall.api_keys k set revoked_at = now() where `+oneKey+` and k.revoked_at is null`, reach.args(id)...)
 	if err != nil {
 		return Row{}, false, failed("revoke key", err)
 	}

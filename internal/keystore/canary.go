@@ -17,8 +17,5 @@ func (s *Store) CreateCanary(ctx context.Context) (id string, err error) {
 
 // RevokeCanary revokes a canary, and leaves every other key alone.
 func (s *Store) RevokeCanary(ctx context.Context, id string) error {
-	if _, err := s.pool.Exec(ctx, `select rekall.revoke_canary($1)`, id); err != nil {
-		return failedAtEdge("revoke canary", err)
-	}
-	return nil
+	return s.execAtEdge(ctx, "revoke canary", `select rekall.revoke_canary($1)`, id)
 }

@@ -57,27 +57,18 @@ returning `+serverSQL+`, pg_current_snapshot()::text`,
 
 // ForgetEdges removes the rows of edges that have not reported for so long.
 func (s *Store) ForgetEdges(ctx context.Context, silence time.Duration) error {
-	if _, err := s.pool.Exec(ctx, `delete from rekall.edges where seen_at < now() - $1::interval`, silence); err != nil {
-		return failedAtEdge("forget edges", err)
-	}
-	return nil
+	return s.execAtEdge(ctx, "forget edges", `delete from rekall.edges where seen_at < now() - $1::interval`, silence)
 }
 
 // ForgetReplacedEdges removes the rows of edges with the name and the database user of this one, which has reported, that are
 // silent for longer than their max_staleness.
 func (s *Store) ForgetReplacedEdges(ctx context.Context, instance string) error {
-	if _, err := s.pool.Exec(ctx, `select rekall.forget_replaced_edges($1)`, instance); err != nil {
-		return failedAtEdge("forget replaced edges", err)
-	}
-	return nil
+	return s.execAtEdge(ctx, "forget replaced edges", `select rekall.forget_replaced_edges($1)`, instance)
 }
 
 // RemoveEdge removes the row of an edge that stops.
 func (s *Store) RemoveEdge(ctx context.Context, instance string) error {
-	if _, err := s.pool.Exec(ctx, `delete from rekall.edges where instance = $1`, instance); err != nil {
-		return failedAtEdge("remove edge", err)
-	}
-	return nil
+	return s.execAtEdge(ctx, "remove edge", `delete from rekall.edges where instance = $1`, instance)
 }
 
 // EdgeCount is how many edges there are.

@@ -9,7 +9,7 @@ import (
 // ClaimIdempotencyKey notes that a request makes the key keyID, or returns the hash and the key of the request that made one
 // with the same idempotency key within the last 24 hours. Of two requests at once, the second waits for the first to commit.
 func (t *Tx) ClaimIdempotencyKey(ctx context.Context, account, actor, idempotencyKey string, hash [32]byte, keyID string) (first *FirstRequest, err error) {
-	tag, err := t.db.Exec(ctx, `
+	tag, err := t.tx.Exec(ctx, `
 insert into rekall.idempotency_keys as i (account, actor, idempotency_key, request_hash, key_id) values ($1, $2, $3, $4, $5)
 on conflict (account, actor, idempotency_key) do update
 	set request_hash = excluded.request_hash, key_id = excluded.key_id, created_at = now()
@@ -20,7 +20,7 @@ on conflict (account, actor, idempotency_key) do update
 	if tag.RowsAffected() == 1 {
 		return nil, t.forgetIdempotencyKeys(ctx)
 	}
-	rows, _ := t.db.Query(ctx, `
+	rows, _ := t.tx.Query(ctx, `
 select request_hash, key_id from rekall.idempotency_keys where account = $1 and actor = $2 and idempotency_key = $3`,
 		account, actor, idempotencyKey) // CollectExactlyOneRow returns its error
 	first, err = pgx.CollectExactlyOneRow(rows, pgx.RowToAddrOfStructByPos[FirstRequest])

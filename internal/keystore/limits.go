@@ -113,7 +113,7 @@ func (t *Tx) LockAccountLimits(ctx context.Context, account string) (AccountLimi
 	if err := t.exec(ctx, "lock limits of account", `insert into rekall.account_limits (account) values ($1) on conflict do nothing`, account); err != nil {
 		return AccountLimits{}, err
 	}
-	return accountLimits(t.db.QueryRow(ctx, accountLimitsSQL+` for no key update`, account), account)
+	return accountLimits(t.tx.QueryRow(ctx, accountLimitsSQL+` for no key update`, account), account)
 }
 
 // SetAccountLimits changes the limits of an account that LockAccountLimits has returned.
@@ -128,7 +128,7 @@ func (t *Tx) LockKeyLimits(ctx context.Context, keyID string) (KeyLimits, error)
 	if err := t.exec(ctx, "lock limits of key", `insert into rekall.key_limits (key_id) values ($1) on conflict do nothing`, keyID); err != nil {
 		return KeyLimits{}, err
 	}
-	return keyLimits(t.db.QueryRow(ctx, keyLimitsSQL+` for no key update`, keyID), keyID)
+	return keyLimits(t.tx.QueryRow(ctx, keyLimitsSQL+` for no key update`, keyID), keyID)
 }
 
 // SetKeyLimits changes the limits of a key that LockKeyLimits has returned.

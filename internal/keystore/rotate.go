@@ -60,13 +60,6 @@ func (t *Tx) holds(ctx context.Context, doing, condition, id string) (holds bool
 	return holds, nil
 }
 
-func (t *Tx) exec(ctx context.Context, doing, sql string, args ...any) error {
-	if _, err := t.tx.Exec(ctx, sql, args...); err != nil {
-		return failed(doing, err)
-	}
-	return nil
-}
-
 // ListDue returns up to limit keys that follow a position, oldest first: those that were created before a moment, have not
 // ended, have no successor that has not ended, and whose first use no predecessor awaits.
 func (s *Store) ListDue(ctx context.Context, reach Reach, createdBefore time.Time, after Position, limit int) ([]Row, error) {

@@ -24,6 +24,21 @@ type Tx struct {
 	tx pgx.Tx
 }
 
+func (t *Tx) exec(ctx context.Context, doing, sql string, args ...any) error {
+	if _, err := t.tx.Exec(ctx, sql, args...); err != nil {
+		return failed(doing, err)
+	}
+	return nil
+}
+
+// execAtEdge is exec for what gateways do, in a transaction of its own.
+func (s *Store) execAtEdge(ctx context.Context, doing, sql string, args ...any) error {
+	if _, err := s.pool.Exec(ctx, sql, args...); err != nil {
+		return failedAtEdge(doing, err)
+	}
+	return nil
+}
+
 // Change runs do in a transaction, which is committed if do returns nil. It runs do again if Postgres broke a deadlock at
 // its expense: two keys that revoke each other wait for each other.
 func (s *Store) Change(ctx context.Context, do func(*Tx) error) error {
