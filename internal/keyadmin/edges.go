@@ -50,7 +50,7 @@ func fromSeen(e keystore.SeenEdge) Edge {
 		Name: e.Name, Region: e.Region, Version: e.Version, Instance: e.Instance, Status: Live,
 		LastSyncAt: utc(e.SyncedAt), AgeSeconds: float64(e.Age.Round(time.Millisecond).Milliseconds()) / 1000,
 	}
-	if e.Age > e.MaxStaleness {
+	if !e.Live {
 		edge.Status = FailClosed
 	}
 	return edge

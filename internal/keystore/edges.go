@@ -77,16 +77,20 @@ type EdgeCount struct {
 	FailClosed int // all others
 }
 
-// edgeAge is how old an edge's data is as far as it has reported. Until its first sync it trusts none, and counts as live while it
-// reports.
-const edgeAge = `clock_timestamp() - coalesce(synced_at, seen_at)`
+const (
+	// agedEdges has how old an edge's data is as far as it has reported. Until its first sync it trusts none, and counts as live while
+	// it reports.
+	agedEdges = `rekall.edges cross join lateral (select clock_timestamp() - coalesce(synced_at, seen_at) as age) aged`
+
+	// liveEdge is whether an edge of agedEdges may still trust what it knows.
+	liveEdge = `age <= max_staleness`
+)
 
 // CountEdges counts the edges that take requests. An edge's own role may.
 func (s *Store) CountEdges(ctx context.Context) (EdgeCount, error) {
 	var n EdgeCount
 	err := s.pool.QueryRow(ctx, `
-select count(*) filter (where age <= max_staleness), count(*) filter (where age > max_staleness)
-from (select `+edgeAge+` as age, max_staleness from rekall.edges where beat < $1) edges`, DrainingBeat).Scan(&n.Live, &n.FailClosed)
+select count(*) filter (where `+liveEdge+`), count(*) filter (where not `+liveEdge+`) from `+agedEdges+` where beat < $1`, DrainingBeat).Scan(&n.Live, &n.FailClosed)
 	if err != nil {
 		return EdgeCount{}, failedAtEdge("count edges", err)
 	}
@@ -100,6 +104,7 @@ type SeenEdge struct {
 	SyncedAt                        *time.Time // nil: never
 	SeenAt                          time.Time
 	Age                             time.Duration // since SyncedAt; since its last report, if it has not synced
+	Live                            bool          // as EdgeCount has it
 	Applied                         bool          // whether it has applied the transaction that was asked about
 }
 
@@ -111,11 +116,11 @@ func (s *Store) Edges(ctx context.Context, xid uint64) (edges []SeenEdge, server
 			return err
 		}
 		rows, _ := tx.Query(ctx, `
-select instance, name, region, version, max_staleness, synced_at, seen_at, `+edgeAge+`,
+select instance, name, region, version, max_staleness, synced_at, seen_at, age, `+liveEdge+`,
 	coalesce(pg_visible_in_snapshot($1::xid8, applied) and applied_on = $2, false)
-from rekall.edges order by name, instance`, xid, server.String()) // CollectRows returns its error
+from `+agedEdges+` order by name, instance`, xid, server.String()) // CollectRows returns its error
 		edges, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (e SeenEdge, err error) {
-			err = row.Scan(&e.Instance, &e.Name, &e.Region, &e.Version, &e.MaxStaleness, &e.SyncedAt, &e.SeenAt, &e.Age, &e.Applied)
+			err = row.Scan(&e.Instance, &e.Name, &e.Region, &e.Version, &e.MaxStaleness, &e.SyncedAt, &e.SeenAt, &e.Age, &e.Live, &e.Applied)
 			return e, err
 		})
 		return err
