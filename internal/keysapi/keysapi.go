@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/time/rate"
 
 	"github.com/rekall-ai/gateway/internal/apierror"
 	"github.com/rekall-ai/gateway/internal/apikey"
@@ -60,7 +61,7 @@ type API struct {
 	Config
 	mux     *http.ServeMux
 	finders *ratelimit.Addresses // that report leaks
-	limiter *ratelimit.Limiter   // of all their reports
+	reports *rate.Limiter        // of all their reports
 
 	longReports chan struct{} // a place for each that is read
 }
@@ -68,8 +69,8 @@ type API struct {
 // New returns an API.
 func New(config Config) *API {
 	a := &API{
-		Config: config, mux: http.NewServeMux(), finders: ratelimit.NewAddresses(leaksOfOne, leaksOfOne), limiter: ratelimit.New(),
-		longReports: make(chan struct{}, longReports),
+		Config: config, mux: http.NewServeMux(), finders: ratelimit.NewAddresses(leaksOfOne, leaksOfOne),
+		reports: rate.NewLimiter(rate.Every(time.Minute/leaksOfAll), leaksOfAll), longReports: make(chan struct{}, longReports),
 	}
 	if a.GitHub != nil {
 		a.GitHub.failures.Logger = func() *zap.Logger { return a.Logger }

@@ -7,12 +7,11 @@ import (
 	"net/http"
 	"net/netip"
 	"slices"
+	"time"
 
 	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/internal/apierror"
-	"github.com/rekall-ai/gateway/internal/apikey"
-	"github.com/rekall-ai/gateway/internal/ratelimit"
 )
 
 const (
@@ -32,8 +31,8 @@ const (
 // leaksOfOne is how often one address may report, at once and per minute: a finder has one key, or all in one report.
 const leaksOfOne = 10
 
-// leaksOfAll bounds what all addresses together can write into the audit: 300 reports at once, and per minute.
-var leaksOfAll = ratelimit.Limit{PerMinute: 300, Burst: 375}
+// leaksOfAll bounds what all addresses together can write into the audit: so many reports at once, and per minute.
+const leaksOfAll = 300
 
 // received is all that anybody is told of a report, whatever was in it.
 type received struct {
@@ -43,7 +42,7 @@ type received struct {
 // leaked revokes the keys that somebody has found.
 func (a *API) leaked(r *http.Request) (answer, error) {
 	client := a.Client(r)
-	if err := a.admit(r.Context(), client); err != nil {
+	if err := a.admit(client); err != nil {
 		return answer{}, err
 	}
 	f, err := readFields(r, maxReport, "keys")
@@ -73,15 +72,13 @@ func (a *API) report(ctx context.Context, reporter string, keys []string) (answe
 }
 
 // admit refuses an address that reports too often.
-func (a *API) admit(ctx context.Context, client netip.Addr) error {
+func (a *API) admit(client netip.Addr) error {
 	if verdict := a.finders.Take(client); !verdict.Allowed {
 		return errTooOften.Later(verdict.RetryAfter)
 	}
-	bucket, verdict := a.limiter.Acquire(ctx, apikey.Digest{}, leaksOfAll) // the one bucket that there is
-	if !verdict.Allowed {
-		return errTooOften.Later(verdict.RetryAfter)
+	if !a.reports.Allow() {
+		return errTooOften.Later(time.Minute / leaksOfAll)
 	}
-	bucket.Release()
 	return nil
 }
 
