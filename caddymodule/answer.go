@@ -1,7 +1,6 @@
 package caddymodule
 
 import (
-	"math/rand/v2"
 	"net/http"
 
 	"github.com/rekall-ai/gateway/internal/apierror"
@@ -10,7 +9,7 @@ import (
 
 // refuse answers a request on whose key nothing was decided.
 func refuse(w http.ResponseWriter, r *http.Request, e *apierror.Error) {
-	requestID := newRequestID()
+	requestID := apierror.NewRequestID()
 	logLater(r.Context(), refused{requestID, e.Code})
 	e.Write(w, requestID)
 }
@@ -25,17 +24,4 @@ func onlyReads(w http.ResponseWriter, r *http.Request) bool {
 	return false
 }
 
-// newRequestID returns "req_" and 20 characters, some 119 random bits. It identifies and does not authorise, so the runtime's
-// generator is enough, and so are characters of which two are likelier than others.
-func newRequestID() string {
-	const alphabet = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz" + "01" // for six bits
-	id := [24]byte{'r', 'e', 'q', '_'}
-	for half := range 2 {
-		random := rand.Uint64()
-		for i := range 10 {
-			id[4+10*half+i] = alphabet[random%64]
-			random /= 64
-		}
-	}
-	return string(id[:])
-}
+func newRequestID() string { return apierror.NewRequestID() }

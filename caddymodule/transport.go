@@ -155,7 +155,7 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	case allowed:
 		return t.refuse(r, apierror.Of(apikey.Mismatch), r.Header.Get("X-Request-Id")), nil // which the gateway set
 	}
-	return t.refuse(r, gatewayRequired, newRequestID()), nil
+	return t.refuse(r, gatewayRequired, apierror.NewRequestID()), nil
 }
 
 // roundTrip sends a request, and leaves a bare one for the proxy's debug log: the proxy encodes the request for each answer,

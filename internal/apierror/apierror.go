@@ -5,6 +5,7 @@ package apierror
 import (
 	"bytes"
 	"encoding/json"
+	"math/rand/v2"
 	"net/http"
 	"strconv"
 	"time"
@@ -107,6 +108,21 @@ func (e *Error) Write(w http.ResponseWriter, requestID string) {
 	}
 	w.WriteHeader(e.Status)
 	_, _ = w.Write(body) // the client may be gone
+}
+
+// NewRequestID returns "req_" and 20 characters, some 119 random bits. It identifies and does not authorise, so the runtime's
+// generator is enough, and so are characters of which two are likelier than others.
+func NewRequestID() string {
+	const alphabet = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz" + "01" // for six bits
+	id := [24]byte{'r', 'e', 'q', '_'}
+	for half := range 2 {
+		random := rand.Uint64()
+		for i := range 10 {
+			id[4+10*half+i] = alphabet[random%64]
+			random /= 64
+		}
+	}
+	return string(id[:])
 }
 
 func (e *Error) retryAfter() string {

@@ -119,7 +119,7 @@ func (a *API) managed(do func(*http.Request, keyadmin.Actor) (answer, error)) en
 
 // ServeHTTP answers any request, also for paths that do not exist.
 func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	w.Header().Set(requestID, "req_"+apikey.RandomText(20))
+	w.Header().Set(requestID, apierror.NewRequestID())
 	// The mux would redirect what is not canonical; a redirect invites to send the key again.
 	if !scoperule.Canonical(r.URL.EscapedPath()) {
 		a.refuse(w, r, apierror.Of(apikey.PathInvalid))
