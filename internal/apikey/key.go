@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"regexp"
 	"strings"
 )
 
@@ -164,6 +165,13 @@ func ContainsKey(s string) bool {
 	start, _ := findKey(s)
 	return start >= 0
 }
+
+// keyPattern finds a key in what was found with it: a line feed, a header, the line of a file.
+var keyPattern = regexp.MustCompile(fmt.Sprintf("%s[0-9A-Za-z]{%d}|%s[0-9A-Za-z]{%d}",
+	ProductionPrefix, Length-len(ProductionPrefix), SandboxPrefix, Length-len(SandboxPrefix)))
+
+// FindKeys returns the substrings of s that have the shape of a key, none of which overlap.
+func FindKeys(s string) []string { return keyPattern.FindAllString(s, -1) }
 
 // Redact returns s with every substring shaped like a key replaced by its prefix and an ellipsis.
 func Redact(s string) string {

@@ -2,8 +2,8 @@ package keyadmin
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
-	"regexp"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keystore"
@@ -111,11 +111,8 @@ func (s Selection) details() map[string]any {
 	return map[string]any{"selection": details}
 }
 
-// maxLeaked is how many keys a report of a leak may have.
-const maxLeaked = 1000
-
-// keyPattern finds a key in what was found with it: a line feed, a header, the line of a file.
-var keyPattern = regexp.MustCompile(`rk_(?:[0-9A-Za-z]{45}|test_[0-9A-Za-z]{40})`)
+// MaxLeaked is how many keys a report of a leak may have.
+const MaxLeaked = 1000
 
 // Leaked revokes the keys that somebody has found: possession is the proof. source says who reported them, in the audit as
 // "leak:<source>", an address in that of operators only. What is no key of ours is passed over, and without anything like a key there
@@ -125,12 +122,12 @@ func (a *Admin) Leaked(ctx context.Context, source string, keys []string) (Revoc
 	if err := checkText("source", source); err != nil {
 		return Revocation{}, err
 	}
-	if len(keys) == 0 || len(keys) > maxLeaked {
-		return Revocation{}, &InvalidError{"keys", "must have 1 to 1000 keys"}
+	if len(keys) == 0 || len(keys) > MaxLeaked {
+		return Revocation{}, &InvalidError{"keys", fmt.Sprintf("must have 1 to %d keys", MaxLeaked)}
 	}
 	selected := keystore.Selection{Digests: []apikey.Digest{}}
 	for _, text := range keys {
-		for _, key := range keyPattern.FindAllString(text, -1) {
+		for _, key := range apikey.FindKeys(text) {
 			selected.Digests = append(selected.Digests, apikey.Hash(key))
 		}
 	}

@@ -74,13 +74,9 @@ func (a *API) list(r *http.Request, actor keyadmin.Actor) (answer, error) {
 	if err != nil {
 		return answer{}, err
 	}
-	limit, err := parseLimit(query.Get("limit"))
-	if err != nil {
-		return answer{}, err
-	}
 	found, err := a.Admin.List(r.Context(), actor, keyadmin.ListRequest{
 		Environment: query.Get("environment"), Status: query.Get("status"), Name: query.Get("name"),
-		Limit: limit, Cursor: query.Get("cursor"), WithTotal: true,
+		Limit: parseLimit(query.Get("limit")), Cursor: query.Get("cursor"), WithTotal: true,
 	})
 	if err != nil {
 		return answer{}, err
@@ -88,16 +84,16 @@ func (a *API) list(r *http.Request, actor keyadmin.Actor) (answer, error) {
 	return page(found.Keys, found.NextCursor, found.Total), nil
 }
 
-// parseLimit returns 0 for the longest page if no limit is given.
-func parseLimit(s string) (int, error) {
+// parseLimit returns 0 for the longest page if no limit is given, and a limit that keyadmin refuses for what is none.
+func parseLimit(s string) int {
 	if s == "" {
-		return 0, nil
+		return 0
 	}
 	limit, err := strconv.Atoi(s)
 	if err != nil || limit == 0 {
-		return 0, &keyadmin.InvalidError{Field: "limit", Reason: "must be from 1 to 100"}
+		return -1
 	}
-	return limit, nil
+	return limit
 }
 
 func (a *API) get(r *http.Request, actor keyadmin.Actor) (answer, error) {
@@ -203,13 +199,9 @@ func (a *API) auditOf(r *http.Request, actor keyadmin.Actor, id string) (answer,
 	if err != nil {
 		return answer{}, err
 	}
-	limit, err := parseLimit(query.Get("limit"))
-	if err != nil {
-		return answer{}, err
-	}
 	found, err := a.Admin.Audit(r.Context(), actor, keyadmin.AuditRequest{
 		KeyID: id, Actor: query.Get("actor"), Action: query.Get("action"), Since: query.Get("since"), Until: query.Get("until"),
-		Limit: limit, Cursor: query.Get("cursor"),
+		Limit: parseLimit(query.Get("limit")), Cursor: query.Get("cursor"),
 	})
 	if err != nil {
 		return answer{}, err

@@ -12,10 +12,11 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/internal/apierror"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
 const (
-	// maxReport is the size in bytes of a report: keyadmin's 1000 keys of 48 characters, with room for spaces.
+	// maxReport is the size in bytes of a report: keyadmin.MaxLeaked keys of 48 characters, with room for spaces.
 	maxReport = 128 << 10
 
 	// maxGitHubReport is that of one of GitHub's, which has no documented limit and an address for each key.
@@ -23,9 +24,6 @@ const (
 
 	// longReports is how many of GitHub's that are longer than others' are read at once: anyone can send what looks like one.
 	longReports = 4
-
-	// gitHubBatch is how many keys of one are looked for in one transaction: keyadmin's limit.
-	gitHubBatch = 1000
 )
 
 // leaksOfOne is how often one address may report, at once and per minute: a finder has one key, or all in one report.
@@ -133,7 +131,7 @@ func (a *API) leakedOnGitHub(r *http.Request) (answer, error) {
 		}
 		tokens = append(tokens, *match.Token)
 	}
-	for batch := range slices.Chunk(tokens, gitHubBatch) {
+	for batch := range slices.Chunk(tokens, keyadmin.MaxLeaked) {
 		if _, err := a.report(r.Context(), "github", batch); err != nil {
 			return answer{}, err
 		}
