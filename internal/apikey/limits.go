@@ -2,6 +2,7 @@ package apikey
 
 import (
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 )
@@ -40,6 +41,9 @@ const (
 
 var tierNames = [tierCount]string{"free", "pro", "team", "enterprise", "sandbox"}
 
+// TierNames returns all tiers.
+func TierNames() []string { return slices.Clone(tierNames[:]) }
+
 // String returns the tier as Postgres and the command line write it.
 func (t Tier) String() string {
 	if t >= tierCount {
@@ -50,10 +54,8 @@ func (t Tier) String() string {
 
 // ParseTier is the inverse of String.
 func ParseTier(name string) (Tier, error) {
-	for t, known := range tierNames {
-		if known == name {
-			return Tier(t), nil
-		}
+	if t := slices.Index(tierNames[:], name); t >= 0 {
+		return Tier(t), nil
 	}
 	return 0, fmt.Errorf("unknown tier %q: use free, pro, team, enterprise or sandbox", name)
 }

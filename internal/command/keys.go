@@ -86,7 +86,7 @@ func keysListCommand() *cobra.Command {
 	cmd.Flags().String("created-by", "", "Only keys that this actor made, e.g. cli:root or key:<id>")
 	cmd.Flags().Int("limit", 0, "At most this many (default: all)")
 	choices(cmd, "environment", "production", "sandbox")
-	choices(cmd, "status", "active", "expiring", "expired", "revoked")
+	choices(cmd, "status", keyadmin.StatusNames()...)
 	return cmd
 }
 

@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
@@ -100,7 +101,7 @@ func limitsTierCommand() *cobra.Command {
 	cmd := subcommand(&cobra.Command{
 		Use: "tier <tier> [flags]", Short: "Sets the limits of a tier", Args: arguments("a tier"),
 		Example:           "  rekall-gateway limits tier free --requests-per-minute 200 --burst 300",
-		ValidArgsFunction: cobra.FixedCompletions([]string{"free", "pro", "team", "enterprise", "sandbox"}, cobra.ShellCompDirectiveNoFileComp),
+		ValidArgsFunction: cobra.FixedCompletions(apikey.TierNames(), cobra.ShellCompDirectiveNoFileComp),
 	}, func(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
 		change := limitsChange(cmd)
 		if change == (keyadmin.LimitsChange{}) {
@@ -136,7 +137,7 @@ func limitsAccountCommand() *cobra.Command {
 		return showAccountLimits(cmd, limits)
 	})
 	cmd.Flags().String("tier", "", "free, pro, team or enterprise")
-	choices(cmd, "tier", "free", "pro", "team", "enterprise")
+	choices(cmd, "tier", apikey.TierNames()[:apikey.SandboxTier]...) // which no account has
 	limitFlags(cmd, "as the tier says")
 	return cmd
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/base64"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -96,20 +97,21 @@ func (r ListRequest) validate() (filter keystore.Filter, after keystore.Position
 	return filter, after, limit, err
 }
 
+// stateNames are the states as a ListRequest's status has them.
+var stateNames = [...]string{
+	keystore.AnyState: "", keystore.Active: string(Active), keystore.Expiring: "expiring", keystore.Expired: string(Expired),
+	keystore.Revoked: string(Revoked),
+}
+
+// StatusNames returns what a ListRequest's status may be.
+func StatusNames() []string { return slices.Clone(stateNames[keystore.AnyState+1:]) }
+
 func parseState(status string) (keystore.State, error) {
-	switch status {
-	case "":
-		return keystore.AnyState, nil
-	case string(Active):
-		return keystore.Active, nil
-	case "expiring":
-		return keystore.Expiring, nil
-	case string(Expired):
-		return keystore.Expired, nil
-	case string(Revoked):
-		return keystore.Revoked, nil
+	state := slices.Index(stateNames[:], status)
+	if state < 0 {
+		return 0, &InvalidError{"status", "must be active, expiring, expired or revoked"}
 	}
-	return 0, &InvalidError{"status", "must be active, expiring, expired or revoked"}
+	return keystore.State(state), nil
 }
 
 func checkLimit(limit int) (int, error) {
