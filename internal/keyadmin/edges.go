@@ -78,8 +78,8 @@ const (
 
 // Revocation is a committed transaction that revoked keys, for the edges to confirm.
 type Revocation struct {
-	Count int64     `json:"count"`      // of the keys
-	At    time.Time `json:"revoked_at"` // by Postgres's clock; zero: it was a dry run
+	Count int64     // of the keys
+	At    time.Time // by Postgres's clock; zero: it was a dry run
 	xid   uint64
 
 	server keystore.Server // whose xid that is

@@ -36,13 +36,9 @@ const (
 	turnPatience = 2 * lockPatience
 )
 
-// NewerSchemaError says that the database was migrated by a newer version of the gateway.
-type NewerSchemaError struct {
-	Schema, Binary int32 // version of the database, and the newest that this binary knows
-}
-
-func (e *NewerSchemaError) Error() string {
-	return fmt.Sprintf("database schema is version %d, newer than this binary's %d: upgrade the binary", e.Schema, e.Binary)
+// errNewerSchema says that the database was migrated by a newer version of the gateway.
+func errNewerSchema(schema, binary int32) error {
+	return fmt.Errorf("database schema is version %d, newer than this binary's %d: upgrade the binary", schema, binary)
 }
 
 // Migrate creates the schema rekall or brings it up to this binary's version, and returns the versions before and after. Any
@@ -107,7 +103,7 @@ func Plan(ctx context.Context, url string) (from int32, pending []Migration, err
 		return 0, nil, fmt.Errorf("plan migrations: %w", err)
 	}
 	if newest := int32(len(all)); from > newest {
-		return from, nil, fmt.Errorf("plan migrations: %w", &NewerSchemaError{Schema: from, Binary: newest})
+		return from, nil, fmt.Errorf("plan migrations: %w", errNewerSchema(from, newest))
 	}
 	return from, all[from:], nil
 }
@@ -194,7 +190,7 @@ func migrateTo(ctx context.Context, conn *pgx.Conn, files fs.FS, patience time.D
 	}
 	to = int32(len(migrator.Migrations))
 	if from > to {
-		return from, to, &NewerSchemaError{Schema: from, Binary: to}
+		return from, to, errNewerSchema(from, to)
 	}
 	var prepareErr error
 	migrator.OnStart = func(int32, string, string, string) { prepareErr = prepareMigration(ctx, conn) } // in the migration's transaction

@@ -87,9 +87,8 @@ func TestPlanShowsWhatMigrateRunsAndChangesNothing(t *testing.T) {
 		}
 	}
 	pgtest.Exec(t, databaseURL, `update rekall.schema_version set version = 77`)
-	var newer *keystore.NewerSchemaError
-	if _, _, err := keystore.Plan(t.Context(), databaseURL); !errors.As(err, &newer) || newer.Schema != 77 {
-		t.Errorf("a newer schema: %v", err)
+	if _, _, err := keystore.Plan(t.Context(), databaseURL); err == nil || !strings.HasSuffix(err.Error(), newerSchema) {
+		t.Errorf("a newer schema: %v, want %q", err, newerSchema)
 	}
 }
 
@@ -180,21 +179,13 @@ func TestMigrationThatCannotHaveItsTurnSaysWhoHasItAndTakesItLater(t *testing.T)
 	}
 }
 
+var newerSchema = fmt.Sprintf("database schema is version 77, newer than this binary's %d: upgrade the binary", keystore.KnownSchemaVersion())
+
 func TestNewerSchemaIsRefusedUntouched(t *testing.T) {
-	databaseURL := pgtest.URL(t)
-	_, to, err := keystore.Migrate(t.Context(), databaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
+	databaseURL := database(t)
 	pgtest.Exec(t, databaseURL, `update rekall.schema_version set version = 77`)
-	_, _, err = keystore.Migrate(t.Context(), databaseURL)
-	var newer *keystore.NewerSchemaError
-	if !errors.As(err, &newer) || newer.Schema != 77 || newer.Binary != to {
-		t.Fatalf("got %v", err)
-	}
-	want := fmt.Sprintf("database schema is version 77, newer than this binary's %d: upgrade the binary", to)
-	if !strings.HasSuffix(err.Error(), want) {
-		t.Errorf("got %q, want %q", err, want)
+	if _, _, err := keystore.Migrate(t.Context(), databaseURL); err == nil || !strings.HasSuffix(err.Error(), newerSchema) {
+		t.Errorf("got %v, want %q", err, newerSchema)
 	}
 	var version int
 	if err := connect(t, databaseURL).QueryRow(t.Context(), `select version from rekall.schema_version`).Scan(&version); err != nil || version != 77 {
