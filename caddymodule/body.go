@@ -31,8 +31,8 @@ func (p *pass) Close() error { return p.body.Close() }
 
 // tooLarge reports whether a body was beyond the limit of Caddy's request_body.
 func tooLarge(err error) bool {
-	var limit *http.MaxBytesError
-	return errors.As(err, &limit)
+	_, ok := errors.AsType[*http.MaxBytesError](err)
+	return ok
 }
 
 // clientError is an error that a client's request made. The proxy would take it for the backend's failure: with passive health

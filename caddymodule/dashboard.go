@@ -48,8 +48,7 @@ func secure(r *http.Request) bool {
 
 // forPeople makes an answer of the API one of the dashboard. Other errors stay what they are.
 func forPeople(err error) error {
-	var answer *apierror.Error
-	if errors.As(err, &answer) {
+	if answer, ok := errors.AsType[*apierror.Error](err); ok {
 		return &dashboard.Refusal{Status: answer.Status, Message: answer.Message}
 	}
 	return err

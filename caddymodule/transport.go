@@ -191,12 +191,11 @@ func (t *Transport) roundTrip(r *http.Request, p *pass) (*http.Response, error) 
 // send a body so slowly that a connection's read_timeout or write_timeout passes, or one for which the backend answers early and
 // closes the connection: whether the answer or the broken pipe is seen first is chance.
 func (p *pass) excuse(r *http.Request, err error) error {
-	var dial reverseproxy.DialError
-	if errors.Is(err, context.Canceled) || errors.As(err, &dial) {
+	if _, dial := errors.AsType[reverseproxy.DialError](err); dial || errors.Is(err, context.Canceled) {
 		return err
 	}
-	var timeout net.Error
-	late := errors.As(err, &timeout) && timeout.Timeout()
+	timeout, ok := errors.AsType[net.Error](err)
+	late := ok && timeout.Timeout()
 	failed := &clientError{upstreamUnavailable, err}
 	if late {
 		failed.answer = upstreamTimeout

@@ -36,8 +36,7 @@ func databaseURL(cmd *cobra.Command) (string, error) {
 
 // flagError says what a flag takes of a command or its subcommands, and keeps keys out of what cobra says of them otherwise.
 func flagError(_ *cobra.Command, err error) error {
-	var invalid *pflag.InvalidValueError
-	if errors.As(err, &invalid) { // whose text is strconv's
+	if invalid, ok := errors.AsType[*pflag.InvalidValueError](err); ok { // whose text is strconv's
 		switch flag := invalid.GetFlag(); flag.Value.Type() {
 		case "int":
 			return fmt.Errorf("--%s must be a whole number", flag.Name)
@@ -62,8 +61,8 @@ func noArgs(cmd *cobra.Command, args []string) error {
 // flagNames makes an error about a field of the API speak of the flag instead, and of the other flags that it names. What has no
 // flag is an argument.
 func flagNames(cmd *cobra.Command, err error) error {
-	var invalid *keyadmin.InvalidError
-	if !errors.As(err, &invalid) {
+	invalid, ok := errors.AsType[*keyadmin.InvalidError](err)
+	if !ok {
 		return err
 	}
 	name := func(field string) string {

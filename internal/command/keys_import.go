@@ -55,8 +55,7 @@ func importKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 	done, err := admin.Import(ctx, operator(), file, keyadmin.ImportOptions{
 		Format: format, PlainKeys: is(cmd, "plain-keys"), DryRun: is(cmd, "dry-run"), Progress: progressOn(cmd.ErrOrStderr()),
 	})
-	var bad *keyadmin.ImportError
-	if errors.As(err, &bad) && bad.Total > 1 {
+	if bad, ok := errors.AsType[*keyadmin.ImportError](err); ok && bad.Total > 1 {
 		for _, line := range bad.Lines {
 			fmt.Fprintln(cmd.ErrOrStderr(), line)
 		}

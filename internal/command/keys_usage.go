@@ -42,8 +42,7 @@ func showUsage(ctx context.Context, cmd *cobra.Command, args []string, admin *ke
 
 // usageFlagNames makes an error about the range speak of the flag that sets it.
 func usageFlagNames(err error) error {
-	var invalid *keyadmin.InvalidError
-	if errors.As(err, &invalid) && invalid.Field == "from" {
+	if invalid, ok := errors.AsType[*keyadmin.InvalidError](err); ok && invalid.Field == "from" {
 		return errors.New("--last must be at most 366d")
 	}
 	return err

@@ -30,7 +30,6 @@ func (a *Admin) Check(ctx context.Context, actor Actor, key string) (Checked, er
 	if err != nil {
 		return Checked{}, err
 	}
-	found := fromRow(row)
-	checked.Key = &found
+	checked.Key = new(fromRow(row))
 	return checked, nil
 }

@@ -157,8 +157,8 @@ func (s *staging) next() (*keystore.Staged, error) {
 		}
 		key, err := line.key(s.now)
 		if err != nil {
-			var invalid *InvalidError
-			if !errors.As(err, &invalid) {
+			invalid, ok := errors.AsType[*InvalidError](err)
+			if !ok {
 				return nil, err
 			}
 			s.reject(BadLine{line.number, invalid.Field, invalid.Reason})

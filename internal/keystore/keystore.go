@@ -156,8 +156,7 @@ const (
 )
 
 func failedAs(notGranted error, doing string, err error) error {
-	var pgErr *pgconn.PgError
-	if errors.As(err, &pgErr) {
+	if pgErr, ok := errors.AsType[*pgconn.PgError](err); ok {
 		switch pgErr.Code {
 		case "42P01", "42703", "42883", "3F000": // undefined table, column, function, schema
 			return fmt.Errorf("%s: %w (SQLSTATE %s)", doing, ErrNotMigrated, pgErr.Code)
@@ -165,8 +164,7 @@ func failedAs(notGranted error, doing string, err error) error {
 			return fmt.Errorf("%s: %w: %w", doing, notGranted, err)
 		}
 	}
-	var connectErr *pgconn.ConnectError
-	if errors.As(err, &connectErr) {
+	if _, ok := errors.AsType[*pgconn.ConnectError](err); ok {
 		err = oneLine{err}
 	}
 	return fmt.Errorf("%s: %w", doing, err)
@@ -174,8 +172,8 @@ func failedAs(notGranted error, doing string, err error) error {
 
 // hasState reports whether an error is Postgres's with that SQLSTATE.
 func hasState(err error, state string) bool {
-	var pgErr *pgconn.PgError
-	return errors.As(err, &pgErr) && pgErr.Code == state
+	pgErr, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && pgErr.Code == state
 }
 
 // byOwner adds to the error of a migration who may do what was denied.
