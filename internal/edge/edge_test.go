@@ -16,6 +16,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
@@ -291,14 +292,9 @@ func TestAnEdgeThatStopsFinishesItsReportBeforeItRemovesItsRow(t *testing.T) {
 		}
 		return reports
 	}
-	const poll = 2 * time.Millisecond
-	for deadline := time.Now().Add(20 * time.Second); !waiting(); <-time.After(poll) {
-		if time.Now().After(deadline) {
-			t.Fatal("the report does not wait for the lock")
-		}
-	}
+	eventually.True(t, "the report waits for the lock", waiting)
 	stop()
-	for deadline := time.Now().Add(500 * time.Millisecond); time.Now().Before(deadline); <-time.After(poll) {
+	for deadline := time.Now().Add(500 * time.Millisecond); time.Now().Before(deadline); <-time.After(2 * time.Millisecond) {
 		if !waiting() {
 			t.Fatal("the report was given up")
 		}

@@ -237,7 +237,7 @@ func TestKeyThatIsBeingMadeDoesNotEscapeTheIncidentSwitch(t *testing.T) {
 			_, err := admin.RevokeMany(t.Context(), operator, keyadmin.Selection{Account: "acme"}, false)
 			revoked <- err
 		}()
-		waitUntilBlocked(t, databaseURL, 1)
+		pgtest.AwaitBlocked(t, databaseURL, 1)
 		return nil
 	})
 	if err := errors.Join(err, <-revoked); err != nil {
@@ -246,23 +246,6 @@ func TestKeyThatIsBeingMadeDoesNotEscapeTheIncidentSwitch(t *testing.T) {
 	page, err := admin.List(t.Context(), operator, keyadmin.ListRequest{Account: "acme", Status: "active"})
 	if err != nil || len(page.Keys) != 0 {
 		t.Errorf("left: %+v, %v", page.Keys, err)
-	}
-}
-
-// waitUntilBlocked returns when that many statements wait for locks.
-func waitUntilBlocked(t *testing.T, databaseURL string, statements int) {
-	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); ; {
-		err := pgtest.TryExec(databaseURL, fmt.Sprintf(`do $$ begin
-			if (select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock') < %d then
-				raise exception 'too few wait';
-			end if; end $$`, statements))
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatal(err)
-		}
 	}
 }
 

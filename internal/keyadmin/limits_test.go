@@ -7,6 +7,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
@@ -142,7 +143,7 @@ func TestTwoChangesOfTheSameLimitsAtOnceAreBothInForce(t *testing.T) {
 				after, err = c.second(keyadmin.LimitsChange{PerMinute: new(60)})
 				waited <- err
 			}()
-			waitUntilBlocked(t, databaseURL, 1)
+			pgtest.AwaitBlocked(t, databaseURL, 1)
 			return set()
 		})
 		if err := errors.Join(err, <-waited); err != nil {

@@ -117,7 +117,7 @@ func TestLimitsThatAreSetDuringARotationReachTheSuccessor(t *testing.T) {
 			_, err := admin.SetKeyLimits(t.Context(), operator, old.ID, keyadmin.LimitsChange{Concurrent: new(1)})
 			limited <- err
 		}()
-		waitUntilBlocked(t, databaseURL, 1)
+		pgtest.AwaitBlocked(t, databaseURL, 1)
 		go func() {
 			next, _, err := admin.Rotate(t.Context(), operator, old.ID, keyadmin.RotateRequest{Overlap: day(t)})
 			if err != nil {
@@ -125,7 +125,7 @@ func TestLimitsThatAreSetDuringARotationReachTheSuccessor(t *testing.T) {
 			}
 			rotated <- next
 		}()
-		waitUntilBlocked(t, databaseURL, 2)
+		pgtest.AwaitBlocked(t, databaseURL, 2)
 		return nil
 	})
 	if err := errors.Join(err, <-limited); err != nil {
@@ -235,7 +235,7 @@ func TestRevocationDuringARotationNamesTheSuccessor(t *testing.T) {
 			key, err := admin.Revoke(t.Context(), operator, old.ID)
 			revoked <- result{key, err}
 		}()
-		waitUntilBlocked(t, databaseURL, 1)
+		pgtest.AwaitBlocked(t, databaseURL, 1)
 		if _, err := tx.Insert(t.Context(), next); err != nil {
 			return err
 		}
@@ -339,7 +339,7 @@ func TestRotationIsUndoneOnce(t *testing.T) {
 				done <- err
 			}()
 		}
-		waitUntilBlocked(t, databaseURL, undos)
+		pgtest.AwaitBlocked(t, databaseURL, undos)
 		return nil
 	})
 	if err != nil {

@@ -90,7 +90,7 @@ func TestKeyThatEndsWhileAChangeWaitsForItHasEnded(t *testing.T) {
 			other := hold(t, databaseURL, key.ID)
 			done := make(chan error, 1)
 			go func() { done <- change.do(key, as) }()
-			waitUntilBlocked(t, databaseURL, 1)
+			pgtest.AwaitBlocked(t, databaseURL, 1)
 			other.exec(`update rekall.api_keys set expires_at = clock_timestamp() where id = $1`, key.ID)
 			other.release()
 			if err := <-done; err == nil {
@@ -118,7 +118,7 @@ func TestUndoRevokesTheSuccessorThatLives(t *testing.T) {
 		second, _, err = admin.Rotate(context.Background(), as, old.ID, keyadmin.RotateRequest{Overlap: day(t)})
 		done <- err
 	}()
-	waitUntilBlocked(t, databaseURL, 1)
+	pgtest.AwaitBlocked(t, databaseURL, 1)
 	first := rotate(t, admin, old.ID, day(t))
 	if _, err := admin.Revoke(t.Context(), operator, first.ID); err != nil {
 		t.Fatal(err)

@@ -15,6 +15,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 const revokeSQL = `update rekall.api_keys set revoked_at = now() where id = $1`
@@ -417,12 +418,12 @@ func TestChangeInProgressWhenAStandbyIsReadIsNotLost(t *testing.T) {
 		t.Fatal(err)
 	}
 	var between keystore.Snapshot
-	replayed(t, "what was committed after it", func() bool {
+	eventually.True(t, "the standby shows what was committed after it", func() bool {
 		between = snapshot(t, reader, start)
 		return revokedIn(between, quick)
 	})
 	exec(t, conn, "commit")
-	replayed(t, "the change that was in progress", func() bool { return revokedIn(snapshot(t, reader, between.Text), slow) })
+	eventually.True(t, "the standby shows the change that was in progress", func() bool { return revokedIn(snapshot(t, reader, between.Text), slow) })
 }
 
 // TestAbsenceIsNotBelievedOfAStandbyInThePrimarysPlace: after a switch-over the name in database may lead to a server whose replay lags.
@@ -439,7 +440,7 @@ func TestAbsenceIsNotBelievedOfAStandbyInThePrimarysPlace(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = standby.Stop(context.Background()) })
 	reader := open(t, standby.URL(), keystore.Options{})
-	replayed(t, "the first key", func() bool {
+	eventually.True(t, "the standby shows the first key", func() bool {
 		found, err := reader.Lookup(t.Context(), []apikey.Digest{known.Digest})
 		return err == nil && len(found.Records) == 1
 	})
@@ -453,15 +454,6 @@ func TestAbsenceIsNotBelievedOfAStandbyInThePrimarysPlace(t *testing.T) {
 	demoted := open(t, standby.URL(), keystore.Options{})
 	if found, err = keystore.NewStandby(reader, demoted).Lookup(t.Context(), digests); err == nil {
 		t.Errorf("a standby in the primary's place: %d of 2 keys, and no error", len(found.Records))
-	}
-}
-
-func replayed(t *testing.T, what string, condition func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !condition(); <-time.After(10 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("the standby does not show ", what)
-		}
 	}
 }
 

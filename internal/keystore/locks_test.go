@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"testing"
-	"time"
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keystore"
@@ -25,22 +24,6 @@ func rotated(t *testing.T, databaseURL string, oldNumber, nextNumber int) (old, 
 	return old, next, beside
 }
 
-// waitForWaiters returns when that many statements wait for locks.
-func waitForWaiters(t *testing.T, databaseURL string, waiters int) {
-	t.Helper()
-	conn := connect(t, databaseURL)
-	for deadline := time.Now().Add(time.Minute); ; {
-		var waiting int
-		err := conn.QueryRow(t.Context(), `select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'`).Scan(&waiting)
-		if err != nil || time.Now().After(deadline) {
-			t.Fatalf("%d statements wait, not %d: %v", waiting, waiters, err)
-		}
-		if waiting == waiters {
-			return
-		}
-	}
-}
-
 func TestMassRevocationAndFirstUseLockKeysInOneOrder(t *testing.T) {
 	for name, numbers := range map[string][2]int{"old key first": {1, 9}, "successor first": {9, 1}} {
 		t.Run(name, func(t *testing.T) {
@@ -58,13 +41,13 @@ func TestMassRevocationAndFirstUseLockKeysInOneOrder(t *testing.T) {
 					return err
 				})
 			}()
-			waitForWaiters(t, databaseURL, 1)
+			pgtest.AwaitBlocked(t, databaseURL, 1)
 			used := connect(t, databaseURL)
 			go func() { // without the second attempt that a flush has
 				_, err := used.Exec(t.Context(), `insert into rekall.last_used (key_id, first_used_at, last_used_at) values ($1, now(), now())`, next)
 				done <- err
 			}()
-			waitForWaiters(t, databaseURL, 2)
+			pgtest.AwaitBlocked(t, databaseURL, 2)
 			exec(t, held, `rollback`)
 			if err := errors.Join(<-done, <-done); err != nil {
 				t.Fatal(err)
@@ -94,7 +77,7 @@ func TestUndoneRotationAndFirstUseThatDeadlockAreBothDone(t *testing.T) {
 			go func() {
 				flushed <- store.FlushUsage(context.WithoutCancel(t.Context()), flushOf(instance(), 1, anHour, counts(next, 1, 0, 1)))
 			}()
-			waitForWaiters(t, databaseURL, 1)
+			pgtest.AwaitBlocked(t, databaseURL, 1)
 		}
 		if _, _, err := tx.Revoke(t.Context(), keystore.Everything(), next); err != nil {
 			return err
@@ -140,7 +123,7 @@ func TestChangesThatWaitForEachOtherAreAllMadeWhateverIsolationIsTheDefault(t *t
 					return err
 				})
 			}()
-			waitForWaiters(t, databaseURL, 1)
+			pgtest.AwaitBlocked(t, databaseURL, 1)
 			return nil
 		})
 		if err := errors.Join(err, <-waited); err != nil {

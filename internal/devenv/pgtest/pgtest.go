@@ -16,6 +16,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // serverVariable names a server to use instead of a private one. Its user must be allowed to create databases.
@@ -132,6 +133,23 @@ func TryExec(databaseURL, sql string, args ...any) error {
 	defer func() { _ = conn.Close(context.WithoutCancel(ctx)) }()
 	_, err = conn.Exec(ctx, sql, args...)
 	return err
+}
+
+// AwaitBlocked waits until that many statements wait for locks in a database.
+func AwaitBlocked(t testing.TB, databaseURL string, statements int) {
+	t.Helper()
+	conn, err := pgx.Connect(t.Context(), databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close(context.WithoutCancel(t.Context())) }()
+	eventually.True(t, fmt.Sprintf("%d statements wait for locks", statements), func() (blocked bool) {
+		if err := conn.QueryRow(t.Context(), `
+select count(*) = $1 from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'`, statements).Scan(&blocked); err != nil {
+			t.Fatal(err)
+		}
+		return blocked
+	})
 }
 
 // Role returns a name for a role. If it exists when the test ends, it is removed, with its rights in the database.
