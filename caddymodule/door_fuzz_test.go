@@ -123,16 +123,8 @@ func (m *memory) take() string {
 // openStore returns a database with the schema, and a store of it.
 func openStore(t testing.TB) (database string, store *keystore.Store) {
 	t.Helper()
-	database = pgtest.URL(t)
-	if _, _, err := keystore.Migrate(t.Context(), database); err != nil {
-		t.Fatal(err)
-	}
-	store, err := keystore.Open(database, keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(store.Close)
-	return database, store
+	database = pgtest.Migrated(t)
+	return database, pgtest.Store(t, database)
 }
 
 func newHall(t testing.TB) *hall {

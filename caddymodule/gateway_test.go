@@ -24,7 +24,6 @@ import (
 	"github.com/rekall-ai/gateway/internal/garbage"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keycache"
-	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/internal/ratelimit"
 	"github.com/rekall-ai/gateway/internal/scoperule"
 	"github.com/rekall-ai/gateway/internal/usage"
@@ -36,18 +35,11 @@ func TestMain(m *testing.M) { pgtest.Main(m) }
 // in its cache.
 func newGateway(t testing.TB) (*Gateway, string) {
 	t.Helper()
-	url := pgtest.URL(t)
-	if _, _, err := keystore.Migrate(t.Context(), url); err != nil {
-		t.Fatal(err)
-	}
+	url := pgtest.Migrated(t)
 	// Limits that no benchmark reaches, for those with limits.
 	pgtest.Exec(t, url, `
 		insert into rekall.account_limits (account, requests_per_minute, burst, concurrent_requests) values ('a', 1000000, 10000000, 1000000)`)
-	store, err := keystore.Open(url, keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(store.Close)
+	store := pgtest.Store(t, url)
 	key, _, err := keyadmin.New(store).Create(t.Context(), keyadmin.Operator("test"), keyadmin.CreateRequest{
 		Name: "n", Account: "a", Environment: "production", Scopes: []string{"memories:read"},
 	})

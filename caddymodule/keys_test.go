@@ -73,10 +73,7 @@ func TestKeysPerDayBeyondItsBoundsAreRefused(t *testing.T) {
 }
 
 func TestKeysAreManagedInAPostgresThatIsFarAway(t *testing.T) {
-	database := pgtest.URL(t)
-	if _, _, err := keystore.Migrate(t.Context(), database); err != nil {
-		t.Fatal(err)
-	}
+	database := pgtest.Migrated(t)
 	far := pgtest.Proxy{Delay: time.Second}
 	k := &Keys{Database: far.URL(t, database)}
 	m, err := k.management(&App{Database: database})

@@ -305,10 +305,7 @@ func TestReloadTellsAgainOfADatabaseThatKeysCannotBeManagedIn(t *testing.T) {
 
 func TestRequestsInFlightAtAReloadStillHaveTheirDatabase(t *testing.T) {
 	t.Parallel()
-	database := pgtest.URL(t)
-	if _, _, err := keystore.Migrate(t.Context(), database); err != nil {
-		t.Fatal(err)
-	}
+	database := pgtest.Migrated(t)
 	m, err := newManagement(database)
 	if err != nil {
 		t.Fatal(err)

@@ -84,10 +84,7 @@ func newRuntimeOn(t *testing.T, database string) *runtime {
 
 // TestStatusHasTheFieldsOfItsPage: what monitors read must not be renamed unseen, nor stay unexplained.
 func TestStatusHasTheFieldsOfItsPage(t *testing.T) {
-	database := pgtest.URL(t)
-	if _, _, err := keystore.Migrate(t.Context(), database); err != nil {
-		t.Fatal(err)
-	}
+	database := pgtest.Migrated(t)
 	rt := newRuntimeOn(t, database)
 	var s runtimeStatus
 	eventually.Within(t, 30*time.Second, "the edge is ready and counts edges", func() bool {

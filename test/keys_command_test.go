@@ -16,7 +16,6 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
-	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
 // keysCLI is the binary's "keys" command on a database of the test's own.
@@ -27,10 +26,7 @@ type keysCLI struct {
 
 func newKeysCLI(t *testing.T) *keysCLI {
 	t.Helper()
-	database := pgtest.URL(t)
-	if _, _, err := keystore.Migrate(t.Context(), database); err != nil {
-		t.Fatal(err)
-	}
+	database := pgtest.Migrated(t)
 	return &keysCLI{t, database}
 }
 

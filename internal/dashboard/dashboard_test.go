@@ -52,9 +52,7 @@ func newRig(t *testing.T) *rig {
 func newRigVia(t *testing.T, via func(testing.TB, string) string) *rig {
 	t.Helper()
 	r := &rig{t: t, database: pgtest.URL(t), log: new(bytes.Buffer)}
-	if _, _, err := keystore.Migrate(t.Context(), r.database); err != nil {
-		t.Fatal(err)
-	}
+	pgtest.Migrate(t, r.database)
 	store, err := keystore.Open(via(t, r.database), keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
 	if err != nil {
 		t.Fatal(err)

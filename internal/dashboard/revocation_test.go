@@ -25,12 +25,7 @@ type edge struct {
 
 func (r *rig) edge(name string, maxStaleness time.Duration) *edge {
 	r.t.Helper()
-	store, err := keystore.Open(r.database, keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	r.t.Cleanup(store.Close)
-	e := &edge{r, store, keystore.Edge{
+	e := &edge{r, pgtest.Store(r.t, r.database), keystore.Edge{
 		Instance: strings.Repeat(name[:1], 22), Name: name, Region: "eu", Version: "1", MaxStaleness: maxStaleness, StartedAt: time.Now(),
 	}}
 	e.report()

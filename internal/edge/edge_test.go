@@ -30,15 +30,8 @@ type rig struct {
 
 func newRig(t *testing.T) *rig {
 	t.Helper()
-	url := pgtest.URL(t)
-	if _, _, err := keystore.Migrate(t.Context(), url); err != nil {
-		t.Fatal(err)
-	}
-	store, err := keystore.Open(url, keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(store.Close)
+	url := pgtest.Migrated(t)
+	store := pgtest.Store(t, url)
 	conn, err := pgx.Connect(t.Context(), url)
 	if err != nil {
 		t.Fatal(err)

@@ -11,27 +11,18 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
-	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
 // TestTokensOfAFleetThatRotatesAllTheTimeVerifyAtEachOfItsKeySets has two edges on one Postgres, and for each a backend whose
 // library fetches its edge's key set over HTTP, and again when it meets a key that it does not know.
 func TestTokensOfAFleetThatRotatesAllTheTimeVerifyAtEachOfItsKeySets(t *testing.T) {
-	url := pgtest.URL(t)
-	if _, _, err := keystore.Migrate(t.Context(), url); err != nil {
-		t.Fatal(err)
-	}
+	url := pgtest.Migrated(t)
 	hectic := schedule{rotate: time.Second, lead: 500 * time.Millisecond, renew: 50 * time.Millisecond, lease: maxLifetime}
 	const edges = 2
 	var issuers [edges]*Issuer
 	var backends [edges]keyfunc.Keyfunc
 	for e := range edges {
-		store, err := keystore.Open(url, keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(store.Close)
-		signer := run(t, store, hectic)
+		signer := run(t, pgtest.Store(t, url), hectic)
 		issuers[e] = issuer(t, signer, Options{})
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			document, err := signer.JWKS(r.Context())
@@ -42,12 +33,13 @@ func TestTokensOfAFleetThatRotatesAllTheTimeVerifyAtEachOfItsKeySets(t *testing.
 			_, _ = w.Write(document)
 		}))
 		t.Cleanup(server.Close)
-		backends[e], err = keyfunc.NewDefaultOverrideCtx(t.Context(), []string{server.URL}, keyfunc.Override{
+		keys, err := keyfunc.NewDefaultOverrideCtx(t.Context(), []string{server.URL}, keyfunc.Override{
 			RefreshInterval: time.Hour, RefreshUnknownKID: rate.NewLimiter(rate.Inf, 1),
 		})
 		if err != nil {
 			t.Fatal(err)
 		}
+		backends[e] = keys
 	}
 	used := map[string]bool{}
 	deadline := time.Now().Add(60 * time.Second)

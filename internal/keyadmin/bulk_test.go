@@ -41,16 +41,9 @@ func fixture(t *testing.T) (admin *keyadmin.Admin, store *keystore.Store, databa
 // TestRevocationIsNotConfirmedByAnotherServer: an asynchronous failover may have lost it, and its transaction's id is another's there.
 func TestRevocationIsNotConfirmedByAnotherServer(t *testing.T) {
 	server := pgtest.Server(t)
-	if _, _, err := keystore.Migrate(t.Context(), server.URL()); err != nil {
-		t.Fatal(err)
-	}
+	pgtest.Migrate(t, server.URL())
 	admin := func() *keyadmin.Admin {
-		store, err := keystore.Open(server.URL(), keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(store.Close)
-		return keyadmin.New(store)
+		return keyadmin.New(pgtest.Store(t, server.URL()))
 	}
 	before := admin()
 	key := create(t, before, request())

@@ -24,15 +24,8 @@ var operator = keyadmin.Operator("test")
 
 func newAdmin(t testing.TB) (admin *keyadmin.Admin, store *keystore.Store, databaseURL string) {
 	t.Helper()
-	databaseURL = pgtest.URL(t)
-	if _, _, err := keystore.Migrate(t.Context(), databaseURL); err != nil {
-		t.Fatal(err)
-	}
-	store, err := keystore.Open(databaseURL, keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(store.Close)
+	databaseURL = pgtest.Migrated(t)
+	store = pgtest.Store(t, databaseURL)
 	return keyadmin.New(store), store, databaseURL
 }
 

@@ -17,11 +17,7 @@ func TestAdminRoleSufficesForTheWholeLifeOfAKey(t *testing.T) {
 	if _, _, err := keystore.MigrateAndGrant(t.Context(), databaseURL, keystore.Roles{Admin: role}); err != nil {
 		t.Fatal(err)
 	}
-	store, err := keystore.Open(pgtest.Login(t, databaseURL, role), keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(store.Close)
+	store := pgtest.Store(t, pgtest.Login(t, databaseURL, role))
 	admin, ctx := keyadmin.New(store), t.Context()
 	r := request()
 	r.IdempotencyKey = "once"

@@ -75,11 +75,7 @@ func TestSuccessorHasTheLimitsOfTheOldKeysOwn(t *testing.T) {
 	if _, _, err := keystore.MigrateAndGrant(t.Context(), databaseURL, keystore.Roles{Admin: role}); err != nil {
 		t.Fatal(err)
 	}
-	store, err := keystore.Open(pgtest.Login(t, databaseURL, role), keystore.Options{ConnectTimeout: pgtest.ConnectTimeout}) // with no more rights than key management has
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(store.Close)
+	store := pgtest.Store(t, pgtest.Login(t, databaseURL, role)) // with no more rights than key management has
 	admin := keyadmin.New(store)
 	owner, err := keyadmin.Person("owner", "acme")
 	if err != nil {

@@ -33,9 +33,7 @@ type database struct {
 
 func newDatabase(t testing.TB, url string) *database {
 	t.Helper()
-	if _, _, err := keystore.Migrate(t.Context(), url); err != nil {
-		t.Fatal(err)
-	}
+	pgtest.Migrate(t, url)
 	store, err := keystore.Open(url, keystore.Options{PlanOnce: true})
 	if err != nil {
 		t.Fatal(err)
@@ -440,9 +438,7 @@ func TestKeysThatWereRestoredInTheSameDatabaseAreReadAnew(t *testing.T) {
 	ctx := track(t, c, later)
 	db.exec(t, "create table public.dump as select * from rekall.api_keys where id = $1", key.id) // before the later key was made
 	db.exec(t, "drop schema rekall cascade")
-	if _, _, err := keystore.Migrate(t.Context(), db.url); err != nil {
-		t.Fatal(err)
-	}
+	pgtest.Migrate(t, db.url)
 	db.exec(t, "alter table rekall.api_keys disable trigger user")
 	db.exec(t, "insert into rekall.api_keys select * from public.dump")
 	eventually.True(t, "a sync", func() bool { return c.sync(t.Context()) == nil }) // plans of the former tables may fail once

@@ -54,14 +54,8 @@ func newRig(t *testing.T) *rig {
 
 func newRigOn(t *testing.T, database string, gitHub *keysapi.GitHub) *rig {
 	t.Helper()
-	if _, _, err := keystore.Migrate(t.Context(), database); err != nil {
-		t.Fatal(err)
-	}
-	store, err := keystore.Open(database, keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(store.Close)
+	pgtest.Migrate(t, database)
+	store := pgtest.Store(t, database)
 	r := &rig{t: t, database: database, store: store, admin: keyadmin.New(store), document: document(t), log: new(bytes.Buffer)}
 	logger := zap.New(zapcore.NewCore(zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig()), zapcore.Lock(zapcore.AddSync(r.log)), zap.DebugLevel))
 	r.server = httptest.NewServer(keysapi.New(keysapi.Config{

@@ -16,9 +16,7 @@ import (
 func TestTimedOutStatementsDoNotKeepTheirPlacesInThePool(t *testing.T) {
 	t.Parallel() // it waits
 	server := pgtest.Server(t)
-	if _, _, err := keystore.Migrate(t.Context(), server.URL()); err != nil {
-		t.Fatal(err)
-	}
+	pgtest.Migrate(t, server.URL())
 	for name, parameter := range map[string]string{"plain": "", "its own connect_timeout": "&connect_timeout=1"} {
 		store := open(t, server.URL()+parameter, keystore.Options{MaxConns: 1})
 		if _, err := store.Lookup(t.Context(), []apikey.Digest{{}}); err != nil {

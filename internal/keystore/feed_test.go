@@ -144,9 +144,7 @@ func TestServerTellsDatabasesAndRestartsApart(t *testing.T) {
 	otherURL := strings.Replace(server.URL(), "/postgres?", "/other?", 1)
 	var servers [2]keystore.Server
 	for i, databaseURL := range []string{server.URL(), otherURL} {
-		if _, _, err := keystore.Migrate(t.Context(), databaseURL); err != nil {
-			t.Fatal(err)
-		}
+		pgtest.Migrate(t, databaseURL)
 		servers[i] = snapshot(t, open(t, databaseURL, keystore.Options{}), "").Server
 	}
 	if servers[0] == servers[1] {
@@ -400,9 +398,7 @@ func TestLookupOfUnknownKeysNamesTheServer(t *testing.T) {
 // TestChangeInProgressWhenAStandbyIsReadIsNotLost: a standby's snapshot does not name the transactions in progress.
 func TestChangeInProgressWhenAStandbyIsReadIsNotLost(t *testing.T) {
 	primary := pgtest.Server(t)
-	if _, _, err := keystore.Migrate(t.Context(), primary.URL()); err != nil {
-		t.Fatal(err)
-	}
+	pgtest.Migrate(t, primary.URL())
 	standby, err := primary.StartStandby(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -429,9 +425,7 @@ func TestChangeInProgressWhenAStandbyIsReadIsNotLost(t *testing.T) {
 // TestAbsenceIsNotBelievedOfAStandbyInThePrimarysPlace: after a switch-over the name in database may lead to a server whose replay lags.
 func TestAbsenceIsNotBelievedOfAStandbyInThePrimarysPlace(t *testing.T) {
 	primary := pgtest.Server(t)
-	if _, _, err := keystore.Migrate(t.Context(), primary.URL()); err != nil {
-		t.Fatal(err)
-	}
+	pgtest.Migrate(t, primary.URL())
 	writer := open(t, primary.URL(), keystore.Options{})
 	known := insert(t, writer)
 	standby, err := primary.StartStandby(t.Context())

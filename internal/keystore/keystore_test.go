@@ -21,11 +21,7 @@ func TestMain(m *testing.M) { pgtest.Main(m) }
 // database returns the URL of a new database with the schema in it.
 func database(t testing.TB) string {
 	t.Helper()
-	databaseURL := pgtest.URL(t)
-	if _, _, err := keystore.Migrate(t.Context(), databaseURL); err != nil {
-		t.Fatal(err)
-	}
-	return databaseURL
+	return pgtest.Migrated(t)
 }
 
 func open(t testing.TB, databaseURL string, options keystore.Options) *keystore.Store {
@@ -212,9 +208,7 @@ func TestExecModePreparesNothing(t *testing.T) {
 
 func TestCallsEndWithTheirContextThoughTheServerHangs(t *testing.T) {
 	server := pgtest.Server(t)
-	if _, _, err := keystore.Migrate(t.Context(), server.URL()); err != nil {
-		t.Fatal(err)
-	}
+	pgtest.Migrate(t, server.URL())
 	store := open(t, server.URL(), keystore.Options{})
 	key := insert(t, store)
 	server.Pause()

@@ -225,9 +225,7 @@ func TestMigrationClearsWhatNoFlushWouldComeThroughWith(t *testing.T) {
 	exec(t, conn, `insert into rekall.spikes (key_id, hour, threshold) values ($1, 'infinity', 1)`, key.ID)
 	exec(t, conn, `insert into rekall.edges (instance, name, region, version, max_staleness, started_at, beat)
 		values ('0123456789abcdefABCDEF', E'\x1b[2J', 'eu', 'v1', '30s', now(), 1)`)
-	if _, _, err := keystore.Migrate(t.Context(), databaseURL); err != nil {
-		t.Fatal(err)
-	}
+	pgtest.Migrate(t, databaseURL)
 	mustFlush(t, store, flushOf(instance(), 1, anHour, counts(key.ID, 1, 0, 5)))
 	usage := usageOf(t, store, key.ID)
 	if want := anHour.Add(5 * time.Minute); len(usage.Hours) != 1 || usage.LastUsedAt.Before(want) || usage.LastUsedAt.Year() > 9999 {

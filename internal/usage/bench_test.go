@@ -14,6 +14,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/internal/usage"
 )
@@ -59,8 +60,8 @@ func BenchmarkFlush(b *testing.B) {
 		interval = 10 * time.Second
 		requests = 100_000
 	)
-	databaseURL := database(b)
-	store := open(b, databaseURL)
+	databaseURL := pgtest.Migrated(b)
+	store := pgtest.Store(b, databaseURL)
 	records := newRecords(100_000)
 	c := usage.New(store, usage.Config{Instance: apikey.RandomText(22)})
 	count := func() {

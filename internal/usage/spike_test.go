@@ -92,8 +92,8 @@ insert into rekall.usage select $1, $4::timestamptz - n * interval '1 hour', 'al
 }
 
 func TestSpikeIsToldOnceByOneOfAllEdges(t *testing.T) {
-	databaseURL := database(t)
-	store := open(t, databaseURL)
+	databaseURL := pgtest.Migrated(t)
+	store := pgtest.Store(t, databaseURL)
 	records := newRecords(4)
 	steady, spiking, young, quiet := records[0], records[1], records[2], records[3]
 	now := time.Now() // the hour may end meanwhile, but not twice
@@ -158,8 +158,8 @@ func TestSpikeIsToldOnceByOneOfAllEdges(t *testing.T) {
 }
 
 func TestSpikeIsToldWithItsThresholdThoughThatIsForgottenToLearnOthers(t *testing.T) {
-	databaseURL := database(t)
-	store := open(t, databaseURL)
+	databaseURL := pgtest.Migrated(t)
+	store := pgtest.Store(t, databaseURL)
 	records := newRecords(2)
 	spiking, other := records[0], records[1]
 	now := time.Now() // the hour may end meanwhile, but not twice

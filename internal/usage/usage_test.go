@@ -24,25 +24,6 @@ import (
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-func database(t testing.TB) string {
-	t.Helper()
-	databaseURL := pgtest.URL(t)
-	if _, _, err := keystore.Migrate(t.Context(), databaseURL); err != nil {
-		t.Fatal(err)
-	}
-	return databaseURL
-}
-
-func open(t testing.TB, databaseURL string) *keystore.Store {
-	t.Helper()
-	store, err := keystore.Open(databaseURL, keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(store.Close)
-	return store
-}
-
 func newRecords(n int) []*apikey.Record {
 	records := make([]*apikey.Record, n)
 	for i := range records {
@@ -119,7 +100,7 @@ func TestCountOfAKeyThatIsBufferedDoesNotAllocate(t *testing.T) {
 }
 
 func TestCountsLandInTheHourOfTheRequest(t *testing.T) {
-	store := open(t, database(t))
+	store := pgtest.Store(t, pgtest.Migrated(t))
 	c, _ := newCounter(store, 0)
 	record := newRecords(1)[0]
 	c.Count(record, apikey.Allowed, noon.Add(-time.Nanosecond))
@@ -140,7 +121,7 @@ func TestCountsLandInTheHourOfTheRequest(t *testing.T) {
 
 // TestKeysWhoseDigestsShareAPlaceAreCountedApart: hashes can be imported, so a user can choose such digests.
 func TestKeysWhoseDigestsShareAPlaceAreCountedApart(t *testing.T) {
-	store := open(t, database(t))
+	store := pgtest.Store(t, pgtest.Migrated(t))
 	c, _ := newCounter(store, 0)
 	records := newRecords(3)
 	for _, r := range records {
@@ -172,7 +153,7 @@ func TestKeysWhoseDigestsShareAPlaceAreCountedApart(t *testing.T) {
 
 func TestCountsDuringFlushesAddUp(t *testing.T) {
 	const keys, clients, requests = 300, 4, 5000
-	store := open(t, database(t))
+	store := pgtest.Store(t, pgtest.Migrated(t))
 	c, _ := newCounter(store, 0)
 	records := newRecords(keys)
 	var clientsDone atomic.Bool
@@ -280,7 +261,7 @@ func (o ordering) FlushUsage(ctx context.Context, f keystore.UsageFlush) error {
 // TestFlushLocksKeysInTheOrderOfTheirIDs: edges that lock the rows of the same keys in different orders wait for each other.
 func TestFlushLocksKeysInTheOrderOfTheirIDs(t *testing.T) {
 	var keys []string
-	c, _ := newCounter(ordering{open(t, database(t)), &keys}, 0)
+	c, _ := newCounter(ordering{pgtest.Store(t, pgtest.Migrated(t)), &keys}, 0)
 	for _, record := range newRecords(1000) {
 		c.Count(record, apikey.Allowed, noon)
 	}
@@ -291,7 +272,7 @@ func TestFlushLocksKeysInTheOrderOfTheirIDs(t *testing.T) {
 }
 
 func TestFlushWhoseAnswerIsLostIsCountedOnce(t *testing.T) {
-	store := open(t, database(t))
+	store := pgtest.Store(t, pgtest.Migrated(t))
 	answers := 0
 	c, _ := newCounter(lossy{store, func() bool { answers++; return answers%3 != 0 }}, 0)
 	records := newRecords(12_000) // three batches
@@ -321,10 +302,8 @@ func TestFlushWhoseAnswerIsLostIsCountedOnce(t *testing.T) {
 
 func TestOutageLosesNoCountAndIsLoggedOnce(t *testing.T) {
 	server := pgtest.Server(t)
-	if _, _, err := keystore.Migrate(t.Context(), server.URL()); err != nil {
-		t.Fatal(err)
-	}
-	store := open(t, server.URL())
+	pgtest.Migrate(t, server.URL())
+	store := pgtest.Store(t, server.URL())
 	core, logs := observer.New(zapcore.InfoLevel)
 	logger := zap.New(core)
 	c := usage.New(store, usage.Config{
@@ -363,9 +342,9 @@ func TestOutageLosesNoCountAndIsLoggedOnce(t *testing.T) {
 }
 
 func TestFullBufferCountsOnKnownKeysAndDropsOthers(t *testing.T) {
-	databaseURL := database(t)
+	databaseURL := pgtest.Migrated(t)
 	pgtest.Exec(t, databaseURL, "alter table rekall.usage rename to away") // an outage of writes
-	store := open(t, databaseURL)
+	store := pgtest.Store(t, databaseURL)
 	c, _ := newCounter(store, 10)
 	records := newRecords(15)
 	for range 4 {
@@ -393,7 +372,7 @@ func TestFullBufferCountsOnKnownKeysAndDropsOthers(t *testing.T) {
 }
 
 func TestFirstUseOfAKeyIsFlushedLongBeforeItsInterval(t *testing.T) {
-	store := open(t, database(t))
+	store := pgtest.Store(t, pgtest.Migrated(t))
 	c, _ := newCounter(store, 0) // an interval of five minutes
 	run(t, c)
 	for _, record := range newRecords(3) {
@@ -404,7 +383,7 @@ func TestFirstUseOfAKeyIsFlushedLongBeforeItsInterval(t *testing.T) {
 }
 
 func TestFurtherUsesWaitForTheInterval(t *testing.T) {
-	store := open(t, database(t))
+	store := pgtest.Store(t, pgtest.Migrated(t))
 	c, _ := newCounter(store, 0)
 	record := newRecords(1)[0]
 	c.Count(record, apikey.Allowed, noon)
@@ -425,7 +404,7 @@ func TestFurtherUsesWaitForTheInterval(t *testing.T) {
 }
 
 func TestStopFlushesWhatIsLeft(t *testing.T) {
-	store := open(t, database(t))
+	store := pgtest.Store(t, pgtest.Migrated(t))
 	c, _ := newCounter(store, 0)
 	stop := run(t, c)
 	record := newRecords(1)[0]
@@ -439,7 +418,7 @@ func TestStopFlushesWhatIsLeft(t *testing.T) {
 }
 
 func TestStopDuringAnOutageEndsAndSaysWhatIsLost(t *testing.T) {
-	c, logs := newCounter(open(t, "postgres://user:password@127.0.0.1:1/db"), 0)
+	c, logs := newCounter(pgtest.Store(t, "postgres://user:password@127.0.0.1:1/db"), 0)
 	stop := run(t, c)
 	for _, record := range newRecords(7) {
 		c.Count(record, apikey.Allowed, noon)

@@ -28,7 +28,6 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
-	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
@@ -88,16 +87,8 @@ func start(t testing.TB) {
 	if err := process.Build(program, "../../cmd/rekall-gateway"); err != nil {
 		t.Fatal(err)
 	}
-	world.database = pgtest.URL(t)
-	if _, _, err := keystore.Migrate(t.Context(), world.database); err != nil {
-		t.Fatal(err)
-	}
-	store, err := keystore.Open(world.database, keystore.Options{ConnectTimeout: pgtest.ConnectTimeout})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(store.Close)
-	world.admin = keyadmin.New(store)
+	world.database = pgtest.Migrated(t)
+	world.admin = keyadmin.New(pgtest.Store(t, world.database))
 	var backends []any
 	for _, name := range []string{"production", "sandbox"} {
 		backend, err := devenv.StartBackend(context.Background(), name, "127.0.0.1:0")

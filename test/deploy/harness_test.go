@@ -19,7 +19,6 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
-	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
@@ -63,20 +62,13 @@ type rig struct {
 func newRig(t *testing.T) *rig {
 	t.Helper()
 	r := &rig{t: t, database: pgtest.URL(t), production: backend(t, "production"), sandbox: backend(t, "sandbox")}
-	store, err := keystore.Open(r.database, keystore.Options{ApplicationName: "rekall-test", ConnectTimeout: pgtest.ConnectTimeout})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(store.Close)
-	r.admin = keyadmin.New(store)
+	r.admin = keyadmin.New(pgtest.Store(t, r.database))
 	return r
 }
 
 func (r *rig) migrate() {
 	r.t.Helper()
-	if _, _, err := keystore.Migrate(r.t.Context(), r.database); err != nil {
-		r.t.Fatal(err)
-	}
+	pgtest.Migrate(r.t, r.database)
 }
 
 func backend(t *testing.T, name string) *devenv.Backend {

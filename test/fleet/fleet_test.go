@@ -15,6 +15,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/test/eventually"
@@ -215,18 +216,13 @@ func newFleet(t *testing.T, s size, disturbed bool) *fleet {
 	t.Helper()
 	f := &fleet{size: s, t: t, delays: make(map[group][]time.Duration)}
 	f.database = startPostgres(t, s)
-	if _, _, err := keystore.Migrate(t.Context(), f.database); err != nil {
-		t.Fatal(err)
-	}
+	pgtest.Migrate(t, f.database)
 	var err error
 	if f.pool, err = pgxpool.New(t.Context(), f.database); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(f.pool.Close)
-	if f.store, err = keystore.Open(f.database, keystore.Options{}); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(f.store.Close)
+	f.store = pgtest.Store(t, f.database)
 	f.admin = keyadmin.New(f.store)
 	if f.backend, err = devenv.StartBackend(t.Context(), "production", "127.0.0.1:0"); err != nil {
 		t.Fatal(err)

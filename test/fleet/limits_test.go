@@ -20,9 +20,9 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/devenv/redistest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
-	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/test/eventually"
 )
 
@@ -80,14 +80,8 @@ func TestEdgesHoldKeysToTheirLimits(t *testing.T) {
 		length = time.Minute
 	}
 	database := startPostgres(t, size{gateways: limitedEdges * len(phases)})
-	if _, _, err := keystore.Migrate(t.Context(), database); err != nil {
-		t.Fatal(err)
-	}
-	store, err := keystore.Open(database, keystore.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(store.Close)
+	pgtest.Migrate(t, database)
+	store := pgtest.Store(t, database)
 	backend, err := devenv.StartBackend(context.Background(), "production", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -16,7 +16,6 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
-	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
@@ -42,15 +41,8 @@ type rig struct {
 
 func newRig(t *testing.T, database string) *rig {
 	t.Helper()
-	if _, _, err := keystore.Migrate(t.Context(), database); err != nil {
-		t.Fatal(err)
-	}
-	store, err := keystore.Open(database, keystore.Options{ApplicationName: "rekall-test", ConnectTimeout: pgtest.ConnectTimeout})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(store.Close)
-	r := &rig{t: t, database: database, admin: keyadmin.New(store)}
+	pgtest.Migrate(t, database)
+	r := &rig{t: t, database: database, admin: keyadmin.New(pgtest.Store(t, database))}
 	r.startBackend("127.0.0.1:0")
 	return r
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/test/eventually"
 )
 
@@ -81,6 +82,33 @@ func URL(t testing.TB) string {
 	Exec(t, server, fmt.Sprintf(`create database %q template template0`, name))
 	t.Cleanup(func() { Exec(t, server, fmt.Sprintf(`drop database %q with (force)`, name)) })
 	return withDatabase(t, server, name)
+}
+
+// Migrated returns the URL of a new database with the schema in it.
+func Migrated(t testing.TB) string {
+	t.Helper()
+	databaseURL := URL(t)
+	Migrate(t, databaseURL)
+	return databaseURL
+}
+
+// Migrate gives a database the schema.
+func Migrate(t testing.TB, databaseURL string) {
+	t.Helper()
+	if _, _, err := keystore.Migrate(t.Context(), databaseURL); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Store opens a database's keys for a test that is not about how they are opened, and closes them when it ends.
+func Store(t testing.TB, databaseURL string) *keystore.Store {
+	t.Helper()
+	store, err := keystore.Open(databaseURL, keystore.Options{ApplicationName: "rekall-test", ConnectTimeout: ConnectTimeout})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(store.Close)
+	return store
 }
 
 func withDatabase(t testing.TB, server, name string) string {
