@@ -15,10 +15,13 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/identitytoken"
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
@@ -158,6 +161,49 @@ func TestDefaultsAreThoseOfTheReadme(t *testing.T) {
 		"listen":           inWords(s.listen, true, "on"),
 	}); diff != "" {
 		t.Errorf("defaults (-README +settings)\n%s", diff)
+	}
+}
+
+// TestReadmeTellsWhichValuesAreRefused: each bound that it names is taken, and what is just beyond is not.
+func TestReadmeTellsWhichValuesAreRefused(t *testing.T) {
+	page, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv(keystore.DatabaseVariable, "postgres://example")
+	app := func(a App) error {
+		_, err := a.settings()
+		return err
+	}
+	address := func(perMinute, burst int) error {
+		_, err := (&AddressLimit{PerMinute: perMinute, Burst: burst}).limiter()
+		return err
+	}
+	token := func(lifetime time.Duration) error {
+		_, err := identitytoken.NewIssuer(nil, 1, identitytoken.Options{Lifetime: lifetime})
+		return err
+	}
+	for _, bound := range []struct {
+		option, words  string
+		within, beyond error
+	}{
+		{"refresh", "`10ms` at least", app(App{Refresh: caddy.Duration(10 * time.Millisecond)}), app(App{Refresh: caddy.Duration(10*time.Millisecond - 1)})},
+		{"refresh", "less than `max_staleness`", app(App{Refresh: caddy.Duration(30*time.Second - 1)}), app(App{Refresh: caddy.Duration(30 * time.Second)})},
+		{"max_staleness", "`57s` at most", app(App{MaxStaleness: caddy.Duration(57 * time.Second)}), app(App{MaxStaleness: caddy.Duration(57*time.Second + 1)})},
+		{"cache_size", "`10000000` at most", app(App{CacheSize: 10_000_000}), app(App{CacheSize: 10_000_001})},
+		{"warm", "`cache_size` at most", app(App{Warm: 100_000}), app(App{Warm: 100_001})},
+		{"usage_flush", "`100ms` to", app(App{UsageFlush: caddy.Duration(100 * time.Millisecond)}), app(App{UsageFlush: caddy.Duration(100*time.Millisecond - 1)})},
+		{"usage_flush", "to `5m`", app(App{UsageFlush: caddy.Duration(5 * time.Minute)}), app(App{UsageFlush: caddy.Duration(5*time.Minute + 1)})},
+		{"usage_flush`, `usage_retention", "`1d` at least", app(App{UsageRetention: caddy.Duration(24 * time.Hour)}), app(App{UsageRetention: caddy.Duration(24*time.Hour - 1)})},
+		{"address_limit", "both numbers `1000000` at most", address(1_000_000, 1_000_000), address(1, 1_000_001)},
+		{"address_limit", "both numbers `1000000` at most", address(1_000_000, 1), address(1_000_001, 1)},
+		{"identity_token", "`2m` to", token(2 * time.Minute), token(2*time.Minute - 1)},
+		{"identity_token", "to `1h`", token(time.Hour), token(time.Hour + 1)},
+	} {
+		row := regexp.MustCompile("(?m)^\\| `" + regexp.QuoteMeta(bound.option) + "\\b.*$").FindString(string(page))
+		if !strings.Contains(row, bound.words) || bound.within != nil || bound.beyond == nil {
+			t.Errorf("%s %s: %v at the bound, %v beyond, and the row is %q", bound.option, bound.words, bound.within, bound.beyond, row)
+		}
 	}
 }
 
