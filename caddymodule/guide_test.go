@@ -23,6 +23,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/identitytoken"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/internal/scoperule"
 )
 
 // codesInCode are the errors that are answered, as "403 TLS_REQUIRED": all, and of these the gateway's own, which are not of the
@@ -204,6 +205,24 @@ func TestReadmeTellsWhichValuesAreRefused(t *testing.T) {
 		if !strings.Contains(row, bound.words) || bound.within != nil || bound.beyond == nil {
 			t.Errorf("%s %s: %v at the bound, %v beyond, and the row is %q", bound.option, bound.words, bound.within, bound.beyond, row)
 		}
+	}
+}
+
+// TestGuideHasTheScopeTable: with it an operator knows which rules are missing before requests are refused.
+func TestGuideHasTheScopeTable(t *testing.T) {
+	page, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(page), "\n## Scopes\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	_, table, _ := strings.Cut(section, "| --- | --- | --- |\n")
+	var rows strings.Builder
+	for _, rule := range scoperule.Builtin() {
+		fmt.Fprintf(&rows, "| %s | `%s` | `%s` |\n", rule.Method, rule.Pattern, rule.Scope)
+	}
+	if diff := cmp.Diff(rows.String(), table); diff != "" {
+		t.Errorf("scope table (-code +page)\n%s", diff)
 	}
 }
 
