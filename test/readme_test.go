@@ -40,6 +40,24 @@ func blocksOf(t *testing.T, page, language string) []string {
 // TestCommandsInTheReadmeWork runs the lines of its rekall-gateway block beside a gateway, with the id of a real key where one stands.
 func TestCommandsInTheReadmeWork(t *testing.T) {
 	t.Parallel()
+	runCommandsOfReadme(t, "")
+}
+
+func TestCommandsInTheReadmeWorkWithTheParameterForPgBouncer(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	parameter := regexp.MustCompile("PgBouncer in transaction mode: add `([a-z_]+=[a-z]+)`").FindSubmatch(text)
+	if parameter == nil {
+		t.Fatal("the README does not say what PgBouncer needs")
+	}
+	runCommandsOfReadme(t, "&"+string(parameter[1]))
+}
+
+func runCommandsOfReadme(t *testing.T, parameter string) {
+	t.Helper()
 	var lines []string
 	for _, block := range blocks(t, "sh") {
 		for line := range strings.Lines(block) {
@@ -58,7 +76,7 @@ func TestCommandsInTheReadmeWork(t *testing.T) {
 	for _, line := range lines {
 		line = strings.ReplaceAll(line, "key_…", id)
 		cmd := exec.Command("sh", "-c", line)
-		cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+r.database, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
+		cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+r.database+parameter, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
 		output, err := cmd.CombinedOutput()
 		if err != nil {
 			t.Errorf("%s: %v\n%s", line, err, output)
