@@ -2,6 +2,7 @@ package deploy
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"maps"
 	"regexp"
@@ -284,6 +285,14 @@ func TestEdgesStopInOrderBeforeTheyAreKilled(t *testing.T) {
 	killedAfter := map[string]int{m.caddyfile: kubelet, process.Read(t, "../../Caddyfile.example"): systemd}
 	for _, block := range blocksOf(t, guide, "caddyfile") {
 		killedAfter[block] = systemd
+	}
+	for page, words := range map[string]string{ // beside what they say of the flush alone
+		shipped + "rekall-gateway.service": "up to %ds", shipped + "kubernetes.yaml": "up to %ds", runbook: "up to %d where Postgres hangs",
+		"../../README.md": "up to %d s where it hangs",
+	} {
+		if words = fmt.Sprintf(words, lastCounts); !strings.Contains(process.Read(t, page), words) {
+			t.Errorf("%s does not say how long the last counts may take: %s", page, words)
+		}
 	}
 	for caddyfile, limit := range killedAfter {
 		takes := lastCounts
