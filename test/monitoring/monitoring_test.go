@@ -328,7 +328,16 @@ func holdTransaction(t *testing.T, databaseURL string) (pid int) {
 	return pid
 }
 
-// TestRunbookTellsWhoSendsUnknownKeys: the journal has lines of systemd too, and the connection is the load balancer's.
+// TestRunbookMigratesAsTheOwner: the URL that it has an administrator export may not.
+func TestRunbookMigratesAsTheOwner(t *testing.T) {
+	text := process.Read(t, shipped+"RUNBOOK.md")
+	if n := strings.Count(text, "rekall-gateway migrate"); n != 1 || !strings.Contains(text, "\nrekall-gateway migrate --database \"$OWNER\" ") {
+		t.Errorf("%d commands to migrate, want one, which all else links to", n)
+	}
+}
+
+// TestRunbookTellsWhoSendsUnknownKeys: the journal has lines of systemd too, and the connection is the load balancer's. Keys that were
+// revoked are no unknown ones, and requests without a key are not what the alert counts.
 func TestRunbookTellsWhoSendsUnknownKeys(t *testing.T) {
 	command := regexp.MustCompile(`(?s)\njournalctl [^|]*-o cat \|(.*?)\n` + "```").FindStringSubmatch(process.Read(t, shipped+"RUNBOOK.md"))
 	if command == nil {
@@ -336,11 +345,16 @@ func TestRunbookTellsWhoSendsUnknownKeys(t *testing.T) {
 	}
 	shell := exec.Command("bash", "-euo", "pipefail", "-c", command[1])
 	shell.Stdin = strings.NewReader(`Started rekall-gateway.service - Rekall API gateway.
-{"status":200,"request":{"remote_ip":"10.0.0.10","client_ip":"203.0.113.1"}}
-{"status":401,"request":{"remote_ip":"10.0.0.10","client_ip":"203.0.113.7"}}
-{"status":401,"request":{"remote_ip":"10.0.0.10","client_ip":"203.0.113.7"}}
+7
+{"level":"info","msg":"serving initial configuration"}
+{"status":200,"request":{"remote_ip":"10.0.0.10","client_ip":"203.0.113.1"},"rekall":{"decision":"allowed"}}
+{"status":401,"request":{"remote_ip":"10.0.0.10","client_ip":"203.0.113.2"},"rekall":{"decision":"revoked","reason":"API_KEY_REVOKED"}}
+{"status":401,"request":{"remote_ip":"10.0.0.10","client_ip":"203.0.113.3"},"rekall":{"decision":"missing","reason":"API_KEY_MISSING"}}
+{"status":401,"request":{"remote_ip":"10.0.0.10","client_ip":"203.0.113.7"},"rekall":{"decision":"unknown","reason":"API_KEY_INVALID"}}
+{"status":401,"request":{"remote_ip":"10.0.0.10","client_ip":"203.0.113.7"},"rekall":{"decision":"malformed","reason":"API_KEY_INVALID"}}
+{"status":401,"request":{"remote_ip":"10.0.0.10","client_ip":"203.0.113.7"},"rekall":{"reason":"API_KEY_INVALID"}}
 `)
-	if output, err := shell.CombinedOutput(); err != nil || strings.TrimSpace(string(output)) != "2 203.0.113.7" {
+	if output, err := shell.CombinedOutput(); err != nil || strings.TrimSpace(string(output)) != "3 203.0.113.7" {
 		t.Errorf("%v\n%s", err, output)
 	}
 }
