@@ -83,6 +83,36 @@ func panels(t *testing.T) map[string][]string {
 	return queries
 }
 
+// TestDashboardNamesWhatItShows: the least of all edges is no figure of each, and a status has one name, that of edges list.
+func TestDashboardNamesWhatItShows(t *testing.T) {
+	var dashboard struct {
+		Panels []struct {
+			Title   string
+			Targets []struct{ Expr, LegendFormat string }
+		}
+	}
+	if err := json.Unmarshal([]byte(process.Read(t, shipped+"dashboard.json")), &dashboard); err != nil {
+		t.Fatal(err)
+	}
+	least := 0
+	for _, panel := range dashboard.Panels {
+		for _, target := range panel.Targets {
+			if strings.HasPrefix(target.Expr, "min(") {
+				least++
+				if !strings.HasPrefix(panel.Title, "All edges ") && !strings.HasPrefix(target.LegendFormat, "least ") {
+					t.Errorf("%s shows %s as %q", panel.Title, target.Expr, target.LegendFormat)
+				}
+			}
+			if strings.Contains(target.Expr, `status="fail-closed"`) && panel.Title != "Fail-closed edges" {
+				t.Errorf("%s shows %s", panel.Title, target.Expr)
+			}
+		}
+	}
+	if least == 0 {
+		t.Error("no panel shows the least of all edges")
+	}
+}
+
 func TestEveryQueryReturnsDataAndEachAlertFiresWhenItsFaultIsMade(t *testing.T) {
 	server := pgtest.Server(t)
 	redis := redistest.Server(t, devenv.RedisOptions{})
