@@ -1,14 +1,18 @@
 package deploy
 
 import (
+	"context"
 	"crypto/rand"
 	"net/http"
 	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/jackc/pgx/v5"
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
@@ -80,7 +84,7 @@ func TestCommandsOfTheGuideWork(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	edge, next, password := pgtest.Role(t, r.database), pgtest.Role(t, r.database), rand.Text()
-	keyManager := pgtest.Role(t, r.database)
+	keyManager, keyManagerPassword := pgtest.Role(t, r.database), rand.Text()
 	g := r.gateway(program, process.FreeAddress(t), withUser(t, r.database, edge, password))
 	another := pgtest.Server(t).URL()
 	names := strings.NewReplacer(
@@ -91,14 +95,19 @@ func TestCommandsOfTheGuideWork(t *testing.T) {
 		"edge_1_next", next, "edge_1", edge, "alice", pgtest.Role(t, r.database), "key_manager", keyManager,
 		"rekall_edge", pgtest.Role(t, r.database), "rekall_admin", pgtest.Role(t, r.database))
 	dir := t.TempDir()
-	env := append(os.Environ(), "REKALL_DATABASE_URL="+r.database, "EDGE_PASSWORD="+password, "KEY_MANAGER_PASSWORD="+password,
+	env := append(os.Environ(), "REKALL_DATABASE_URL="+r.database, "EDGE_PASSWORD="+password, "KEY_MANAGER_PASSWORD="+keyManagerPassword,
 		"ADMIN_PASSWORD="+rand.Text(), "HOME="+dir, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
 
 	var outputs strings.Builder
+	var stayed *pgx.Conn
 	commands := 0
 	for _, block := range blocksOf(t, guide, "sh") {
 		if strings.Contains(block, "/rekall/ready") && g.process == nil {
 			g.startReady()
+		}
+		if strings.Contains(block, "nologin") {
+			g.process.Stop(t) // it was pointed to the next user; whoever has the first one's password is still there
+			stayed = login(t, withUser(t, r.database, edge, password))
 		}
 		commands += strings.Count(block, "\n")
 		cmd := exec.Command("bash", "-euo", "pipefail", "-c", names.Replace(block))
@@ -125,10 +134,19 @@ func TestCommandsOfTheGuideWork(t *testing.T) {
 	if list := command(t, program, withDatabase(t, another, "rekall_restored"), "edges", "list", "--json"); list != "[]\n" {
 		t.Errorf("the restored database lists edges that have not come to it: %s", list)
 	}
-	if err := pgtest.TryExec(withUser(t, r.database, edge, password), "select 1"); err == nil {
-		t.Error("the first user still logs in")
+	nextPassword := regexp.MustCompile(`(?m)^` + next + `:(\S+)$`).FindStringSubmatch(outputs.String())
+	if nextPassword == nil {
+		t.Fatal("nobody learns the next user's password")
 	}
-	rotated := r.example(withUser(t, r.database, next, password), withUser(t, r.database, keyManager, password))
+	for _, old := range []string{edge, next} {
+		if err := pgtest.TryExec(withUser(t, r.database, old, password), "select 1"); err == nil {
+			t.Errorf("%s still logs in with the first password", old)
+		}
+	}
+	if err := stayed.Ping(t.Context()); err == nil {
+		t.Error("whoever was logged in as the first user still is")
+	}
+	rotated := r.example(withUser(t, r.database, next, nextPassword[1]), withUser(t, r.database, keyManager, keyManagerPassword))
 	rotated.startReady()
 	rotated.want(http.StatusOK, "", "GET", r.key("production", "memories:read").Key.Reveal())
 	r.wantKeyMade(client, rotated.http)
@@ -162,6 +180,17 @@ func (r *rig) wantKeyMade(client *http.Client, base string) {
 	if err != nil || got.status != http.StatusCreated {
 		r.t.Errorf("key management answers %d %s, %v", got.status, got.code, err)
 	}
+}
+
+// login is a connection that nobody closes before the end of the test.
+func login(t *testing.T, databaseURL string) *pgx.Conn {
+	t.Helper()
+	conn, err := pgx.Connect(t.Context(), databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close(context.Background()) })
+	return conn
 }
 
 func withUser(t *testing.T, databaseURL, user, password string) string {
