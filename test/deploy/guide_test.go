@@ -96,14 +96,22 @@ func TestCommandsOfTheGuideWork(t *testing.T) {
 		"rekall_edge", pgtest.Role(t, r.database), "rekall_admin", pgtest.Role(t, r.database))
 	dir := t.TempDir()
 	env := append(os.Environ(), "REKALL_DATABASE_URL="+r.database, "EDGE_PASSWORD="+password, "KEY_MANAGER_PASSWORD="+keyManagerPassword,
-		"ADMIN_PASSWORD="+rand.Text(), "HOME="+dir, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
+		"ADMIN_PASSWORD="+rand.Text(), "RESTORED_DATABASE_URL="+withDatabase(t, another, "rekall_restored"), "HOME="+dir, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
 
 	var outputs strings.Builder
+	revokedSince := "" // the dump
 	var stayed *pgx.Conn
 	commands := 0
 	for _, block := range blocksOf(t, guide, "sh") {
 		if strings.Contains(block, "/rekall/ready") && g.process == nil {
 			g.startReady()
+		}
+		if strings.Contains(block, "pg_dump") {
+			revokedSince = r.key("production", "memories:read").ID
+		}
+		if strings.Contains(block, "pg_restore") {
+			r.revoke(revokedSince)
+			r.revoke(r.key("production", "memories:read").ID) // which the dump has not
 		}
 		if strings.Contains(block, "nologin") {
 			g.process.Stop(t) // it was pointed to the next user; whoever has the first one's password is still there
@@ -133,6 +141,9 @@ func TestCommandsOfTheGuideWork(t *testing.T) {
 	}
 	if list := command(t, program, withDatabase(t, another, "rekall_restored"), "edges", "list", "--json"); list != "[]\n" {
 		t.Errorf("the restored database lists edges that have not come to it: %s", list)
+	}
+	if key := command(t, program, withDatabase(t, another, "rekall_restored"), "keys", "show", revokedSince); !strings.Contains(key, "revoked") {
+		t.Errorf("what was revoked since the dump is good again: %s", key)
 	}
 	nextPassword := regexp.MustCompile(`(?m)^` + next + `:(\S+)$`).FindStringSubmatch(outputs.String())
 	if nextPassword == nil {
