@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
@@ -132,6 +134,40 @@ func TestTokensOfTwoEdgesVerifyWithTheKeySetOfEither(t *testing.T) {
 	}
 	if answer := edges[0].do("HEAD", "/.well-known/jwks.json", nil); answer.StatusCode != http.StatusOK || answer.body != "" {
 		t.Errorf("HEAD: %d %q", answer.StatusCode, answer.body)
+	}
+}
+
+// TestStepsAfterABreakInLockTheEdgesUserOutBeforeTheyRemoveItsKeys, of which one may be in another's name.
+func TestStepsAfterABreakInLockTheEdgesUserOutBeforeTheyRemoveItsKeys(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	role := pgtest.Role(t, r.database)
+	if _, _, err := keystore.MigrateAndGrant(t.Context(), r.database, keystore.Roles{Edge: role}); err != nil {
+		t.Fatal(err)
+	}
+	taken := pgtest.Login(t, r.database, role)
+	u, err := url.Parse(taken)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := pgx.Connect(t.Context(), taken)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close(context.Background()) })
+	if _, err := conn.Exec(t.Context(), `insert into rekall.signing_keys (id, public_key, instance, expires_at)
+		values (repeat('x', 43), decode(repeat('00', 32), 'hex'), repeat('y', 22), 'infinity')`); err != nil {
+		t.Fatal(err)
+	}
+	pgtest.Exec(t, r.database, strings.ReplaceAll(blocksOf(t, "../SECURITY.md", "sql")[0], "edge_1", u.User.Username()))
+	if n := r.signingKeys(); n != 0 {
+		t.Errorf("%d forged keys are left", n)
+	}
+	if err := conn.Ping(t.Context()); err == nil {
+		t.Error("whoever was logged in still is")
+	}
+	if err := pgtest.TryExec(taken, "select 1"); err == nil {
+		t.Error("the user still logs in")
 	}
 }
 

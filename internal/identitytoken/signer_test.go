@@ -141,6 +141,22 @@ func TestSuspendedEdgePublishesItsKeyAgainBeforeItSigns(t *testing.T) {
 	})
 }
 
+// TestKeyThatWasDeletedIsPublishedAgainWithin30Seconds, as SECURITY.md says of the edges that were not broken into.
+func TestKeyThatWasDeletedIsPublishedAgainWithin30Seconds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := newShelf()
+		signer := run(t, store, standard)
+		text := mustToken(t, issuer(t, signer, Options{}), record(), time.Now())
+		sleep(time.Millisecond) // past the renewal that the start asked for
+		store.mu.Lock()
+		clear(store.rows)
+		store.mu.Unlock()
+		sleep(30*time.Second + readGap) // before which the key set is not read again
+		synctest.Wait()
+		verify(t, text, mustJWKS(t, signer))
+	})
+}
+
 func TestOutageCausesOneAttemptASecondHoweverManyRequestsCome(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := newShelf()
