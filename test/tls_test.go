@@ -3,6 +3,8 @@ package test
 import (
 	"net"
 	"net/url"
+	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
@@ -10,6 +12,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/internal/devenv/redistest"
 	"github.com/rekall-ai/gateway/test/eventually"
 )
 
@@ -66,6 +69,29 @@ func TestEveryConnectionToPostgresIsEncryptedAndVerified(t *testing.T) {
 	}
 	r.revoke(key.ID)
 	eventually.True(t, "the revocation holds", func() bool { return g.ask(key) == "API_KEY_REVOKED" })
+}
+
+// TestPostgresAndRedisOfAPrivateAuthorityAreUsedWhereSSLCertDirNamesIt, as SECURITY.md says and the pods do.
+func TestPostgresAndRedisOfAPrivateAuthorityAreUsedWhereSSLCertDirNamesIt(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	postgres := tlsPostgres(t, ca)
+	r := newRigOn(t, postgres.URL())
+	certificate, key := ca.issue("127.0.0.1")
+	server := redistest.Server(t, devenv.RedisOptions{TLS: &devenv.RedisTLS{
+		CertificateFile: ca.save("redis.crt", certificate), KeyFile: ca.save("redis.key", key),
+	}})
+	g := r.prepare(heldSite, "rate_limit_store "+server.URL())
+	g.env = []string{"SSL_CERT_DIR=" + filepath.Dir(ca.file)}
+	database, _, _ := strings.Cut(verifiedURL(t, postgres, "localhost", ca), "?")
+	g.run(database + "?sslmode=verify-full")
+	g.waitReady()
+	used := regexp.MustCompile(`(?m)^rekall_rate_limit_store_exchanges_total [1-9]`)
+	held := r.key("production", "memories:read")
+	eventually.True(t, "the edge shares the limits", func() bool {
+		g.get(held).wantCode(t, 200, "")
+		return used.MatchString(do(t, "GET", g.admin+"/metrics", nil, nil).body)
+	})
 }
 
 func TestPostgresThatCannotBeVerifiedIsNotAskedAndTheLogSaysWhy(t *testing.T) {

@@ -80,8 +80,11 @@ type (
 			Containers []container
 			Volumes    []struct {
 				Name      string
-				ConfigMap *struct{ Name string } `yaml:"configMap"`
-				Secret    *struct {
+				ConfigMap *struct {
+					Name     string
+					Optional bool
+				} `yaml:"configMap"`
+				Secret *struct {
 					SecretName string `yaml:"secretName"`
 					Items      []struct{ Key, Path string }
 				}
@@ -95,8 +98,8 @@ type (
 		Name, Image string
 		Args        []string
 		Env         []struct {
-			Name      string
-			ValueFrom struct {
+			Name, Value string
+			ValueFrom   struct {
 				SecretKeyRef struct{ Name, Key string } `yaml:"secretKeyRef"`
 			} `yaml:"valueFrom"`
 		}
@@ -312,6 +315,30 @@ func seconds(t *testing.T, digits string) int {
 		t.Fatal(err)
 	}
 	return n
+}
+
+// TestPodsTrustAuthoritiesOfTheOperators, and start without any.
+func TestPodsTrustAuthoritiesOfTheOperators(t *testing.T) {
+	m := readManifest(t)
+	for name, pod := range map[string]podTemplate{"Job": m.job.Spec.Template, "Deployment": m.deployment.Spec.Template} {
+		dir, volume, optional := "", "", false
+		for _, e := range pod.Spec.Containers[0].Env {
+			if e.Name == "SSL_CERT_DIR" {
+				dir = e.Value
+			}
+		}
+		for _, mount := range pod.Spec.Containers[0].VolumeMounts {
+			if mount.MountPath == dir && mount.ReadOnly {
+				volume = mount.Name
+			}
+		}
+		for _, v := range pod.Spec.Volumes {
+			optional = optional || v.Name == volume && v.ConfigMap != nil && v.ConfigMap.Name == "rekall-authorities" && v.ConfigMap.Optional
+		}
+		if !optional {
+			t.Errorf("%s: SSL_CERT_DIR %q, of volume %q, is not the ConfigMap's", name, dir, volume)
+		}
+	}
 }
 
 func TestPodsHaveNoPrivilege(t *testing.T) {
