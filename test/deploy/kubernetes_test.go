@@ -341,6 +341,29 @@ func TestPodsTrustAuthoritiesOfTheOperators(t *testing.T) {
 	}
 }
 
+// TestJobIsAppliedBeforeTheRest by the commands in the manifest: a Job cannot be changed, and edges must not start ahead of their schema.
+func TestJobIsAppliedBeforeTheRest(t *testing.T) {
+	m := readManifest(t)
+	var label string
+	for name, value := range m.job.Metadata.Labels {
+		label = name + "=" + value
+	}
+	for _, o := range []metadata{m.config.Metadata, m.deployment.Metadata, m.service.Metadata, m.budget.Metadata} {
+		if len(o.Labels) > 0 {
+			t.Errorf("%s is selected by %v", o.Name, o.Labels)
+		}
+	}
+	job := m.job.Metadata.Name
+	order := strings.Join([]string{
+		"#   kubectl delete job " + job + " --ignore-not-found", "#   kubectl apply -f kubernetes.yaml -l " + label,
+		"#   kubectl wait --for=condition=complete --timeout=5m job/" + job,
+		"#   kubectl apply -f kubernetes.yaml -l " + strings.Replace(label, "=", "!=", 1),
+	}, "\n")
+	if label == "" || !strings.Contains(process.Read(t, shipped+"kubernetes.yaml"), "\n"+order+"\n") {
+		t.Errorf("the manifest does not say\n%s", order)
+	}
+}
+
 func TestPodsHaveNoPrivilege(t *testing.T) {
 	m, im := readManifest(t), readImage(t)
 	for name, pod := range map[string]podTemplate{"Job": m.job.Spec.Template, "Deployment": m.deployment.Spec.Template} {
