@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -161,6 +162,46 @@ func TestCommandsOfTheGuideWork(t *testing.T) {
 	rotated.startReady()
 	rotated.want(http.StatusOK, "", "GET", r.key("production", "memories:read").Key.Reveal())
 	r.wantKeyMade(client, rotated.http)
+}
+
+// TestSizesOfTheGuideFollowFromItsFigures: usage can be a row for each request, and no more than one for each key and edge in an interval.
+func TestSizesOfTheGuideFollowFromItsFigures(t *testing.T) {
+	t.Parallel()
+	text := process.Read(t, guide)
+	number := func(digits string) float64 {
+		n, err := strconv.ParseFloat(strings.ReplaceAll(digits, ",", ""), 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	figure := func(pattern string) float64 {
+		found := regexp.MustCompile(pattern).FindStringSubmatch(text)
+		if found == nil {
+			t.Fatalf("the guide has no %s", pattern)
+		}
+		return number(found[1])
+	}
+	request, statements := figure(`requests/s × (\d+) us / 0\.7 /`)/1e6, figure(`made and revoked each second \| ([\d.]+) statements/s`)
+	rows := regexp.MustCompile(`(?m)^\| (?:up to )?([\d,]+) \| ([\d,]+) \| (\d+) \| (\d+) \| [^|]+ \| \w+ (\d+) \| ([\d,]+) \| (\d+)`).FindAllStringSubmatch(text, -1)
+	if len(rows) != 3 {
+		t.Fatalf("%d rows of sizes", len(rows))
+	}
+	for _, row := range rows {
+		keys, requests, edges := number(row[1]), number(row[2]), number(row[3])
+		if cores := requests * request / 0.7 / (edges - 1); cores > number(row[4]) {
+			t.Errorf("%s: %.2f cores", row[0], cores)
+		}
+		if all := edges * statements; all > 1.05*number(row[5]) {
+			t.Errorf("%s: %.0f statements/s", row[0], all)
+		}
+		if usage := min(requests, keys*edges/10); usage != number(row[6]) {
+			t.Errorf("%s: %.0f rows/s of usage", row[0], usage)
+		}
+		if number(row[7]) < keys {
+			t.Errorf("%s: not all keys have room", row[0])
+		}
+	}
 }
 
 // example is a gateway with Caddyfile.example as it stands there, but for addresses and TLS.
