@@ -225,7 +225,8 @@ var observed = []series{
 
 // edgesDesc is of all edges, not only of this one: it tells of an edge that nobody scrapes any longer.
 var edgesDesc = prometheus.NewDesc("rekall_edges",
-	"Edges in Postgres's list when this edge last counted them, live or fail-closed: their last reported sync is older than their max_staleness.",
+	"Edges in Postgres's list when this edge last counted them, live or fail-closed: their last reported sync is older than their max_staleness. "+
+		"Absent if it could not report and count them within the last minute.",
 	[]string{"status"}, nil)
 
 // canaryDesc is of edges that send canaries: at others nobody expects any.
@@ -254,8 +255,8 @@ func (w *observer) Collect(collected chan<- prometheus.Metric) {
 	if w.rt.canary != nil {
 		collected <- prometheus.MustNewConstMetric(canaryDesc, prometheus.GaugeValue, float64(o.CanaryAt.UnixMilli())/1000)
 	}
-	edges, counted := w.rt.reporter.Edges()
-	if !counted {
+	edges, holds := w.rt.reporter.Edges()
+	if !holds {
 		return
 	}
 	collected <- prometheus.MustNewConstMetric(edgesDesc, prometheus.GaugeValue, float64(edges.Live), "live")

@@ -138,7 +138,7 @@ func (rt *runtime) status(ctx context.Context) runtimeStatus {
 			s.LastError = &lastError{At: f.At.UTC(), Message: apikey.Redact(f.Err.Error())}
 		}
 	}
-	if n, counted := rt.reporter.Edges(); counted {
+	if n, holds := rt.reporter.Edges(); holds {
 		s.Edges = &edgeCount{n.Live, n.FailClosed}
 	}
 	s.Schema = schemaVersion(ctx, rt.counts)

@@ -40,6 +40,10 @@ const (
 
 	reportTimeout = 2 * time.Second
 
+	// countHolds is how long a count of the edges says anything of now. They are counted at least every 41 seconds: with a report, once the
+	// longest interval has passed that countEdges makes of the longest max_staleness.
+	countHolds = time.Minute
+
 	// All reports of the last minute are remembered, which is longer than any max_staleness by which a standby may lag and be trusted, and
 	// never fewer than rememberBeats. A storm of changes makes twenty a second.
 	rememberBeats = 64
@@ -70,7 +74,7 @@ type Reporter struct {
 	countAt   time.Time // when to count the edges
 	reporting outage.Kind
 	counting  outage.Kind
-	count     atomic.Pointer[keystore.EdgeCount] // nil: not counted yet
+	count     atomic.Pointer[edgeCount] // nil: not counted yet
 
 	failures outage.Failures // to report, or to count the edges
 
@@ -78,6 +82,12 @@ type Reporter struct {
 	draining bool
 	sent     map[uint64]keystore.Report // the last reports, by beat
 	last     []uint64                   // their beats, the oldest first
+}
+
+// edgeCount is a count of the edges, and when it was made.
+type edgeCount struct {
+	keystore.EdgeCount
+	at time.Time
 }
 
 // NewReporter returns a reporter for a new instance of an edge. logger is asked at each line.
@@ -245,22 +255,25 @@ func (r *Reporter) countEdges(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// When Postgres was away, the first to report sees nobody else, and must not take the others' part of the limits.
-	if known := r.count.Load(); !r.reporting.Failing && !r.counting.Failing || known == nil || known.Live < n.Live {
-		r.count.Store(&n)
+	// When Postgres was away, the first to report sees nobody else, and must not take the others' part of the limits. By its next report
+	// they are there again.
+	if known := r.count.Load(); (r.reporting.Failing || r.counting.Failing) && known != nil && known.Live >= n.Live {
+		return nil
 	}
+	r.count.Store(&edgeCount{n, time.Now()})
 	every := r.edge.MaxStaleness / 2
 	r.countAt = time.Now().Add(every - every/4 + rand.N(every/2))
 	return nil
 }
 
-// Edges returns how many edges there were when this one counted them last, or false if it has not yet.
-func (r *Reporter) Edges() (keystore.EdgeCount, bool) {
-	n := r.count.Load()
-	if n == nil {
+// Edges returns how many edges there were when this one counted them last, and whether that says anything of now: it has counted them
+// within the last minute.
+func (r *Reporter) Edges() (n keystore.EdgeCount, holds bool) {
+	last := r.count.Load()
+	if last == nil {
 		return keystore.EdgeCount{}, false
 	}
-	return *n, true
+	return last.EdgeCount, time.Since(last.at) < countHolds
 }
 
 // LastFailure returns the last failure to report, or to count the edges; nil: there was none.

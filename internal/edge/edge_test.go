@@ -130,6 +130,30 @@ func TestEdgesAreCountedTwiceInTheTimeAfterWhichOneIsFailClosed(t *testing.T) {
 	want("a report when it is time again", 1, 1)
 }
 
+// TestCountOfEdgesSaysNothingOfNowOnceTheyCannotBeCountedAnyLonger: an edge that cannot report would seem to be well for ever.
+func TestCountOfEdgesSaysNothingOfNowOnceTheyCannotBeCountedAnyLonger(t *testing.T) {
+	r := newRig(t)
+	r.report()
+	if _, err := r.conn.Exec(t.Context(), `alter table rekall.edges add constraint unwelcome check (name <> 'north') not valid`); err != nil {
+		t.Fatal(err)
+	}
+	r.reporter.count.Load().at = time.Now().Add(-countHolds)
+	if reported, _ := r.reporter.report(t.Context(), keycache.Applied{}); reported == nil {
+		t.Fatal("it reports")
+	}
+	if n, holds := r.reporter.Edges(); holds || n != (keystore.EdgeCount{Live: 1}) {
+		t.Errorf("%+v, which holds: %v; want the last count, for the limits, which does not", n, holds)
+	}
+	if _, err := r.conn.Exec(t.Context(), `alter table rekall.edges drop constraint unwelcome`); err != nil {
+		t.Fatal(err)
+	}
+	r.reporter.countAt = time.Time{}
+	r.report()
+	if _, holds := r.reporter.Edges(); !holds {
+		t.Error("a new count does not hold")
+	}
+}
+
 // TestFirstEdgeToReportAfterAnOutageOfPostgresStillCountsTheOthers: it would let through as much as all of them.
 func TestFirstEdgeToReportAfterAnOutageOfPostgresStillCountsTheOthers(t *testing.T) {
 	r := newRig(t)
