@@ -88,6 +88,14 @@ type settlement struct {
 	answer *redis.Cmd
 }
 
+// trial returns a settlement of nothing, with a bucket that stays whole.
+func trial() settlement {
+	l := &lease{key: "rekall:rl:{trial}"}
+	l.minute.Store(1)
+	l.depth.Store(1)
+	return settlement{lease: l}
+}
+
 const (
 	dataKey = "rekall:rl:data"
 	dataFor = 24 * time.Hour // each probe prolongs it; longer than outages, after which it must not seem that Redis was emptied

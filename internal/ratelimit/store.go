@@ -260,7 +260,7 @@ func (s *store) exchange(ctx context.Context, batch []settlement) bool {
 	inTime := slow.Stop()
 	if err != nil {
 		s.failures.Add(1)
-		s.fall(err)
+		s.explain(err)
 	}
 	for _, b := range batch {
 		b.lease.wake()
@@ -369,12 +369,7 @@ func (s *store) probe(ctx context.Context) {
 	}
 	if err != nil {
 		s.failures.Add(1)
-		if telling := telling(err); s.fall(err) {
-			s.explained = telling
-		} else if telling > s.explained { // such as a password that is missing, which the old connection's end came before
-			s.explained = telling
-			s.logger().Warn("rate limit store fails", zap.Error(err))
-		}
+		s.explain(err)
 		s.forget()
 		return
 	}
@@ -400,10 +395,26 @@ func (s *store) probe(ctx context.Context) {
 	for _, l := range s.followed {
 		l.due = 0
 	}
-	if s.settle(ctx, s.followed) && !emptied {
+	// It may answer probes alone, such as to a user who may not run the script, and there may be nothing to settle.
+	if !s.exchange(ctx, []settlement{trial()}) || !s.settle(ctx, s.followed) {
+		s.forget()
+		return
+	}
+	if !emptied {
 		s.explained = 0
 		s.fallback.Store(false)
 		s.logger().Info("rate limit store answers again")
+	}
+}
+
+// explain goes on without Redis, and has the log say why, unless it has said as much of this outage.
+func (s *store) explain(err error) {
+	telling := telling(err)
+	if s.fall(err) {
+		s.explained = telling
+	} else if telling > max(1, s.explained) { // such as a password that is missing, which the old connection's end came before
+		s.explained = telling
+		s.logger().Warn("rate limit store fails", zap.Error(err))
 	}
 }
 

@@ -576,8 +576,7 @@ func TestAnOutageIsLoggedOnceWhenItBeginsAndOnceWhenItEnds(t *testing.T) {
 
 // TestCauseOfAnOutageIsLoggedThoughALessTellingErrorCameBefore plays administrators who give Redis a password that the edge has not.
 func TestCauseOfAnOutageIsLoggedThoughALessTellingErrorCameBefore(t *testing.T) {
-	const cause = "NOAUTH"
-	wantCause := func(t *testing.T, e *edgeUnderTest) {
+	wantCause := func(t *testing.T, e *edgeUnderTest, cause string) {
 		t.Helper()
 		eventually.True(t, "the cause is logged", func() bool { return e.log.lines(cause) > 0 })
 		failures := e.store.failures.Load()
@@ -596,7 +595,19 @@ func TestCauseOfAnOutageIsLoggedThoughALessTellingErrorCameBefore(t *testing.T) 
 		if err := client.ClientKillByFilter(t.Context(), "TYPE", "normal", "SKIPME", "yes").Err(); err != nil {
 			t.Fatal(err)
 		}
-		wantCause(t, e)
+		wantCause(t, e, "NOAUTH")
+	})
+	t.Run("connection lost to a Redis that answers probes and does not run the script", func(t *testing.T) {
+		server := redistest.Server(t, devenv.RedisOptions{})
+		e, client := startEdges(t, server.URL(), 1)[0], connect(t, server.URL())
+		eventually.True(t, "it is connected", func() bool { return e.store.connected.Load() })
+		forbidScripts(t, client)
+		if err := client.ClientKillByFilter(t.Context(), "TYPE", "normal", "SKIPME", "yes").Err(); err != nil {
+			t.Fatal(err)
+		}
+		eventually.True(t, "the fallback begins", func() bool { return e.log.lines(begins) == 1 })
+		defer load(e)()
+		wantCause(t, e, "NOPERM")
 	})
 	t.Run("connection refused", func(t *testing.T) {
 		server := redistest.Server(t, devenv.RedisOptions{Password: "secret"})
@@ -604,7 +615,72 @@ func TestCauseOfAnOutageIsLoggedThoughALessTellingErrorCameBefore(t *testing.T) 
 		e := startEdges(t, "redis://"+address, 1)[0]
 		eventually.True(t, "the connection is refused", func() bool { return e.log.lines("connection refused") == 1 })
 		forward(t, address, server.Port)
-		wantCause(t, e)
+		wantCause(t, e, "NOAUTH")
+	})
+}
+
+// forbidScripts leaves the edge what a probe needs.
+func forbidScripts(t *testing.T, client *redis.Client) {
+	t.Helper()
+	if err := client.Do(t.Context(), "acl", "setuser", "default", "-evalsha", "-eval", "-script").Err(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func allowScripts(t *testing.T, client *redis.Client) {
+	t.Helper()
+	if err := client.Do(t.Context(), "acl", "setuser", "default", "+@all").Err(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// load has a key come until the function that it returns is called.
+func load(e *edgeUnderTest) (stop func()) {
+	done := make(chan struct{})
+	var running sync.WaitGroup
+	running.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			case <-time.After(10 * time.Millisecond):
+				e.ask(digest(1), fast)
+			}
+		}
+	})
+	return func() {
+		close(done)
+		running.Wait()
+	}
+}
+
+// TestLeasesOfKeysThatNoLongerComeAreDroppedThoughRedisAnswersProbes: they would be settled in vain at each probe, and be ever more.
+func TestLeasesOfKeysThatNoLongerComeAreDroppedThoughRedisAnswersProbes(t *testing.T) {
+	server := redistest.Server(t, devenv.RedisOptions{})
+	l, log := newShared(t, server.URL(), 1)
+	e, client := &edgeUnderTest{Limiter: l, log: log}, connect(t, server.URL())
+	l.store.probe(t.Context())
+	forbidScripts(t, client)
+	limit := Limit{PerMinute: 6000, Burst: 6000}
+	for i := range 50 {
+		e.ask(digest(i), limit)
+	}
+	l.store.follow()
+	if l.store.settle(t.Context(), l.store.followed) || len(l.store.followed) != 50 {
+		t.Fatalf("%d leases are followed, and their settlement is to fail", len(l.store.followed))
+	}
+	eventually.True(t, "no lease is followed", func() bool { // when what the key has used is forgotten
+		l.store.probe(t.Context())
+		return len(l.store.followed) == 0
+	})
+	l.store.probe(t.Context())
+	if !l.Status().Fallback || log.lines("\n") != 1 {
+		t.Errorf("with nothing to settle, the fallback is said to end and to begin:\n%s", log)
+	}
+	allowScripts(t, client)
+	eventually.True(t, "the fallback ends", func() bool {
+		l.store.probe(t.Context())
+		return !l.Status().Fallback
 	})
 }
 
