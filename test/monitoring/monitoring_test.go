@@ -172,6 +172,13 @@ func TestEveryQueryReturnsDataAndEachAlertFiresWhenItsFaultIsMade(t *testing.T) 
 	pgtest.Exec(t, r.database, "alter table rekall.taken_away rename to signing_keys")
 	other.process.Kill(t)
 
+	fault("RekallFilterMissing") // as in a database without keys
+	other.database = pgtest.Migrated(t)
+	other.run()
+	p.waitFiring("RekallFilterMissing")
+	other.process.Kill(t)
+	other.database = r.database
+
 	fault("RekallCannotReport") // of an edge that could before: a minute later it counts as one that cannot
 	other.run()
 	eventually.Within(t, time.Minute, "the edge has counted the edges", func() bool { return strings.Contains(other.text(), "\nrekall_edges{") })
