@@ -169,7 +169,8 @@ var observed = []series{
 		func(o *observation) float64 { return truth(o.canSign) }),
 	gauge("rekall_sync_age_seconds", "Time since the start of the last good sync, or of the process until the first; key data is refused beyond max_staleness.",
 		func(o *observation) float64 { return o.Age.Seconds() }),
-	gauge("rekall_sync_lag_seconds", "How far the data was behind when it was last read; 0 unless a standby is read.",
+	gauge("rekall_sync_lag_seconds", "How old the newest report of this edge was in the standby when it was last read: the data is proved no fresher. "+
+		"Reports are up to 5 s apart, which is no lag. 0 unless a standby is read.",
 		func(o *observation) float64 { return o.Lag.Seconds() }),
 	gauge("rekall_max_staleness_seconds", "The sync age beyond which no cached key is trusted, as configured.",
 		func(o *observation) float64 { return o.MaxStaleness.Seconds() }),

@@ -38,7 +38,7 @@ type Status struct {
 	Epoch        uint64        // syncs that were published
 	SyncedAt     time.Time     // start of the last good sync; zero: never
 	Age          time.Duration // since then; since the cache was made, if never
-	Lag          time.Duration // by which the data was behind when it was read, which only a standby's is
+	Lag          time.Duration // by which the data may have been behind when it was read, as far as is proved, which only a standby's is
 	Fresh        bool          // whether that sync still vouches for cached keys
 	MaxStaleness time.Duration // after which it does not
 	InFlight     int           // requests being tracked
