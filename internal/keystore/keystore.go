@@ -38,6 +38,10 @@ const (
 	defaultMaxConns = 4
 	defaultName     = "rekall-gateway"
 
+	// connLifetimeJitter is added to the hour that a connection lives, up to so much. A fleet makes its connections in the same second
+	// when Postgres has restarted, and would make all of them anew in the same second of each hour.
+	connLifetimeJitter = 20 * time.Minute
+
 	// connectTimeout leaves time for the statement in the second that a request has.
 	connectTimeout = 800 * time.Millisecond
 )
@@ -73,6 +77,7 @@ func Open(url string, options Options) (*Store, error) {
 		return nil, err
 	}
 	config.MaxConns, config.MinConns, config.MinIdleConns = cmp.Or(options.MaxConns, defaultMaxConns), 0, 0
+	config.MaxConnLifetimeJitter = cmp.Or(config.MaxConnLifetimeJitter, connLifetimeJitter)
 	params := config.ConnConfig.RuntimeParams
 	params["application_name"] = cmp.Or(params["application_name"], options.ApplicationName, defaultName)
 	boundCleanup(config)

@@ -92,6 +92,16 @@ func TestOpenDoesNotConnect(t *testing.T) {
 	}
 }
 
+// TestConnectionsThatWereMadeAtOnceDoNotExpireAtOnce: a fleet makes all of its connections when Postgres has restarted.
+func TestConnectionsThatWereMadeAtOnceDoNotExpireAtOnce(t *testing.T) {
+	for parameter, want := range map[string]time.Duration{"": 20 * time.Minute, "?pool_max_conn_lifetime_jitter=1m": time.Minute} {
+		store := open(t, "postgres://user@127.0.0.1:1/db"+parameter, keystore.Options{})
+		if got := store.Pool().Config().MaxConnLifetimeJitter; got != want {
+			t.Errorf("%q: they expire within %v, want %v", parameter, got, want)
+		}
+	}
+}
+
 func TestErrorsShowNeitherURLNorPassword(t *testing.T) {
 	const password = "hunter2hunter2"
 	for _, databaseURL := range []string{
