@@ -33,9 +33,8 @@ type management struct {
 	cancel  context.CancelFunc
 	running sync.WaitGroup // checks
 
-	mu        sync.Mutex
-	answering outage.Kind
-	failures  outage.Failures
+	trouble  trouble // with the database, of requests
+	failures outage.Failures
 }
 
 const (
@@ -61,9 +60,7 @@ func newManagement(database string) (*management, error) {
 		return nil, fmt.Errorf("database: %w", err)
 	}
 	admin := keyadmin.New(store)
-	m := &management{store: store, admin: admin, state: dashboard.NewState(admin), answering: outage.Kind{
-		Begins: "API keys cannot be managed", Over: "API keys can be managed again", Level: zap.ErrorLevel,
-	}}
+	m := &management{store: store, admin: admin, state: dashboard.NewState(admin)}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	return m, nil
 }
@@ -101,17 +98,19 @@ func (m *management) check(logger *zap.Logger) {
 	})
 }
 
-// note takes how a request has ended that asked the database. As with backends, the outage is over with the first success after
-// troubleOver without a failure: where Postgres reads and does not write, each list would else end it and each new key begin it.
-// The logger is of the request's configuration.
+// note takes how a request has ended that asked the database. Where that reads and does not write, each list would end the trouble and
+// each new key begin it, but for troubleOver. The logger is of the request's configuration.
 func (m *management) note(logger *zap.Logger, err error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if last := m.failures.Last(); err == nil && last != nil && time.Since(last.At) < troubleOver {
+	if err == nil {
+		if m.trouble.over() {
+			logger.Info("API keys can be managed again")
+		}
 		return
 	}
-	m.failures.Logger = func() *zap.Logger { return logger }
-	m.failures.Note(&m.answering, err)
+	m.failures.Keep(err)
+	if m.trouble.met() {
+		logger.Error("API keys cannot be managed", zap.Error(err))
+	}
 }
 
 // askedKey leads to the instant at which a request asked the managing database last; 0: it did not.
@@ -124,15 +123,15 @@ func asking(ctx context.Context) context.Context {
 // asks is told by the store.
 func asks(ctx context.Context) {
 	if at, ok := ctx.Value(askedKey{}).(*atomic.Int64); ok {
-		at.Store(int64(time.Since(processStart)))
+		at.Store(int64(now()))
 	}
 }
 
 // answered is told by the API and by the dashboard how a request has ended. An answer that took no Postgres says nothing of it.
 func (k *Keys) answered(r *http.Request, err error) {
-	at := r.Context().Value(askedKey{}).(*atomic.Int64).Load()
+	at := instant(r.Context().Value(askedKey{}).(*atomic.Int64).Load())
 	switch {
-	case at == 0 || err != nil && inVain(r.Context(), time.Duration(at)):
+	case at == 0 || err != nil && inVain(r.Context(), at):
 		return
 	case err != nil:
 		k.metrics.keysErrors.Inc()
@@ -141,8 +140,8 @@ func (k *Keys) answered(r *http.Request, err error) {
 	k.managed.note(k.logger, err)
 }
 
-// inVain reports whether a request failed since its client left Postgres no time. asked is an instant.
-func inVain(ctx context.Context, asked time.Duration) bool {
+// inVain reports whether a request failed since its client left Postgres no time.
+func inVain(ctx context.Context, asked instant) bool {
 	deadline, limited := ctx.Deadline()
-	return limited && ctx.Err() != nil && deadline.Sub(processStart)-asked < fairShare
+	return limited && ctx.Err() != nil && asked.since()+time.Until(deadline) < fairShare
 }

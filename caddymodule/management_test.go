@@ -134,7 +134,7 @@ func TestOutageOfTheManagingDatabaseIsLoggedOnceAndCountedWithEachRequestByApiAn
 
 func TestOutageOfTheManagingDatabaseEndsWithASuccessOfARequestThatAskedItAndWithNothingElse(t *testing.T) {
 	r := newKeysRig(t, migrated(t))
-	r.managed.answering.Failing = true
+	r.managed.trouble.metAt.Store(int64(now()) - int64(troubleOver))
 	r.ask(t.Context(), "GET", apiPath+"/openapi.json", nil, http.StatusOK)
 	r.ask(t.Context(), "POST", leakedPath, strings.NewReader(`{"keys": ["none"]}`), http.StatusAccepted)
 	r.ask(t.Context(), "GET", pagePath+"/new", nil, http.StatusOK)
@@ -152,7 +152,7 @@ func TestOutageOfTheManagingDatabaseEndsWithASuccessOfARequestThatAskedItAndWith
 	if told := r.told(); told != ending {
 		t.Errorf("told %s", told)
 	}
-	r.managed.answering.Failing = true
+	r.managed.trouble.metAt.Store(int64(now()) - int64(troubleOver))
 	r.ask(t.Context(), "GET", pagePath, nil, http.StatusOK)
 	if told := r.told(); told != ending+"\n"+ending {
 		t.Errorf("told %s", told)

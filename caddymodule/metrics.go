@@ -111,18 +111,22 @@ type instant time.Duration
 
 var processStart = time.Now()
 
+func now() instant { return instant(time.Since(processStart)) }
+
+func (i instant) since() time.Duration { return time.Since(processStart) - time.Duration(i) }
+
 // sampleStart returns the instant of one request in latencyShare, and 0 for the others.
 func sampleStart() instant {
 	if rand.Uint32()%latencyShare != 0 {
 		return 0
 	}
-	return instant(time.Since(processStart))
+	return now()
 }
 
 // latency measures a decision that is made now. startedAt is sampleStart's.
 func (m *metrics) latency(startedAt instant) {
 	if startedAt != 0 {
-		m.latencies.Observe((time.Since(processStart) - time.Duration(startedAt)).Seconds())
+		m.latencies.Observe(startedAt.since().Seconds())
 	}
 }
 

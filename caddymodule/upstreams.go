@@ -21,10 +21,10 @@ type trouble struct {
 }
 
 // met notes that a request met the trouble. It reports whether it begins.
-func (t *trouble) met() bool { return t.metAt.Swap(int64(time.Since(processStart))) == 0 }
+func (t *trouble) met() bool { return t.metAt.Swap(int64(now())) == 0 }
 
 // over reports whether the trouble is over, once.
 func (t *trouble) over() bool {
 	at := t.metAt.Load()
-	return at != 0 && time.Since(processStart)-time.Duration(at) >= troubleOver && t.metAt.CompareAndSwap(at, 0)
+	return at != 0 && instant(at).since() >= troubleOver && t.metAt.CompareAndSwap(at, 0)
 }
