@@ -244,7 +244,7 @@ http://:%[2]s {
 		return fmt.Errorf("start the gateway: %w", err)
 	}
 	d.stops = append(d.stops, func(context.Context) error {
-		defer closeFormer() // while there is a database for what they have counted
+		defer closeAll() // while there is a database for what they have counted
 		return caddy.Stop()
 	})
 	return nil

@@ -252,8 +252,7 @@ func (w *observer) Collect(collected chan<- prometheus.Metric) {
 	o := &observation{
 		Status: w.rt.cache.Status(), usage: w.rt.usage.Status(), limits: w.rt.limiter.Status(), canSign: canSign(*w.rt.issuers.Load()),
 	}
-	inFlight, cut := formerRequests()
-	o.InFlight, o.Cut = o.InFlight+inFlight, o.Cut+cut
+	o.InFlight, o.Cut = allRequests()
 	for _, s := range observed {
 		collected <- prometheus.MustNewConstMetric(s.desc, s.kind, s.value(o))
 	}

@@ -11,9 +11,14 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 
+	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/identitytoken"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/internal/keycache"
+	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
@@ -207,6 +212,87 @@ func failAfterOurs(t *testing.T, config []byte) {
 			t.Fatal(err)
 		}
 	}
+}
+
+// requestOn is a request in flight with a new key, which is cut when that is revoked.
+type requestOn struct {
+	flight keycache.Flight
+	cut    chan struct{}
+	revoke func()
+}
+
+func (r *requestOn) Cut(*keycache.Cut) { close(r.cut) }
+
+func newRequestOn(t *testing.T, rt *runtime, store *keystore.Store) *requestOn {
+	t.Helper()
+	admin := keyadmin.New(store)
+	key, _, err := admin.Create(t.Context(), keyadmin.Operator("test"), keyadmin.CreateRequest{
+		Name: "n", Account: "a", Environment: "production", Scopes: []string{"memories:read"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &requestOn{cut: make(chan struct{}), revoke: func() {
+		t.Helper()
+		if _, err := admin.Revoke(t.Context(), keyadmin.Operator("test"), key.ID); err != nil {
+			t.Fatal(err)
+		}
+	}}
+	eventually.Within(t, 30*time.Second, "the request is tracked", func() bool {
+		found, err := rt.cache.Find(t.Context(), apikey.Hash(key.Key.Reveal()))
+		return err == nil && found.Record != nil && rt.cache.Track(&r.flight, found, r)
+	})
+	return r
+}
+
+// TestRequestsFromBeforeAReloadAreCountedAtEachMomentOfIt: a counter that falls and rises again seems to have risen by all of it.
+func TestRequestsFromBeforeAReloadAreCountedAtEachMomentOfIt(t *testing.T) {
+	database, store := openStore(t)
+	before := newRuntimeOn(t, database)
+	_, cutBefore := allRequests()
+	cut, held := newRequestOn(t, before, store), newRequestOn(t, before, store)
+	cut.revoke()
+	<-cut.cut
+	before.cache.Untrack(&cut.flight)
+
+	after := newRuntimeOn(t, database)
+	want := func(when string, inFlight float64) {
+		t.Helper()
+		registry := prometheus.NewPedanticRegistry()
+		if err := after.metrics.register(registry); err != nil {
+			t.Fatal(err)
+		}
+		if got := gathered(t, registry, "rekall_requests_in_flight"); got != inFlight {
+			t.Errorf("%s: %v requests in flight, want %v", when, got, inFlight)
+		}
+		if got := gathered(t, registry, "rekall_requests_cut_total"); got != float64(cutBefore)+1 {
+			t.Errorf("%s: %v requests cut, want %d", when, got, cutBefore+1)
+		}
+	}
+	want("both run", 1)
+	if err := before.Destruct(); err != nil {
+		t.Fatal(err)
+	}
+	want("the former one drains", 1)
+	before.cache.Untrack(&held.flight)
+	before.close()
+	want("it has ended", 0)
+}
+
+func gathered(t *testing.T, registry *prometheus.Registry, name string) float64 {
+	t.Helper()
+	families, err := registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, family := range families {
+		if family.GetName() == name {
+			metric := family.GetMetric()[0]
+			return metric.GetGauge().GetValue() + metric.GetCounter().GetValue()
+		}
+	}
+	t.Fatalf("no %s", name)
+	return 0
 }
 
 // TestAppStartsWithoutAnHTTPAppAndAddsNone: Caddy would range over a map that changes.

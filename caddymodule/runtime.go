@@ -143,6 +143,9 @@ func (rt *runtime) start(logger *zap.Logger) {
 	rt.startOnce.Do(func() {
 		rt.logger.Store(logger)
 		rt.started.Store(true)
+		alive.mu.Lock()
+		alive.runtimes[rt] = struct{}{}
+		alive.mu.Unlock()
 		rt.running.Go(func() { rt.cache.Run(rt.ctx) })
 		rt.running.Go(func() { rt.reporter.Run(rt.ctx, rt.cache.Applied) })
 		if rt.canary != nil {
@@ -194,35 +197,35 @@ func (rt *runtime) awaitFirstSync(ctx context.Context) error {
 	return nil
 }
 
-// former are the runtimes that no configuration uses any longer. A scrape counts their requests with those of the one in use, and must
-// see none twice and none left out as a runtime goes from draining to cut: a counter would fall.
-var former struct {
+// alive are the runtimes that have started and not ended: the one in use, those before it until their last request is done, and in a
+// reload the one to come. A scrape counts the requests of all, and must see none twice and none left out: a counter would fall.
+var alive = struct {
 	mu       sync.Mutex
-	draining map[*runtime]struct{} // whose requests are not all done
-	cut      uint64                // how many requests were cut that those had which have ended
-}
+	runtimes map[*runtime]struct{}
+	cut      uint64 // how many requests were cut that those had which have ended
+}{runtimes: make(map[*runtime]struct{})}
 
-// formerRequests are those of the former runtimes: how many are in flight, and how many were cut.
-func formerRequests() (inFlight int, cut uint64) {
-	former.mu.Lock()
-	defer former.mu.Unlock()
-	cut = former.cut
-	for rt := range former.draining {
+// allRequests are those of all runtimes: how many are in flight, and how many were cut.
+func allRequests() (inFlight int, cut uint64) {
+	alive.mu.Lock()
+	defer alive.mu.Unlock()
+	cut = alive.cut
+	for rt := range alive.runtimes {
 		status := rt.cache.Status()
 		inFlight, cut = inFlight+status.InFlight, cut+status.Cut
 	}
 	return inFlight, cut
 }
 
-// A process that ends does not wait for them, and would lose what they have counted.
-func init() { caddy.OnExit(func(context.Context) { closeFormer() }) }
+// A process that ends does not wait for those that no configuration uses any longer, and would lose what they have counted.
+func init() { caddy.OnExit(func(context.Context) { closeAll() }) }
 
-// closeFormer ends the former runtimes at once.
-func closeFormer() {
-	former.mu.Lock()
-	draining := slices.Collect(maps.Keys(former.draining))
-	former.mu.Unlock()
-	for _, rt := range draining {
+// closeAll ends all runtimes at once.
+func closeAll() {
+	alive.mu.Lock()
+	all := slices.Collect(maps.Keys(alive.runtimes))
+	alive.mu.Unlock()
+	for _, rt := range all {
 		rt.close()
 	}
 }
@@ -276,12 +279,6 @@ func (rt *runtime) Destruct() error {
 		rt.close()
 		return nil
 	}
-	former.mu.Lock()
-	if former.draining == nil {
-		former.draining = make(map[*runtime]struct{})
-	}
-	former.draining[rt] = struct{}{}
-	former.mu.Unlock()
 	rt.reporter.Drain()
 	go func() {
 		poll := time.NewTicker(drainPoll)
@@ -289,10 +286,6 @@ func (rt *runtime) Destruct() error {
 		for <-poll.C; rt.cache.InFlight() > 0; <-poll.C {
 		}
 		rt.close()
-		former.mu.Lock()
-		defer former.mu.Unlock()
-		delete(former.draining, rt)
-		former.cut += rt.cache.Status().Cut
 	}()
 	return nil
 }
@@ -311,6 +304,10 @@ func (rt *runtime) close() {
 		for deadline := time.Now().Add(cutGrace); rt.cache.InFlight() > 0 && time.Now().Before(deadline); <-poll.C {
 		}
 		rt.release()
+		alive.mu.Lock()
+		defer alive.mu.Unlock()
+		delete(alive.runtimes, rt)
+		alive.cut += rt.cache.Status().Cut
 	})
 }
 
