@@ -98,7 +98,11 @@ func guardDoor(ctx caddy.Context) error {
 // guard wraps the handler of a server, and gives each connection a context of ours. Caddy calls RegisterConnContext's function in
 // the accept loop, before the first request of the first connection, with a context that holds the *http.Server (documented by
 // net/http). There the server's handler is wrapped, once.
+//
+// It also has Caddy take the client's address from the right of X-Forwarded-For, where a trusted proxy has added it: by default
+// it is the left-most, which clients write as they like.
 func guard(server *caddyhttp.Server) {
+	server.TrustedProxiesStrict = 1
 	var once sync.Once
 	server.RegisterConnContext(func(ctx context.Context, _ net.Conn) context.Context {
 		once.Do(func() {

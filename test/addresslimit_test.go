@@ -65,6 +65,22 @@ func TestAddressThatGuessesIsRefusedBeforeAnyLookupAndNobodyElseIs(t *testing.T)
 	}
 }
 
+// TestClientBehindATrustedProxyCannotWriteItsOwnAddress: the proxy adds to X-Forwarded-For what it sees, behind what the client sent.
+func TestClientBehindATrustedProxyCannotWriteItsOwnAddress(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	secret := r.key("production", "memories:read")
+	g := r.write(limitedSite("1 1"),
+		"rekall {\n\t\tdatabase {env.REKALL_DATABASE_URL}\n\t}\n\tservers {\n\t\ttrusted_proxies static 127.0.0.1/32\n\t}")
+	g.run(r.database)
+	g.waitReady()
+	const guesser, victim = "203.0.113.9", "198.51.100.1"
+	g.do("GET", "/v1/memories", from(victim+", "+guesser, http.Header{})).wantCode(t, 401, "API_KEY_MISSING")
+	g.do("GET", "/v1/memories", from("198.51.100.2, "+guesser, http.Header{})).wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
+	g.do("GET", "/v1/memories", from(victim+", "+guesser, http.Header{})).wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
+	g.do("GET", "/v1/memories", from(victim, bearer(secret))).wantCode(t, 200, "") // which no memory knows yet
+}
+
 // TestAddressOverItsLimitIsRefusedWhereKeysAreManagedToo: the API and the dashboard are doors to the same keys.
 func TestAddressOverItsLimitIsRefusedWhereKeysAreManagedToo(t *testing.T) {
 	t.Parallel()
