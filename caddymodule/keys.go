@@ -125,15 +125,17 @@ const (
 	maxKeysPerDay     = 1_000_000
 )
 
-// placeholders finds all of them; ofRequest those that speak of the request. To Caddy a brace without its other half is text.
+// placeholders finds all of them; ofAnyRequest those that have a value for a request whoever sent it, since its client gives them one
+// or Caddy does. To Caddy a brace without its other half is text.
 var (
 	placeholders = regexp.MustCompile(`\{[^{}]*\}`)
-	ofRequest    = regexp.MustCompile(`\{http\.(request|regexp)\.[^}]*\}`)
+	ofAnyRequest = regexp.MustCompile(`\{http\.((request|response|regexp|url_pattern|matchers\.file|error)(\.[^}]*)?` +
+		`|vars\.(client_ip|trusted_proxy|start_time|uuid|trace_id|span_id)|shutting_down|time_until_shutdown)\}`)
 )
 
-// clientFed returns a placeholder that any client can give a value; empty: there is none. Headers may be forward_auth's.
-func clientFed(text string) string {
-	for _, placeholder := range ofRequest.FindAllString(text, -1) {
+// ofEverybody returns a placeholder that has a value for everybody; empty: there is none. Headers may be forward_auth's.
+func ofEverybody(text string) string {
+	for _, placeholder := range ofAnyRequest.FindAllString(text, -1) {
 		if !strings.HasPrefix(placeholder, "{http.request.header.") && !strings.HasPrefix(placeholder, "{http.request.tls.client.") {
 			return placeholder
 		}
@@ -160,8 +162,8 @@ func (k *Keys) checkPerson() error {
 	if _, err := caddy.NewReplacer().ReplaceOrErr(k.User, true, true); err == nil { // such as {system.hostname}
 		return errors.New("user must have a placeholder of the request: with a fixed name, everybody is that person")
 	}
-	if placeholder := clientFed(k.User + k.Account); placeholder != "" {
-		return fmt.Errorf("%s says what the client wants it to say: it proves neither who a person is nor which account is theirs", placeholder)
+	if placeholder := ofEverybody(k.User + k.Account); placeholder != "" {
+		return fmt.Errorf("%s has a value for everybody: it proves neither who a person is nor which account is theirs", placeholder)
 	}
 	return nil
 }
