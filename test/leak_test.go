@@ -481,6 +481,9 @@ func plantNearMisses(t *testing.T, g *gateway, hidden *canaries) {
 		"another case": "RK_" + apikey.Generate(apikey.Production)[3:],
 		"a dash":       strings.Replace(apikey.Generate(apikey.Sandbox), "rk_test_", "rk_test-", 1),
 		"rk_live_":     "rk_live_" + apikey.Generate(apikey.Sandbox)[8:],
+		"cut in front": apikey.Generate(apikey.Production)[1:],
+		"cut further":  apikey.Generate(apikey.Sandbox)[4:],
+		"pk_":          "pk_" + apikey.Generate(apikey.Production)[3:],
 		"a space":      apikey.Generate(apikey.Production)[:30] + " " + apikey.Generate(apikey.Production)[30:],
 	} {
 		hidden.add(name, key)

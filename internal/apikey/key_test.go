@@ -175,6 +175,22 @@ func TestChecksumValidIsFalseForWhatIsNoKey(t *testing.T) {
 	}
 }
 
+func TestEndsInSecretTellsAKeyByItsChecksumWhateverStandsInFrontOfIt(t *testing.T) {
+	for _, env := range environments {
+		secret := apikey.Generate(env)[len(prefixOf(env)):]
+		for _, before := range []string{"", "_", "k_", "pk_", prefixOf(env), "Bearer x"} {
+			if !apikey.EndsInSecret(before + secret) {
+				t.Errorf("not of a %v key behind %q", env, before)
+			}
+		}
+		for _, other := range []string{"", secret[1:], secret + "0", secret[1:] + secret[:1], apikey.RandomText(len(secret)), apikey.RandomText(400)} {
+			if apikey.EndsInSecret(other) {
+				t.Errorf("of a %v key: %d characters", env, len(other))
+			}
+		}
+	}
+}
+
 func TestAKeyWithoutChecksumStillParses(t *testing.T) {
 	for _, env := range environments {
 		key := apikey.Generate(env)

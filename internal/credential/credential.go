@@ -148,7 +148,7 @@ func Take(r *http.Request) Credential {
 }
 
 // mayBeKey reports whether a value in a credential's place is Rekall's: it has a key in it, or the beginning of one, in any
-// case, with nothing of a token before it. "rk_" alone would be too little: one in a hundred JWTs has it by chance, and the
+// case, with nothing of a token before it, or it ends in one whose prefix was lost or mistyped. "rk_" alone would be too little: one in a hundred JWTs has it by chance, and the
 // door would take it from sites that have nothing to do with Rekall.
 func mayBeKey(value string) bool {
 	const prefix = apikey.ProductionPrefix
@@ -157,18 +157,7 @@ func mayBeKey(value string) bool {
 			return true
 		}
 	}
-	return apikey.ContainsKey(value) || lacksPrefix(value)
-}
-
-// lacksPrefix reports whether a value is a key but for its prefix, which is the same for all: the rest of it is the whole secret. Other
-// values have its checksum by chance once in billions of times.
-func lacksPrefix(value string) bool {
-	for _, prefix := range [...]string{apikey.ProductionPrefix, apikey.SandboxPrefix} {
-		if len(prefix)+len(value) == apikey.Length {
-			return apikey.ChecksumValid(prefix + value)
-		}
-	}
-	return false
+	return apikey.ContainsKey(value) || apikey.EndsInSecret(value)
 }
 
 // base64URL reports whether c is one of the characters of a JWT.

@@ -380,9 +380,11 @@ func TestTheDoorLeavesSecretsOfOthersThatOnlyLookLikeOurs(t *testing.T) {
 
 func TestTheDoorTakesMistypedKeys(t *testing.T) {
 	key := apikey.Generate(apikey.Production)
+	production, sandbox := key[len(apikey.ProductionPrefix):], apikey.Generate(apikey.Sandbox)[len(apikey.SandboxPrefix):]
 	for _, secret := range []string{
 		key[:47], "RK_" + key[3:], "Rk_", `"` + key[:40], "'rk_x'", "x,rk_y", "Bearer rk_x", "é" + key[:20], "\x00rk_x", "x" + key, "key=rk_x", "a/rk_x",
-		strings.TrimPrefix(key, apikey.ProductionPrefix), strings.TrimPrefix(apikey.Generate(apikey.Sandbox), apikey.SandboxPrefix),
+		production, "_" + production, "k_" + production, "pk_" + production, "rk-" + production, "sk_live_" + production, "x" + production,
+		sandbox, "_" + sandbox, "est_" + sandbox, "test_" + sandbox, "k_test_" + sandbox, "rk-test-" + sandbox, "sk_test_" + sandbox,
 	} {
 		for _, r := range []*http.Request{
 			request("/", http.Header{"Authorization": {"Bearer " + secret}}),
@@ -540,6 +542,9 @@ func ordinaryRequests() []*http.Request {
 			"Referer": {"https://app.example.com/dashboard/settings/overview?tab=general"},
 		}),
 		request("/", http.Header{"Authorization": {"Basic dXNlcjpwYXNz"}}),
+		request("/", http.Header{ // of other sites
+			"Authorization": {"Bearer eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhbm4ifQ." + strings.Repeat("S1g", 20)}, "X-Api-Key": {strings.Repeat("x", 60)},
+		}),
 		request("/caf%C3%A9?q=a%20b%2Fc&url=https%3A%2F%2Fh.example%2Fx%3Fy%3D1&next_page=%7B%7D&zz=%zz", http.Header{
 			"Cookie":  {"session=" + strings.Repeat("%7B%22a%22%3A1%7D", 10)},
 			"Referer": {"https://app.example.com/search?query=one%20and%20two%20and%20three%20and%20four&network_id=1"},
