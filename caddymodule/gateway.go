@@ -153,7 +153,8 @@ func (g *Gateway) Provision(ctx caddy.Context) error {
 type block struct {
 	configured caddyhttp.MiddlewareHandler
 	chain      caddyhttp.Handler
-	askOrigin  bool // whether they may ask Caddy for the request as it came, before it was rewritten
+	lookedUp   []string // names that upstreams are looked up by
+	askOrigin  bool     // whether they may ask Caddy for the request as it came, before it was rewritten
 }
 
 func loadBlock(ctx caddy.Context, g *Gateway, field string, raw *json.RawMessage, environment apikey.Environment) (block, error) {
@@ -176,7 +177,7 @@ func loadBlock(ctx caddy.Context, g *Gateway, field string, raw *json.RawMessage
 		return block{}, fmt.Errorf("rekall_gateway: load handlers: %w", err)
 	}
 	handler := module.(caddyhttp.MiddlewareHandler)
-	return block{handler, chain(handler), mayAskOrigin(config)}, nil
+	return block{handler, chain(handler), lookedUp(config), mayAskOrigin(config)}, nil
 }
 
 // chain is an environment's handlers with nothing behind them. A block is compiled here, once: as a handler it would compile

@@ -1,6 +1,7 @@
 package caddymodule
 
 import (
+	"cmp"
 	"fmt"
 	"net"
 	"net/netip"
@@ -57,6 +58,7 @@ type routeCheck struct {
 	// environment and all files. The dashboard's pages repeat what clients have chosen, names of keys and addresses, and a
 	// backend's answers may too.
 	templates bool
+	told      bool // whether the block that is walked has told what its proxies look up
 	dialled   map[string]dial
 	gateway   bool // there is one, or its transport
 	open      string
@@ -113,12 +115,22 @@ func (c *routeCheck) handler(where string, env apikey.Environment, handler any) 
 	case *Gateway:
 		c.answers(where + ", rekall_gateway")
 		c.gateway = true
-		c.handler(where+", rekall_gateway production", apikey.Production, h.production.configured)
-		c.handler(where+", rekall_gateway sandbox", apikey.Sandbox, h.sandbox.configured)
+		c.block(where+", rekall_gateway production", apikey.Production, &h.production)
+		c.block(where+", rekall_gateway sandbox", apikey.Sandbox, &h.sandbox)
 	case *reverseproxy.Handler:
 		c.proxy(where, env, h)
 		c.responses(where, env, h.HandleResponse)
 	}
+}
+
+func (c *routeCheck) block(where string, env apikey.Environment, b *block) {
+	for _, name := range b.lookedUp {
+		c.add(name, dial{env, where})
+	}
+	told := c.told
+	c.told = true
+	c.handler(where, env, b.configured)
+	c.told = told
 }
 
 func (c *routeCheck) responses(where string, env apikey.Environment, handlers []caddyhttp.ResponseHandler) {
@@ -137,7 +149,10 @@ func (c *routeCheck) invoke(where string, env apikey.Environment, name string) {
 		return
 	}
 	c.invoked[use] = c.templates
+	told := c.told
+	c.told = false
 	c.routes(where+", named route "+name, env, caddyhttp.RouteList{*route})
+	c.told = told
 	c.invoked[use] = c.templates
 }
 
@@ -175,12 +190,50 @@ func (c *routeCheck) proxy(where string, env apikey.Environment, h *reverseproxy
 	case *reverseproxy.AUpstreams:
 		c.add(net.JoinHostPort(source.Name, source.Port), dial{env, where})
 	case *reverseproxy.SRVUpstreams:
-		c.add("srv "+source.Service+"."+source.Proto+"."+source.Name, dial{env, where})
-	default: // behind a gateway it is the operator's list of that environment's backends
-		if env == 0 {
+		c.add(service(source.Service, source.Proto, source.Name), dial{env, where})
+	default: // behind a gateway it is the operator's list of that environment's backends; of a multi, the block has told it
+		if _, multi := source.(*reverseproxy.MultiUpstreams); env == 0 || multi && !c.told {
 			c.open = fmt.Sprintf("a reverse_proxy takes its upstreams from %T (%s)", source, where)
 		}
 	}
+}
+
+// service is what is looked up for a service, in whichever of the two ways it is named.
+func service(service, proto, name string) string {
+	if service != "" || proto != "" {
+		name = "_" + service + "._" + proto + "." + name
+	}
+	return "srv " + name
+}
+
+// lookedUp are the names that the proxies of a block look their upstreams up by. Caddy does not tell those of "multi" once it has loaded
+// them.
+func lookedUp(config any) []string {
+	var names []string
+	switch config := config.(type) {
+	case []any:
+		for _, item := range config {
+			names = append(names, lookedUp(item)...)
+		}
+	case map[string]any:
+		if config["handler"] == "rekall_gateway" { // has environments of its own
+			return nil
+		}
+		text := func(field string) string {
+			value, _ := config[field].(string)
+			return value
+		}
+		switch config["source"] {
+		case "a":
+			names = append(names, net.JoinHostPort(text("name"), cmp.Or(text("port"), "80")))
+		case "srv":
+			names = append(names, service(text("service"), text("proto"), text("name")))
+		}
+		for _, value := range config {
+			names = append(names, lookedUp(value)...)
+		}
+	}
+	return names
 }
 
 // countsFailures reports whether a proxy has passive health checks.

@@ -49,6 +49,10 @@ func TestNoOrderOfDirectivesLeadsPastTheGateway(t *testing.T) {
 		{name: "guarded proxy alone", site: guarded("production")},
 		{name: "handle", site: "handle /v1/* {\n" + standardBlock + "}\nhandle {\n" + guarded("production") + "}", serves: true},
 		{name: "handle that does not match", site: "handle /v2/* {\n" + standardBlock + "}\nhandle {\n" + guarded("production") + "}"},
+		{name: "dynamic upstreams of several sources", site: block("reverse_proxy {\n dynamic multi {\n a localhost "+port(r.production.Address())+" {\n versions ipv4\n }\n }\n}",
+			"reverse_proxy SANDBOX"), serves: true},
+		{name: "dynamic upstreams of several sources in a named route", before: "&(api) {\n" + block("reverse_proxy {\n dynamic multi {\n a localhost "+
+			port(r.production.Address())+" {\n versions ipv4\n }\n }\n}", "reverse_proxy SANDBOX") + "}\n", site: "invoke api", serves: true},
 		{name: "two gateways", site: standardBlock + standardBlock, serves: true},
 		{name: "gateway in a gateway", site: block(standardBlock, standardBlock), serves: true},
 		{name: "two gateways in route", site: "route {\n" + block("respond 418", "respond 418") + standardBlock + "}"},
@@ -179,6 +183,7 @@ func wantIsolation(t *testing.T, r *rig, g *gateway, serves bool) {
 func TestConfigurationWithAWayPastTheGatewayIsRefused(t *testing.T) {
 	r := newRig(t)
 	production, sandbox := port(r.production.Address()), port(r.sandbox.Address())
+	several := "reverse_proxy {\n dynamic multi {\n srv _none._tcp.invalid\n a localhost " + production + "\n }\n}"
 	both, without, templates := "in both environments", "also reachable without one", "templates would run what clients have written"
 	for _, tc := range []struct{ name, before, site, after, reason string }{
 		{name: "bare proxy above", site: "reverse_proxy PRODUCTION\n" + standardBlock, reason: without},
@@ -213,6 +218,19 @@ func TestConfigurationWithAWayPastTheGatewayIsRefused(t *testing.T) {
 		{name: "to", site: block("reverse_proxy PRODUCTION", "reverse_proxy {\n to SANDBOX PRODUCTION\n}"), reason: both},
 		{name: "dynamic upstreams", site: block("reverse_proxy {\n dynamic a localhost "+production+"\n}", "reverse_proxy PRODUCTION"), reason: both},
 		{name: "services of both", site: block("reverse_proxy {\n dynamic srv _api._tcp.example.com\n}", "reverse_proxy {\n dynamic srv _api._tcp.example.com\n}"), reason: both},
+		{name: "a service of both, named in two ways", site: block("reverse_proxy {\n dynamic srv _api._tcp.example.com\n}",
+			"reverse_proxy {\n dynamic srv example.com {\n service api\n proto tcp\n }\n}"), reason: both},
+		{name: "several sources in both", site: block(several, several), reason: both},
+		{name: "several sources and a bare proxy", site: "handle /a {\nreverse_proxy PRODUCTION\n}\nhandle {\n" + block(several, "reverse_proxy SANDBOX") + "}",
+			reason: without},
+		{name: "several sources of a handled response", site: block("reverse_proxy 127.0.0.1:1 {\n handle_response {\n "+several+"\n }\n}", "reverse_proxy PRODUCTION"),
+			reason: both},
+		{name: "several sources in a gateway in a gateway", site: block(block(several, several), "respond 418"), reason: both},
+		{name: "services among several sources", site: block("reverse_proxy {\n dynamic multi {\n srv example.com {\n service api\n proto tcp\n }\n }\n}",
+			"reverse_proxy {\n dynamic srv _api._tcp.example.com\n}"), reason: both},
+		{name: "several sources of a guarded proxy outside", site: "handle /a {\n reverse_proxy {\n transport rekall production\n dynamic multi {\n a localhost " +
+			production + "\n }\n }\n}\nhandle {\n" + standardBlock + "}", reason: "takes its upstreams from"},
+		{name: "several sources of a named route", before: "&(proxy) {\n " + several + "\n}\n", site: block("invoke proxy", "respond 418"), reason: "takes its upstreams from"},
 		{name: "upstream that the client chooses", site: standardBlock, after: "http://other.example:PORT {\nreverse_proxy {header.X-Backend}\n}", reason: "depends on the request"},
 		{name: "upstream that the client chooses within", site: block("reverse_proxy PRODUCTION", "reverse_proxy {header.X-Backend}"), reason: "depends on the request"},
 		{name: "upstreams that cannot be known", site: standardBlock,
