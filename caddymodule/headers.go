@@ -36,11 +36,11 @@ func (x *exchange) identify(r *http.Request) {
 
 // overriding are headers that make some backends take another method or path: they would serve another request than the one that was
 // decided on. Symfony, Laminas and IIS read the methods and URLs so, services made for nginx's auth_request or Traefik's ForwardAuth
-// the originals and what was forwarded, and those behind Envoy its path.
+// the originals and what was forwarded, those behind Envoy its path, and WSGI applications a prefix that they take off it.
 var overriding = [...]string{
 	"x-http-method", "x-method-override", "x-http-method-override", "x-original-method", "x-forwarded-method",
 	"x-original-url", "x-original-uri", "x-rewrite-url", "x-rewrite-uri", "x-override-url", "x-forwarded-uri", "x-forwarded-path",
-	"x-envoy-original-path",
+	"x-envoy-original-path", "x-script-name",
 }
 
 func overrides(name string) bool {

@@ -426,7 +426,7 @@ func TestHeadersThatRedirectABackendDoNotReachIt(t *testing.T) {
 	g := r.start(standardSite)
 	h := bearer(r.key("production", "memories:read"))
 	names := []string{"X-Original-Url", "X-Original-Uri", "X-Rewrite-Url", "X-Rewrite-Uri", "X-Override-Url", "X-Forwarded-Uri", "X-Forwarded-Path",
-		"X-Envoy-Original-Path", "X.original.url", "X!rewrite!url"}
+		"X-Envoy-Original-Path", "X-Script-Name", "X.original.url", "X!rewrite!url"}
 	for _, name := range names {
 		h[name] = []string{"/v1/entities"}
 	}
