@@ -107,6 +107,9 @@ func grantTo(ctx context.Context, conn *pgx.Conn, roles Roles) error {
 		if err := roles.each(func(role string, _ func(grant) string) error { return refuseMore(ctx, tx, role) }); err != nil {
 			return err
 		}
+		if err := refuseOneInTheOther(ctx, tx, roles); err != nil {
+			return err
+		}
 		return roles.each(func(role string, right func(grant) string) error { return grantRights(ctx, tx, role, right) })
 	})
 }
@@ -156,20 +159,22 @@ func revokeAll(ctx context.Context, tx pgx.Tx, role string) error {
 	return nil
 }
 
-// remainingSQL finds what a role may still do when all was revoked from it.
+// remainingSQL finds what a role may still do when all was revoked from it: as itself, or as any role that it inherits from or can
+// make itself with "set role".
 const remainingSQL = `
+with reached as (select oid from pg_roles where pg_has_role($1::name, oid, 'member'))
 select coalesce(string_agg(object, ', ' order by object), '') from (
-	select 'schema rekall' from pg_namespace where nspname = 'rekall'
-		and (pg_has_role($1::name, nspowner, 'member') or has_schema_privilege($1::name, oid, 'usage, create'))
+	select 'schema rekall' from pg_namespace n where nspname = 'rekall' and exists (
+		select from reached r where r.oid = nspowner or has_schema_privilege(r.oid, n.oid, 'usage, create'))
 	union all
-	select oid::regclass::text from pg_class where relnamespace = 'rekall'::regnamespace and relkind in ('r', 'p', 'v', 'm', 'f', 'S')
-		and (pg_has_role($1::name, relowner, 'member') or case relkind
-			when 'S' then has_sequence_privilege($1::name, oid, 'usage, select, update')
-			else has_table_privilege($1::name, oid, 'select, insert, update, delete, truncate, references, trigger')
-				or has_any_column_privilege($1::name, oid, 'select, insert, update, references') end)
+	select c.oid::regclass::text from pg_class c where relnamespace = 'rekall'::regnamespace and relkind in ('r', 'p', 'v', 'm', 'f', 'S')
+		and exists (select from reached r where r.oid = relowner or case relkind
+			when 'S' then has_sequence_privilege(r.oid, c.oid, 'usage, select, update')
+			else has_table_privilege(r.oid, c.oid, 'select, insert, update, delete, truncate, references, trigger')
+				or has_any_column_privilege(r.oid, c.oid, 'select, insert, update, references') end)
 	union all
-	select oid::regprocedure::text from pg_proc where pronamespace = 'rekall'::regnamespace
-		and (pg_has_role($1::name, proowner, 'member') or has_function_privilege($1::name, oid, 'execute'))
+	select p.oid::regprocedure::text from pg_proc p where pronamespace = 'rekall'::regnamespace and exists (
+		select from reached r where r.oid = proowner or has_function_privilege(r.oid, p.oid, 'execute'))
 ) as remaining (object)`
 
 // refuseMore fails if a role has rights though all were revoked from it.
@@ -181,6 +186,23 @@ func refuseMore(ctx context.Context, tx pgx.Tx, role string) error {
 	if remaining != "" {
 		return fmt.Errorf("it has rights that cannot be revoked here, as a superuser, an owner or a member of another role: "+
 			"name another role, or take away what it has on %s", remaining)
+	}
+	return nil
+}
+
+// refuseOneInTheOther fails if a role is a member of the other: with that one's rights it would have more than its own.
+func refuseOneInTheOther(ctx context.Context, tx pgx.Tx, roles Roles) error {
+	if roles.Edge == "" || roles.Admin == "" {
+		return nil
+	}
+	for _, of := range []struct{ member, group string }{{roles.Edge, roles.Admin}, {roles.Admin, roles.Edge}} {
+		var member bool
+		if err := tx.QueryRow(ctx, "select pg_has_role($1::name, $2::name, 'member')", of.member, of.group).Scan(&member); err != nil {
+			return err
+		}
+		if member {
+			return fmt.Errorf("role %q is a member of %q and would have its rights: name another role, or revoke that membership", of.member, of.group)
+		}
 	}
 	return nil
 }

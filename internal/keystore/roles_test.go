@@ -416,11 +416,15 @@ func TestRoleWithRightsThatCannotBeRevokedIsRefusedAndLosesNone(t *testing.T) {
 	}
 	before := rights(t, databaseURL)
 	for name, refused := range map[string]string{
-		"the owner":             owner,
-		"a superuser":           role(`create role ROLE superuser`),
-		"the owner's member":    role(`create role ROLE noinherit in role "` + owner + `"`),
-		"another role's member": role(`create role ROLE in role ` + roles.Admin),
-		"a reader of all":       role(`create role ROLE in role pg_read_all_data`),
+		"the owner":                           owner,
+		"a superuser":                         role(`create role ROLE superuser`),
+		"the owner's member":                  role(`create role ROLE noinherit in role "` + owner + `"`),
+		"another role's member":               role(`create role ROLE in role ` + roles.Admin),
+		"another role's member by set role":   role(`create role ROLE noinherit in role ` + roles.Admin),
+		"a member's member by set role":       role(`create role ROLE noinherit in role ` + role(`create role ROLE in role `+roles.Admin)),
+		"a member's member by set role twice": role(`create role ROLE noinherit in role ` + role(`create role ROLE noinherit in role `+roles.Admin)),
+		"a reader of all":                     role(`create role ROLE in role pg_read_all_data`),
+		"a reader of all by set role":         role(`create role ROLE noinherit in role pg_read_all_data`),
 	} {
 		_, _, err := keystore.MigrateAndGrant(t.Context(), databaseURL, keystore.Roles{Edge: refused})
 		if err == nil || !strings.Contains(err.Error(), "name another role") {
@@ -429,6 +433,27 @@ func TestRoleWithRightsThatCannotBeRevokedIsRefusedAndLosesNone(t *testing.T) {
 		if diff := cmp.Diff(before, rights(t, databaseURL)); diff != "" {
 			t.Errorf("%s: rights changed\n%s", name, diff)
 		}
+	}
+}
+
+func TestRolesOfWhichOneIsAMemberOfTheOtherAreRefusedAndLoseNoRight(t *testing.T) {
+	for name, sql := range map[string]string{
+		"the edge's inherits":     `grant ADMIN to EDGE`,
+		"the admin's inherits":    `grant EDGE to ADMIN`,
+		"the edge's can set role": `alter role EDGE noinherit; grant ADMIN to EDGE`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			databaseURL, roles := granted(t)
+			before := rights(t, databaseURL)
+			pgtest.Exec(t, databaseURL, strings.NewReplacer("EDGE", roles.Edge, "ADMIN", roles.Admin).Replace(sql))
+			_, _, err := keystore.MigrateAndGrant(t.Context(), databaseURL, roles)
+			if err == nil || !strings.Contains(err.Error(), "is a member of") {
+				t.Errorf("got %v", err)
+			}
+			if diff := cmp.Diff(before, rights(t, databaseURL)); diff != "" {
+				t.Errorf("rights changed\n%s", diff)
+			}
+		})
 	}
 }
 
