@@ -122,7 +122,7 @@ func TestRevokeNamesTheSuccessorThatLivesOn(t *testing.T) {
 	k := newKeysCLI(t)
 	key := k.create("Backend")
 	successor := read[keyadmin.Key](k, "rotate", key.ID)
-	if text := k.run("revoke", key.ID); !strings.Contains(text, "Its successor "+successor.ID+" lives on") ||
+	if text := k.run("revoke", key.ID); !strings.Contains(text, successor.ID+", the successor of "+key.ID+", lives on") ||
 		!strings.Contains(text, "rekall-gateway keys revoke "+successor.ID) {
 		t.Error(text)
 	}
@@ -130,6 +130,23 @@ func TestRevokeNamesTheSuccessorThatLivesOn(t *testing.T) {
 	k.run("revoke", read[keyadmin.Key](k, "rotate", key.ID).ID)
 	if text := k.run("revoke", key.ID); strings.Contains(text, "successor") {
 		t.Errorf("of one that is revoked: %s", text)
+	}
+}
+
+// TestUndoingARotationNamesTheSuccessorsSuccessorThatLivesOn: it has the rights of both, and nothing else leads to it any longer.
+func TestUndoingARotationNamesTheSuccessorsSuccessorThatLivesOn(t *testing.T) {
+	t.Parallel()
+	k := newKeysCLI(t)
+	key := k.create("Backend")
+	successor := read[keyadmin.Key](k, "rotate", key.ID)
+	next := read[keyadmin.Key](k, "rotate", successor.ID)
+	if text := k.run("rotate", key.ID, "--undo"); !strings.Contains(text, next.ID+", the successor of "+successor.ID+", lives on") ||
+		!strings.Contains(text, "rekall-gateway keys revoke "+next.ID) {
+		t.Error(text)
+	}
+	read[keyadmin.Key](k, "rotate", key.ID)
+	if text := k.run("rotate", key.ID, "--undo"); strings.Contains(text, "lives on") {
+		t.Errorf("of one that has no successor: %s", text)
 	}
 }
 

@@ -90,7 +90,7 @@ func revokeKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 	})
 }
 
-// successorThatLives says so if there is one: whoever has a leaked key may have rotated it.
+// successorThatLives says so if a key that was revoked has one: whoever has a leaked key may have rotated it.
 func successorThatLives(ctx context.Context, key keyadmin.Key, admin *keyadmin.Admin) string {
 	if key.Successor == nil {
 		return ""
@@ -98,9 +98,9 @@ func successorThatLives(ctx context.Context, key keyadmin.Key, admin *keyadmin.A
 	successor, err := admin.Get(ctx, operator(), *key.Successor)
 	switch {
 	case err != nil:
-		return fmt.Sprintf("Whether its successor %s lives on could not be seen: %v\n", *key.Successor, err)
+		return fmt.Sprintf("Whether %s, the successor of %s, lives on could not be seen: %v\n", *key.Successor, key.ID, err)
 	case successor.Status == keyadmin.Active:
-		return fmt.Sprintf("Its successor %s lives on. To revoke that one too: rekall-gateway keys revoke %[1]s\n", successor.ID)
+		return fmt.Sprintf("%s, the successor of %s, lives on. To revoke that one too: rekall-gateway keys revoke %[1]s\n", successor.ID, key.ID)
 	}
 	return ""
 }

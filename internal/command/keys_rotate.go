@@ -84,12 +84,13 @@ func whenItEnds(id string, overlap keyadmin.Overlap) string {
 }
 
 func undoRotation(ctx context.Context, cmd *cobra.Command, id string, admin *keyadmin.Admin) error {
-	key, err := admin.UndoRotation(ctx, operator(), id)
+	key, withdrawn, err := admin.UndoRotation(ctx, operator(), id)
 	if err != nil {
 		return err
 	}
 	return show(cmd, key, func(w io.Writer) {
-		fmt.Fprintf(w, "Restored %s, which expires: %s. Its successor is revoked.\n", key.ID, moment(key.ExpiresAt, "never"))
+		fmt.Fprintf(w, "Restored %s, which expires: %s. Its successor %s is revoked.\n%s", key.ID, moment(key.ExpiresAt, "never"), withdrawn.ID,
+			successorThatLives(ctx, withdrawn, admin))
 	})
 }
 

@@ -807,6 +807,37 @@ func TestUndoingARotationWhoseSuccessorIsInUseAsksForItsName(t *testing.T) {
 	}
 }
 
+func TestUndoingARotationShowsTheSuccessorsSuccessorThatLivesOn(t *testing.T) {
+	r := newRig(t)
+	b := r.browser("ann@acme")
+	old := r.key("acme", "Old", false)
+	rotate := func(id string) keyadmin.Key {
+		key, _, err := r.admin.Rotate(t.Context(), operator, id, keyadmin.RotateRequest{Overlap: keyadmin.Overlap{For: time.Hour}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return key
+	}
+	next := rotate(rotate(old.ID).ID)
+	undo := func() reply {
+		done := b.do("/"+old.ID+"/rotate/undo", url.Values{})
+		done.want(t, http.StatusSeeOther)
+		return b.do(strings.TrimPrefix(done.Header.Get("Location"), dashboard.Root), nil)
+	}
+	undo().want(t, http.StatusOK, "The rotation is undone.", "lives on", `href="`+dashboard.Root+"/"+next.ID+`"`)
+	if _, err := r.admin.Revoke(t.Context(), operator, next.ID); err != nil {
+		t.Fatal(err)
+	}
+	again := b.do("/"+old.ID+"?done=undone", nil)
+	again.want(t, http.StatusOK, "The rotation is undone.")
+	rotate(old.ID)
+	for name, page := range map[string]reply{"revoked meanwhile": again, "without one": undo()} {
+		if strings.Contains(page.body, "lives on") {
+			t.Errorf("%s: the page shows a successor's successor", name)
+		}
+	}
+}
+
 func TestRotationIsMadeOnceThoughItsFormIsSentAgain(t *testing.T) {
 	r := newRig(t)
 	b := r.browser("ann@acme")

@@ -27,6 +27,7 @@ type keyData struct {
 	History  []keyadmin.AuditEntry
 	Earlier  bool // there is more history than is shown
 	Rotation *rotation
+	Heir     *keyadmin.Key // what lives on of a rotation that was just undone; nil: nothing
 	Edges    *edges
 	Problem  string // with the new name
 	NewName  string
@@ -110,7 +111,14 @@ func (d *Dashboard) showKeyPage(v *visit, status int, newName, problem string) e
 	if data.Edges, err = d.edgesOf(ctx, key); err != nil {
 		return err
 	}
-	page := layout{Title: key.Name, Notice: data.notice(v.r.URL.Query().Get("done")), Data: data}
+	done := v.r.URL.Query().Get("done")
+	page := layout{Title: key.Name, Notice: data.notice(done)}
+	if done == "undone" && page.Notice != "" {
+		if data.Heir, err = d.heir(ctx, v.actor, data.History); err != nil {
+			return err
+		}
+	}
+	page.Data = data
 	if data.Rotation != nil || data.Edges != nil && !data.Edges.Done {
 		page.Live = Root + "/" + key.ID + "?range=" + data.Range
 	}
@@ -211,6 +219,22 @@ func (d *Dashboard) rotationOf(ctx context.Context, actor keyadmin.Actor, old ke
 	r.Quiet, r.Moved = r.OldCount+r.NewCount == 0, r.OldCount == 0 && r.NewCount > 0
 	r.Chart = meter(r.Share)
 	return r, nil
+}
+
+// heir is the own successor of the one that the undoing of a rotation has revoked, if it lives on: whoever has a leaked key may have
+// rotated it.
+func (d *Dashboard) heir(ctx context.Context, actor keyadmin.Actor, history []keyadmin.AuditEntry) (*keyadmin.Key, error) {
+	undone := slices.IndexFunc(history, func(e keyadmin.AuditEntry) bool { return e.Action == keyadmin.KeyRotationUndone })
+	id, _ := history[undone].Details["successor"].(string)
+	withdrawn, err := d.Admin.Get(ctx, actor, id)
+	if err != nil || withdrawn.Successor == nil {
+		return nil, err
+	}
+	key, err := d.Admin.Get(ctx, actor, *withdrawn.Successor)
+	if err != nil || key.Status != keyadmin.Active {
+		return nil, err
+	}
+	return &key, nil
 }
 
 // edgesOf is how far a revocation has come; nil: the key is not revoked, or was so long ago that every edge refuses it.
@@ -356,7 +380,7 @@ func (d *Dashboard) undoRotation(v *visit) error {
 		return v.show(http.StatusUnprocessableEntity, "undo", layout{Title: "Undo rotation", Data: data})
 	}
 	id := data.Key.ID
-	_, err = d.Admin.UndoRotation(v.r.Context(), v.actor, id)
+	_, _, err = d.Admin.UndoRotation(v.r.Context(), v.actor, id)
 	switch {
 	case errors.Is(err, keyadmin.ErrNotRotated):
 		return v.redirect(Root+"/"+id, "norotation")

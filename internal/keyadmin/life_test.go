@@ -199,7 +199,7 @@ func TestAuditTellsTheWholeLifeNewestFirst(t *testing.T) {
 	other.Account = "globex"
 	create(t, admin, other)
 	rotate(t, admin, key.ID, day(t))
-	if _, err := admin.UndoRotation(t.Context(), operator, key.ID); err != nil {
+	if _, _, err := admin.UndoRotation(t.Context(), operator, key.ID); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := admin.Revoke(t.Context(), keyadmin.Operator("bob"), key.ID); err != nil {

@@ -81,6 +81,6 @@ func rotateAndUndo(ctx context.Context, admin *keyadmin.Admin) error {
 	if _, _, err := admin.Rotate(ctx, operator, key.ID, rotation); err != nil {
 		return err
 	}
-	_, err = admin.UndoRotation(ctx, operator, key.ID)
+	_, _, err = admin.UndoRotation(ctx, operator, key.ID)
 	return err
 }

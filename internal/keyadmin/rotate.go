@@ -223,10 +223,10 @@ func setEnd(ctx context.Context, tx *keystore.Tx, id string, overlap Overlap) er
 }
 
 // UndoRotation gives a key back the expiry that it had before it was rotated, and revokes its successor, which is then
-// nobody's successor. The answer is the old key. The error wraps ErrNotFound, ErrNotRotated, or ErrEnded: a key that has
-// ended is not revived.
-func (a *Admin) UndoRotation(ctx context.Context, actor Actor, id string) (Key, error) {
-	return a.changeOne(ctx, actor, id, func(tx *keystore.Tx, actor Actor) (keystore.Row, error) {
+// nobody's successor. The answers are the old key and that successor, whose own successor, if it has one, lives on. The error
+// wraps ErrNotFound, ErrNotRotated, or ErrEnded: a key that has ended is not revived.
+func (a *Admin) UndoRotation(ctx context.Context, actor Actor, id string) (old, withdrawn Key, err error) {
+	old, err = a.changeOne(ctx, actor, id, func(tx *keystore.Tx, actor Actor) (keystore.Row, error) {
 		old, err := tx.Lock(ctx, actor.reach(), id)
 		if err != nil {
 			return old, err
@@ -245,28 +245,37 @@ func (a *Admin) UndoRotation(ctx context.Context, actor Actor, id string) (Key, 
 		if err := tx.EndGrace(ctx, id); err != nil {
 			return old, err
 		}
-		if err := withdraw(ctx, tx, actor, old); err != nil {
+		row, err := withdraw(ctx, tx, actor, old)
+		if err != nil {
 			return old, err
 		}
+		withdrawn = fromRow(row)
 		if err := tx.Audit(ctx, entry(actor, KeyRotationUndone, old, map[string]any{"successor": old.Successor})); err != nil {
 			return old, err
 		}
 		return tx.Get(ctx, actor.reach(), id)
 	})
+	if err != nil {
+		return Key{}, Key{}, err
+	}
+	return old, withdrawn, nil
 }
 
 // withdraw revokes the successor of a key and makes it nobody's.
-func withdraw(ctx context.Context, tx *keystore.Tx, actor Actor, old keystore.Row) error {
+func withdraw(ctx context.Context, tx *keystore.Tx, actor Actor, old keystore.Row) (keystore.Row, error) {
 	row, revoked, err := tx.Revoke(ctx, actor.reach(), old.Successor)
 	if err != nil {
-		return err
+		return row, err
 	}
 	if revoked {
 		if err := tx.Audit(ctx, entry(actor, KeyRevoked, row, map[string]any{"rotation_undone": old.ID})); err != nil {
-			return err
+			return row, err
 		}
 	}
-	return tx.Detach(ctx, row.ID)
+	if err := tx.Detach(ctx, row.ID); err != nil {
+		return row, err
+	}
+	return tx.Get(ctx, actor.reach(), row.ID)
 }
 
 // RotateDueRequest selects the keys that RotateDue rotates.

@@ -178,7 +178,7 @@ func TestOverlapOfNothingEndsTheOldKeyAtOnce(t *testing.T) {
 	if got := get(t, admin, old.ID); got.Status != keyadmin.Expired {
 		t.Errorf("old key %+v", got)
 	}
-	if _, err := admin.UndoRotation(t.Context(), operator, old.ID); !errors.Is(err, keyadmin.ErrEnded) {
+	if _, _, err := admin.UndoRotation(t.Context(), operator, old.ID); !errors.Is(err, keyadmin.ErrEnded) {
 		t.Errorf("undo: %v", err)
 	}
 }
@@ -192,7 +192,7 @@ func TestUndoRestoresTheExpiryExactlyAndRevokesTheSuccessor(t *testing.T) {
 				r.ExpiresIn = expiresIn
 				old := create(t, admin, r)
 				next := rotate(t, admin, old.ID, overlap)
-				restored, err := admin.UndoRotation(t.Context(), operator, old.ID)
+				restored, _, err := admin.UndoRotation(t.Context(), operator, old.ID)
 				if err != nil || restored.Status != keyadmin.Active || restored.Successor != nil {
 					t.Fatalf("%+v, %v", restored, err)
 				}
@@ -202,7 +202,7 @@ func TestUndoRestoresTheExpiryExactlyAndRevokesTheSuccessor(t *testing.T) {
 				if withdrawn := get(t, admin, next.ID); withdrawn.Status != keyadmin.Revoked || withdrawn.Predecessor != nil || withdrawn.OverlapOnFirstUse != nil {
 					t.Errorf("successor %+v", withdrawn)
 				}
-				if _, err := admin.UndoRotation(t.Context(), operator, old.ID); !errors.Is(err, keyadmin.ErrNotRotated) {
+				if _, _, err := admin.UndoRotation(t.Context(), operator, old.ID); !errors.Is(err, keyadmin.ErrNotRotated) {
 					t.Errorf("undo again: %v", err)
 				}
 				rotate(t, admin, old.ID, overlap) // which was undone, so it can be done
@@ -284,7 +284,7 @@ func TestRotationAfterTheSuccessorWasRevokedStartsAfresh(t *testing.T) {
 	if got := get(t, admin, old.ID); *got.Successor != next.ID || got.ExpiresAt.Sub(next.CreatedAt) != 24*time.Hour {
 		t.Errorf("old key %+v", got)
 	}
-	if restored, err := admin.UndoRotation(t.Context(), operator, old.ID); err != nil || !restored.ExpiresAt.Equal(*old.ExpiresAt) {
+	if restored, _, err := admin.UndoRotation(t.Context(), operator, old.ID); err != nil || !restored.ExpiresAt.Equal(*old.ExpiresAt) {
 		t.Errorf("undone %+v, %v", restored, err)
 	}
 }
@@ -299,7 +299,7 @@ func TestRevokedSuccessorIsNoRotationToUndo(t *testing.T) {
 			if _, err := admin.Revoke(t.Context(), operator, lost.ID); err != nil {
 				t.Fatal(err)
 			}
-			_, err := admin.UndoRotation(t.Context(), operator, old.ID)
+			_, _, err := admin.UndoRotation(t.Context(), operator, old.ID)
 			if set := !overlap.OnFirstUse; set != (err == nil) || !set && !errors.Is(err, keyadmin.ErrNotRotated) {
 				t.Errorf("the end of the key was set: %v; undone: %v", set, err)
 			}
@@ -308,10 +308,10 @@ func TestRevokedSuccessorIsNoRotationToUndo(t *testing.T) {
 				t.Fatal(err)
 			}
 			rotate(t, admin, old.ID, overlap)
-			if restored, err := admin.UndoRotation(t.Context(), operator, old.ID); err != nil || !restored.ExpiresAt.Equal(*old.ExpiresAt) {
+			if restored, _, err := admin.UndoRotation(t.Context(), operator, old.ID); err != nil || !restored.ExpiresAt.Equal(*old.ExpiresAt) {
 				t.Errorf("undone %+v, %v", restored, err)
 			}
-			if _, err := admin.UndoRotation(t.Context(), operator, old.ID); !errors.Is(err, keyadmin.ErrNotRotated) {
+			if _, _, err := admin.UndoRotation(t.Context(), operator, old.ID); !errors.Is(err, keyadmin.ErrNotRotated) {
 				t.Errorf("undone again: %v", err)
 			}
 		})
@@ -331,7 +331,7 @@ func TestRotationIsUndoneOnce(t *testing.T) {
 		}
 		for range undos {
 			go func() {
-				_, err := admin.UndoRotation(t.Context(), operator, old.ID)
+				_, _, err := admin.UndoRotation(t.Context(), operator, old.ID)
 				done <- err
 			}()
 		}
@@ -452,7 +452,7 @@ func TestFirstUseOfTheSuccessorStartsTheGracePeriodOnce(t *testing.T) {
 	if err != nil || len(page.Entries) != 1 || page.Entries[0].Actor != "system:first-use" {
 		t.Errorf("audit %+v, %v", page, err)
 	}
-	if restored, err := admin.UndoRotation(t.Context(), operator, old.ID); err != nil || !restored.ExpiresAt.Equal(*old.ExpiresAt) {
+	if restored, _, err := admin.UndoRotation(t.Context(), operator, old.ID); err != nil || !restored.ExpiresAt.Equal(*old.ExpiresAt) {
 		t.Errorf("undone %+v, %v", restored, err)
 	}
 }

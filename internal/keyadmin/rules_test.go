@@ -185,7 +185,7 @@ func (w *world) call(what string, actor keyadmin.Actor, asking, target keyadmin.
 			w.t.Errorf("the successor %+v may do more than %+v", made, target)
 		}
 	case "undo":
-		_, err = w.admin.UndoRotation(ctx, actor, target.ID)
+		_, _, err = w.admin.UndoRotation(ctx, actor, target.ID)
 	case "revoke":
 		_, err = w.admin.Revoke(ctx, actor, target.ID)
 	case "rename":
@@ -337,7 +337,7 @@ func TestAnotherAccountsKeyIsTheSameAsNone(t *testing.T) {
 			_, _, err := admin.Rotate(t.Context(), person, id, keyadmin.RotateRequest{})
 			return err
 		},
-		"UndoRotation": func(id string) error { _, err := admin.UndoRotation(t.Context(), person, id); return err },
+		"UndoRotation": func(id string) error { _, _, err := admin.UndoRotation(t.Context(), person, id); return err },
 	}
 	for name, call := range calls {
 		one, other := call(there), call(missing)

@@ -60,7 +60,7 @@ func TestKeyThatEndsWhileAChangeWaitsForItHasEnded(t *testing.T) {
 		"undo a rotation": {
 			func(key keyadmin.Key) { rotate(t, admin, key.ID, day(t)) },
 			func(key keyadmin.Key, _ keyadmin.Actor) error {
-				_, err := admin.UndoRotation(context.Background(), operator, key.ID)
+				_, _, err := admin.UndoRotation(context.Background(), operator, key.ID)
 				return err
 			},
 		},
@@ -130,13 +130,13 @@ func TestUndoRevokesTheSuccessorThatLives(t *testing.T) {
 	if now := get(t, admin, old.ID); *now.Successor != second.ID {
 		t.Errorf("successor %s, want %s", *now.Successor, second.ID)
 	}
-	if _, err := admin.UndoRotation(t.Context(), operator, old.ID); err != nil {
+	if _, _, err := admin.UndoRotation(t.Context(), operator, old.ID); err != nil {
 		t.Fatal(err)
 	}
 	if now := get(t, admin, second.ID); now.Status != keyadmin.Revoked {
 		t.Errorf("the rotation is undone, and its successor %+v", now)
 	}
-	if _, err := admin.UndoRotation(t.Context(), operator, old.ID); !errors.Is(err, keyadmin.ErrNotRotated) {
+	if _, _, err := admin.UndoRotation(t.Context(), operator, old.ID); !errors.Is(err, keyadmin.ErrNotRotated) {
 		t.Errorf("undone twice: %v", err)
 	}
 }

@@ -162,7 +162,7 @@ func (a *API) undoRotation(r *http.Request, actor keyadmin.Actor) (answer, error
 	if _, err := readFields(r, maxBody); err != nil {
 		return answer{}, err
 	}
-	key, err := a.Admin.UndoRotation(r.Context(), actor, r.PathValue("id"))
+	key, _, err := a.Admin.UndoRotation(r.Context(), actor, r.PathValue("id"))
 	if err != nil {
 		return answer{}, err
 	}

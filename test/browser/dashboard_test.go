@@ -212,7 +212,7 @@ func livePageInUse(t *testing.T) {
 	call(t, "GET", "/v1/memories", successor)
 	b.see("section[@id='about']", "in 24 hours")
 	b.see("div[@id='rotation']", "This key ends in 24 hours")
-	if _, err := world.admin.UndoRotation(t.Context(), keyadmin.Operator("test"), old.ID); err != nil {
+	if _, _, err := world.admin.UndoRotation(t.Context(), keyadmin.Operator("test"), old.ID); err != nil {
 		t.Fatal(err)
 	}
 	b.see("a", "Rotate")
