@@ -141,6 +141,36 @@ func TestUndoRevokesTheSuccessorThatLives(t *testing.T) {
 	}
 }
 
+// TestRequestsAtOnceMakeNoMoreKeysADayThanTheAccountMay: none of them sees what the others have not committed yet.
+func TestRequestsAtOnceMakeNoMoreKeysADayThanTheAccountMay(t *testing.T) {
+	unlimited, _, databaseURL := newAdmin(t)
+	admin := unlimited.Limited(1)
+	other := hold(t, databaseURL, create(t, unlimited, request()).ID)
+	other.exec(`lock table rekall.audit in share mode`) // which comes after the key
+	const requests = 3
+	done := make(chan error, requests)
+	for range requests {
+		go func() {
+			_, _, err := admin.Create(context.Background(), must(keyadmin.Person("ann", "acme")), request())
+			done <- err
+		}()
+	}
+	pgtest.AwaitBlocked(t, databaseURL, requests)
+	other.release()
+	made := 0
+	for range requests {
+		switch err := <-done; {
+		case err == nil:
+			made++
+		case !errors.Is(err, keyadmin.ErrTooMany):
+			t.Error(err)
+		}
+	}
+	if made != 1 {
+		t.Errorf("%d keys were made, not 1", made)
+	}
+}
+
 // TestManagingKeyGrantsOnlyWhatItHasInPostgresNow: an edge may not have heard yet that it has less than when it was found there.
 func TestManagingKeyGrantsOnlyWhatItHasInPostgresNow(t *testing.T) {
 	admin, store, databaseURL := newAdmin(t)

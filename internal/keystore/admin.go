@@ -120,8 +120,12 @@ returning `+rowColumns, key.ID, key.Account, key.Name, key.Environment.String(),
 }
 
 // CountMade returns how many keys an account has that were made within 24 hours by others than operators, and limit if they are more. It
-// looks at the account's newest only, ten times as many: an import of others takes no longer to count.
+// looks at the account's newest only, ten times as many: an import of others takes no longer to count. Others who count the same
+// account's wait until the transaction ends, and then count what it has made.
 func (t *Tx) CountMade(ctx context.Context, account string, limit int) (made int, err error) {
+	if err := t.exec(ctx, "count new keys", `select pg_advisory_xact_lock(hashtextextended('rekall: keys made by ' || $1, 0))`, account); err != nil {
+		return 0, err
+	}
 	err = t.tx.QueryRow(ctx, `
 select least(count(*), $2) from (
 	select created_by from rekall.api_keys
