@@ -249,6 +249,7 @@ func explain(err error) *Refusal {
 		refusal   *Refusal
 		malformed *keyadmin.InvalidError
 		forbidden *keyadmin.ForbiddenError
+		tooMany   *keyadmin.TooManyError
 	)
 	switch {
 	case errors.As(err, &refusal):
@@ -262,7 +263,7 @@ func explain(err error) *Refusal {
 		return errForbidden
 	case errors.Is(err, keyadmin.ErrNotFound):
 		return errNoPage
-	case errors.Is(err, keyadmin.ErrTooMany):
+	case errors.As(err, &tooMany):
 		return errTooMany
 	}
 	return errUnavailable

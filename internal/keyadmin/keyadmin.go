@@ -44,12 +44,16 @@ var (
 	// ErrNotRotated: there is no rotation to undo.
 	ErrNotRotated = errors.New("key is not being rotated")
 
-	// ErrTooMany: the account has made as many keys as it may in 24 hours.
-	ErrTooMany = errors.New("account has made as many keys as it may in 24 hours")
-
 	// ErrIdempotencyMismatch: the idempotency key came with another request before.
 	ErrIdempotencyMismatch = errors.New("idempotency key was used with another request: use a new one for each key")
 )
+
+// TooManyError says that the account has made as many keys as it may in 24 hours.
+type TooManyError struct {
+	RetryAfter time.Duration // when it may make the next
+}
+
+func (e *TooManyError) Error() string { return "account has made as many keys as it may in 24 hours" }
 
 // Admin manages the keys in a store.
 type Admin struct {
@@ -158,12 +162,12 @@ func generate(key *keystore.NewKey) string {
 // insert writes a new key and its line in the audit.
 func (a *Admin) insert(ctx context.Context, tx *keystore.Tx, actor Actor, key keystore.NewKey) (keystore.Row, error) {
 	if a.keysPerDay > 0 && actor.rank != operator {
-		made, err := tx.CountMade(ctx, key.Account, a.keysPerDay)
+		wait, err := tx.FullFor(ctx, key.Account, a.keysPerDay)
 		if err != nil {
 			return keystore.Row{}, err
 		}
-		if made >= a.keysPerDay {
-			return keystore.Row{}, ErrTooMany
+		if wait > 0 {
+			return keystore.Row{}, &TooManyError{wait}
 		}
 	}
 	row, err := tx.Insert(ctx, key)

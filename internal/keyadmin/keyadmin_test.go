@@ -363,10 +363,11 @@ func TestAnAccountMakesNoMoreKeysADayThanItMay(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, actor := range []keyadmin.Actor{ann, holder} {
-		if _, _, err := admin.Create(ctx, actor, request()); !errors.Is(err, keyadmin.ErrTooMany) {
+		var tooMany *keyadmin.TooManyError
+		if _, _, err := admin.Create(ctx, actor, request()); !errors.As(err, &tooMany) {
 			t.Errorf("%s made a fourth: %v", actor, err)
 		}
-		if _, _, err := admin.Rotate(ctx, actor, parent.ID, keyadmin.RotateRequest{}); !errors.Is(err, keyadmin.ErrTooMany) {
+		if _, _, err := admin.Rotate(ctx, actor, parent.ID, keyadmin.RotateRequest{}); !errors.As(err, &tooMany) {
 			t.Errorf("%s made a fourth by rotation: %v", actor, err)
 		}
 	}
@@ -381,6 +382,43 @@ func TestAnAccountMakesNoMoreKeysADayThanItMay(t *testing.T) {
 	}
 	if _, _, err := unlimited.Create(ctx, ann, request()); err != nil {
 		t.Errorf("without a limit: %v", err)
+	}
+}
+
+// TestAccountThatWaitsAsLongAsItIsToldMakesAnotherKey, and one that does not is refused again.
+func TestAccountThatWaitsAsLongAsItIsToldMakesAnotherKey(t *testing.T) {
+	unlimited, _, databaseURL := newAdmin(t)
+	admin, ann := unlimited.Limited(2), must(keyadmin.Person("ann", "acme"))
+	pgtest.Exec(t, databaseURL, `alter table rekall.api_keys disable trigger stamp`) // which keeps created_at
+	later := func(by time.Duration) {
+		t.Helper()
+		pgtest.Exec(t, databaseURL, fmt.Sprintf(`update rekall.api_keys set created_at = created_at - interval '%d microseconds'`, by.Microseconds()))
+	}
+	create := func() error {
+		_, _, err := admin.Create(t.Context(), ann, request())
+		return err
+	}
+	for range 3 { // a key that is older than the limit reaches back does not count
+		if _, _, err := unlimited.Create(t.Context(), ann, request()); err != nil {
+			t.Fatal(err)
+		}
+		later(5 * time.Hour)
+	}
+	var tooMany *keyadmin.TooManyError
+	if err := create(); !errors.As(err, &tooMany) {
+		t.Fatal(err)
+	}
+	wait := tooMany.RetryAfter
+	later(wait - time.Hour)
+	if err := create(); !errors.As(err, &tooMany) {
+		t.Errorf("an hour early: %v", err)
+	}
+	later(time.Hour)
+	if err := create(); err != nil {
+		t.Errorf("after the %s that it was told: %v", wait, err)
+	}
+	if err := create(); !errors.As(err, &tooMany) || tooMany.RetryAfter > 24*time.Hour {
+		t.Errorf("another one at once: %v, for %s", err, tooMany.RetryAfter)
 	}
 }
 

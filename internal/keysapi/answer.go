@@ -6,7 +6,6 @@ import (
 	"errors"
 	"net/http"
 	"strconv"
-	"time"
 
 	"go.uber.org/zap"
 
@@ -97,7 +96,7 @@ var (
 	errNotRotated = apierror.New(http.StatusConflict, "KEY_NOT_ROTATED",
 		"This API key is not being rotated: there is nothing to undo.")
 	errTooMany = apierror.New(http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDED",
-		"This account has made as many API keys as it may in 24 hours. Use those that it has, or ask the operator for more.").Later(time.Hour)
+		"This account has made as many API keys as it may in 24 hours. Use those that it has, or ask the operator for more.")
 	errUnavailable = apierror.New(http.StatusServiceUnavailable, "SERVICE_UNAVAILABLE",
 		"API keys cannot be managed right now. Try again shortly.")
 )
@@ -138,6 +137,7 @@ func explain(err error) *apierror.Error {
 		refusal   *apierror.Error
 		malformed *keyadmin.InvalidError
 		forbidden *keyadmin.ForbiddenError
+		tooMany   *keyadmin.TooManyError
 	)
 	switch {
 	case errors.As(err, &refusal):
@@ -163,8 +163,8 @@ func explain(err error) *apierror.Error {
 		return errAwaited
 	case errors.Is(err, keyadmin.ErrNotRotated):
 		return errNotRotated
-	case errors.Is(err, keyadmin.ErrTooMany):
-		return errTooMany
+	case errors.As(err, &tooMany):
+		return errTooMany.Later(tooMany.RetryAfter)
 	}
 	return errUnavailable
 }

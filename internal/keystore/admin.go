@@ -119,23 +119,28 @@ returning `+rowColumns, key.ID, key.Account, key.Name, key.Environment.String(),
 		key.ManageKeys, key.CreatedBy, key.ExpiresAt, lifetime, key.Predecessor, key.OverlapOnFirstUse)
 }
 
-// CountMade returns how many keys an account has that were made within 24 hours by others than operators, and limit if they are more. It
-// looks at the account's newest only, ten times as many: an import of others takes no longer to count. Others who count the same
-// account's wait until the transaction ends, and then count what it has made.
-func (t *Tx) CountMade(ctx context.Context, account string, limit int) (made int, err error) {
-	if err := t.exec(ctx, "count new keys", `select pg_advisory_xact_lock(hashtextextended('rekall: keys made by ' || $1, 0))`, account); err != nil {
+// FullFor returns for how long an account will have as many keys that were made within 24 hours by others than operators as the limit
+// lets it; 0: it has fewer. It looks at the account's newest only, ten times as many: an import of others takes no longer to count.
+// Others who ask for the same account wait until the transaction ends, and then count what it has made.
+func (t *Tx) FullFor(ctx context.Context, account string, limit int) (wait time.Duration, err error) {
+	const doing = "count new keys"
+	if err := t.exec(ctx, doing, `select pg_advisory_xact_lock(hashtextextended('rekall: keys made by ' || $1, 0))`, account); err != nil {
 		return 0, err
 	}
 	err = t.tx.QueryRow(ctx, `
-select least(count(*), $2) from (
-	select created_by from rekall.api_keys
-	where account = $1 and created_at > now() - interval '24 hours'
+select created_at + interval '24 hours' - statement_timestamp() from (
+	select id, created_by, created_at from rekall.api_keys
+	where account = $1 and created_at > statement_timestamp() - interval '24 hours'
 	order by created_at desc, id desc limit 10 * $2::bigint
-) newest where split_part(created_by, ':', 1) in ('key', 'user')`, account, limit).Scan(&made)
-	if err != nil {
-		return 0, failed("count new keys", err)
+) newest where split_part(created_by, ':', 1) in ('key', 'user')
+order by created_at desc, id desc offset $2::bigint - 1 limit 1`, account, limit).Scan(&wait)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return 0, nil
 	}
-	return made, nil
+	if err != nil {
+		return 0, failed(doing, err)
+	}
+	return wait, nil
 }
 
 // Get returns a key, or an error that wraps ErrNoRow.
