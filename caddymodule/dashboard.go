@@ -1,13 +1,11 @@
 package caddymodule
 
 import (
-	"errors"
 	"net/http"
 	"strings"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
-	"github.com/rekall-ai/gateway/internal/apierror"
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/credential"
 	"github.com/rekall-ai/gateway/internal/dashboard"
@@ -21,8 +19,7 @@ func (k *Keys) visitor(r *http.Request) (keyadmin.Actor, error) {
 		credential.Take(r)
 		return keyadmin.Actor{}, dashboard.ErrNobody
 	}
-	actor, err := k.actor(r)
-	return actor, forPeople(err)
+	return k.actor(r)
 }
 
 // signIn is who holds a key that was typed into the dashboard. It is looked for like any other: a flood of keys that do not
@@ -31,10 +28,9 @@ func (k *Keys) signIn(r *http.Request, key string) (keyadmin.Actor, error) {
 	key = strings.TrimSpace(key) // what was copied along with it
 	environment, err := apikey.Parse(key)
 	if err != nil {
-		return keyadmin.Actor{}, forPeople(k.refusal(r, apikey.Malformed, new(credential.Credential)))
+		return keyadmin.Actor{}, k.refusal(r, apikey.Malformed, new(credential.Credential))
 	}
-	actor, err := k.holder(r, &credential.Credential{Kind: credential.Key, Environment: environment, Digest: apikey.Hash(key)})
-	return actor, forPeople(err)
+	return k.holder(r, &credential.Credential{Kind: credential.Key, Environment: environment, Digest: apikey.Hash(key)})
 }
 
 // secure reports whether a browser used TLS: to Caddy, or as a trusted proxy says that ends it in front.
@@ -44,12 +40,4 @@ func secure(r *http.Request) bool {
 	}
 	scheme, _, _ := strings.Cut(r.Header.Get("X-Forwarded-Proto"), ",") // the first of several proxies
 	return strings.EqualFold(strings.TrimSpace(scheme), "https")
-}
-
-// forPeople makes an answer of the API one of the dashboard. Other errors stay what they are.
-func forPeople(err error) error {
-	if answer, ok := errors.AsType[*apierror.Error](err); ok {
-		return &dashboard.Refusal{Status: answer.Status, Message: answer.Message}
-	}
-	return err
 }

@@ -53,6 +53,13 @@ func (e *Error) Later(retryAfter time.Duration) *Error {
 	return &later
 }
 
+// SetRetryAfter sets the header of that name as Write does, for answers with a body of their own.
+func (e *Error) SetRetryAfter(h http.Header) {
+	if seconds := e.retryAfter(); seconds != "" {
+		h.Set("Retry-After", seconds)
+	}
+}
+
 // envelope is the body of every error.
 type envelope struct {
 	Error body `json:"error"`

@@ -17,6 +17,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/rekall-ai/gateway/internal/apierror"
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/scoperule"
@@ -39,22 +40,14 @@ const (
 // ErrNobody says that the server has authenticated no person: whoever asks may sign in with a key.
 var ErrNobody = errors.New("nobody is signed in")
 
-// Refusal is an answer that the server around the dashboard gives in its stead.
-type Refusal struct {
-	Status  int
-	Message string // one sentence for people
-}
-
-func (r *Refusal) Error() string { return r.Message }
-
 // Config of a Dashboard. Nothing may be left out.
 type Config struct {
 	Admin *keyadmin.Admin
 
-	// Person returns the person whom the server has authenticated. Its error is ErrNobody, a *Refusal, or one of keyadmin's.
+	// Person returns the person whom the server has authenticated. Its error is ErrNobody, an *apierror.Error, or one of keyadmin's.
 	Person func(*http.Request) (keyadmin.Actor, error)
 
-	// SignIn returns the holder of a key that was typed into the form. Its error is a *Refusal, or one of keyadmin's.
+	// SignIn returns the holder of a key that was typed into the form. Its error is an *apierror.Error, or one of keyadmin's.
 	SignIn func(r *http.Request, key string) (keyadmin.Actor, error)
 
 	// Secure reports whether the visitor's browser sent a request with TLS, perhaps to a proxy in front.
@@ -213,12 +206,12 @@ func (v *visit) redirect(path, done string) error {
 }
 
 var (
-	errNoPage      = &Refusal{http.StatusNotFound, "There is no such page, or no such key among those that you may manage."}
-	errCrossOrigin = &Refusal{http.StatusForbidden, "A page of another site sent this form, so nothing was changed. Open the key here and do it again."}
-	errForm        = &Refusal{http.StatusBadRequest, "The form could not be read, so nothing was changed. Go back and send it again."}
-	errTooMany     = &Refusal{http.StatusTooManyRequests, "This account has made as many keys as it may in 24 hours. Use those that it has, or ask the operator for more."}
-	errForbidden   = &Refusal{http.StatusForbidden, "You may not manage these keys."}
-	errUnavailable = &Refusal{http.StatusServiceUnavailable, "Keys cannot be managed right now. Keys that exist keep working. Try again shortly."}
+	errNoPage      = refusal(http.StatusNotFound, "There is no such page, or no such key among those that you may manage.")
+	errCrossOrigin = refusal(http.StatusForbidden, "A page of another site sent this form, so nothing was changed. Open the key here and do it again.")
+	errForm        = refusal(http.StatusBadRequest, "The form could not be read, so nothing was changed. Go back and send it again.")
+	errTooMany     = refusal(http.StatusTooManyRequests, "This account has made as many keys as it may in 24 hours. Use those that it has, or ask the operator for more.")
+	errForbidden   = refusal(http.StatusForbidden, "You may not manage these keys.")
+	errUnavailable = refusal(http.StatusServiceUnavailable, "Keys cannot be managed right now. Keys that exist keep working. Try again shortly.")
 )
 
 // fail shows what went wrong. Only what nobody foresaw is told: the rest is the visitor's, also that they went away.
@@ -231,40 +224,43 @@ func (v *visit) fail(err error) {
 		v.showSignIn(http.StatusUnauthorized, data)
 		return
 	}
-	refusal := explain(err)
-	if refusal == errUnavailable && !errors.Is(err, context.Canceled) {
+	answer := explain(err)
+	if answer == errUnavailable && !errors.Is(err, context.Canceled) {
 		v.Logger.Debug("the dashboard cannot manage keys", zap.String("method", v.r.Method), zap.String("error", apikey.Redact(err.Error())))
 		v.Answered(v.r, err)
 	}
-	if refusal.Status == http.StatusServiceUnavailable {
-		v.w.Header().Set("Retry-After", "1")
-	}
-	if err := v.show(refusal.Status, "error", layout{Title: http.StatusText(refusal.Status), Data: refusal}); err != nil {
-		http.Error(v.w, refusal.Message, refusal.Status)
+	answer.SetRetryAfter(v.w.Header())
+	if err := v.show(answer.Status, "error", layout{Title: http.StatusText(answer.Status), Data: answer}); err != nil {
+		http.Error(v.w, answer.Message, answer.Status)
 	}
 }
 
-func explain(err error) *Refusal {
+// refusal is an answer of the API for people, who are shown no code.
+func refusal(status int, message string) *apierror.Error {
+	return &apierror.Error{Status: status, Message: message}
+}
+
+func explain(err error) *apierror.Error {
 	var (
-		refusal   *Refusal
+		answer    *apierror.Error
 		malformed *keyadmin.InvalidError
 		forbidden *keyadmin.ForbiddenError
 		tooMany   *keyadmin.TooManyError
 	)
 	switch {
-	case errors.As(err, &refusal):
-		return refusal
+	case errors.As(err, &answer):
+		return answer
 	case errors.As(err, &malformed):
-		return &Refusal{http.StatusBadRequest, sentence(malformed.Field, malformed.Reason)}
+		return refusal(http.StatusBadRequest, sentence(malformed.Field, malformed.Reason))
 	case errors.As(err, &forbidden):
 		if forbidden.Field != "" {
-			return &Refusal{http.StatusForbidden, sentence(forbidden.Field, forbidden.Reason)}
+			return refusal(http.StatusForbidden, sentence(forbidden.Field, forbidden.Reason))
 		}
 		return errForbidden
 	case errors.Is(err, keyadmin.ErrNotFound):
 		return errNoPage
 	case errors.As(err, &tooMany):
-		return errTooMany
+		return errTooMany.Later(tooMany.RetryAfter)
 	}
 	return errUnavailable
 }

@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -21,6 +22,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
+	"github.com/rekall-ai/gateway/internal/apierror"
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/dashboard"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
@@ -43,6 +45,9 @@ type rig struct {
 	log      *bytes.Buffer
 }
 
+// keysPerDay is what an account may make in a rig.
+const keysPerDay = 1000
+
 func newRig(t *testing.T) *rig {
 	t.Helper()
 	return newRigVia(t, func(_ testing.TB, database string) string { return database })
@@ -58,7 +63,7 @@ func newRigVia(t *testing.T, via func(testing.TB, string) string) *rig {
 		t.Fatal(err)
 	}
 	t.Cleanup(store.Close)
-	r.admin = keyadmin.New(store)
+	r.admin = keyadmin.New(store).Limited(keysPerDay)
 	r.state = dashboard.NewState(r.admin)
 	t.Cleanup(r.state.Close)
 	logger := zap.New(zapcore.NewCore(zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig()), zapcore.Lock(zapcore.AddSync(r.log)), zap.DebugLevel))
@@ -77,7 +82,7 @@ func newRigVia(t *testing.T, via func(testing.TB, string) string) *rig {
 				return keyadmin.Actor{}, err
 			}
 			if len(found.Records) != 1 || found.Records[0].Validity(found.Now) != apikey.Allowed {
-				return keyadmin.Actor{}, &dashboard.Refusal{Status: http.StatusUnauthorized, Message: "This API key is not valid."}
+				return keyadmin.Actor{}, apierror.New(http.StatusUnauthorized, "API_KEY_INVALID", "This API key is not valid.")
 			}
 			return keyadmin.ManagingKey(found.Records[0])
 		},
@@ -804,6 +809,18 @@ func TestUndoingARotationWhoseSuccessorIsInUseAsksForItsName(t *testing.T) {
 	b.do("/"+old.ID+"/rotate/undo", url.Values{"name": {"Old"}}).want(t, http.StatusSeeOther)
 	if key, err := r.admin.Get(t.Context(), operator, id); err != nil || key.Status != keyadmin.Revoked {
 		t.Errorf("the successor is %s, %v", key.Status, err)
+	}
+}
+
+func TestAccountThatMayMakeNoMoreKeysIsToldByThePageWhenItMay(t *testing.T) {
+	r := newRig(t)
+	pgtest.Exec(t, r.database, `insert into rekall.api_keys (id, account, name, environment, key_hash, scopes, created_by, created_at)
+		select 'key_' || lpad(n::text, 22, '0'), 'acme', 'n', 'sandbox', sha256(n::text::bytea), '{}', 'user:ann', now() - interval '20 hours'
+		from generate_series(1, $1::int) n`, keysPerDay)
+	page := r.browser("ann@acme").do("/new", url.Values{"name": {"One more"}, "environment": {"sandbox"}, "scope": {"memories:read"}, "expiry": {"90d"}})
+	page.want(t, http.StatusTooManyRequests, "has made as many keys as it may")
+	if seconds, err := strconv.Atoi(page.Header.Get("Retry-After")); err != nil || seconds < 1 || seconds > 4*3600 {
+		t.Errorf("Retry-After %q", page.Header.Get("Retry-After"))
 	}
 }
 

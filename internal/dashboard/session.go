@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/rekall-ai/gateway/internal/apierror"
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/scoperule"
@@ -246,12 +247,13 @@ func (d *Dashboard) signIn(w http.ResponseWriter, r *http.Request) {
 	next := local(r.PostForm.Get("next"))
 	actor, err := d.SignIn(r, r.PostForm.Get("key"))
 	var (
-		refusal   *Refusal
+		answer    *apierror.Error
 		forbidden *keyadmin.ForbiddenError
 	)
 	switch {
-	case errors.As(err, &refusal):
-		v.showSignIn(refusal.Status, signInData{refusal.Message, next})
+	case errors.As(err, &answer):
+		answer.SetRetryAfter(w.Header())
+		v.showSignIn(answer.Status, signInData{answer.Message, next})
 	case errors.As(err, &forbidden):
 		const problem = "This key is good, but may not manage keys. Use one that was created with “manage keys”."
 		v.showSignIn(http.StatusForbidden, signInData{problem, next})
