@@ -496,7 +496,7 @@ func TestPeopleWhomCaddyHasAuthenticatedManageTheKeysOfTheirAccount(t *testing.T
 	if page := ask(people, "GET", dashboard.Root, "", "as", "ann"); page.StatusCode != http.StatusOK || !strings.Contains(page.body, created.ID) {
 		t.Errorf("the dashboard: %d %s", page.StatusCode, page.body)
 	}
-	const form = "name=Formed&environment=production&scope=memories%3Aread&expiry=90d&once=" + "0123456789abcdef"
+	const form = "account=ann&name=Formed&environment=production&scope=memories%3Aread&expiry=90d&once=" + "0123456789abcdef"
 	formed := ask(people, "POST", dashboard.Root+"/new", form, "as", "ann", "Content-Type", "application/x-www-form-urlencoded", "Sec-Fetch-Site", "same-origin")
 	if formed.StatusCode != http.StatusCreated || !apikey.ContainsKey(formed.body) {
 		t.Errorf("created by a form: %d", formed.StatusCode)

@@ -13,6 +13,7 @@ import (
 
 // createData is the form of a new key, as it was filled in.
 type createData struct {
+	Account           string // that the form was opened for
 	Name, Environment string
 	Production        bool // whether the visitor may have production keys
 	Groups            []scopeGroup
@@ -96,6 +97,7 @@ func (d *Dashboard) newKey(v *visit) error {
 }
 
 func (v *visit) showForm(status int, data createData, scopes []string) error {
+	data.Account = v.actor.Account()
 	grants := v.actor.Grants()
 	data.Groups, data.Narrow = groups(grants, scopes), len(grants) < len(apikey.ScopeNames())
 	data.Production = v.actor.Manages(apikey.Production.String())
@@ -129,6 +131,14 @@ func (d *Dashboard) create(v *visit) error {
 	data := createData{
 		Name: strings.TrimSpace(form.Get("name")), Environment: form.Get("environment"), ManageKeys: form.Get("manage_keys") != "",
 		Expiry: form.Get("expiry"), Date: form.Get("date"), Once: form.Get("once"),
+	}
+	if !form.Has("account") { // as in one that an earlier version made
+		return errForm
+	}
+	// Somebody signed in for another account since, in another tab.
+	if form.Get("account") != v.actor.Account() {
+		data.Problem = "You are signed in for another account than when you opened this form, so no key was made. Look at the account above, and send it again."
+		return v.showForm(http.StatusUnprocessableEntity, data, form["scope"])
 	}
 	// Without JavaScript, the quick choices are buttons that send the form to have it filled in.
 	if choose, ok := quickChoices[form.Get("choose")]; ok {

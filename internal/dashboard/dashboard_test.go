@@ -162,9 +162,10 @@ func (r reply) want(t *testing.T, status int, texts ...string) {
 	}
 }
 
+// createForm is one that was opened for acme.
 func createForm(name string) url.Values {
 	return url.Values{
-		"name": {name}, "environment": {"production"}, "scope": {"memories:read", "hives:write"}, "expiry": {"90d"}, "once": {apikey.RandomText(32)},
+		"account": {"acme"}, "name": {name}, "environment": {"production"}, "scope": {"memories:read", "hives:write"}, "expiry": {"90d"}, "once": {apikey.RandomText(32)},
 	}
 }
 
@@ -271,12 +272,15 @@ func TestAnotherAccountSeesAndChangesNothing(t *testing.T) {
 
 func TestNamesAreText(t *testing.T) {
 	r := newRig(t)
-	b := r.browser(`<i>ann</i>@"><script>alert(1)</script>`)
+	const account = `"><script>alert(1)</script>`
+	b := r.browser(`<i>ann</i>@` + account)
 	for _, name := range []string{`<script>alert(1)</script>`, `"><img src=x onerror=alert(1)>`, "אבג", strings.Repeat("ü", 200), `{{.Key}} ' & <b>`} {
-		shown := b.do("/new", createForm(name))
+		form := createForm(name)
+		form.Set("account", account)
+		shown := b.do("/new", form)
 		shown.want(t, http.StatusCreated)
 		id := keyPath.FindString(shown.body)
-		for _, page := range []reply{shown, b.do("", nil), b.do("/"+id, nil), b.do("/"+id+"/revoke", nil), b.do("?q="+url.QueryEscape(name), nil)} {
+		for _, page := range []reply{shown, b.do("/new", nil), b.do("", nil), b.do("/"+id, nil), b.do("/"+id+"/revoke", nil), b.do("?q="+url.QueryEscape(name), nil)} {
 			page.want(t, page.StatusCode, "<bdi>")
 			for _, markup := range []string{"<script>alert", "<img", "<i>ann", "<b>'"} {
 				if strings.Contains(page.body, markup) {
@@ -314,6 +318,42 @@ func TestFormsSayWhatIsWrongAndKeepWhatWasTyped(t *testing.T) {
 	b.do("/"+key.ID+"/rename", url.Values{"name": {""}}).want(t, http.StatusUnprocessableEntity, "Name must have 1 to 200 characters.")
 	b.do("/"+key.ID+"/rotate", url.Values{"overlap": {"-1h"}}).want(t, http.StatusBadRequest, "Overlap must be")
 	if page, err := r.admin.List(t.Context(), operator, keyadmin.ListRequest{Account: "acme"}); err != nil || len(page.Keys) != 1 || page.Keys[0].Status != keyadmin.Active {
+		t.Errorf("%+v, %v", page.Keys, err)
+	}
+}
+
+// TestFormThatWasOpenedForAnotherAccountMakesNoKey: who signed in for one in another tab since would find it in the wrong place.
+func TestFormThatWasOpenedForAnotherAccountMakesNoKey(t *testing.T) {
+	r := newRig(t)
+	b := r.browser("")
+	opened := func(page reply) string {
+		account := regexp.MustCompile(`name="account" value="([^"]*)"`).FindStringSubmatch(page.body)
+		if account == nil {
+			t.Fatal("the form does not say for which account it is")
+		}
+		return account[1]
+	}
+	signIn := func(account string) {
+		key := r.key(account, "Manager", true)
+		b.do("/sign-in", url.Values{"key": {key.Key.Reveal()}}).want(t, http.StatusSeeOther)
+	}
+	signIn("acme")
+	form := createForm("Typed")
+	form.Set("account", opened(b.do("/new", nil)))
+	signIn("globex")
+	choosing := maps.Clone(form)
+	choosing.Set("choose", "read")
+	b.do("/new", choosing).want(t, http.StatusUnprocessableEntity, "for another account")
+	again := b.do("/new", form)
+	again.want(t, http.StatusUnprocessableEntity, "for another account", `value="Typed"`, `value="hives:write" checked`)
+	for _, account := range []string{"acme", "globex"} {
+		if page, err := r.admin.List(t.Context(), operator, keyadmin.ListRequest{Account: account}); err != nil || len(page.Keys) != 1 {
+			t.Errorf("%s: %+v, %v", account, page.Keys, err)
+		}
+	}
+	form.Set("account", opened(again))
+	b.do("/new", form).want(t, http.StatusCreated)
+	if page, err := r.admin.List(t.Context(), operator, keyadmin.ListRequest{Account: "globex"}); err != nil || len(page.Keys) != 2 {
 		t.Errorf("%+v, %v", page.Keys, err)
 	}
 }
@@ -817,7 +857,7 @@ func TestAccountThatMayMakeNoMoreKeysIsToldByThePageWhenItMay(t *testing.T) {
 	pgtest.Exec(t, r.database, `insert into rekall.api_keys (id, account, name, environment, key_hash, scopes, created_by, created_at)
 		select 'key_' || lpad(n::text, 22, '0'), 'acme', 'n', 'sandbox', sha256(n::text::bytea), '{}', 'user:ann', now() - interval '20 hours'
 		from generate_series(1, $1::int) n`, keysPerDay)
-	page := r.browser("ann@acme").do("/new", url.Values{"name": {"One more"}, "environment": {"sandbox"}, "scope": {"memories:read"}, "expiry": {"90d"}})
+	page := r.browser("ann@acme").do("/new", createForm("One more"))
 	page.want(t, http.StatusTooManyRequests, "has made as many keys as it may")
 	if seconds, err := strconv.Atoi(page.Header.Get("Retry-After")); err != nil || seconds < 1 || seconds > 4*3600 {
 		t.Errorf("Retry-After %q", page.Header.Get("Retry-After"))
