@@ -408,6 +408,20 @@ func TestFileOfKeysIsImportedOnceAndWhole(t *testing.T) {
 	}
 }
 
+func TestImportOfARevokedKeySaysThatItIsNotRevived(t *testing.T) {
+	t.Parallel()
+	k := newKeysCLI(t)
+	key := k.create("Leaked", "--account", "acme")
+	k.run("revoke", key.ID)
+	line := fmt.Sprintf(`{"hash":"%x","account":"acme","name":"n","environment":"production","scopes":["memories:read"]}`, sha256.Sum256([]byte(key.Key.Reveal())))
+	for _, more := range [][]string{{"--dry-run"}, {}} {
+		stdout, stderr, code := k.try(line, append([]string{"import", "-", "--format", "jsonl"}, more...)...)
+		if code != 0 || !strings.Contains(stdout, "1 of them revoked or expired: an import revives none.") {
+			t.Errorf("%v: %d %s %s", more, code, stdout, stderr)
+		}
+	}
+}
+
 func TestScopesMayHaveBlanksAroundTheirCommas(t *testing.T) {
 	t.Parallel()
 	k := newKeysCLI(t)

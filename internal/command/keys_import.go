@@ -30,7 +30,7 @@ func keysImportCommand() *cobra.Command {
   hint         last four characters of the key, for lists (default: none)
 
 Everything is validated before anything is written. Keys that are there already and may do the same are passed over, so
-an import can be repeated.`,
+an import can be repeated. Those among them that are revoked or expired stay so, and are counted.`,
 		Example: `  rekall-gateway keys import keys.csv --dry-run
   pg_dump-to-jsonl | rekall-gateway keys import - --format jsonl`,
 		Args: arguments("a file, or - for standard input"),
@@ -64,11 +64,15 @@ func importKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 		return err
 	}
 	return show(cmd, done, func(w io.Writer) {
+		ended := ""
+		if done.Ended > 0 {
+			ended = fmt.Sprintf(", %d of them revoked or expired: an import revives none", done.Ended)
+		}
 		if is(cmd, "dry-run") {
-			fmt.Fprintf(w, "%d keys can be imported, %d are there already.\n", done.Imported, done.AlreadyThere)
+			fmt.Fprintf(w, "%d keys can be imported, %d are there already%s.\n", done.Imported, done.AlreadyThere, ended)
 			return
 		}
-		fmt.Fprintf(w, "Imported %d keys, %d were there already.\n", done.Imported, done.AlreadyThere)
+		fmt.Fprintf(w, "Imported %d keys, %d were there already%s.\n", done.Imported, done.AlreadyThere, ended)
 	})
 }
 

@@ -39,6 +39,7 @@ const (
 type Imported struct {
 	Imported     int64 `json:"imported"`      // keys that were added; with DryRun, that would be
 	AlreadyThere int64 `json:"already_there"` // the same as in an earlier import
+	Ended        int64 `json:"ended"`         // of those, revoked or expired: an import revives none
 }
 
 // ImportError says which lines of a file are not acceptable. Nothing was written. It quotes nothing of the file.
@@ -116,10 +117,12 @@ func (a *Admin) Import(ctx context.Context, actor Actor, file io.Reader, options
 		if err := staging.check(ctx, tx); err != nil {
 			return err
 		}
-		if options.DryRun {
-			done.AlreadyThere, err = tx.CountStagedThere(ctx)
-			done.Imported = staging.staged - done.AlreadyThere
+		if done.AlreadyThere, done.Ended, err = tx.CountStagedThere(ctx); err != nil {
 			return err
+		}
+		if options.DryRun {
+			done.Imported = staging.staged - done.AlreadyThere
+			return nil
 		}
 		progress(ImportProgress{ImportWriting, staging.staged})
 		done.Imported, err = tx.InsertStaged(ctx, actor.String())

@@ -186,7 +186,7 @@ func TestRepeatedImportAddsNothingAndContradictionIsAnError(t *testing.T) {
 	if _, _, err := admin.Rotate(t.Context(), operator, page.Keys[0].ID, keyadmin.RotateRequest{}); err != nil {
 		t.Fatal(err)
 	}
-	if done, err := importText(t, admin, first+csvLine("three", goodRest), options); err != nil || done != (keyadmin.Imported{Imported: 1, AlreadyThere: 2}) {
+	if done, err := importText(t, admin, first+csvLine("three", goodRest), options); err != nil || done != (keyadmin.Imported{Imported: 1, AlreadyThere: 2, Ended: 1}) {
 		t.Errorf("again: %+v, %v", done, err)
 	}
 	for _, change := range [][2]string{
@@ -201,6 +201,31 @@ func TestRepeatedImportAddsNothingAndContradictionIsAnError(t *testing.T) {
 	}
 	if page, err := admin.List(t.Context(), operator, keyadmin.ListRequest{}); err != nil || len(page.Keys) != 4 {
 		t.Errorf("%d keys, %v", len(page.Keys), err)
+	}
+}
+
+func TestImportCountsTheKeysThatHaveEndedAndRevivesNone(t *testing.T) {
+	admin, _, _ := newAdmin(t)
+	expired := strings.Replace(goodRest, "2039", "2009", 1)
+	text := importHeader + csvLine("one", goodRest) + csvLine("two", goodRest) + csvLine("three", expired)
+	options := keyadmin.ImportOptions{Format: "csv"}
+	if done, err := importText(t, admin, text, options); err != nil || done != (keyadmin.Imported{Imported: 3}) {
+		t.Fatalf("first: %+v, %v", done, err)
+	}
+	page, err := admin.List(t.Context(), operator, keyadmin.ListRequest{Status: string(keyadmin.Active)})
+	if err != nil || len(page.Keys) != 2 {
+		t.Fatalf("%+v, %v", page, err)
+	}
+	if _, err := admin.Revoke(t.Context(), operator, page.Keys[0].ID); err != nil {
+		t.Fatal(err)
+	}
+	for _, options.DryRun = range []bool{true, false} {
+		if done, err := importText(t, admin, text, options); err != nil || done != (keyadmin.Imported{AlreadyThere: 3, Ended: 2}) {
+			t.Errorf("again: %+v, %v", done, err)
+		}
+	}
+	if page, err := admin.List(t.Context(), operator, keyadmin.ListRequest{Status: string(keyadmin.Active)}); err != nil || len(page.Keys) != 1 {
+		t.Errorf("%d keys live, %v", len(page.Keys), err)
 	}
 }
 

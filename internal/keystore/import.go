@@ -92,13 +92,15 @@ const sameKey = `k.account = s.account and k.environment = s.environment and k.m
 	and k.scopes @> s.scopes and k.scopes <@ s.scopes
 	and case when k.grace_started_at is null then k.expires_at else k.prior_expires_at end is not distinct from s.expires_at`
 
-// CountStagedThere returns how many of the staged keys are stored already.
-func (t *Tx) CountStagedThere(ctx context.Context) (count int64, err error) {
-	err = t.tx.QueryRow(ctx, `select count(*) from rekall_import s join rekall.api_keys k on k.key_hash = s.key_hash`).Scan(&count)
+// CountStagedThere returns how many of the staged keys are stored already, and how many of those are revoked or expired.
+func (t *Tx) CountStagedThere(ctx context.Context) (there, ended int64, err error) {
+	err = t.tx.QueryRow(ctx, `
+select count(*), count(*) filter (where k.revoked_at is not null or k.expires_at <= now())
+from rekall_import s join rekall.api_keys k on k.key_hash = s.key_hash`).Scan(&there, &ended)
 	if err != nil {
-		return 0, failed("check import", err)
+		return 0, 0, failed("check import", err)
 	}
-	return count, nil
+	return there, ended, nil
 }
 
 // InsertStaged adds the staged keys that are not there yet, with a line in the audit for each account, and returns how many
