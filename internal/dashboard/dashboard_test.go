@@ -814,6 +814,27 @@ func TestTrafficHasMovedOnceTheOldKeyIsNoLongerUsedHoweverBusyItWas(t *testing.T
 	b.do("/"+old.ID, nil).want(t, http.StatusOK, "All traffic has moved.", "Old key last used:", "5 hours ago", "<b>3</b> (100 %)")
 }
 
+func TestPageShowsNoNegativeNumberOfCountsThatAnEdgeMadeUp(t *testing.T) {
+	r := newRig(t)
+	b := r.browser("ann@acme")
+	old := r.key("acme", "Old", false)
+	next, _, err := r.admin.Rotate(t.Context(), operator, old.ID, keyadmin.RotateRequest{Overlap: keyadmin.Overlap{For: time.Hour}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pgtest.Exec(t, r.database, `insert into rekall.usage (key_id, hour, outcome, count)
+		select key_id, date_trunc('hour', now()) - hours * interval '1 hour', outcome, 9223372036854775807
+		from unnest(array[$1, $2]) key_id, unnest(array['allowed', 'expired']) outcome, generate_series(0, 100) hours`, old.ID, next.ID)
+	for _, path := range []string{"", "/" + old.ID, "/" + old.ID + "?range=30d", "/" + next.ID} {
+		page := b.do(path, nil)
+		page.want(t, http.StatusOK)
+		if negative := regexp.MustCompile(`[ >]-[0-9]|(height|y)="-`).FindString(page.body); negative != "" {
+			t.Errorf("%q shows %s", path, negative)
+		}
+	}
+	b.do("/"+old.ID, nil).want(t, http.StatusOK, "(50 %)")
+}
+
 func TestUndoingARotationWhoseSuccessorIsInUseAsksForItsName(t *testing.T) {
 	r := newRig(t)
 	b := r.browser("ann@acme")

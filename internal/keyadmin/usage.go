@@ -171,11 +171,16 @@ func newUsage(id string, from, to time.Time, counted keystore.KeyUsage) Usage {
 
 func newCounts() UsageCounts { return UsageCounts{DeniedByReason: map[string]int64{}} }
 
+// maxCount is more than any key is used in an hour. What is beyond was made up by an edge that was taken over: so the counts of a year
+// can be added up, and a share of them in percent be told, without an overflow.
+const maxCount = 100_000_000_000
+
 func (c *UsageCounts) add(h keystore.HourUsage) {
+	count := min(h.Count, maxCount)
 	if h.Outcome == apikey.Allowed.String() {
-		c.Allowed += h.Count
+		c.Allowed += count
 		return
 	}
-	c.Denied += h.Count
-	c.DeniedByReason[h.Outcome] += h.Count
+	c.Denied += count
+	c.DeniedByReason[h.Outcome] += count
 }

@@ -132,6 +132,31 @@ func TestUsageRefusesTimesThatJSONCannotTell(t *testing.T) {
 	}
 }
 
+// TestCountsThatAnEdgeMadeUpAddUpToNoNegativeNumber, were they of every hour of a year and of every outcome.
+func TestCountsThatAnEdgeMadeUpAddUpToNoNegativeNumber(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	key := create(t, admin, request())
+	pgtest.Exec(t, databaseURL, `insert into rekall.usage (key_id, hour, outcome, count)
+		select $1, hour, outcome, 9223372036854775807 from generate_series('2026-01-01 00:00Z', '2026-12-31 23:00Z', interval '1 hour') hour,
+			unnest(array['allowed', 'revoked', 'expired', 'insufficient', 'mismatch', 'rate_limited']) outcome`, key.ID)
+	got, err := admin.Usage(t.Context(), operator, key.ID, "2026-01-01T00:00:00Z", "2027-01-01T00:00:00Z")
+	if err != nil || len(got.Hourly) != 365*24 {
+		t.Fatalf("%d hours, %v", len(got.Hourly), err)
+	}
+	counts := []keyadmin.UsageCounts{got.Total}
+	for _, day := range got.Daily {
+		counts = append(counts, day.UsageCounts)
+	}
+	for _, hour := range got.Hourly {
+		counts = append(counts, hour.UsageCounts)
+	}
+	for _, c := range counts {
+		if sum := c.Allowed + c.Denied; c.Allowed <= 0 || c.Denied <= c.Allowed || 100*sum/100 != sum {
+			t.Fatalf("%+v", c)
+		}
+	}
+}
+
 func TestUsageOfManyKeysIsEachOnesOwnAndWithinReach(t *testing.T) {
 	admin, _, databaseURL := newAdmin(t)
 	ours, idle := create(t, admin, request()), create(t, admin, request())
