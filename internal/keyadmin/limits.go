@@ -2,7 +2,6 @@ package keyadmin
 
 import (
 	"context"
-	"errors"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keystore"
@@ -96,10 +95,12 @@ func (a *Admin) SetTier(ctx context.Context, actor Actor, name string, change Li
 		if limits, err = change.apply(tiers[tier]); err != nil || limits == tiers[tier] {
 			return err
 		}
+		if err := tx.SetTier(ctx, tier, limits); err != nil {
+			return err
+		}
 		details := limitsDetails(limits)
 		details["tier"] = tier.String()
-		return errors.Join(tx.SetTier(ctx, tier, limits),
-			tx.Audit(ctx, keystore.AuditEntry{Actor: actor.String(), Action: string(TierLimitsChanged), Details: details}))
+		return tx.Audit(ctx, keystore.AuditEntry{Actor: actor.String(), Action: string(TierLimitsChanged), Details: details})
 	})
 	if err != nil {
 		return TierLimits{}, err
@@ -158,15 +159,17 @@ func (a *Admin) SetAccountLimits(ctx context.Context, actor Actor, account, tier
 			return err
 		}
 		if after != before {
+			if err := tx.SetAccountLimits(ctx, after); err != nil {
+				return err
+			}
 			details := limitsDetails(after.Own)
 			details["tier"] = after.Tier.String()
-			err = errors.Join(tx.SetAccountLimits(ctx, after), tx.Audit(ctx, keystore.AuditEntry{
-				Actor: actor.String(), Action: string(AccountLimitsChanged), Account: account, Details: details,
-			}))
+			err := tx.Audit(ctx, keystore.AuditEntry{Actor: actor.String(), Action: string(AccountLimitsChanged), Account: account, Details: details})
+			if err != nil {
+				return err
+			}
 		}
-		if err == nil {
-			result, err = effective(ctx, tx.Keys, after)
-		}
+		result, err = effective(ctx, tx.Keys, after)
 		return err
 	})
 	if err != nil {
@@ -252,8 +255,10 @@ func (a *Admin) SetKeyLimits(ctx context.Context, actor Actor, id string, change
 
 // setKeyLimits changes the limits of a key that are locked.
 func setKeyLimits(ctx context.Context, tx *keystore.Tx, actor Actor, row keystore.Row, own apikey.Limits) error {
-	return errors.Join(tx.SetKeyLimits(ctx, keystore.KeyLimits{KeyID: row.ID, Own: own}),
-		tx.Audit(ctx, entry(actor, KeyLimitsChanged, row, limitsDetails(own))))
+	if err := tx.SetKeyLimits(ctx, keystore.KeyLimits{KeyID: row.ID, Own: own}); err != nil {
+		return err
+	}
+	return tx.Audit(ctx, entry(actor, KeyLimitsChanged, row, limitsDetails(own)))
 }
 
 // changeLimits is change for operators only: whoever manages the keys of an account does not say what the account may use.

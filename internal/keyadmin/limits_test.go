@@ -2,6 +2,7 @@ package keyadmin_test
 
 import (
 	"errors"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -55,6 +56,25 @@ func TestLimitsOfAKeyAreItsOwnThenItsAccountsThenItsTiers(t *testing.T) {
 	back, err := admin.SetAccountLimits(ctx, operator, "acme", "", keyadmin.LimitsChange{PerMinute: new(0)})
 	if back.Tier != "pro" || back.Effective != (keyadmin.Limits{PerMinute: 1000, Burst: 1500, Concurrent: 25}) || err != nil {
 		t.Errorf("left to its tier again: %+v, %v", back, err)
+	}
+}
+
+// TestChangeOfLimitsThatFailsSaysWhyAndNotWhatElseFailedForThat: in a transaction that is aborted, everything does.
+func TestChangeOfLimitsThatFailsSaysWhyAndNotWhatElseFailedForThat(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	key := create(t, admin, request())
+	for _, table := range []string{"tiers", "account_limits", "key_limits"} {
+		pgtest.Exec(t, databaseURL, `alter table rekall.`+table+` add constraint refused check (requests_per_minute <> 7)`)
+	}
+	change := keyadmin.LimitsChange{PerMinute: new(7)}
+	for what, set := range map[string]func() error{
+		"tier":    func() error { _, err := admin.SetTier(t.Context(), operator, "free", change); return err },
+		"account": func() error { _, err := admin.SetAccountLimits(t.Context(), operator, "acme", "", change); return err },
+		"key":     func() error { _, err := admin.SetKeyLimits(t.Context(), operator, key.ID, change); return err },
+	} {
+		if err := set(); err == nil || !strings.Contains(err.Error(), "refused") || strings.Contains(err.Error(), "aborted") {
+			t.Errorf("%s: %v", what, err)
+		}
 	}
 }
 
