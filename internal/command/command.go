@@ -86,9 +86,16 @@ func run(do func(context.Context, *cobra.Command, []string) error) func(*cobra.C
 // connectTimeout is that of migrate: an operator can wait, and may be far from the database.
 const connectTimeout = 10 * time.Second
 
-// admin runs do with the key administration of the command's database.
-func admin(do func(context.Context, *cobra.Command, []string, *keyadmin.Admin) error) func(*cobra.Command, []string) error {
-	return run(func(ctx context.Context, cmd *cobra.Command, args []string) error {
+// subcommand has cmd work with the key administration of its database. What it is called with is searched for keys first: they
+// have no place in a shell's history or a list of processes, and in no error either.
+func subcommand(cmd *cobra.Command, do func(context.Context, *cobra.Command, []string, *keyadmin.Admin) error) *cobra.Command {
+	databaseFlags(cmd)
+	cmd.RunE = run(func(ctx context.Context, cmd *cobra.Command, args []string) error {
+		given := slices.Clone(args)
+		cmd.Flags().Visit(func(f *pflag.Flag) { given = append(given, f.Value.String()) })
+		if apikey.ContainsKey(strings.Join(given, "\n")) {
+			return errKeyAsArgument
+		}
 		url, err := databaseURL(cmd)
 		if err != nil {
 			return err
@@ -98,21 +105,7 @@ func admin(do func(context.Context, *cobra.Command, []string, *keyadmin.Admin) e
 			return err
 		}
 		defer store.Close()
-		return do(ctx, cmd, args, keyadmin.New(store))
-	})
-}
-
-// subcommand has cmd work with the key administration of its database. What it is called with is searched for keys: they
-// have no place in a shell's history or a list of processes, and in no error either.
-func subcommand(cmd *cobra.Command, do func(context.Context, *cobra.Command, []string, *keyadmin.Admin) error) *cobra.Command {
-	databaseFlags(cmd)
-	cmd.RunE = admin(func(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
-		given := slices.Clone(args)
-		cmd.Flags().Visit(func(f *pflag.Flag) { given = append(given, f.Value.String()) })
-		if apikey.ContainsKey(strings.Join(given, "\n")) {
-			return errKeyAsArgument
-		}
-		return flagNames(cmd, do(ctx, cmd, args, admin))
+		return flagNames(cmd, do(ctx, cmd, args, keyadmin.New(store)))
 	})
 	return cmd
 }

@@ -2,18 +2,24 @@ package command_test
 
 import (
 	"bytes"
+	"errors"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/command"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
 
-func run(t *testing.T, name string, args ...string) {
+// try runs a command and returns what it printed.
+func try(t *testing.T, name string, args ...string) (string, error) {
 	t.Helper()
 	for _, c := range command.All() {
 		if c.Name != name {
@@ -25,12 +31,32 @@ func run(t *testing.T, name string, args ...string) {
 		cmd.SetArgs(args)
 		cmd.SetOut(&output)
 		cmd.SetErr(&output)
-		if err := cmd.Execute(); err != nil {
-			t.Errorf("%s %s: %v", name, args[0], err)
-		}
-		return
+		err := cmd.Execute()
+		return output.String(), err
 	}
 	t.Fatalf("no command %s", name)
+	return "", nil
+}
+
+func run(t *testing.T, name string, args ...string) {
+	t.Helper()
+	if _, err := try(t, name, args...); err != nil {
+		t.Errorf("%s %s: %v", name, args[0], err)
+	}
+}
+
+// TestWhoGivesAKeyAsAnArgumentIsToldSoThoughNoDatabaseIsFound: it is in the shell's history also where no database was named.
+func TestWhoGivesAKeyAsAnArgumentIsToldSoThoughNoDatabaseIsFound(t *testing.T) {
+	key := apikey.Generate(apikey.Production)
+	for _, database := range []string{"", "postgres://%", "postgres://127.0.0.1:1/none"} {
+		t.Setenv(keystore.DatabaseVariable, database)
+		for _, args := range [][]string{{"keys", "show", key}, {"keys", "revoke", key}, {"keys", "list", "--name", key}, {"limits", "key", key}} {
+			output, err := try(t, args[0], args[1:]...)
+			if !errors.Is(err, keyadmin.ErrNotFound) || !strings.Contains(output, "now in your shell's history") || apikey.ContainsKey(output) {
+				t.Errorf("%s with database %q: %s", args[1], database, apikey.Redact(output))
+			}
+		}
+	}
 }
 
 func TestCommandsReachAPostgresThatIsFarAway(t *testing.T) {
