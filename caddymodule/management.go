@@ -38,14 +38,8 @@ type management struct {
 }
 
 const (
-	// connectTimeout leaves time for the statements in the five seconds that the API and the dashboard have for an answer.
-	connectTimeout = 4 * time.Second
-
-	// checkWithin is what a request has, too.
-	checkWithin = 5 * time.Second
-
-	// partsWithin is the most that a request takes: its body may come until a second after its time.
-	partsWithin = checkWithin + time.Second
+	// connectTimeout leaves time for the statements.
+	connectTimeout = keyadmin.AnswerWithin - time.Second
 
 	// fairShare of a request's time is what Postgres must have had, or not having answered says nothing of it: the client has used the
 	// time up, with a body that came slowly.
@@ -66,13 +60,13 @@ func newManagement(database string) (*management, error) {
 }
 
 // Destruct ends the management when no configuration uses it any longer. Requests of the last one may be in flight after a reload: they
-// have the time of an answer.
+// have all their time.
 func (m *management) Destruct() error {
 	if caddy.Exiting() {
 		m.close()
 		return nil
 	}
-	time.AfterFunc(partsWithin, m.close)
+	time.AfterFunc(keyadmin.ReadWithin, m.close)
 	return nil
 }
 
@@ -86,7 +80,7 @@ func (m *management) close() {
 // check has the log say at a start what else customers would be the first to be told. Nobody waits for it: Postgres may be away.
 func (m *management) check(logger *zap.Logger) {
 	m.running.Go(func() {
-		ctx, cancel := context.WithTimeout(m.ctx, checkWithin)
+		ctx, cancel := context.WithTimeout(m.ctx, keyadmin.AnswerWithin)
 		defer cancel()
 		err := m.admin.Ready(ctx)
 		if err == nil || m.ctx.Err() != nil {

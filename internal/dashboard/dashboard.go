@@ -26,16 +26,8 @@ import (
 // Root is the path of the list; all others begin with it.
 const Root = "/settings/api-keys"
 
-const (
-	// answerWithin bounds a request, so that it is answered though Postgres hangs.
-	answerWithin = 5 * time.Second
-
-	// readWithin bounds how long a form may take to come. It is longer, since reading on is what tells that a browser has gone away.
-	readWithin = answerWithin + time.Second
-
-	// maxForm is far more than the longest form that anybody fills in, in bytes.
-	maxForm = 32 << 10
-)
+// maxForm is far more than the longest form that anybody fills in, in bytes.
+const maxForm = 32 << 10
 
 // ErrNobody says that the server has authenticated no person: whoever asks may sign in with a key.
 var ErrNobody = errors.New("nobody is signed in")
@@ -121,8 +113,8 @@ func (d *Dashboard) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.Set("Referrer-Policy", "same-origin") // with no-referrer, browsers send forms with the Origin "null"
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("X-Frame-Options", "DENY")
-	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(readWithin)) // where that cannot be set, the server's holds
-	ctx, cancel := context.WithTimeout(r.Context(), answerWithin)
+	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(keyadmin.ReadWithin)) // where that cannot be set, the server's holds
+	ctx, cancel := context.WithTimeout(r.Context(), keyadmin.AnswerWithin)
 	defer cancel()
 	r = r.WithContext(ctx)
 	// The mux would redirect what is not canonical, with whatever the path has in it.

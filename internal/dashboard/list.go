@@ -184,7 +184,7 @@ func sortedPage(keys []keyadmin.Key, order func(keyadmin.Key) string, cursor str
 
 // lastWeek is what keys were used for, by their ids. The list is worth more than its sparklines: it does not fail with them.
 func (v *visit) lastWeek(keys []keyadmin.Key) map[string]keyadmin.Usage {
-	ctx, cancel := context.WithTimeout(v.r.Context(), answerWithin/2)
+	ctx, cancel := context.WithTimeout(v.r.Context(), keyadmin.AnswerWithin/2)
 	defer cancel()
 	ids := make([]string, 0, len(keys))
 	for _, key := range keys {

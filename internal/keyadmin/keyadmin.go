@@ -24,6 +24,16 @@ import (
 	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
+// How long a request to manage keys may take, of whatever serves them.
+const (
+	// AnswerWithin bounds a request, so that it is answered though Postgres hangs. Management is patient: it may wait for a lock.
+	AnswerWithin = 5 * time.Second
+
+	// ReadWithin bounds how long a body may take to come, and so a request as a whole. It is longer, since reading on is what tells
+	// that a client has gone away: an answer that Postgres keeps waiting would look unwanted.
+	ReadWithin = AnswerWithin + time.Second
+)
+
 // What may be found instead of a key to work on.
 var (
 	// ErrNotFound: there is no such key, or it is not the actor's to see.

@@ -25,13 +25,6 @@ import (
 // Root is the path of the collection; all others begin with it.
 const Root = "/v1/api-keys"
 
-// answerWithin bounds a request, so that it is answered though Postgres hangs. Management is patient: it may wait for a lock.
-const answerWithin = 5 * time.Second
-
-// readWithin bounds how long a body may take to come. It is longer, since reading on is what tells that a client has gone away: an
-// answer that Postgres keeps waiting would look unwanted.
-const readWithin = answerWithin + time.Second
-
 // Config of an API. GitHub, Refused and Answered may be left out.
 type Config struct {
 	Admin *keyadmin.Admin
@@ -125,8 +118,8 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		a.refuse(w, r, apierror.Of(apikey.PathInvalid))
 		return
 	}
-	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(readWithin)) // where that cannot be set, the server's holds
-	ctx, cancel := context.WithTimeout(r.Context(), answerWithin)
+	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(keyadmin.ReadWithin)) // where that cannot be set, the server's holds
+	ctx, cancel := context.WithTimeout(r.Context(), keyadmin.AnswerWithin)
 	defer cancel()
 	a.mux.ServeHTTP(w, r.WithContext(ctx))
 }
