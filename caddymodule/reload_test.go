@@ -1,6 +1,7 @@
 package caddymodule
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"net/http"
@@ -293,6 +294,40 @@ func gathered(t *testing.T, registry *prometheus.Registry, name string) float64 
 	}
 	t.Fatalf("no %s", name)
 	return 0
+}
+
+// TestStreamFromBeforeAReloadOfCacheSizeHoldsNeitherKeysNorFilterInMemory: it may last for days, as may those from before further reloads.
+func TestStreamFromBeforeAReloadOfCacheSizeHoldsNeitherKeysNorFilterInMemory(t *testing.T) {
+	database, store := openStore(t)
+	log := filepath.Join(t.TempDir(), "log")
+	before := run(t, database, log)
+	stream := newRequestOn(t, before, store)
+	eventually.Within(t, 30*time.Second, "keys and the filter are in memory", func() bool {
+		s := before.cache.Status()
+		return s.Keys > 0 && s.FilterKeys > 0
+	})
+
+	config := configure(t, database, log, map[string]any{}, map[string]any{})
+	if err := caddy.Load(bytes.Replace(config, []byte(`"edge_name"`), []byte(`"cache_size": 200, "edge_name"`), 1), true); err != nil {
+		t.Fatal(err)
+	}
+	if all := running(); len(all) != 1 || all[0] == before {
+		t.Fatalf("the reload has started no other runtime: %v", all)
+	}
+	eventually.Within(t, 30*time.Second, "neither keys nor the filter are in memory", func() bool {
+		s := before.cache.Status()
+		return s.Keys == 0 && s.FilterKeys == 0
+	})
+	if before.sending.Err() == nil || before.ctx.Err() != nil {
+		t.Error("it sends canaries, or has ended")
+	}
+	late := newRequestOn(t, before, store) // that other handlers held up until now
+	for _, request := range []*requestOn{stream, late} {
+		request.revoke()
+		<-request.cut
+		before.cache.Untrack(&request.flight)
+	}
+	before.close()
 }
 
 // TestAppStartsWithoutAnHTTPAppAndAddsNone: Caddy would range over a map that changes.

@@ -59,6 +59,9 @@ type runtime struct {
 	ctx       context.Context
 	running   sync.WaitGroup
 
+	sending     context.Context // of canaries
+	stopSending context.CancelFunc
+
 	signer   *identitytoken.Signer // runs once a configuration asks for identity tokens
 	signOnce sync.Once
 	issuers  atomic.Pointer[[]*identitytoken.Issuer] // of the newest app
@@ -121,6 +124,7 @@ func newRuntime(s settings) (_ *runtime, err error) {
 	}
 	rt.metrics.watch(rt)
 	rt.ctx, rt.cancel = context.WithCancel(context.Background())
+	rt.sending, rt.stopSending = context.WithCancel(rt.ctx)
 	return rt, nil
 }
 
@@ -149,7 +153,7 @@ func (rt *runtime) start(logger *zap.Logger) {
 		rt.running.Go(func() { rt.cache.Run(rt.ctx) })
 		rt.running.Go(func() { rt.reporter.Run(rt.ctx, rt.cache.Applied) })
 		if rt.canary != nil {
-			rt.running.Go(func() { rt.canary.Run(rt.ctx, 2*rt.refresh) })
+			rt.running.Go(func() { rt.canary.Run(rt.sending, 2*rt.refresh) })
 		}
 		rt.running.Go(func() { rt.usage.Run(rt.ctx) })
 	})
@@ -273,17 +277,20 @@ func (rt *runtime) startLimiter() {
 const drainPoll = time.Second
 
 // Destruct ends the runtime when no configuration uses it any longer. Requests of the last one may still be decided or in
-// flight: they are counted, followed, and cut when their key ends, until the last is done.
+// flight: they are counted, followed, and cut when their key ends, until the last is done. That may take days, and until then it holds
+// no more than they need.
 func (rt *runtime) Destruct() error {
 	if caddy.Exiting() || !rt.started.Load() {
 		rt.close()
 		return nil
 	}
 	rt.reporter.Drain()
+	rt.stopSending()
 	go func() {
 		poll := time.NewTicker(drainPoll)
 		defer poll.Stop()
 		for <-poll.C; rt.cache.InFlight() > 0; <-poll.C {
+			rt.cache.Shrink()
 		}
 		rt.close()
 	}()

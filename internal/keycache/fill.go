@@ -34,9 +34,9 @@ func (c *Cache) wantFill() {
 	}
 }
 
-// fillLoop reads what is worth having in memory each time that the feed starts over: the keys used last, then the filter of
+// keepFilled reads what is worth having in memory each time that the feed starts over: the keys used last, then the filter of
 // all keys. Until that is done, or while it fails, keys are asked for one by one.
-func (c *Cache) fillLoop(ctx context.Context) {
+func (c *Cache) keepFilled(ctx context.Context) {
 	warmed := uint64(0)
 	reading := outage.Kind{ // it is over with "filter of all keys is built"
 		Begins: "reading all keys failed; keys that are not in memory are asked for one by one", Level: zap.WarnLevel,

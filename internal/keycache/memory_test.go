@@ -32,6 +32,7 @@ func TestCachedKeyTakesLittleMemory(t *testing.T) {
 		keys     = 50_000
 		entryMax = 150
 		totalMax = 217 + entryMax // ristretto takes 217 for a pointer in a cache of a million
+		emptyMax = 60
 	)
 	db := newDatabase(t, pgtest.URL(t))
 	db.makeKeys(t, keys)
@@ -58,6 +59,12 @@ func TestCachedKeyTakesLittleMemory(t *testing.T) {
 	t.Logf("%d bytes for a key in the cache, ristretto's own included", total)
 	if total > totalMax {
 		t.Errorf("%d bytes for a key in the cache, want at most %d", total, totalMax)
+	}
+	c.empty()
+	left := (heap() - before) / keys
+	t.Logf("%d bytes for each key of the cache's size once it has shrunk", left)
+	if left > emptyMax {
+		t.Errorf("%d bytes are left for each key of the cache's size, want at most %d", left, emptyMax)
 	}
 	runtime.KeepAlive(c)
 }
