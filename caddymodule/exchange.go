@@ -221,11 +221,20 @@ func (x *exchange) tell() {
 	x.tellLimits(x.Header())
 }
 
+// maxPiece is the most that is written of an answer between two looks for a cut: what io.Copy takes.
+const maxPiece = 32 << 10
+
+// Write writes in pieces: Caddy's writer gives each part of a long write a new deadline, and so would forget that of a cut.
 func (x *exchange) Write(p []byte) (int, error) {
-	if err := x.mayWrite(); err != nil {
-		return 0, err
+	for written := 0; ; {
+		if err := x.mayWrite(); err != nil {
+			return written, err
+		}
+		n, err := x.ResponseWriter.Write(p[written:min(written+maxPiece, len(p))])
+		if written += n; err != nil || written == len(p) {
+			return written, err
+		}
 	}
-	return x.ResponseWriter.Write(p)
 }
 
 // mayWrite comes before each part of an answer's body. A request that was cut gets no more of it.
@@ -240,12 +249,9 @@ func (x *exchange) mayWrite() error {
 	return nil
 }
 
-// ReadFrom keeps the fast path of the server's writer.
+// ReadFrom does without that of the server's writer, which would copy to the end though the request is cut.
 func (x *exchange) ReadFrom(r io.Reader) (int64, error) {
-	if err := x.mayWrite(); err != nil {
-		return 0, err
-	}
-	return x.ResponseWriterWrapper.ReadFrom(r)
+	return io.Copy(struct{ io.Writer }{x}, r)
 }
 
 // FlushError sends what is buffered, the header included.

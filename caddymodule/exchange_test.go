@@ -271,6 +271,66 @@ func TestHandlerThatDoesNotHeedTheCutWritesNothingMore(t *testing.T) {
 	}
 }
 
+// cutAt is a source and a writer that goes on, whatever happens to the request while it does.
+type cutAt struct {
+	http.ResponseWriter
+	parts []string
+	cut   func()
+}
+
+func (c *cutAt) Read(p []byte) (int, error) {
+	if len(c.parts) == 0 {
+		return 0, io.EOF
+	}
+	if len(c.parts) == 1 {
+		c.cut()
+	}
+	n := copy(p, c.parts[0])
+	c.parts = c.parts[1:]
+	return n, nil
+}
+
+func (c *cutAt) Write(p []byte) (int, error) {
+	defer c.cut()
+	return c.ResponseWriter.Write(p)
+}
+
+// TestAnswerEndsWithItsCutThoughItsHandlerIsInTheMidstOfIt: a slow client would get the rest of it for hours.
+func TestAnswerEndsWithItsCutThoughItsHandlerIsInTheMidstOfIt(t *testing.T) {
+	for name, tc := range map[string]struct {
+		write func(w http.ResponseWriter, cut func()) (int64, error)
+		most  int
+	}{
+		"of a copy": {func(w http.ResponseWriter, cut func()) (int64, error) {
+			return io.Copy(w, &cutAt{parts: []string{"before", "after"}, cut: cut})
+		}, len("before")},
+		"of a write": {func(w http.ResponseWriter, cut func()) (int64, error) {
+			w.(*exchange).ResponseWriter = &cutAt{ResponseWriter: w.(*exchange).ResponseWriter, cut: cut}
+			n, err := w.Write(make([]byte, 1<<20))
+			return int64(n), err
+		}, 64 << 10}, // for which Caddy's writer has one deadline
+	} {
+		t.Run(name, func(t *testing.T) {
+			cache := &followed{cutWhileTracking: cutWhileTracking{record: apikey.Record{Environment: apikey.Production, Scopes: apikey.MemoriesRead}}}
+			cut := &keycache.Cut{Outcome: apikey.Revoked}
+			w := httptest.NewRecorder()
+			g := gatewayOn(t, cache, caddyhttp.HandlerFunc(func(x http.ResponseWriter, _ *http.Request) error {
+				n, err := tc.write(x, func() { cache.request.Cut(cut) })
+				if !errors.Is(err, cut) || n != int64(w.Body.Len()) || n == 0 || n > int64(tc.most) {
+					t.Errorf("wrote %d of which %d came to the client, error %v", n, w.Body.Len(), err)
+				}
+				return nil
+			}))
+			defer func() {
+				if err, _ := recover().(error); !errors.Is(err, http.ErrAbortHandler) {
+					t.Errorf("panic %v, want that of an answer that is not whole", err)
+				}
+			}()
+			_ = g.ServeHTTP(w, bearerRequest(apikey.Generate(apikey.Production)), nil)
+		})
+	}
+}
+
 // TestAnswerThatWasCutLooksWholeToNoClient, also if its handler takes no notice of what it could not write, as file_server does not.
 func TestAnswerThatWasCutLooksWholeToNoClient(t *testing.T) {
 	write := func(w http.ResponseWriter) { _, _ = w.Write([]byte("part")) }
