@@ -124,13 +124,13 @@ func (a *App) Provision(ctx caddy.Context) error {
 	a.ctx, a.draining = ctx, new(atomic.Bool)
 	s, err := a.settings()
 	if err != nil {
-		return fmt.Errorf("rekall: %w", err)
+		return err
 	}
 	a.poolKey, a.database = fmt.Sprintf("%+v", s), s.database
 	value, _, err := runtimes.LoadOrNew(a.poolKey, func() (caddy.Destructor, error) { return newRuntime(s) })
 	if err != nil {
 		a.poolKey = ""
-		return fmt.Errorf("rekall: %w", err)
+		return err
 	}
 	a.runtime = value.(*runtime)
 	return a.runtime.metrics.register(ctx.GetMetricsRegistry())

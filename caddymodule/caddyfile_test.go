@@ -135,6 +135,39 @@ func TestContradictorySettingsAreRefusedWithTheReason(t *testing.T) {
 	}
 }
 
+// TestErrorOfAConfigurationNamesItsModuleOnce: Caddy writes the name.
+func TestErrorOfAConfigurationNamesItsModuleOnce(t *testing.T) {
+	t.Setenv(keystore.DatabaseVariable, "postgres://h/d")
+	server := func(rest string) string {
+		return `{"http": {"servers": {"s": {"listen": ["127.0.0.1:1"], ` + rest + `}}}}`
+	}
+	handler := func(config string) string { return server(`"routes": [{"handle": [{"handler": ` + config + `}]}]`) }
+	const answers = `"production": {"handler": "static_response"}`
+	for _, tc := range []struct{ apps, want string }{
+		{handler(`"rekall_gateway"`), "handlers.rekall_gateway: give it a production block"},
+		{handler(`"rekall_gateway", "production": {"handler": "rekall_gateway"}`), "handlers.rekall_gateway: load handlers: "},
+		{handler(`"rekall_gateway", "scope_rules": [{}], ` + answers), "handlers.rekall_gateway: scope rule: "},
+		{handler(`"rekall_gateway", "identity_token": {"lifetime": 1}, ` + answers), "handlers.rekall_gateway: identity_token: "},
+		{handler(`"rekall_gateway", "address_limit": {}, ` + answers), "handlers.rekall_gateway: address_limit: "},
+		{server(`"protocols": ["h3"], "routes": [{"handle": [{"handler": "rekall_gateway", ` + answers + `}]}]`), "handlers.rekall_gateway: the server serves HTTP/3 only"},
+		{server(`"protocols": ["h3"], "routes": [{"handle": [{"handler": "rekall_jwks"}]}]`), "handlers.rekall_jwks: the server serves HTTP/3 only"},
+		{server(`"protocols": ["h3"], "routes": [{"handle": [{"handler": "rekall_health"}]}]`), "handlers.rekall_health: the server serves HTTP/3 only"},
+		{handler(`"rekall_keys", "keys_per_day": -1`), "handlers.rekall_keys: keys_per_day must be"},
+		{handler(`"reverse_proxy", "transport": {"protocol": "rekall"}`), "transport.rekall: unknown environment"},
+		{server(`"listener_wrappers": [{"wrapper": "rekall_drain", "delay": -1}]`), "listeners.rekall_drain: delay is negative"},
+		{`{"rekall": {"refresh": 1}}`, "provision rekall: refresh must be"},
+		{server(`"logs": {"should_log_credentials": true}, "routes": [{"handle": [{"handler": "rekall_gateway", "forward_credential": true, ` + answers + `}]}]`), "handlers.rekall_gateway: forward_credential: "},
+	} {
+		c := &caddy.Config{Admin: &caddy.AdminConfig{Disabled: true}}
+		if err := json.Unmarshal([]byte(tc.apps), &c.AppsRaw); err != nil {
+			t.Fatal(err)
+		}
+		if err := caddy.Validate(c); err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("%s: error %v, want one with %q", tc.apps, err, tc.want)
+		}
+	}
+}
+
 // TestDurationIsWrittenAsEverywhereElse, in weeks too, which Caddy's do not have.
 func TestDurationIsWrittenAsEverywhereElse(t *testing.T) {
 	for retention, good := range map[string]bool{"90d": true, "2w": true, "1d12h": true, "720h": true, "P30D": true, "0s": false, "-1d": false, "soon": false} {

@@ -64,7 +64,7 @@ func (*Drain) CaddyModule() caddy.ModuleInfo {
 func (d *Drain) Provision(ctx caddy.Context) error {
 	switch {
 	case d.Delay < 0:
-		return errors.New("rekall_drain: delay is negative")
+		return errors.New("delay is negative")
 	case d.Delay == 0:
 		d.Delay = defaultDrain
 	}

@@ -109,7 +109,7 @@ func (Gateway) CaddyModule() caddy.ModuleInfo {
 func (g *Gateway) Provision(ctx caddy.Context) error {
 	g.logger = ctx.Logger()
 	if g.ProductionRaw == nil && g.SandboxRaw == nil {
-		return errors.New("rekall_gateway: give it a production block, a sandbox block, or both")
+		return errors.New("give it a production block, a sandbox block, or both")
 	}
 	app, err := app(ctx)
 	if err != nil {
@@ -124,25 +124,25 @@ func (g *Gateway) Provision(ctx caddy.Context) error {
 		return err
 	}
 	if g.rules, err = g.scopeTable(); err != nil {
-		return fmt.Errorf("rekall_gateway: %w", err)
+		return err
 	}
 	if g.RateLimits {
 		g.limiter, app.limits = app.runtime.limiter, true
 	}
 	if err := g.provisionIdentityToken(app); err != nil {
-		return fmt.Errorf("rekall_gateway: identity_token: %w", err)
+		return fmt.Errorf("identity_token: %w", err)
 	}
 	if g.addresses, err = g.AddressLimit.limiter(); err != nil {
-		return fmt.Errorf("rekall_gateway: address_limit: %w", err)
+		return fmt.Errorf("address_limit: %w", err)
 	}
 	if g.addresses != nil && (app.addresses == nil || g.AddressLimit.stricter(app.addressLimit)) {
 		app.addresses, app.addressLimit = g.addresses, *g.AddressLimit
 	}
 	if g.ForwardCredential && logsCredentials(ctx) {
-		return errors.New("rekall_gateway: forward_credential: the server has log_credentials, which writes keys into its logs; remove one of the two")
+		return errors.New("forward_credential: the server has log_credentials, which writes keys into its logs; remove one of the two")
 	}
 	if err := guardDoor(ctx); err != nil {
-		return fmt.Errorf("rekall_gateway: %w", err)
+		return err
 	}
 	g.accessLog = hasAccessLog(ctx)
 	return nil
@@ -165,16 +165,16 @@ func loadBlock(ctx caddy.Context, g *Gateway, field string, raw *json.RawMessage
 	decoder := json.NewDecoder(bytes.NewReader(*raw))
 	decoder.UseNumber()
 	if err := decoder.Decode(&config); err != nil {
-		return block{}, fmt.Errorf("rekall_gateway: read handlers: %w", err)
+		return block{}, fmt.Errorf("read handlers: %w", err)
 	}
 	setTransport(config, environment)
 	var err error
 	if *raw, err = json.Marshal(config); err != nil {
-		return block{}, fmt.Errorf("rekall_gateway: write handlers: %w", err)
+		return block{}, fmt.Errorf("write handlers: %w", err)
 	}
 	module, err := ctx.LoadModule(g, field)
 	if err != nil {
-		return block{}, fmt.Errorf("rekall_gateway: load handlers: %w", err)
+		return block{}, fmt.Errorf("load handlers: %w", err)
 	}
 	handler := module.(caddyhttp.MiddlewareHandler)
 	return block{handler, chain(handler), lookedUp(config), mayAskOrigin(config)}, nil

@@ -1,7 +1,6 @@
 package caddymodule
 
 import (
-	"fmt"
 	"net/http"
 
 	"github.com/caddyserver/caddy/v2"
@@ -26,10 +25,7 @@ func (h *Health) Provision(ctx caddy.Context) error {
 		return err
 	}
 	h.app = app
-	if err := guardDoor(ctx); err != nil {
-		return fmt.Errorf("rekall_health: %w", err)
-	}
-	return nil
+	return guardDoor(ctx)
 }
 
 // ServeHTTP answers for this configuration alone: one that is being loaded beside it says nothing about this site yet.

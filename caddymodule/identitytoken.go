@@ -1,7 +1,6 @@
 package caddymodule
 
 import (
-	"fmt"
 	"net/http"
 	"strconv"
 	"time"
@@ -70,10 +69,7 @@ func (j *JWKS) Provision(ctx caddy.Context) error {
 		return err
 	}
 	j.signer, j.logger = app.runtime.signer, ctx.Logger()
-	if err := guardDoor(ctx); err != nil {
-		return fmt.Errorf("rekall_jwks: %w", err)
-	}
-	return nil
+	return guardDoor(ctx)
 }
 
 var (

@@ -75,13 +75,6 @@ func (Keys) CaddyModule() caddy.ModuleInfo {
 // Provision opens the database, which connects when it is first asked, and guards the server's door.
 func (k *Keys) Provision(ctx caddy.Context) error {
 	k.logger, k.crossOrigin = ctx.Logger(), http.NewCrossOriginProtection()
-	if err := k.provision(ctx); err != nil {
-		return fmt.Errorf("rekall_keys: %w", err)
-	}
-	return nil
-}
-
-func (k *Keys) provision(ctx caddy.Context) error {
 	app, err := app(ctx)
 	if err != nil {
 		return err

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -75,7 +74,7 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 	t.debug = t.logger.Core().Enabled(zap.DebugLevel)
 	var err error
 	if t.environment, err = apikey.ParseEnvironment(t.Environment); err != nil {
-		return fmt.Errorf("transport rekall: %w", err)
+		return err
 	}
 	if t.KeepAlive == nil {
 		t.KeepAlive = new(reverseproxy.KeepAlive)
