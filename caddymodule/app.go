@@ -192,14 +192,14 @@ func (a *App) resolve(s *settings) error {
 		{"edge", a.EdgeRegion, &s.edgeRegion},
 	} {
 		isName := option.name == "edge" // a password may have braces
-		value, err := caddy.NewReplacer().ReplaceOrErr(option.value, true, isName)
+		var err error
+		*option.to, err = withoutPlaceholders(option.value, isName)
 		if isName && err != nil {
 			return fmt.Errorf("edge: %w: write a name or a placeholder that Caddy knows; {system.hostname} is this machine's name", err)
 		}
 		if err != nil {
 			return fmt.Errorf("%s: %w", option.name, err)
 		}
-		*option.to = strings.TrimSpace(value) // one from a file ends with a line feed
 	}
 	if s.edgeName == "" {
 		var err error
@@ -211,6 +211,12 @@ func (a *App) resolve(s *settings) error {
 		return errors.New("no database: set database in the rekall global option, or " + keystore.DatabaseVariable)
 	}
 	return nil
+}
+
+// withoutPlaceholders replaces placeholders, all of which must have a value, and refuses unknown ones if it is told to.
+func withoutPlaceholders(text string, refuseUnknown bool) (string, error) {
+	value, err := caddy.NewReplacer().ReplaceOrErr(text, true, refuseUnknown)
+	return strings.TrimSpace(value), err // one from a file ends with a line feed
 }
 
 // checkEdge refuses a name that Postgres would not take into its list: a revocation would not wait for the edge.

@@ -176,10 +176,9 @@ func (k *Keys) management(app *App) (*management, error) {
 	database := app.database
 	if k.Database != "" {
 		var err error
-		if database, err = caddy.NewReplacer().ReplaceOrErr(k.Database, true, false); err != nil { // a password may have braces
+		if database, err = withoutPlaceholders(k.Database, false); err != nil { // a password may have braces
 			return nil, fmt.Errorf("database: %w", err)
 		}
-		database = strings.TrimSpace(database)
 	}
 	value, _, err := managements.LoadOrNew(database, func() (caddy.Destructor, error) {
 		return newManagement(database)
