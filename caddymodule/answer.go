@@ -23,5 +23,3 @@ func onlyReads(w http.ResponseWriter, r *http.Request) bool {
 	refuse(w, r, apierror.Of(apikey.MethodInvalid))
 	return false
 }
-
-func newRequestID() string { return apierror.NewRequestID() }

@@ -16,6 +16,7 @@ import (
 	"go.opentelemetry.io/otel/trace"
 	"go.uber.org/zap"
 
+	"github.com/rekall-ai/gateway/internal/apierror"
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/credential"
 	"github.com/rekall-ai/gateway/internal/identitytoken"
@@ -262,7 +263,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 
 // begin makes the exchange of a request, and has logs and other handlers know it.
 func (g *Gateway) begin(w http.ResponseWriter, r *http.Request, environment apikey.Environment, startedAt instant) *exchange {
-	x := &exchange{gateway: g, requestID: newRequestID(), environment: environment, startedAt: startedAt}
+	x := &exchange{gateway: g, requestID: apierror.NewRequestID(), environment: environment, startedAt: startedAt}
 	x.ResponseWriter = w
 	if repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
 		repl.Map(x.placeholder)
