@@ -478,6 +478,51 @@ func TestWebSocketGetsACloseFrameBetweenTwoFrames(t *testing.T) {
 	}
 }
 
+// TestWebSocketThatItsBackendHasHalfClosedEndsWithItsKey: what the client goes on sending is an upload.
+func TestWebSocketThatItsBackendHasHalfClosedEndsWithItsKey(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	received := make(chan error, 1)
+	site := strings.Replace(standardSite, "\tlog\n", "", 1) // with an access log, Caddy passes no half-close on
+	g := r.start(strings.Replace(site, "PRODUCTION", webSocketBackend(t, func(conn net.Conn) {
+		_ = conn.(*net.TCPConn).CloseWrite()
+		for {
+			_, err := conn.Read(make([]byte, 1))
+			received <- err
+			if err != nil {
+				return
+			}
+		}
+	}), 1))
+	key := r.key("production", "memories:read")
+	conn, reader, resp := g.openWebSocket(bearer(key))
+	if resp.StatusCode != http.StatusSwitchingProtocols {
+		t.Fatalf("answer %d", resp.StatusCode)
+	}
+	if rest, err := io.ReadAll(reader); err != nil || len(rest) > 0 {
+		t.Fatalf("% x, %v in place of the half-close", rest, err)
+	}
+	await := func(what string) error {
+		select {
+		case err := <-received:
+			return err
+		case <-time.After(20 * time.Second):
+			t.Fatal(what)
+			return nil
+		}
+	}
+	if _, err := conn.Write([]byte{0x82}); err != nil {
+		t.Fatal(err)
+	}
+	if err := await("the backend receives nothing after its half-close"); err != nil {
+		t.Fatal(err)
+	}
+	r.revoke(key.ID)
+	if await("the WebSocket outlived its key") == nil {
+		t.Error("the backend received what was not sent")
+	}
+}
+
 func TestWebSocketOutlivesReloadsAndStillEndsWithItsKey(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
