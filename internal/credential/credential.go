@@ -148,8 +148,8 @@ func Take(r *http.Request) Credential {
 }
 
 // mayBeKey reports whether a value in a credential's place is Rekall's: it has a key in it, or the beginning of one, in any
-// case, with nothing of a token before it, or it ends in one whose prefix was lost or mistyped. "rk_" alone would be too little: one in a hundred JWTs has it by chance, and the
-// door would take it from sites that have nothing to do with Rekall.
+// case, with nothing of a token before it, or it ends in one whose prefix was lost or mistyped. "rk_" alone would be too little: one in
+// a hundred JWTs has it by chance, and the door would take it from sites that have nothing to do with Rekall.
 func mayBeKey(value string) bool {
 	const prefix = apikey.ProductionPrefix
 	for i := 0; i+len(prefix) <= len(value); i++ {
