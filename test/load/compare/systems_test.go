@@ -54,7 +54,7 @@ const (
 )
 
 // startSystems starts all of them, and proves each. Those of a group are measured one right after another. Each time they start in another
-// order: what starts first on a machine can be 4 % dearer than the same program started last, for as long as both run.
+// order: of one program started five times, the first was 2 to 5 % dearer than the others, in ten starts one after another.
 func (b *bench) startSystems() (groups [][]*system) {
 	b.t.Helper()
 	example := exampleFile(b.t)
