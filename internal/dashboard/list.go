@@ -99,7 +99,7 @@ func (v *visit) selection() listData {
 	if query.Get("environment") == apikey.Sandbox.String() || !data.Production {
 		data.Environment = apikey.Sandbox.String()
 	}
-	if status := query.Get("status"); slices.Contains([]string{"active", "expiring", "expired", "revoked"}, status) {
+	if status := query.Get("status"); slices.Contains(keyadmin.StatusNames(), status) {
 		data.Status = status
 	}
 	if _, ok := orders[query.Get("sort")]; ok {

@@ -116,6 +116,9 @@ type Cache struct {
 	// told are the revocations that lookups brought where a standby is read, by digest: it may lag, and ristretto drop them.
 	told sync.Map // of told
 
+	shrunk context.Context // done once nothing is to be read ahead any longer
+	shrink context.CancelFunc
+
 	stopped atomic.Bool  // Run has returned: nobody cuts requests any longer
 	closing sync.RWMutex // ristretto panics when Set races Close; for Get, see Close
 	closed  bool
@@ -176,6 +179,7 @@ func New(store Store, cfg Config) (*Cache, error) {
 		cfg: cfg, store: store, madeAt: time.Now(), hot: make([]atomic.Pointer[entry], min(maxHotSlots, 1<<bits.Len(uint(cfg.Size-1)))),
 		unknown: newUnknowns(), failures: outage.Failures{Logger: cfg.Logger}, wake: make(chan struct{}, 1), refill: make(chan struct{}, 1),
 	}
+	c.shrunk, c.shrink = context.WithCancel(context.Background())
 	known, err := ristretto.NewCache(&ristretto.Config[uint64, *entry]{
 		NumCounters: 10 * int64(cfg.Size), // ristretto's advice: ten per entry
 		MaxCost:     int64(cfg.Size),

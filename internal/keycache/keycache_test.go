@@ -493,6 +493,17 @@ func TestStandbyIsRefused(t *testing.T) {
 	}
 }
 
+// othersToo adds changes of n other keys to each reading of the feed.
+func othersToo(n int) func(*keystore.Snapshot) {
+	changed := 0
+	return func(snap *keystore.Snapshot) {
+		for range n {
+			changed++
+			snap.Changes = append(snap.Changes, &apikey.Record{Digest: numbered(changed)})
+		}
+	}
+}
+
 func TestManyChangesAtOnceAreAllHeededAndCostNoOtherKeyALookup(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	c := newCache(t, db.store, nil)
@@ -521,19 +532,13 @@ func TestManyChangesAtOnceAreAllHeededAndCostNoOtherKeyALookup(t *testing.T) {
 // TestRevokedKeyStaysRevokedWhenALargeEpochThatRevokedItIsForgotten: its creation, in a small one, is remembered for longer.
 func TestRevokedKeyStaysRevokedWhenALargeEpochThatRevokedItIsForgotten(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
-	store, others := &hookedStore{Store: db.store}, 0
+	store := &hookedStore{Store: db.store}
 	c := newCache(t, store, nil)
 	tick(t, c)
 	key := db.create(t)
 	tick(t, c)
 	want(t, c, key.digest, apikey.Allowed)
-	store.change = func(snap *keystore.Snapshot) {
-		for range maxChanges {
-			others++
-			snap.Changes = append(snap.Changes, &apikey.Record{Digest: numbered(others)})
-		}
-		snap.Changes = append(snap.Changes, &apikey.Record{Digest: numbered(0)})
-	}
+	store.change = othersToo(maxChanges + 1)
 	db.revoke(t, key)
 	tick(t, c)
 	want(t, c, key.digest, apikey.Revoked)
@@ -593,19 +598,14 @@ func TestStateRemembersEachChangeAfterItsHorizon(t *testing.T) {
 
 func TestEntryInUseNeverFallsBehindTheHorizon(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
-	store, changed := &hookedStore{Store: db.store}, 0
+	store := &hookedStore{Store: db.store}
 	c := newCache(t, store, nil)
 	tick(t, c)
 	key := db.create(t)
 	want(t, c, key.digest, apikey.Allowed)
 	c.known.Wait()
 	read := c.state.Load().epoch
-	store.change = func(snap *keystore.Snapshot) {
-		for range maxChanges / 2 {
-			changed++
-			snap.Changes = append(snap.Changes, &apikey.Record{Digest: numbered(changed)})
-		}
-	}
+	store.change = othersToo(maxChanges / 2)
 	for range 4 {
 		tick(t, c)
 		want(t, c, key.digest, apikey.Allowed)

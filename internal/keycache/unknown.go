@@ -56,9 +56,6 @@ type unknowns struct {
 	// successor: the feed adds to both.
 	filter, building atomic.Pointer[filter]
 
-	shrunk context.Context // done once none is to be built any longer
-	shrink context.CancelFunc
-
 	mu      sync.Mutex
 	asking  pace
 	proving atomic.Int64
@@ -66,8 +63,7 @@ type unknowns struct {
 }
 
 func newUnknowns() unknowns {
-	shrunk, shrink := context.WithCancel(context.Background())
-	return unknowns{asking: pace{gap: askGap, burst: askBurst}, wanted: make(chan struct{}, 1), shrunk: shrunk, shrink: shrink}
+	return unknowns{asking: pace{gap: askGap, burst: askBurst}, wanted: make(chan struct{}, 1)}
 }
 
 // learn adds a digest to the filter. It must come before the state that brings the key is published.

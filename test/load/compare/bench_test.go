@@ -35,6 +35,7 @@ var (
 	connections = flag.Int("connections", 64, "connections of the load generator")
 	upstreams   = flag.Int("upstreams", 1, "addresses of the backend")
 	write       = flag.Bool("write", false, "write the tables into README.md")
+	smoke       = flag.Bool("smoke", false, "measure each thing once and briefly, to see that it works")
 )
 
 // Programs that were built once for all tests.
@@ -44,7 +45,7 @@ func TestMain(m *testing.M) { os.Exit(run(m)) }
 
 func run(m *testing.M) int {
 	flag.Parse()
-	if testing.Short() {
+	if *smoke {
 		*rounds, *starts = 1, 1
 	}
 	dir, err := os.MkdirTemp("", "rekall-load-")

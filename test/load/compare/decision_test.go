@@ -34,7 +34,7 @@ func TestDecision(t *testing.T) {
 	b := &bench{t: t}
 	about := b.about(func(t *testing.T) string { return runtime.Version() + ", Caddy " + caddyVersion(t) })
 	processes, span := 10, "1s"
-	if testing.Short() {
+	if *smoke {
 		processes, span = 1, "100x"
 	}
 	const folder = "../../../caddymodule"

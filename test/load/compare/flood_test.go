@@ -44,7 +44,7 @@ const (
 // turns while as many distinct unknown keys come as the flags say.
 func TestFlood(t *testing.T) {
 	span := *floodSpan
-	if testing.Short() {
+	if *smoke {
 		span = min(span, 2*time.Second)
 	}
 	cold := int(4*coldRate*span.Seconds()) + 4

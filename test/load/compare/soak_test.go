@@ -32,7 +32,7 @@ const judgedFrom = 8 * time.Minute
 // at a reload.
 func TestSoak(t *testing.T) {
 	span, ramp := *soakSpan, 10*time.Second
-	if testing.Short() {
+	if *smoke {
 		span, ramp = min(span, 6*time.Second), time.Second
 	}
 	b := newBench(t)
