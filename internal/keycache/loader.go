@@ -138,9 +138,14 @@ func (l *loader) reserve(n int) {
 	l.start()
 }
 
-// start begins a lookup if there is need of one and room for it. The caller holds the lock.
+// start begins a lookup if there is need of one and room for it. While lookups fail there is room for one, which what the one before
+// puts it off by holds for. The caller holds the lock.
 func (l *loader) start() {
-	if l.gathering || len(l.waiting) == 0 || l.running >= maxLookups-l.reserved {
+	room := maxLookups - l.reserved
+	if l.retry > 0 {
+		room = 1
+	}
+	if l.gathering || len(l.waiting) == 0 || l.running >= room {
 		return
 	}
 	l.running++
