@@ -182,6 +182,9 @@ func (x *exchange) end(r *http.Request, request trace.Span) {
 		x.mu.Lock()
 		x.done = true
 		x.mu.Unlock()
+		// The server reads on until then. If it closed the connection at once, a client that still writes would meet that before it has
+		// read its answer.
+		_ = http.NewResponseController(x.ResponseWriter).SetReadDeadline(time.Now().Add(cutGrace))
 		x.outcome, x.reason = cut.Outcome, apierror.Of(cut.Outcome)
 	}
 	x.traceDecision(request)

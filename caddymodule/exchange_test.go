@@ -146,6 +146,39 @@ func TestCutEndsARequestWithinASecond(t *testing.T) {
 	})
 }
 
+// readDeadlineWriter is the server's writer of a connection whose client goes on with its upload: reads end with the deadline.
+type readDeadlineWriter struct {
+	*httptest.ResponseRecorder
+	deadline time.Time // the last
+	set      chan struct{}
+}
+
+func (w *readDeadlineWriter) SetReadDeadline(at time.Time) error {
+	if w.deadline.IsZero() {
+		close(w.set)
+	}
+	w.deadline = at
+	return nil
+}
+
+func TestClientOfAnUploadThatWasCutHasASecondToReadItsAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &readDeadlineWriter{ResponseRecorder: httptest.NewRecorder(), set: make(chan struct{})}
+		record := apikey.Record{Environment: apikey.Production, Scopes: apikey.MemoriesRead}
+		g := gatewayOn(t, &cutWhileTracking{record: record, tracked: true},
+			caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error {
+				<-w.set
+				return nil
+			}))
+		if err := g.ServeHTTP(w, bearerRequest(apikey.Generate(apikey.Production)), nil); err != nil {
+			t.Fatal(err)
+		}
+		if left := time.Until(w.deadline); w.Code != http.StatusUnauthorized || left != time.Second {
+			t.Errorf("answer %d, and %v in which the server reads on", w.Code, left)
+		}
+	})
+}
+
 // TestCutEndsAWebSocketWhoseClientDoesNotRead: neither a message that is stuck nor the goodbye keeps it open.
 func TestCutEndsAWebSocketWhoseClientDoesNotRead(t *testing.T) {
 	for name, message := range map[string][]byte{"within a message": {0x81, 1, 'x'}, "between two": nil} {
