@@ -117,13 +117,14 @@ func TestGuideSaysOfEachErrorWhatToDo(t *testing.T) {
 	}
 }
 
-// TestDefaultsAreThoseOfTheReadme, which is where operators look for them.
-func TestDefaultsAreThoseOfTheReadme(t *testing.T) {
-	page, err := os.ReadFile("../README.md")
+// documentedDefaults are those of the options in a table of a page that begins with this heading.
+func documentedDefaults(t *testing.T, page, heading string) map[string]string {
+	t.Helper()
+	text, err := os.ReadFile(page)
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, table, _ := strings.Cut(string(page), "\n| in `rekall` |")
+	_, table, _ := strings.Cut(string(text), "\n| "+heading+" |")
 	table, _, _ = strings.Cut(table, "\n\n")
 	documented := map[string]string{}
 	for _, row := range regexp.MustCompile("(?m)^\\| (`.*?) \\| .* \\| (.*?) \\|$").FindAllStringSubmatch(table, -1) {
@@ -132,6 +133,11 @@ func TestDefaultsAreThoseOfTheReadme(t *testing.T) {
 			documented[strings.Trim(option, "`")] = strings.Trim(defaults[i], "`")
 		}
 	}
+	return documented
+}
+
+// TestDefaultsAreThoseOfTheGuide, which is where operators look for them, and those of the README.
+func TestDefaultsAreThoseOfTheGuide(t *testing.T) {
 	t.Setenv(keystore.DatabaseVariable, "postgres://example")
 	host, err := os.Hostname()
 	if err != nil {
@@ -147,7 +153,7 @@ func TestDefaultsAreThoseOfTheReadme(t *testing.T) {
 		}
 		return fmt.Sprint(value)
 	}
-	if diff := cmp.Diff(documented, map[string]string{
+	defaults := map[string]string{
 		"database":         inWords(s.database, "postgres://example", "{env."+keystore.DatabaseVariable+"}"),
 		"refresh":          s.refresh.String(),
 		"max_staleness":    s.maxStaleness.String(),
@@ -160,14 +166,21 @@ func TestDefaultsAreThoseOfTheReadme(t *testing.T) {
 		"rate_limit_store": inWords(s.rateLimitStore, "", "none"),
 		"canary":           inWords(s.canary, false, "off"),
 		"listen":           inWords(s.listen, true, "on"),
-	}); diff != "" {
-		t.Errorf("defaults (-README +settings)\n%s", diff)
+	}
+	if diff := cmp.Diff(documentedDefaults(t, "CONFIGURATION.md", "in `rekall`"), defaults); diff != "" {
+		t.Errorf("defaults (-guide +settings)\n%s", diff)
+	}
+	readme := documentedDefaults(t, "../README.md", "most used, of `rekall` and `rekall_gateway`")
+	for _, option := range []string{"max_staleness", "cache_size", "warm"} {
+		if readme[option] != defaults[option] {
+			t.Errorf("the README says that %s is %q, and it is %q", option, readme[option], defaults[option])
+		}
 	}
 }
 
-// TestReadmeTellsWhichValuesAreRefused: each bound that it names is taken, and what is just beyond is not.
-func TestReadmeTellsWhichValuesAreRefused(t *testing.T) {
-	page, err := os.ReadFile("../README.md")
+// TestGuideTellsWhichValuesAreRefused: each bound that it names is taken, and what is just beyond is not.
+func TestGuideTellsWhichValuesAreRefused(t *testing.T) {
+	page, err := os.ReadFile("CONFIGURATION.md")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,6 +3,7 @@ package test
 import (
 	"encoding/json"
 	"html"
+	"io/fs"
 	"net/http"
 	"os"
 	"os/exec"
@@ -22,7 +23,7 @@ var guides = []string{"../caddymodule/README.md", "../caddymodule/ERRORS.md", ".
 func TestConfigurationsInTheDocumentsAreValid(t *testing.T) {
 	t.Parallel()
 	for _, doc := range []struct{ page, language, adapter string }{
-		{"../README.md", "caddyfile", "caddyfile"}, {"../README.md", "json", ""}, {guides[0], "caddyfile", "caddyfile"},
+		{"../README.md", "caddyfile", "caddyfile"}, {"../caddymodule/CONFIGURATION.md", "json", ""}, {guides[0], "caddyfile", "caddyfile"},
 		{guides[2], "caddyfile", "caddyfile"}, {identityTokenManual, "caddyfile", "caddyfile"},
 	} {
 		for _, config := range blocksOf(t, doc.page, doc.language) {
@@ -119,4 +120,42 @@ func TestCommandOnTheSignInPageMakesAKeyThatManagesKeys(t *testing.T) {
 		t.Errorf("%v, %s", err, apikey.Redact(string(output)))
 	}
 	g.manage("GET", keysPath, bearer(key), "", http.StatusOK)
+}
+
+func TestLinksOfTheDocumentsLeadSomewhere(t *testing.T) {
+	t.Parallel()
+	link, heading, mark := regexp.MustCompile(`\]\(([^)\s#]*)(?:#([^)\s]*))?\)`), regexp.MustCompile(`(?m)^#+ (.*)$`), regexp.MustCompile(`[^\w\- ]`)
+	links := 0
+	err := filepath.WalkDir("..", func(page string, _ fs.DirEntry, err error) error {
+		if err != nil || filepath.Ext(page) != ".md" {
+			return err
+		}
+		for _, m := range link.FindAllStringSubmatch(process.Read(t, page), -1) {
+			target, anchor := page, m[2]
+			if strings.HasPrefix(m[1], "http") {
+				continue
+			}
+			if links++; m[1] != "" {
+				target = filepath.Join(filepath.Dir(page), m[1])
+			}
+			if _, err := os.Stat(target); err != nil {
+				t.Errorf("%s: %v", page, err)
+				continue
+			}
+			if anchor == "" {
+				continue
+			}
+			found := false
+			for _, h := range heading.FindAllStringSubmatch(process.Read(t, target), -1) {
+				found = found || strings.ReplaceAll(mark.ReplaceAllString(strings.ToLower(h[1]), ""), " ", "-") == anchor // as GitHub does
+			}
+			if !found {
+				t.Errorf("%s: %s has no heading %q", page, target, anchor)
+			}
+		}
+		return nil
+	})
+	if err != nil || links < 50 {
+		t.Errorf("%d links, %v", links, err)
+	}
 }

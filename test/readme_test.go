@@ -45,13 +45,13 @@ func TestCommandsInTheReadmeWork(t *testing.T) {
 
 func TestCommandsInTheReadmeWorkWithTheParameterForPgBouncer(t *testing.T) {
 	t.Parallel()
-	text, err := os.ReadFile("../README.md")
+	text, err := os.ReadFile("../caddymodule/CONFIGURATION.md")
 	if err != nil {
 		t.Fatal(err)
 	}
 	parameter := regexp.MustCompile("PgBouncer in transaction mode: add `([a-z_]+=[a-z]+)`").FindSubmatch(text)
 	if parameter == nil {
-		t.Fatal("the README does not say what PgBouncer needs")
+		t.Fatal("nothing says what PgBouncer needs")
 	}
 	runCommandsOfReadme(t, "&"+string(parameter[1]))
 }
@@ -87,8 +87,8 @@ func runCommandsOfReadme(t *testing.T, parameter string) {
 	}
 }
 
-// TestReadmeNamesEveryFieldThatCommandsPrintAsJSON and no other: the fields of each row of its table are compared with those of real output.
-func TestReadmeNamesEveryFieldThatCommandsPrintAsJSON(t *testing.T) {
+// TestGuideNamesEveryFieldThatCommandsPrintAsJSON and no other: the fields of each row of its table are compared with those of real output.
+func TestGuideNamesEveryFieldThatCommandsPrintAsJSON(t *testing.T) {
 	t.Parallel()
 	empty := pgtest.URL(t)
 	r := newRig(t)
@@ -127,7 +127,7 @@ func TestReadmeNamesEveryFieldThatCommandsPrintAsJSON(t *testing.T) {
 	k.database = empty
 	printed["migrate --plan"] = print("", "migrate --plan")
 
-	text, err := os.ReadFile("../README.md")
+	text, err := os.ReadFile("../internal/command/README.md")
 	if err != nil {
 		t.Fatal(err)
 	}
