@@ -7,6 +7,8 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -20,6 +22,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/test/eventually"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // edgeStatus is what /rekall/status says of one runtime.
@@ -89,10 +92,27 @@ func (g *gateway) reload() {
 		g.t.Fatal(err)
 	}
 	defer func() { _ = file.Close() }()
+	before := g.listeners()
+	if before == 0 {
+		g.t.Fatal("nothing listens on the gateway's port")
+	}
 	answer := do(g.t, "POST", g.admin+"/load", http.Header{"Content-Type": {"text/caddyfile"}, "Cache-Control": {"must-revalidate"}}, file)
 	if answer.StatusCode != http.StatusOK {
 		g.t.Fatalf("reload: %d %s", answer.StatusCode, answer.body)
 	}
+	// Caddy answers before the former configuration has closed its listener. A connection that this one got would be closed with it.
+	eventually.True(g.t, "the former configuration listens no longer", func() bool { return g.listeners() <= before })
+}
+
+// listeners is how many sockets listen on the gateway's port.
+func (g *gateway) listeners() int {
+	g.t.Helper()
+	port, err := strconv.Atoi(g.http[strings.LastIndexByte(g.http, ':')+1:])
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	table := process.Read(g.t, "/proc/net/tcp") // local address, remote address and state, in hexadecimal
+	return len(regexp.MustCompile(fmt.Sprintf(": [0-9A-F]{8}:%04X 00000000:0000 0A ", port)).FindAllString(table, -1))
 }
 
 func TestGatewayThatWasStoppedPastTheBoundAnswersNothingFromOldData(t *testing.T) {
