@@ -22,8 +22,6 @@ var (
 	Migrations = migrations
 )
 
-func Unread(snapshot string) (first, last string) { return unread(snapshot) }
-
 // Insert is Tx.Insert in a transaction of its own.
 func (s *Store) Insert(ctx context.Context, key NewKey) (row Row, err error) {
 	err = s.Change(ctx, func(tx *Tx) error {

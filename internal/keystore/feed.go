@@ -104,23 +104,6 @@ const (
 	left join rekall.key_limits o on o.key_id = k.id`
 )
 
-// lastXid is the greatest xid8.
-const lastXid = "18446744073709551615"
-
-// unread returns the transactions that a pg_snapshot does not see, as ranges: the first of each and the last of each, as xid8[].
-// They are none if it is empty.
-func unread(snapshot string) (first, last string) {
-	if snapshot == "" {
-		return "{}", "{}"
-	}
-	parts := strings.Split(snapshot, ":") // xmin, xmax, and between them the transactions in progress
-	xmax, inProgress := parts[1], parts[2]
-	if inProgress != "" {
-		inProgress += ","
-	}
-	return "{" + inProgress + xmax + "}", "{" + inProgress + lastXid + "}"
-}
-
 // LaterSnapshot returns the one that saw more of two pg_snapshots, the first if they are of the same time.
 func LaterSnapshot(a, b string) string {
 	if xmaxOf(b) > xmaxOf(a) {
@@ -143,11 +126,17 @@ func xmaxOf(snapshot string) uint64 {
 // is a few ranges of the index on stamps, and no row is read twice. To read on from its xmin instead would be to read all that was
 // stamped since the oldest transaction in the cluster began, in each reading for as long as that lasts.
 //
+// The ranges leave out what this reading cannot see either: nobody sees the millions of rows of an import before it commits, or of one
+// that was rolled back, and each edge would look at all of them in each reading. Of transactions that were named as in progress
+// their status tells, also on a standby, whose snapshot names none. It is asked for after this reading's snapshot was taken: what had
+// ended for that is never in progress again.
+//
 // A standby's snapshot does not name the transactions in progress, and they would pass for seen: the one to read on from sees none
 // at or above the oldest of them. While that lasts, the snapshot of a Report sees more.
 //
 // Rows at or above xmax were stamped by another cluster, from which they were restored: this one's ids are not that far.
-// Without the upper bound every reading would return them all until they are.
+// Without the upper bound every reading would return them all until they are, and the status of what another server has named would be
+// an error.
 //
 // A key is read anew too when the limits of its account or its own have changed. Each part has the limit: where one of them has
 // more, so have all together. The order and the lateral joins keep Postgres, which cannot know that there is
@@ -158,32 +147,40 @@ with s as materialized (
 	select pg_snapshot_xmin(pg_current_snapshot()) as xmin, pg_snapshot_xmax(pg_current_snapshot()) as xmax,
 		case when pg_is_in_recovery() then format('%s:%s:', pg_snapshot_xmin(pg_current_snapshot()), pg_snapshot_xmin(pg_current_snapshot()))
 			else pg_current_snapshot()::text end as snapshot,
-		coalesce((select beat from rekall.edges where instance = $3), 0) as beat, clock_timestamp() as now,
+		coalesce((select beat from rekall.edges where instance = $2), 0) as beat, clock_timestamp() as now,
 		current_setting('hot_standby_feedback')::boolean as feedback,` + serverColumns + `,
 		(select json_agg(t) from rekall.tiers t) as tiers
 ), unread as materialized (
-	select * from unnest($1::text::xid8[], $2::text::xid8[]) u (first, last)
+	select lower(r)::text::xid8 as first, (upper(r) - 1)::text::xid8 as last
+	from (
+		select pg_snapshot_xmax(pg_current_snapshot()) as xmax, nullif($1::text, '')::pg_snapshot as seen
+	) n cross join lateral unnest((
+		select coalesce(range_agg(int8range(x::text::int8, x::text::int8, '[]'))
+			filter (where case when x < n.xmax then pg_xact_status(x) in ('in progress', 'aborted') end is not true), '{}')
+		from pg_snapshot_xip(n.seen) x
+	) + int8multirange(int8range(least(pg_snapshot_xmax(n.seen)::text::int8, n.xmax::text::int8), n.xmax::text::int8)) - (
+		select coalesce(range_agg(int8range(x::text::int8, x::text::int8, '[]')), '{}') from pg_snapshot_xip(pg_current_snapshot()) x
+	)) r
 )
 select row_to_json(s)::text` + strings.Repeat(", null", len(new(row).targets())) + ` from s
 union all
 (select null, ` + recordColumns + `
 from unread u
-cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where ` + stampedUnread("k") + `) k` + limitsOfSome + ` limit $4)
+cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where ` + stampedUnread("k") + `) k` + limitsOfSome + ` limit $3)
 union all
 (select null, ` + recordColumns + `
 from unread u
 cross join lateral (select c.account from rekall.account_limits c where ` + stampedUnread("c") + `) c
-cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where k.account = c.account and k.environment = 'production' limit $4) k` + limitsOfSome + ` limit $4)
+cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where k.account = c.account and k.environment = 'production' limit $3) k` + limitsOfSome + ` limit $3)
 union all
 (select null, ` + recordColumns + `
 from unread u
 cross join lateral (select c.key_id from rekall.key_limits c where ` + stampedUnread("c") + `) c
-cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where k.id = c.key_id limit 1) k` + limitsOfSome + ` limit $4)`
+cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where k.id = c.key_id limit 1) k` + limitsOfSome + ` limit $3)`
 
 // stampedUnread is the condition that a row of a table was stamped by one of the unread transactions u, in this cluster.
 func stampedUnread(table string) string {
-	return strings.ReplaceAll(`t.change_xid between u.first and u.last and t.change_xid < pg_snapshot_xmax(pg_current_snapshot())
-	order by t.change_xid limit $4`, "t.", table+".")
+	return strings.ReplaceAll(`t.change_xid between u.first and u.last order by t.change_xid limit $3`, "t.", table+".")
 }
 
 // reading is what belongs to a whole reading of the feed.
@@ -201,13 +198,12 @@ type reading struct {
 // Snapshot reads the feed: every row that has changed since a snapshot, which is the Text of an earlier one of the same
 // server, if they are no more than limit, MaxChanges at most. With an empty one it reads no rows, only where the feed stands.
 func (s *Store) Snapshot(ctx context.Context, since string, limit int) (Snapshot, error) {
-	first, last := unread(since)
 	var (
 		snap   Snapshot
 		header pgtype.DriverBytes // of one row
 		key    row                // of the others
 	)
-	rows, _ := s.pool.Query(ctx, snapshotSQL, first, last, s.instance, limit+1) // ForEachRow returns its error
+	rows, _ := s.pool.Query(ctx, snapshotSQL, since, s.instance, limit+1) // ForEachRow returns its error
 	_, err := pgx.ForEachRow(rows, append([]any{&header}, key.targets()...), func() error {
 		if header != nil {
 			return snap.begin(header)
