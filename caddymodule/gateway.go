@@ -369,16 +369,14 @@ func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential
 		x.pass.Context = context.WithValue(x.pass.Context, caddyhttp.OriginalRequestCtxKey, decidedOn(r))
 	}
 	forwarded := r.WithContext(&x.pass)
+	x.identify(forwarded) // in r too, whose headers placeholders tell
 	if x.gateway.ForwardCredential || x.gateway.issuer != nil {
 		forwarded.Header = maps.Clone(r.Header) // what handlers around the gateway see, and may send elsewhere, is r's
+		x.addCredentials(forwarded.Header, cred)
 	}
-	x.identify(forwarded)
 	if r.Body != nil && r.Body != http.NoBody {
 		x.pass.body = r.Body
 		forwarded.Body = &x.pass
-	}
-	if x.gateway.ForwardCredential {
-		forwarded.Header["Authorization"] = []string{"Bearer " + cred.Reveal()}
 	}
 	return true, x.finish(to.chain.ServeHTTP(x, forwarded))
 }

@@ -6,6 +6,7 @@ import (
 
 	"golang.org/x/net/http/httpguts"
 
+	"github.com/rekall-ai/gateway/internal/credential"
 	"github.com/rekall-ai/gateway/internal/dashboard"
 )
 
@@ -14,7 +15,8 @@ func (x *exchange) identify(r *http.Request) {
 	h := r.Header
 	for name := range h {
 		switch {
-		case hasFolded(name, "x-") && (isIdentity(name) || overrides(name)), name == "Trailer":
+		case hasFolded(name, "x-") && (isIdentity(name) || overrides(name)), name == "Trailer",
+			hasFolded(name, grpcMetadata) && isIdentity(name[len(grpcMetadata):]):
 			delete(h, name)
 		case name == "Connection", name == "Upgrade":
 			restrictConnection(h)
@@ -29,8 +31,15 @@ func (x *exchange) identify(r *http.Request) {
 	x.set(h, "X-Rekall-Environment", environmentValue, x.environment.String())
 	x.set(h, "X-Rekall-Scopes", scopesValue, x.record.Scopes.String())
 	x.set(h, "X-Request-Id", requestIDValue, x.requestID)
+}
+
+// addCredentials adds what only the backend is to have.
+func (x *exchange) addCredentials(h http.Header, cred *credential.Credential) {
 	if token := x.values[tokenValue]; token != "" {
 		x.set(h, "X-Rekall-Identity-Token", tokenValue, token)
+	}
+	if x.gateway.ForwardCredential {
+		h["Authorization"] = []string{"Bearer " + cred.Reveal()}
 	}
 }
 
@@ -42,6 +51,9 @@ var overriding = [...]string{
 	"x-original-url", "x-original-uri", "x-rewrite-url", "x-rewrite-uri", "x-override-url", "x-forwarded-uri", "x-forwarded-path",
 	"x-envoy-original-path", "x-script-name",
 }
+
+// grpcMetadata begins headers of which grpc-gateway passes the rest of the name to a gRPC backend.
+const grpcMetadata = "grpc-metadata-"
 
 func overrides(name string) bool {
 	for _, header := range overriding {

@@ -126,10 +126,14 @@ var (
 		`|vars\.(client_ip|trusted_proxy|start_time|uuid|trace_id|span_id)|shutting_down|time_until_shutdown)\}`)
 )
 
-// ofEverybody returns a placeholder that has a value for everybody; empty: there is none. Headers may be forward_auth's.
+// clientCertificate begins the placeholders of a client's certificate.
+const clientCertificate = "{http.request.tls.client."
+
+// ofEverybody returns a placeholder that has a value for everybody; empty: there is none. Headers may be forward_auth's, and what
+// certificates tell counts if they were verified.
 func ofEverybody(text string) string {
 	for _, placeholder := range ofAnyRequest.FindAllString(text, -1) {
-		if !strings.HasPrefix(placeholder, "{http.request.header.") && !strings.HasPrefix(placeholder, "{http.request.tls.client.") {
+		if !strings.HasPrefix(placeholder, "{http.request.header.") && !strings.HasPrefix(placeholder, clientCertificate) {
 			return placeholder
 		}
 	}
@@ -296,6 +300,9 @@ func (k *Keys) count(found keycache.Found, outcome apikey.Outcome) {
 func (k *Keys) person(r *http.Request) (name string, authenticated bool) {
 	if k.Account == "" {
 		return "", false
+	}
+	if strings.Contains(k.User+k.Account, clientCertificate) && (r.TLS == nil || len(r.TLS.VerifiedChains) == 0) {
+		return "", false // of none at all Caddy has a serial and a fingerprint too, and of one that nobody verified its owner wrote all
 	}
 	name, err := replacer(r).ReplaceOrErr(k.User, true, true)
 	return name, err == nil && name != ""

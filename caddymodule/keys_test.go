@@ -1,14 +1,24 @@
 package caddymodule
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/json"
 	"fmt"
+	"math/big"
+	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
@@ -73,6 +83,57 @@ func TestKeysSettingsByWhichEverybodyWouldBeSomebodyAreRefused(t *testing.T) {
 		}
 		if err != nil && strings.Contains(err.Error(), "hunter2") {
 			t.Error("the error shows the password")
+		}
+	}
+}
+
+// TestClientCertificateNamesAPersonOnlyIfItWasVerified: Caddy has a serial and a fingerprint of none at all too, and what a certificate
+// that nobody verified says is its owner's choice.
+func TestClientCertificateNamesAPersonOnlyIfItWasVerified(t *testing.T) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(7), Subject: pkix.Name{CommonName: "ann"}, DNSNames: []string{"acme"}, NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	certificate, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pool := x509.NewCertPool()
+	pool.AddCert(certificate)
+	own := []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}
+	for _, user := range []string{"fingerprint", "serial", "subject", "san.dns_names"} {
+		k := &Keys{Account: "acme", User: "{http.request.tls.client." + user + "}"}
+		for _, tc := range []struct {
+			name   string
+			auth   tls.ClientAuthType
+			sent   []tls.Certificate
+			person bool
+		}{
+			{"none", tls.VerifyClientCertIfGiven, nil, false},
+			{"not verified", tls.RequireAnyClientCert, own, false},
+			{"verified", tls.VerifyClientCertIfGiven, own, true},
+		} {
+			server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				name, authenticated := k.person(caddyhttp.PrepareRequest(r, caddy.NewReplacer(), w, &caddyhttp.Server{}))
+				if authenticated != tc.person || authenticated != (name != "") {
+					t.Errorf("%s, certificate %s: person %q, %v", user, tc.name, name, authenticated)
+				}
+			}))
+			server.TLS = &tls.Config{ClientAuth: tc.auth, ClientCAs: pool}
+			server.StartTLS()
+			client := server.Client()
+			client.Transport.(*http.Transport).TLSClientConfig.Certificates = tc.sent
+			answer, err := client.Get(server.URL)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = answer.Body.Close()
+			server.Close()
 		}
 	}
 }

@@ -372,7 +372,7 @@ func TestNoSpellingOfAnIdentityHeaderReachesTheBackend(t *testing.T) {
 		"X_Rekall_Key_Id", "X-Rekall_Key.Id", "x.rekall.account", "X_REQUEST_ID", "X-Rekall-Version-", "X-Rekall_Version",
 		"X!Rekall!Key!Id", "x~rekall^account", "X-Rekall|Scopes", "X'Request`Id", "X-Rekall*New",
 		"X-HTTP-Method-Override", "X-HTTP-Method", "X-Method-Override", "X_Http_Method_Override", "X!HTTP!Method", "X-Original-Method",
-		"X-Forwarded-Method",
+		"X-Forwarded-Method", "Grpc-Metadata-X-Rekall-Account", "grpc_metadata.x_rekall_scopes", "Grpc-Metadata-X-Request-Id",
 	} {
 		spoofed = append(spoofed, name+": spoofed", name+": spoofed, again")
 	}

@@ -594,6 +594,22 @@ func TestNothingAroundTheGatewaySeesTheKeyOrTheTokenThatBackendsGet(t *testing.T
 	}
 }
 
+// TestPlaceholdersInABlockTellTheIdentityThatTheGatewayFound, whichever headers the client has sent, which Caddy would tell.
+func TestPlaceholdersInABlockTellTheIdentityThatTheGatewayFound(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	for _, option := range []string{"", "identity_token\n", "forward_credential\n"} {
+		g := r.start("http://:PORT {\nbind 127.0.0.1\nrekall_gateway {\n" + option +
+			"production {\nmethod {header.X-HTTP-Method-Override}\nrewrite * /of/{header.X-Rekall-Account}{uri}\nreverse_proxy PRODUCTION\n}\n}\n}\n")
+		spoofed := bearer(r.key("production", "memories:read"))
+		spoofed.Set("X-Rekall-Account", "globex")
+		spoofed.Set("X-HTTP-Method-Override", "DELETE")
+		if e := g.do("GET", "/v1/memories", spoofed).echo(t); e.Method != "GET" || e.Path != "/of/acme/v1/memories" {
+			t.Errorf("with %q the backend gets %s %s", option, e.Method, e.Path)
+		}
+	}
+}
+
 func TestHealthChecksReachAGuardedBackend(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
