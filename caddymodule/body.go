@@ -62,5 +62,5 @@ func (x *exchange) refuseFailed(failed *clientError) {
 		return
 	}
 	x.gateway.logger.Debug("request not passed on whole", zap.String("request_id", x.requestID), zap.Error(failed))
-	x.answer(x.ResponseWriter, failed.answer)
+	x.answer(failed.answer)
 }

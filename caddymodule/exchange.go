@@ -75,33 +75,33 @@ func (x *exchange) count() {
 }
 
 // refuse answers what was decided, or that the address has caused too many such answers.
-func (x *exchange) refuse(w http.ResponseWriter, r *http.Request) error {
+func (x *exchange) refuse(r *http.Request) error {
 	if x.outcome == apikey.RateLimited {
-		return x.refuseLimited(w)
+		return x.refuseLimited()
 	}
 	if verdict := countRefusal(x.gateway.addresses, r, x.outcome); !verdict.Allowed {
-		return x.refuseBeyond(w, addressLimit, addressLimited.Later(verdict.RetryAfter))
+		return x.refuseBeyond(addressLimit, addressLimited.Later(verdict.RetryAfter))
 	}
 	x.count()
 	e := apierror.Of(x.outcome)
 	if x.outcome == apikey.Insufficient {
 		e = apierror.InsufficientScope(x.required)
 	}
-	x.answer(w, e)
+	x.answer(e)
 	return nil
 }
 
-// answer answers in place of a backend.
-func (x *exchange) answer(w http.ResponseWriter, e *apierror.Error) {
+// answer answers in place of a backend: to the client's writer, since x's own sets the headers of a backend's answer.
+func (x *exchange) answer(e *apierror.Error) {
 	x.reason = e
-	x.tellLimits(w.Header())
-	e.Write(w, x.requestID)
+	x.tellLimits(x.Header())
+	e.Write(x.ResponseWriter, x.requestID)
 }
 
-func (x *exchange) unavailable(w http.ResponseWriter, r *http.Request, err error) error {
+func (x *exchange) unavailable(r *http.Request, err error) error {
 	x.outcome = untold(r)
 	x.gateway.logger.Debug("key cannot be checked", zap.String("request_id", x.requestID), zap.Error(err))
-	return x.refuse(w, r)
+	return x.refuse(r)
 }
 
 // untold is the outcome where a key could not be checked: Abandoned if the client hung up first. Clients can do that at will, so it must
@@ -283,7 +283,7 @@ func (x *exchange) refuseCut(cut *keycache.Cut, sent bool) {
 		e = e.With(map[string]any{"may_have_been_carried_out": true})
 		e.Message += " The request may have been carried out."
 	}
-	x.answer(x.ResponseWriter, e)
+	x.answer(e)
 }
 
 // finish turns what the environment's handlers returned into the gateway's own answer, where there is none yet.
@@ -341,7 +341,7 @@ func (x *exchange) refuseUpstream(e *apierror.Error, err error) {
 	}
 	x.gateway.logger.Log(level, "upstream unavailable", zap.String("request_id", x.requestID),
 		zap.Stringer("environment", x.environment), zap.Error(err))
-	x.answer(x.ResponseWriter, e)
+	x.answer(e)
 }
 
 const upstreamMessage = "The API could not be reached. Try again shortly."

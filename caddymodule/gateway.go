@@ -234,16 +234,16 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	defer x.end(r, span)
 	path := r.URL.EscapedPath()
 	if x.outcome = parse(r, path, &cred); x.outcome != apikey.Allowed {
-		return x.refuse(w, r)
+		return x.refuse(r)
 	}
 	var verdict ratelimit.Verdict
 	if verdict, x.pending = mayLookUp(g.addresses, r, g.cache, cred.Digest); !verdict.Allowed {
-		return x.refuseBeyond(w, addressLimit, addressLimited.Later(verdict.RetryAfter))
+		return x.refuseBeyond(addressLimit, addressLimited.Later(verdict.RetryAfter))
 	}
 	for range maxFinds {
 		found, err := find(r.Context(), span, g.cache, cred.Digest)
 		if err != nil {
-			return x.unavailable(w, r, err)
+			return x.unavailable(r, err)
 		}
 		x.record, x.now = found.Record, apikey.TimeOf(found.Now)
 		if x.record != nil {
@@ -252,13 +252,13 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 		x.outcome = g.decide(x, r.Method, path, found)
 		x.hold(r.Context(), &found)
 		if x.outcome != apikey.Allowed {
-			return x.refuse(w, r)
+			return x.refuse(r)
 		}
 		if done, err := x.route(r, found, &cred); done {
 			return err
 		}
 	}
-	return x.unavailable(w, r, errKeyChanging)
+	return x.unavailable(r, errKeyChanging)
 }
 
 // begin makes the exchange of a request, and has logs and other handlers know it.
@@ -362,7 +362,7 @@ func (x *exchange) route(r *http.Request, found keycache.Found, cred *credential
 			x.refuseUnsent(cut)
 			return true, nil
 		}
-		return true, x.unavailable(x.ResponseWriter, r, err)
+		return true, x.unavailable(r, err)
 	}
 	x.count()
 	if to.askOrigin {

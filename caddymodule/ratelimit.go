@@ -127,8 +127,8 @@ const (
 var limitNames = [...]string{rateLimit: "rate", concurrencyLimit: "concurrency", addressLimit: "address"}
 
 // refuseLimited answers a request beyond the limits of its key.
-func (x *exchange) refuseLimited(w http.ResponseWriter) error {
-	return x.refuseBeyond(w, x.allowance.kind(), x.allowance.refusal(x.now.Time()))
+func (x *exchange) refuseLimited() error {
+	return x.refuseBeyond(x.allowance.kind(), x.allowance.refusal(x.now.Time()))
 }
 
 // tooManyAtOnce is RateLimited where it is not the rate.
@@ -136,11 +136,11 @@ var tooManyAtOnce = apierror.New(http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDE
 	"This API key has too many requests in flight at the same time. Try again when one of them has ended.")
 
 // refuseBeyond refuses a request that is beyond a limit.
-func (x *exchange) refuseBeyond(w http.ResponseWriter, kind limitKind, e *apierror.Error) error {
+func (x *exchange) refuseBeyond(kind limitKind, e *apierror.Error) error {
 	x.outcome = apikey.RateLimited
 	x.count()
 	x.gateway.metrics.limited[kind].Inc()
-	x.answer(w, e)
+	x.answer(e)
 	return nil
 }
 
