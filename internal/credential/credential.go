@@ -13,6 +13,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/textproto"
 	"strings"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
@@ -185,7 +186,7 @@ func (c *Credential) takeHeaders(h http.Header, ours func(string) bool) bool {
 	if values, ok := h["X-Api-Key"]; ok {
 		left := values[:0]
 		for _, v := range values {
-			presented := trim(v)
+			presented := textproto.TrimString(v)
 			switch {
 			case !ours(presented):
 				left = append(left, v)
@@ -219,12 +220,12 @@ func setOrDelete(h http.Header, name string, values []string) {
 // decodedBasic is user and password of an Authorization value of scheme Basic, where some APIs take a key as the user (curl -u rk_…:);
 // empty: it is of another, or too short for a key.
 func decodedBasic(value string) string {
-	value = trim(value)
+	value = textproto.TrimString(value)
 	end := strings.IndexAny(value, " \t")
 	if end < 0 || !strings.EqualFold(value[:end], "basic") {
 		return ""
 	}
-	encoded := trim(value[end:])
+	encoded := textproto.TrimString(value[end:])
 	if base64.StdEncoding.DecodedLen(len(encoded)) < apikey.Length {
 		return ""
 	}
@@ -234,27 +235,14 @@ func decodedBasic(value string) string {
 
 // bearerToken splits an Authorization value of scheme Bearer (RFC 6750, section 2.1; a scheme's case does not count).
 func bearerToken(value string) (token string, ok bool) {
-	value = trim(value)
+	value = textproto.TrimString(value)
 	const scheme = "bearer"
 	if len(value) < len(scheme) || !strings.EqualFold(value[:len(scheme)], scheme) {
 		return "", false
 	}
 	rest := value[len(scheme):]
-	if rest != "" && !blank(rest[0]) {
+	if rest != "" && rest[0] != ' ' && rest[0] != '\t' {
 		return "", false
 	}
-	return trim(rest), true
+	return textproto.TrimString(rest), true
 }
-
-// trim takes the blanks that a header may have off both ends. strings.Trim makes a set of them at each call.
-func trim(s string) string {
-	for s != "" && blank(s[0]) {
-		s = s[1:]
-	}
-	for s != "" && blank(s[len(s)-1]) {
-		s = s[:len(s)-1]
-	}
-	return s
-}
-
-func blank(c byte) bool { return c == ' ' || c == '\t' }

@@ -2,6 +2,7 @@ package scoperule
 
 import (
 	"net/url"
+	"strconv"
 	"strings"
 	"unicode/utf8"
 
@@ -31,7 +32,7 @@ func Canonical(escaped string) bool {
 				return false
 			}
 		case escape:
-			if i+2 >= len(escaped) || !allowedEscape(escaped[i+1], escaped[i+2]) {
+			if i+2 >= len(escaped) || !allowedEscape(escaped[i+1:i+3]) {
 				return false
 			}
 			encoded = true
@@ -69,29 +70,13 @@ var pathBytes = func() (kinds [256]byte) {
 
 // allowedEscape refuses escapes of what has a meaning in a path, and of what needs no escape: both have two readings. So has
 // a space: Windows drops it from the end of a name, which makes "..%20" a "..".
-func allowedEscape(high, low byte) bool {
-	h, l := unhex(high), unhex(low)
-	if h < 0 || l < 0 {
-		return false
-	}
-	c := byte(h<<4 | l)
+func allowedEscape(digits string) bool {
+	c, err := strconv.ParseUint(digits, 16, 8)
 	switch {
-	case c <= ' ' || c == 0x7f:
+	case err != nil, c <= ' ', c == 0x7f:
 		return false
 	case '0' <= c && c <= '9' || 'A' <= c && c <= 'Z' || 'a' <= c && c <= 'z':
 		return false
 	}
 	return !strings.ContainsRune(`/\.%;?#-_~`, rune(c))
-}
-
-func unhex(c byte) int {
-	switch {
-	case '0' <= c && c <= '9':
-		return int(c - '0')
-	case 'a' <= c && c <= 'f':
-		return int(c-'a') + 10
-	case 'A' <= c && c <= 'F':
-		return int(c-'A') + 10
-	}
-	return -1
 }
