@@ -308,8 +308,8 @@ func (x *exchange) finish(err error) error {
 		x.refuseFailed(failed)
 		return nil
 	}
-	var failed caddyhttp.HandlerError
-	if !errors.As(err, &failed) {
+	failed, ok := errors.AsType[caddyhttp.HandlerError](err)
+	if !ok {
 		return err
 	}
 	e := upstreamUnavailable

@@ -16,8 +16,7 @@ type body struct{ io.ReadCloser }
 
 func (b body) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
-	var quoting textproto.ProtocolError
-	if err != nil && errors.As(err, &quoting) {
+	if _, quotes := errors.AsType[textproto.ProtocolError](err); quotes {
 		err = errTrailer
 	}
 	return n, err

@@ -271,8 +271,7 @@ func (d *Dashboard) rename(v *visit) error {
 	}
 	id, name := v.r.PathValue("id"), strings.TrimSpace(form.Get("name"))
 	_, err = d.Admin.Rename(v.r.Context(), v.actor, id, name)
-	var malformed *keyadmin.InvalidError
-	if errors.As(err, &malformed) {
+	if malformed, ok := errors.AsType[*keyadmin.InvalidError](err); ok {
 		return d.showKeyPage(v, http.StatusUnprocessableEntity, name, sentence(malformed.Field, malformed.Reason))
 	}
 	if err != nil {

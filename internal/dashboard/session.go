@@ -149,8 +149,7 @@ func (s *sessions) actor(r *http.Request, id string, admin *keyadmin.Admin) (key
 		return keyadmin.Actor{}, errSignedOut
 	}
 	actor, err := admin.Manager(r.Context(), keyID)
-	var forbidden *keyadmin.ForbiddenError
-	if errors.As(err, &forbidden) {
+	if _, forbidden := errors.AsType[*keyadmin.ForbiddenError](err); forbidden {
 		s.end(id)
 		return keyadmin.Actor{}, errSignedOut
 	}

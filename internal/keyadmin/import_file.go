@@ -104,7 +104,7 @@ func newCSVReader(file io.Reader, plainKeys bool) (*csvReader, error) {
 	for i, column := range header {
 		switch {
 		case !slices.Contains(importFields, column):
-			return nil, &ImportError{[]BadLine{{1, "", fmt.Sprintf("has an unknown column, the %d. of them: use %s", i+1, strings.Join(importFields, ", "))}}, 1}
+			return nil, &ImportError{[]BadLine{{1, "", fmt.Sprintf("has an unknown column, number %d: use %s", i+1, strings.Join(importFields, ", "))}}, 1}
 		case slices.Contains(header[:i], column):
 			return nil, &ImportError{[]BadLine{{1, column, "is there twice"}}, 1}
 		case column == "key" && !plainKeys:
