@@ -52,7 +52,7 @@ func (l *AddressLimit) stricter(than AddressLimit) bool {
 // lookup and always passes, or whoever shares an address with a guesser could be shut out. Nothing is counted of an address that is
 // not suspect: after a restart the good keys of a whole office may be unknown to memory, and must not use up the limit of their
 // address.
-func mayLookUp(addresses *ratelimit.Addresses, r *http.Request, cache keys, d apikey.Digest) (verdict ratelimit.Verdict, pending bool) {
+func mayLookUp(addresses *ratelimit.Addresses, r *http.Request, cache keySource, d apikey.Digest) (verdict ratelimit.Verdict, pending bool) {
 	if addresses != nil {
 		if address := clientAddress(r); address.IsValid() && addresses.Suspect(address) && !cache.Cached(d) {
 			verdict = addresses.Begin(address)

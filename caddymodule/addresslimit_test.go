@@ -110,13 +110,13 @@ func TestAtOnceAnAddressHasNoMoreKeysLookedUpThanItsLimit(t *testing.T) {
 
 // lookups has what Find does decided by a test, on the way to the cache.
 type lookups struct {
-	keys
+	keySource
 	find func()
 }
 
 func (l lookups) Find(ctx context.Context, d apikey.Digest) (keycache.Found, error) {
 	l.find()
-	return l.keys.Find(ctx, d)
+	return l.keySource.Find(ctx, d)
 }
 
 func (lookups) Cached(apikey.Digest) bool { return false }

@@ -66,7 +66,7 @@ func (slow) ServeHTTP(http.ResponseWriter, *http.Request) error {
 }
 
 // gatewayOn returns a gateway without a database, which asks the cache and calls production in place of a proxy.
-func gatewayOn(t *testing.T, cache keys, production caddyhttp.Handler) *Gateway {
+func gatewayOn(t *testing.T, cache keySource, production caddyhttp.Handler) *Gateway {
 	t.Helper()
 	rules, err := scoperule.New(scoperule.Builtin()...)
 	if err != nil {

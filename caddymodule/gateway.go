@@ -69,7 +69,7 @@ type Gateway struct {
 
 	production, sandbox block
 	rules               *scoperule.Table
-	cache               keys
+	cache               keySource
 	issuer              *identitytoken.Issuer // nil: no identity tokens
 	limiter             *ratelimit.Limiter    // nil: keys are not limited
 	addresses           *ratelimit.Addresses  // nil: addresses are not limited
@@ -81,8 +81,8 @@ type Gateway struct {
 	logger              *zap.Logger
 }
 
-// keys is what the handler asks of the cache.
-type keys interface {
+// keySource is what the handler asks of the cache.
+type keySource interface {
 	Find(ctx context.Context, d apikey.Digest) (keycache.Found, error)
 	Cached(d apikey.Digest) bool
 	Track(f *keycache.Flight, found keycache.Found, request keycache.Request) bool

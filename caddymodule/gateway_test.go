@@ -458,18 +458,18 @@ func TestReportOnlyLetsNoKeyIntoTheOtherEnvironment(t *testing.T) {
 
 // changedOnce has a key change between being found and being tracked, once.
 type changedOnce struct {
-	keys
+	keySource
 	tracked int
 }
 
 func (c *changedOnce) Track(f *keycache.Flight, found keycache.Found, request keycache.Request) bool {
 	c.tracked++
-	return c.tracked > 1 && c.keys.Track(f, found, request)
+	return c.tracked > 1 && c.keySource.Track(f, found, request)
 }
 
 func TestRequestWhoseKeyIsFoundAgainHoldsOnePlaceAndGivesItBack(t *testing.T) {
 	g, secret := newGateway(t)
-	cache := &changedOnce{keys: g.cache}
+	cache := &changedOnce{keySource: g.cache}
 	g.cache, g.limiter = cache, ratelimit.New()
 	if w := g.serve(t, bearerRequest(secret)); w.Code != http.StatusNoContent || cache.tracked != 2 {
 		t.Fatalf("answer %d %s after %d times", w.Code, w.Body, cache.tracked)

@@ -59,7 +59,7 @@ type Keys struct {
 	dashboard   *dashboard.Dashboard
 	managed     *management
 	app         *App
-	cache       keys
+	cache       keySource
 	metrics     *metrics
 	usage       *usage.Counter
 	logger      *zap.Logger
@@ -206,9 +206,9 @@ func (k *Keys) Cleanup() error {
 func (k *Keys) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 	switch {
 	case isBelow(r.URL.Path, keysapi.Root):
-		m := &managing{header: w.Header()}
+		m := &apiRequest{header: w.Header()}
 		defer m.release()
-		k.api.ServeHTTP(w, r.WithContext(context.WithValue(asking(r.Context()), managingKey{}, m)))
+		k.api.ServeHTTP(w, r.WithContext(context.WithValue(asking(r.Context()), apiRequestKey{}, m)))
 	case isBelow(r.URL.Path, dashboard.Root):
 		k.dashboard.ServeHTTP(w, r.WithContext(asking(r.Context())))
 	default:

@@ -148,18 +148,18 @@ func (x *exchange) refuseBeyond(kind limitKind, e *apierror.Error) error {
 var addressLimited = apierror.New(http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDED",
 	"Too many requests without a valid API key came from your address. Check the key, and try again after the time in Retry-After.")
 
-// managing is what a request to the API of keys holds while it runs. It is in the request's context: who asks is found out below.
-type managing struct {
+// apiRequest is what a request to the API of keys holds while it runs. It is in the request's context: who asks is found out below.
+type apiRequest struct {
 	allowance
 	header http.Header // of the answer
 }
 
-type managingKey struct{}
+type apiRequestKey struct{}
 
 // hold counts a request to the API against the limits of its key, as the gateway does, and tells them. It returns what is answered
 // beyond them.
 func (k *Keys) hold(r *http.Request, found *keycache.Found) error {
-	m, ok := r.Context().Value(managingKey{}).(*managing)
+	m, ok := r.Context().Value(apiRequestKey{}).(*apiRequest)
 	if !ok || !k.app.limits { // somebody signs in to the dashboard, or no gateway limits keys
 		return nil
 	}

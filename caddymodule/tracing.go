@@ -17,7 +17,7 @@ const tracerName = "github.com/rekall-ai/gateway/caddymodule"
 
 // find asks the cache. In a request that is traced, the wait for Postgres is a span of its own; an answer from memory is
 // none. Without tracing the span is one that does nothing.
-func find(ctx context.Context, request trace.Span, cache keys, d apikey.Digest) (keycache.Found, error) {
+func find(ctx context.Context, request trace.Span, cache keySource, d apikey.Digest) (keycache.Found, error) {
 	if !request.IsRecording() {
 		return cache.Find(ctx, d)
 	}

@@ -162,7 +162,7 @@ with s as materialized (
 		select coalesce(range_agg(int8range(x::text::int8, x::text::int8, '[]')), '{}') from pg_snapshot_xip(pg_current_snapshot()) x
 	)) r
 )
-select row_to_json(s)::text` + strings.Repeat(", null", len(new(row).targets())) + ` from s
+select row_to_json(s)::text` + strings.Repeat(", null", len(new(recordRow).targets())) + ` from s
 union all
 (select null, ` + recordColumns + `
 from unread u
@@ -183,8 +183,8 @@ func stampedUnread(table string) string {
 	return strings.ReplaceAll(`t.change_xid between u.first and u.last order by t.change_xid limit $3`, "t.", table+".")
 }
 
-// reading is what belongs to a whole reading of the feed.
-type reading struct {
+// snapshotHeader is what a Snapshot has once, besides its changes.
+type snapshotHeader struct {
 	serverRow
 	Xmin     uint64 `json:",string"`
 	Xmax     uint64 `json:",string"`
@@ -201,7 +201,7 @@ func (s *Store) Snapshot(ctx context.Context, since string, limit int) (Snapshot
 	var (
 		snap   Snapshot
 		header pgtype.DriverBytes // of one row
-		key    row                // of the others
+		key    recordRow          // of the others
 	)
 	rows, _ := s.pool.Query(ctx, snapshotSQL, since, s.instance, limit+1) // ForEachRow returns its error
 	_, err := pgx.ForEachRow(rows, append([]any{&header}, key.targets()...), func() error {
@@ -226,7 +226,7 @@ func (s *Store) Snapshot(ctx context.Context, since string, limit int) (Snapshot
 
 // begin sets all but the changes.
 func (snap *Snapshot) begin(header []byte) (err error) {
-	var r reading
+	var r snapshotHeader
 	if err := json.Unmarshal(header, &r); err != nil {
 		return fmt.Errorf("decode snapshot: %w", err)
 	}
@@ -257,7 +257,7 @@ func (s *Store) Lookup(ctx context.Context, digests []apikey.Digest) (Found, err
 	var (
 		found  Found
 		server serverRow
-		key    row
+		key    recordRow
 	)
 	targets := append([]any{&server.SystemID, &server.StartedAt, &server.RecoveredAt, &server.InRecovery, &server.Database, &server.Table,
 		&found.Now}, key.targets()...)

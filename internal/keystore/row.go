@@ -9,9 +9,9 @@ import (
 	"github.com/rekall-ai/gateway/internal/apikey"
 )
 
-// row receives recordColumns, all null where a join found no key. It is used for row after row: what it holds is valid until
-// the next.
-type row struct {
+// recordRow receives recordColumns, all null where a join found no key. It is used for one row after another: what it holds is
+// valid until the next.
+type recordRow struct {
 	id, account, hash, environment pgtype.DriverBytes // as the connection has read them; nil if null
 	scopes                         pgtype.UndecodedBytes
 	manageKeys                     pgtype.Bool
@@ -26,12 +26,12 @@ type row struct {
 // maxDecoded bounds row.decoded.
 const maxDecoded = 1000
 
-func (r *row) targets() []any {
+func (r *recordRow) targets() []any {
 	return []any{&r.id, &r.account, &r.hash, &r.environment, &r.scopes, &r.manageKeys, &r.expiresAt, &r.revokedAt,
 		&r.tier, &r.perMinute, &r.burst, &r.concurrent}
 }
 
-func (r *row) record() (apikey.Record, error) {
+func (r *recordRow) record() (apikey.Record, error) {
 	environment, err := apikey.ParseEnvironment(string(r.environment))
 	if err != nil {
 		return apikey.Record{}, err
@@ -61,7 +61,7 @@ func (r *row) record() (apikey.Record, error) {
 }
 
 // limit sets the limits of a record whose environment is set.
-func (r *row) limit(record *apikey.Record) (err error) {
+func (r *recordRow) limit(record *apikey.Record) (err error) {
 	tier := apikey.Free
 	switch {
 	case record.Environment == apikey.Sandbox:
@@ -76,7 +76,7 @@ func (r *row) limit(record *apikey.Record) (err error) {
 	return nil
 }
 
-func (r *row) knownScopes() (apikey.Scopes, error) {
+func (r *recordRow) knownScopes() (apikey.Scopes, error) {
 	scopes, ok := r.decoded[string(r.scopes)]
 	if ok {
 		return scopes, nil

@@ -75,7 +75,7 @@ func (s *Store) ScanRecent(ctx context.Context, n int, begin func(Server) error,
 			return err
 		}
 		var (
-			key       row
+			key       recordRow
 			firstHour bool // whether the key is of the first hour that is read
 			room      = n  // for those that are
 		)
