@@ -277,8 +277,8 @@ func (a *App) Cleanup() error {
 // answer every good key 503, and a rolling update would go on to the next.
 func (a *App) ready() bool { return a.runtime.ready(a.issuers) }
 
-// toManage has a management checked as the configuration starts.
-func (a *App) toManage(m *management, logger *zap.Logger) {
+// checkAtStart has m checked, and logger told of failures, when the configuration starts.
+func (a *App) checkAtStart(m *management, logger *zap.Logger) {
 	if a.managements == nil {
 		a.managements = make(map[*management]*zap.Logger)
 	}

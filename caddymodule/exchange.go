@@ -94,19 +94,19 @@ func (x *exchange) refuse(r *http.Request) error {
 // answer answers in place of a backend: to the client's writer, since x's own sets the headers of a backend's answer.
 func (x *exchange) answer(e *apierror.Error) {
 	x.reason = e
-	x.tellLimits(x.Header())
+	x.setLimitHeaders(x.Header())
 	e.Write(x.ResponseWriter, x.requestID)
 }
 
 func (x *exchange) unavailable(r *http.Request, err error) error {
-	x.outcome = untold(r)
+	x.outcome = unchecked(r)
 	x.gateway.logger.Debug("key cannot be checked", zap.String("request_id", x.requestID), zap.Error(err))
 	return x.refuse(r)
 }
 
-// untold is the outcome where a key could not be checked: Abandoned if the client hung up first. Clients can do that at will, so it must
+// unchecked is the outcome where a key could not be checked: Abandoned if the client hung up first. Clients can do that at will, so it must
 // not count as the gateway's failure.
-func untold(r *http.Request) apikey.Outcome {
+func unchecked(r *http.Request) apikey.Outcome {
 	if r.Context().Err() != nil {
 		return apikey.Abandoned
 	}
@@ -209,7 +209,7 @@ func (x *exchange) WriteHeader(status int) {
 	}
 	if status >= 200 || status == http.StatusSwitchingProtocols {
 		x.wroteHeader = true
-		x.tell()
+		x.setAnswerHeaders()
 		if x.gateway.upstreams[x.environment].over() {
 			x.gateway.logger.Info("upstream answers again", zap.Stringer("environment", x.environment))
 		}
@@ -217,11 +217,11 @@ func (x *exchange) WriteHeader(status int) {
 	x.ResponseWriter.WriteHeader(status)
 }
 
-// tell sets the headers that every answer to a good key has.
-func (x *exchange) tell() {
+// setAnswerHeaders sets the headers that every answer of a backend gets.
+func (x *exchange) setAnswerHeaders() {
 	x.set(x.Header(), "X-Request-Id", answeredIDValue, x.requestID)
 	x.keepPrivate(x.Header())
-	x.tellLimits(x.Header())
+	x.setLimitHeaders(x.Header())
 }
 
 // maxPiece is the most that is written of an answer between two looks for a cut: what io.Copy takes.
@@ -300,7 +300,7 @@ func (x *exchange) finish(err error) error {
 	if x.wroteHeader {
 		return err
 	}
-	x.tell() // also if it is Caddy that writes the answer, to an error
+	x.setAnswerHeaders() // also if it is Caddy that writes the answer, to an error
 	if err == nil {
 		return nil
 	}

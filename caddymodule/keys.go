@@ -97,7 +97,7 @@ func (k *Keys) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
-	app.toManage(m, k.logger)
+	app.checkAtStart(m, k.logger)
 	k.manageWith(m, github)
 	return nil
 }
@@ -263,7 +263,7 @@ func (k *Keys) holder(r *http.Request, cred *credential.Credential) (keyadmin.Ac
 	found, err := find(r.Context(), trace.SpanFromContext(r.Context()), k.cache, cred.Digest)
 	if err != nil {
 		k.logger.Debug("key cannot be checked", zap.Error(err))
-		return keyadmin.Actor{}, k.refusal(r, untold(r), cred)
+		return keyadmin.Actor{}, k.refusal(r, unchecked(r), cred)
 	}
 	if found.Record != nil {
 		replacer(r).Set("http.auth.user.id", found.Record.ID) // for the logs

@@ -298,7 +298,7 @@ func TestReloadTellsAgainOfADatabaseThatKeysCannotBeManagedIn(t *testing.T) {
 			return strings.Count(process.Read(t, log), "API keys cannot be managed: look at the database of rekall_keys") == n+1
 		})
 	}
-	if s := running()[0].status(t.Context()); s.LastError == nil || !strings.Contains(s.LastError.Message, "rekall-gateway migrate") {
+	if s := runtimesInUse()[0].status(t.Context()); s.LastError == nil || !strings.Contains(s.LastError.Message, "rekall-gateway migrate") {
 		t.Errorf("last error %+v", s.LastError)
 	}
 }

@@ -84,8 +84,8 @@ func unixAfter(now time.Time, d time.Duration) int64 {
 // rateLimitHeaders are the names of REKALL.md, "Rate limits", as Go writes them.
 var rateLimitHeaders = [...]string{"X-Ratelimit-Limit", "X-Ratelimit-Remaining", "X-Ratelimit-Reset", "X-Ratelimit-Policy"}
 
-// tellLimits sets the headers that tell the limits of the key, in place of what a backend says of its own.
-func (x *exchange) tellLimits(h http.Header) {
+// setLimitHeaders sets rateLimitHeaders for the limits of the key, in place of a backend's own.
+func (x *exchange) setLimitHeaders(h http.Header) {
 	if x.gateway.limiter == nil || x.record == nil {
 		return
 	}
@@ -96,13 +96,13 @@ func (x *exchange) tellLimits(h http.Header) {
 		}
 		return
 	}
-	for i, value := range a.told(x.now.Time()) {
+	for i, value := range a.headerValues(x.now.Time()) {
 		x.set(h, rateLimitHeaders[i], firstRateLimitValue+i, value)
 	}
 }
 
-// told are the values of rateLimitHeaders.
-func (a *allowance) told(now time.Time) [len(rateLimitHeaders)]string {
+// headerValues are the values of rateLimitHeaders.
+func (a *allowance) headerValues(now time.Time) [len(rateLimitHeaders)]string {
 	var buffer [80]byte
 	text := strconv.AppendInt(buffer[:0], int64(a.limits.PerMinute), 10)
 	limit := len(text)
@@ -148,7 +148,8 @@ func (x *exchange) refuseBeyond(kind limitKind, e *apierror.Error) error {
 var addressLimited = apierror.New(http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDED",
 	"Too many requests without a valid API key came from your address. Check the key, and try again after the time in Retry-After.")
 
-// apiRequest is what a request to the API of keys holds while it runs. It is in the request's context: who asks is found out below.
+// apiRequest is what a request to the API of keys holds while it runs. It travels in the request's context, since keysapi finds out who
+// asks.
 type apiRequest struct {
 	allowance
 	header http.Header // of the answer
@@ -165,7 +166,7 @@ func (k *Keys) hold(r *http.Request, found *keycache.Found) error {
 	}
 	allowed := m.acquire(r.Context(), k.app.runtime.limiter, found)
 	if m.limits.PerMinute > 0 {
-		for i, value := range m.told(found.Now) {
+		for i, value := range m.headerValues(found.Now) {
 			m.header.Set(rateLimitHeaders[i], value)
 		}
 	}

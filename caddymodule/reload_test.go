@@ -92,7 +92,7 @@ func run(t *testing.T, database, log string) *runtime {
 			t.Error(err)
 		}
 	})
-	all := running()
+	all := runtimesInUse()
 	if len(all) != 1 {
 		t.Fatalf("%d runtimes", len(all))
 	}
@@ -311,7 +311,7 @@ func TestStreamFromBeforeAReloadOfCacheSizeHoldsNeitherKeysNorFilterInMemory(t *
 	if err := caddy.Load(bytes.Replace(config, []byte(`"edge_name"`), []byte(`"cache_size": 200, "edge_name"`), 1), true); err != nil {
 		t.Fatal(err)
 	}
-	if all := running(); len(all) != 1 || all[0] == before {
+	if all := runtimesInUse(); len(all) != 1 || all[0] == before {
 		t.Fatalf("the reload has started no other runtime: %v", all)
 	}
 	eventually.Within(t, 30*time.Second, "neither keys nor the filter are in memory", func() bool {

@@ -58,12 +58,13 @@ type routeCheck struct {
 	// environment and all files. The dashboard's pages repeat what clients have chosen, names of keys and addresses, and a
 	// backend's answers may too.
 	templates bool
-	told      bool // whether the block that is walked has told what its proxies look up
-	dialled   map[string]dial
-	gateway   bool // there is one, or its transport
-	open      string
-	err       error
-	logger    *zap.Logger
+
+	dialled      map[string]dial
+	lookupsKnown bool // whether dialled has what the proxies of the block being walked look up
+	gateway      bool // there is one, or its transport
+	open         string
+	err          error
+	logger       *zap.Logger
 }
 
 // verdict returns the first error. An open proxy is one only where there is something to protect from it.
@@ -127,10 +128,10 @@ func (c *routeCheck) block(where string, env apikey.Environment, b *block) {
 	for _, name := range b.lookedUp {
 		c.add(name, dial{env, where})
 	}
-	told := c.told
-	c.told = true
+	known := c.lookupsKnown
+	c.lookupsKnown = true
 	c.handler(where, env, b.configured)
-	c.told = told
+	c.lookupsKnown = known
 }
 
 func (c *routeCheck) responses(where string, env apikey.Environment, handlers []caddyhttp.ResponseHandler) {
@@ -149,10 +150,10 @@ func (c *routeCheck) invoke(where string, env apikey.Environment, name string) {
 		return
 	}
 	c.invoked[use] = c.templates
-	told := c.told
-	c.told = false
+	known := c.lookupsKnown
+	c.lookupsKnown = false
 	c.routes(where+", named route "+name, env, caddyhttp.RouteList{*route})
-	c.told = told
+	c.lookupsKnown = known
 	c.invoked[use] = c.templates
 }
 
@@ -191,8 +192,8 @@ func (c *routeCheck) proxy(where string, env apikey.Environment, h *reverseproxy
 		c.add(net.JoinHostPort(source.Name, source.Port), dial{env, where})
 	case *reverseproxy.SRVUpstreams:
 		c.add(service(source.Service, source.Proto, source.Name), dial{env, where})
-	default: // behind a gateway it is the operator's list of that environment's backends; of a multi, the block has told it
-		if _, multi := source.(*reverseproxy.MultiUpstreams); env == 0 || multi && !c.told {
+	default: // behind a gateway it is the operator's list of that environment's backends; the lookups of a multi are known from its block
+		if _, multi := source.(*reverseproxy.MultiUpstreams); env == 0 || multi && !c.lookupsKnown {
 			c.open = fmt.Sprintf("a reverse_proxy takes its upstreams from %T (%s)", source, where)
 		}
 	}
@@ -206,8 +207,8 @@ func service(service, proto, name string) string {
 	return "srv " + name
 }
 
-// lookedUp are the names that the proxies of a block look their upstreams up by. Caddy does not tell those of "multi" once it has loaded
-// them.
+// lookedUp are the names that the proxies of a block look their upstreams up by. Caddy does not export those of
+// "multi" once it has loaded them.
 func lookedUp(config any) []string {
 	var names []string
 	switch config := config.(type) {

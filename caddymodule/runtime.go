@@ -190,7 +190,7 @@ const firstSyncWithin = 5 * time.Second
 // awaitFirstSync returns an error if the runtime cannot read its database and another one can read its own: then the configuration of
 // that one is better kept. If none can, the new one is taken.
 func (rt *runtime) awaitFirstSync(ctx context.Context) error {
-	if !slices.ContainsFunc(running(), func(other *runtime) bool { return other != rt && other.cache.Status().Fresh }) {
+	if !slices.ContainsFunc(runtimesInUse(), func(other *runtime) bool { return other != rt && other.cache.Status().Fresh }) {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, firstSyncWithin)

@@ -90,8 +90,8 @@ type lastError struct {
 	Message string    `json:"message"`
 }
 
-// running are the runtimes that configurations use.
-func running() []*runtime {
+// runtimesInUse are those of configurations, without the ones that only see their last requests out.
+func runtimesInUse() []*runtime {
 	var all []*runtime
 	runtimes.Range(func(_, value any) bool {
 		all = append(all, value.(*runtime))
@@ -106,7 +106,7 @@ func serveStatus(w http.ResponseWriter, r *http.Request) error {
 		Versions: versions{Gateway: version(), Caddy: caddyVersion, Go: goruntime.Version(), Schema: keystore.KnownSchemaVersion()},
 		Runtimes: []runtimeStatus{},
 	}
-	for _, rt := range running() {
+	for _, rt := range runtimesInUse() {
 		s.Runtimes = append(s.Runtimes, rt.status(r.Context()))
 	}
 	return reply(w, r, http.StatusOK, s)

@@ -263,7 +263,7 @@ func (t *Transport) refuse(r *http.Request, e *apierror.Error, requestID string)
 	}
 	t.logger.Log(level, "refused a request that no rekall_gateway allowed for this environment; move its reverse_proxy into one",
 		zap.String("request_id", requestID), zap.Stringer("environment", t.environment))
-	answer := refusal{header: http.Header{}}
+	answer := recorder{header: http.Header{}}
 	e.Write(&answer, requestID)
 	return &http.Response{
 		Status:     strconv.Itoa(e.Status) + " " + http.StatusText(e.Status),
@@ -276,15 +276,15 @@ func (t *Transport) refuse(r *http.Request, e *apierror.Error, requestID string)
 	}
 }
 
-// refusal keeps an answer that is written to it.
-type refusal struct {
+// recorder keeps an answer that is written to it.
+type recorder struct {
 	header http.Header
 	body   bytes.Buffer
 }
 
-func (r *refusal) Header() http.Header         { return r.header }
-func (r *refusal) WriteHeader(int)             {}
-func (r *refusal) Write(p []byte) (int, error) { return r.body.Write(p) }
+func (r *recorder) Header() http.Header         { return r.header }
+func (r *recorder) WriteHeader(int)             {}
+func (r *recorder) Write(p []byte) (int, error) { return r.body.Write(p) }
 
 // pass is the context of a request that the gateway allowed, and its body.
 type pass struct {

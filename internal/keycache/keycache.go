@@ -103,7 +103,7 @@ type Cache struct {
 	failures outage.Failures
 	canary   atomic.Int64 // nanoseconds that the last canary stayed allowed after its revocation; 0: none yet
 
-	canaryAt atomic.Int64 // when that was told, in nanoseconds since 1970
+	canaryAt atomic.Int64 // when that was measured, in nanoseconds since 1970
 
 	// Of sync only.
 	late       int  // readings of the feed, the last ones, that did not end in time; 3 at most
@@ -113,8 +113,9 @@ type Cache struct {
 	// be read again. Of sync only.
 	unverified []apikey.Digest
 
-	// told are the revocations that lookups brought where a standby is read, by digest: it may lag, and ristretto drop them.
-	told sync.Map // of told
+	// revokedAhead are the revocations, by digest, that lookups brought where a standby is read: its feed may lag behind them, and
+	// ristretto may drop them.
+	revokedAhead sync.Map // of revokedRow
 
 	shrunk context.Context // done once nothing is to be read ahead any longer
 	shrink context.CancelFunc
@@ -210,7 +211,7 @@ func (c *Cache) Find(ctx context.Context, d apikey.Digest) (Found, error) {
 		return found(e, s, s.pgTime(now), s.syncedAt), nil
 	}
 	c.counts.misses.Add(1)
-	if c.unknown.certain(s, &d) && !c.unknown.mayAsk(now) {
+	if c.unknown.rulesOut(s, &d) && !c.unknown.mayAsk(now) {
 		return c.prove(ctx, d, now)
 	}
 	return c.ask(ctx, d)
@@ -227,11 +228,11 @@ func (c *Cache) recall(s *state, d *apikey.Digest, now time.Time) (e *entry, abs
 	if !s.fresh(now, c.cfg.MaxStaleness) {
 		return nil, false
 	}
-	if e = c.often(s, d, now); e == nil {
-		if c.remembered(s, d, now) { // before ristretto, which unknown keys need not trouble
+	if e = c.hotEntry(s, d, now); e == nil {
+		if c.knownAbsent(s, d, now) { // before ristretto, which unknown keys need not trouble
 			return nil, true
 		}
-		e = c.cached(s, d, now)
+		e = c.cachedEntry(s, d, now)
 	}
 	if e != nil && s.disputed(e, now) {
 		return nil, false
@@ -256,8 +257,8 @@ func (c *Cache) slot(d *apikey.Digest) *atomic.Pointer[entry] {
 	return &c.hot[place(d)&uint64(len(c.hot)-1)]
 }
 
-// often returns an entry that the fresh state s vouches for if its key is found often, or nil.
-func (c *Cache) often(s *state, d *apikey.Digest, now time.Time) *entry {
+// hotEntry returns an entry that the fresh state s vouches for if its key is found often, or nil.
+func (c *Cache) hotEntry(s *state, d *apikey.Digest, now time.Time) *entry {
 	e := c.slot(d).Load()
 	if e == nil || e.record.Digest != *d || !s.usable(e) {
 		return nil
@@ -270,8 +271,8 @@ func (c *Cache) often(s *state, d *apikey.Digest, now time.Time) *entry {
 	return e
 }
 
-// cached returns an entry that the fresh state s vouches for, or nil.
-func (c *Cache) cached(s *state, d *apikey.Digest, now time.Time) *entry {
+// cachedEntry returns an entry that the fresh state s vouches for, or nil.
+func (c *Cache) cachedEntry(s *state, d *apikey.Digest, now time.Time) *entry {
 	if e, ok := c.known.Get(place(d)); ok && e.record.Digest == *d && s.usable(e) {
 		// A key that is found often comes by here soon.
 		if slot := c.slot(d); sampled(now) && slot.Load() != e {

@@ -296,7 +296,7 @@ func (c *Cache) accept(a *answer) {
 // keepFound keeps a row that a lookup brought.
 func (c *Cache) keepFound(e *entry) {
 	if c.cfg.Sent != nil && !e.record.RevokedAt.IsZero() {
-		c.told.Store(e.record.Digest, told{e, time.Now()})
+		c.revokedAhead.Store(e.record.Digest, revokedRow{e, time.Now()})
 	}
 	c.keep(e)
 }

@@ -266,7 +266,7 @@ func TestRevocationThatThePrimaryToldOfIsForgottenWhenEveryStandbyThatIsBelieved
 		c.keepFound(newEntry(record, 0))
 		for _, remembered := range []bool{true, false} {
 			tick(t, c)
-			if _, ok := c.told.Load(record.Digest); ok != remembered {
+			if _, ok := c.revokedAhead.Load(record.Digest); ok != remembered {
 				t.Errorf("remembered %v, want %v", ok, remembered)
 			}
 			<-time.After(c.cfg.MaxStaleness)

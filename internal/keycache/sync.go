@@ -160,7 +160,7 @@ func (c *Cache) sync(ctx context.Context) error {
 
 func (c *Cache) follow(ctx context.Context) error {
 	old := c.state.Load()
-	c.forgetTold(time.Now())
+	c.forgetRevokedAhead(time.Now())
 	r, err := c.readFeed(ctx, old)
 	if err != nil {
 		return err
@@ -271,37 +271,37 @@ func (c *Cache) advance(old *state, r reading) []*entry {
 		if ch, ok := old.changed(&e.record.Digest); ok { // which is found without the cache
 			was = ch.entry
 		}
-		c.tellOfRevocation(old, was, e)
+		c.reportRevocation(old, was, e)
 		c.apply(&e.record.Digest, &e.record, r.Now)
 	}
 	return changed
 }
 
 // keepRevoked puts known revocations into rows of a standby that lags. Of a key that it does not have yet the primary was asked; then it
-// replays the key's creation, and only later the revocation that the primary has told of. Nothing takes a revocation back.
+// replays the key's creation, and only later the revocation that a lookup there has brought. Nothing takes a revocation back.
 func (c *Cache) keepRevoked(s *state, changes []*apikey.Record) {
 	for i, record := range changes {
-		was, ok := c.told.Load(record.Digest)
+		was, ok := c.revokedAhead.Load(record.Digest)
 		if !ok || !record.RevokedAt.IsZero() {
 			continue
 		}
-		if e := was.(told).entry; e.asOf.Load() >= s.origin {
+		if e := was.(revokedRow).entry; e.asOf.Load() >= s.origin {
 			changes[i] = &e.record
 		}
 	}
 }
 
-// told is a row that a lookup brought, and when.
-type told struct {
+// revokedRow is a row that a lookup brought, and when.
+type revokedRow struct {
 	entry *entry
 	at    time.Time
 }
 
-// forgetTold forgets what every standby that is believed shows by now.
-func (c *Cache) forgetTold(now time.Time) {
-	c.told.Range(func(digest, was any) bool {
-		if clock.Age(was.(told).at, now) >= c.cfg.MaxStaleness {
-			c.told.Delete(digest)
+// forgetRevokedAhead forgets revocations that every trusted standby must show by now.
+func (c *Cache) forgetRevokedAhead(now time.Time) {
+	c.revokedAhead.Range(func(digest, was any) bool {
+		if clock.Age(was.(revokedRow).at, now) >= c.cfg.MaxStaleness {
+			c.revokedAhead.Delete(digest)
 		}
 		return true
 	})
@@ -335,9 +335,9 @@ func (c *Cache) carryOver(ctx context.Context, old, n *state) {
 	}
 }
 
-// tellOfRevocation reports how long a key stayed allowed after its revocation. was is what memory held, or nil: only a key that
+// reportRevocation reports how long a key stayed allowed after its revocation. was is what memory held, or nil: only a key that
 // could have been allowed here counts, and it counts once.
-func (c *Cache) tellOfRevocation(old *state, was, e *entry) {
+func (c *Cache) reportRevocation(old *state, was, e *entry) {
 	if c.cfg.Revoked == nil || e.record.RevokedAt.IsZero() || was == nil || was.record.Digest != e.record.Digest || !was.record.RevokedAt.IsZero() {
 		return
 	}
@@ -411,14 +411,14 @@ func (c *Cache) watch(ctx context.Context) {
 	distrusted := false
 	for last := time.Now(); pause(ctx, c.untilLook(interval), nil); {
 		now := time.Now()
-		c.tellOfLeap(last, now, interval)
+		c.logLeap(last, now, interval)
 		last = now
 		s := c.state.Load()
 		fresh := s.fresh(now, c.cfg.MaxStaleness)
 		if fresh {
 			c.cutEnded(s.steadyPgTime(now), now.Add(interval)) // the next sync tells of a suspended machine
 		}
-		distrusted = c.tellOfTrust(s, now, distrusted)
+		distrusted = c.logTrust(s, now, distrusted)
 		// Looking two intervals ahead, the next look still comes within the bound.
 		if s.fresh(now.Add(2*interval), c.cfg.MaxStaleness) {
 			staleAt = time.Time{}
@@ -447,8 +447,8 @@ func (c *Cache) untilLook(interval time.Duration) time.Duration {
 // leapNoticed is how far the clocks may be off between two looks without a word about it.
 const leapNoticed = time.Second
 
-// tellOfLeap logs what else than time went by between two looks: it explains refusals that no fault of Postgres does.
-func (c *Cache) tellOfLeap(last, now time.Time, interval time.Duration) {
+// logLeap logs what else than time went by between two looks: it explains refusals that no fault of Postgres does.
+func (c *Cache) logLeap(last, now time.Time, interval time.Duration) {
 	elapsed := now.Sub(last)
 	if elapsed > interval+leapNoticed {
 		c.cfg.Logger().Warn("process stood still", zap.Duration("for", elapsed))
@@ -458,8 +458,8 @@ func (c *Cache) tellOfLeap(last, now time.Time, interval time.Duration) {
 	}
 }
 
-// tellOfTrust logs when the data becomes too old and when it is fresh again, each once.
-func (c *Cache) tellOfTrust(s *state, now time.Time, distrusted bool) bool {
+// logTrust logs when the data becomes too old and when it is fresh again, each once.
+func (c *Cache) logTrust(s *state, now time.Time, distrusted bool) bool {
 	fresh := s.fresh(now, c.cfg.MaxStaleness)
 	switch {
 	case fresh && distrusted:

@@ -82,8 +82,8 @@ func (c *Cache) learn(d *apikey.Digest) {
 	}
 }
 
-// certain reports whether it is certain that d was not in Postgres as of the state.
-func (u *unknowns) certain(s *state, d *apikey.Digest) bool {
+// rulesOut reports whether it is certain that d was not in Postgres as of the state.
+func (u *unknowns) rulesOut(s *state, d *apikey.Digest) bool {
 	f := u.filter.Load()
 	return f != nil && f.origin == s.origin && !f.has(d)
 }
@@ -115,9 +115,9 @@ func (u *unknowns) slot(d *apikey.Digest) *atomic.Pointer[absence] {
 	return &u.absent[binary.LittleEndian.Uint16(d[16:])%absentSlots]
 }
 
-// remembered reports whether d was absent less than a tick ago, and no change has brought it since. Not longer: a key
+// knownAbsent reports whether d was absent less than a tick ago, and no change has brought it since. Not longer: a key
 // created meanwhile must work.
-func (c *Cache) remembered(s *state, d *apikey.Digest, now time.Time) bool {
+func (c *Cache) knownAbsent(s *state, d *apikey.Digest, now time.Time) bool {
 	a := c.unknown.slot(d).Load()
 	return a != nil && a.digest == *d && clock.Age(a.at, now) < c.cfg.Refresh && s.unchanged(d, a.asOf)
 }
@@ -139,7 +139,7 @@ func (c *Cache) prove(ctx context.Context, d apikey.Digest, since time.Time) (f 
 	ch, created := s.changed(&d)
 	now := time.Now()
 	// The process was stopped; or the feed has started over; or the key is about to expire.
-	if !s.fresh(now, c.cfg.MaxStaleness) || !created && !c.unknown.certain(s, &d) || created && s.disputed(ch.entry, now) {
+	if !s.fresh(now, c.cfg.MaxStaleness) || !created && !c.unknown.rulesOut(s, &d) || created && s.disputed(ch.entry, now) {
 		ctx, cancel := context.WithDeadline(ctx, since.Add(answerWithin))
 		defer cancel()
 		return c.ask(ctx, d)

@@ -111,7 +111,7 @@ func (c *Counter) findSpikes(ctx context.Context) error {
 		}
 	}
 	for _, s := range spikes {
-		if err := c.tell(ctx, s); err != nil {
+		if err := c.reportSpike(ctx, s); err != nil {
 			return err
 		}
 	}
@@ -163,7 +163,7 @@ func everyHour(used []keystore.HourTotal, before time.Time) []int64 {
 	return hours
 }
 
-func (c *Counter) tell(ctx context.Context, s spike) error {
+func (c *Counter) reportSpike(ctx context.Context, s spike) error {
 	news, err := c.store.AddSpike(ctx, keystore.Spike{KeyID: s.KeyID, Hour: s.Hour, Threshold: s.threshold})
 	if err != nil || !news {
 		return err
