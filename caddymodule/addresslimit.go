@@ -62,7 +62,7 @@ func mayLookUp(addresses *ratelimit.Addresses, r *http.Request, cache keySource,
 	return ratelimit.Verdict{Allowed: true}, false
 }
 
-// lookedUp says that the key of a request was looked up, or not for whatever reason.
+// lookedUp ends what mayLookUp began, whether or not the key was looked up.
 func (x *exchange) lookedUp(r *http.Request) {
 	if x.pending {
 		x.pending = false
@@ -80,7 +80,7 @@ func countRefusal(addresses *ratelimit.Addresses, r *http.Request, o apikey.Outc
 	return ratelimit.Verdict{Allowed: true}
 }
 
-// lacksKey reports whether a refusal took no key that is or was good.
+// lacksKey reports whether anybody could cause a refusal, without a key that is or was good.
 func lacksKey(o apikey.Outcome) bool {
 	switch o {
 	case apikey.Missing, apikey.Malformed, apikey.TokenType, apikey.Ambiguous, apikey.Unknown:

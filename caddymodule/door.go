@@ -53,9 +53,9 @@ func connectionOf(r *http.Request) *connection {
 	return c
 }
 
-// begin notes which request is being served. A cut that came just as an answer was complete has cancelled the connection's context. The
-// next request has nothing to do with that cut: it gets a context of its own and is the connection's last. With that context it does
-// not learn that its client has left until it writes.
+// begin notes which request is being served. A cut that came just as an answer was complete has cancelled the connection's context.
+// The next request has nothing to do with that cut: it gets a context of its own and is the connection's last. With it, the request
+// learns only when it writes that its client has left.
 func (c *connection) begin(w http.ResponseWriter, r *http.Request) *http.Request {
 	if c.Err() != nil {
 		if r.Header["Upgrade"] == nil { // the proxy's to say, and the end of the connection as well

@@ -18,10 +18,10 @@ func init() { caddy.RegisterModule((*Drain)(nil)) }
 // defaultDrain is several round trips to far-away clients: a TLS handshake takes two.
 const defaultDrain = caddy.Duration(500 * time.Millisecond)
 
-// Drain is a listener wrapper, the first of a server's, that closes the listener a moment before the server shuts down, for a reload too.
-// Go's server gives no answer to a request that it reads after its shutdown has begun; with Drain there are hardly any by then: it
-// takes no more connections, and gateways end those that clients keep with the next answer. New ones meet the next configuration,
-// or another program on the same port, as during an upgrade.
+// Drain is a listener wrapper, the first of a server's, that closes the listener a moment before the server shuts down, for a
+// reload too. Go's server does not answer a request that it reads after its shutdown has begun. With Drain there are hardly any: it
+// takes no more connections, and gateways close kept ones with their next answer. New ones reach the next configuration, or another
+// program on the same port, as during an upgrade.
 type Drain struct {
 	// How long clients have to send the requests that are under way before the shutdown. All servers wait once, for the
 	// longest delay of any. Default: 500ms.
@@ -132,8 +132,7 @@ func (d *Drain) UnmarshalCaddyfile(in *caddyfile.Dispenser) error {
 	return nil
 }
 
-// drained is a listener that may be closed twice: Caddy counts who uses a port, and one that its server closes too would count
-// as two.
+// drained is a listener that may be closed twice, here and by its server: Caddy counts the users of a port, and would subtract two.
 type drained struct {
 	net.Listener
 	once func() error

@@ -152,9 +152,9 @@ func (x *exchange) Cut(cause *keycache.Cut) {
 	time.AfterFunc(cutGrace, x.unblock)
 }
 
-// unblock ends a read and a write that began before the cut: of a client that sends no more of its upload, and of one that does not
-// read. The write's deadline is set on the server's own writer: of Caddy's wrappers, that for writing keeps deadlines which are not for
-// use by another goroutine.
+// unblock ends a read or a write that began before the cut and that the client holds up: it sends no more of its upload, or does
+// not read. The write deadline is set on the server's own writer: one of Caddy's wrappers keeps deadlines that no other goroutine
+// may touch.
 func (x *exchange) unblock() {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -173,8 +173,8 @@ func (x *exchange) unblock() {
 	_ = http.NewResponseController(writer).SetWriteDeadline(time.Now()) // a hijacked connection is closed by its own
 }
 
-// end says that the request has its answer, or that the handlers panicked, as a proxy does whose answer was cut. It comes on every
-// way out: a cut may come even to a request that is then found again and refused, and its timer must not touch the writer afterwards.
+// end runs on every way out, panics included: a proxy panics when its answer is cut. A cut may hit even a request that is then
+// found again and refused, and its timer must not touch the writer afterwards.
 func (x *exchange) end(r *http.Request, request trace.Span) {
 	x.allowance.release()
 	x.lookedUp(r)
@@ -182,8 +182,8 @@ func (x *exchange) end(r *http.Request, request trace.Span) {
 		x.mu.Lock()
 		x.done = true
 		x.mu.Unlock()
-		// The server reads on until then. If it closed the connection at once, a client that still writes would meet that before it has
-		// read its answer.
+		// The server reads on until then. If it closed the connection at once, a client still writing would see a reset before its
+		// answer.
 		_ = http.NewResponseController(x.ResponseWriter).SetReadDeadline(time.Now().Add(cutGrace))
 		x.outcome, x.reason = cut.Outcome, apierror.Of(cut.Outcome)
 	}
@@ -193,8 +193,8 @@ func (x *exchange) end(r *http.Request, request trace.Span) {
 // statusClientClosed is what Caddy's reverse proxy answers when the request's context is cancelled.
 const statusClientClosed = 499
 
-// WriteHeader passes the answer's header on, unless the request was cut, or failed by its client's doing, before there was an
-// answer: then the client gets the refusal, and nothing of an answer that a handler makes without heeding the request's context.
+// WriteHeader passes the answer's header on, unless the request was cut, or failed through its client's fault, before there was an
+// answer. Then the client gets the refusal, and nothing from a handler that ignores the request's context.
 func (x *exchange) WriteHeader(status int) {
 	if status >= 200 && !x.wroteHeader {
 		if cut := x.cutBy.Load(); cut != nil {
@@ -224,7 +224,7 @@ func (x *exchange) setAnswerHeaders() {
 	x.setLimitHeaders(x.Header())
 }
 
-// maxPiece is the most that is written of an answer between two looks for a cut: what io.Copy takes.
+// maxPiece is how much of an answer is written between two checks for a cut: io.Copy's buffer.
 const maxPiece = 32 << 10
 
 // Write writes in pieces: Caddy's writer gives each part of a long write a new deadline, and so would forget that of a cut.
@@ -252,7 +252,7 @@ func (x *exchange) mayWrite() error {
 	return nil
 }
 
-// ReadFrom does without that of the server's writer, which would copy to the end though the request is cut.
+// ReadFrom bypasses that of the server's writer, which would copy to the end despite a cut.
 func (x *exchange) ReadFrom(r io.Reader) (int64, error) {
 	return io.Copy(struct{ io.Writer }{x}, r)
 }
@@ -293,7 +293,7 @@ func (x *exchange) finish(err error) error {
 		case !x.wroteHeader:
 			x.refuseCut(cut, true)
 		case x.pass.withheld:
-			panic(http.ErrAbortHandler) // or the server ends the answer as if it were whole; a proxy panics by itself
+			panic(http.ErrAbortHandler) // or the server ends the answer as if it were complete; a proxy panics by itself
 		}
 		return nil
 	}
@@ -327,8 +327,8 @@ func (x *exchange) finish(err error) error {
 	return nil
 }
 
-// refuseUpstream answers a request that its backend did not. It counts also where the client may have brought it about: a backend that
-// breaks every upload looks no different.
+// refuseUpstream answers a request that its backend did not. It counts even where the client may be at fault: a backend that breaks
+// off every upload looks the same.
 func (x *exchange) refuseUpstream(e *apierror.Error, err error) {
 	reason := upstreamUnavailableReason
 	if e.Status == http.StatusGatewayTimeout {

@@ -279,9 +279,9 @@ func (g *Gateway) begin(w http.ResponseWriter, r *http.Request, environment apik
 
 var errKeyChanging = errors.New("the key changed each time it was found, or this configuration has ended")
 
-// parse decides what can be decided on the request alone, with its escaped path. A space in the query would end the request's target at
-// a backend that is spoken to in HTTP/1; over HTTP/2 the server lets it through. An opaque target ("x:name") is sent in the place
-// of the path, also of one that a handler before the gateway has set, and HTTP/2 takes it for the backend's failure.
+// parse decides what can be decided on the request alone, with its escaped path. A space in the query, which the server lets
+// through over HTTP/2, would end the target of a request sent in HTTP/1. An opaque target ("x:name") is sent in place of the path,
+// even of one that a handler before the gateway set, and over HTTP/2 counts as the backend's failure.
 func parse(r *http.Request, path string, cred *credential.Credential) apikey.Outcome {
 	switch {
 	case !scoperule.KnownMethod(r.Method):

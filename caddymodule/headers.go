@@ -108,9 +108,9 @@ func takeSession(h http.Header) {
 	}
 }
 
-// keepPrivate forbids caches that are shared to store an answer: one between the client and the gateway would give it to whoever has no key,
-// or one that was revoked. Requests with an Authorization header are spared by them (RFC 9111, section 3.5), others are not, and the
-// backend sees neither. What the backend says for the client's own cache stays.
+// keepPrivate forbids shared caches to store an answer: one between client and gateway would serve it to those with no key, or a
+// revoked one. They spare requests with an Authorization header (RFC 9111, section 3.5) but not others, and the backend sees
+// neither kind. What the backend says for the client's own cache stays.
 func (x *exchange) keepPrivate(h http.Header) {
 	said := h["Cache-Control"]
 	if len(said) == 0 {

@@ -118,8 +118,8 @@ const (
 	maxKeysPerDay     = 1_000_000
 )
 
-// placeholders finds all of them; ofAnyRequest those that have a value for a request whoever sent it, since its client gives them one
-// or Caddy does. To Caddy a brace without its other half is text.
+// placeholders finds all of them; ofAnyRequest those to which the client or Caddy gives a value whoever sent the request. To Caddy
+// an unmatched brace is text.
 var (
 	placeholders = regexp.MustCompile(`\{[^{}]*\}`)
 	ofAnyRequest = regexp.MustCompile(`\{http\.((request|response|regexp|url_pattern|matchers\.file|error)(\.[^}]*)?` +

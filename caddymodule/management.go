@@ -41,8 +41,8 @@ const (
 	// connectTimeout leaves time for the statements.
 	connectTimeout = keyadmin.AnswerWithin - time.Second
 
-	// fairShare of a request's time is what Postgres must have had, or not having answered says nothing of it: the client has used the
-	// time up, with a body that came slowly.
+	// fairShare is how much of a request's time Postgres must have had for its silence to count: a client that sends its body
+	// slowly uses the time up.
 	fairShare = time.Second
 )
 
@@ -77,7 +77,7 @@ func (m *management) close() {
 	m.store.Close()
 }
 
-// check has the log say at a start what else customers would be the first to be told. Nobody waits for it: Postgres may be away.
+// check logs at the start what customers would otherwise be the first to notice. Nobody waits for it: Postgres may be away.
 func (m *management) check(logger *zap.Logger) {
 	m.running.Go(func() {
 		ctx, cancel := context.WithTimeout(m.ctx, keyadmin.AnswerWithin)
@@ -92,8 +92,8 @@ func (m *management) check(logger *zap.Logger) {
 	})
 }
 
-// note takes how a request has ended that asked the database. Where that reads and does not write, each list would end the trouble and
-// each new key begin it, but for troubleOver. The logger is of the request's configuration.
+// note records how a request that asked the database has ended. If only writes fail, troubleOver keeps each list from ending the
+// trouble, and each new key from beginning it again. The logger is the request's configuration's.
 func (m *management) note(logger *zap.Logger, err error) {
 	if err == nil {
 		if m.trouble.over() {
@@ -114,14 +114,14 @@ func asking(ctx context.Context) context.Context {
 	return context.WithValue(ctx, askedKey{}, new(atomic.Int64))
 }
 
-// asks is told by the store.
+// asks is called by the store.
 func asks(ctx context.Context) {
 	if at, ok := ctx.Value(askedKey{}).(*atomic.Int64); ok {
 		at.Store(int64(now()))
 	}
 }
 
-// answered is told by the API and by the dashboard how a request has ended. An answer that took no Postgres says nothing of it.
+// answered is called by the API and the dashboard when a request has ended. One that did not ask Postgres says nothing about it.
 func (k *Keys) answered(r *http.Request, err error) {
 	at := instant(r.Context().Value(askedKey{}).(*atomic.Int64).Load())
 	switch {
@@ -134,7 +134,7 @@ func (k *Keys) answered(r *http.Request, err error) {
 	k.managed.note(k.logger, err)
 }
 
-// inVain reports whether a request failed since its client left Postgres no time.
+// inVain reports whether a request failed because its client left Postgres no time.
 func inVain(ctx context.Context, asked instant) bool {
 	deadline, limited := ctx.Deadline()
 	return limited && ctx.Err() != nil && asked.since()+time.Until(deadline) < fairShare

@@ -32,8 +32,8 @@ func mayAskOrigin(config any) bool {
 	return false
 }
 
-// decidedOn is what Caddy keeps of a request as it came, but of the request as it reached the gateway. A handler before the gateway may have
-// rewritten it: then a backend that routes by the target before that would serve another request than the one that was decided on.
+// decidedOn is what Caddy records as the original request, but as it reached the gateway. A handler before the gateway may have
+// rewritten it, and a backend that routes by the earlier target would serve another request than the one decided on.
 func decidedOn(r *http.Request) http.Request {
 	target := *r.URL
 	return http.Request{Method: r.Method, RemoteAddr: r.RemoteAddr, RequestURI: r.URL.RequestURI(), URL: &target}

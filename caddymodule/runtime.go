@@ -187,8 +187,8 @@ func (rt *runtime) takeOver(a *App) {
 // firstSyncWithin is how long a reload waits for the first sync of another database, which takes milliseconds.
 const firstSyncWithin = 5 * time.Second
 
-// awaitFirstSync returns an error if the runtime cannot read its database and another one can read its own: then the configuration of
-// that one is better kept. If none can, the new one is taken.
+// awaitFirstSync returns an error if the runtime cannot read its database while another can read its own: then that one's
+// configuration is better kept. If none can, the new one is taken.
 func (rt *runtime) awaitFirstSync(ctx context.Context) error {
 	if !slices.ContainsFunc(runtimesInUse(), func(other *runtime) bool { return other != rt && other.cache.Status().Fresh }) {
 		return nil
@@ -206,7 +206,7 @@ func (rt *runtime) awaitFirstSync(ctx context.Context) error {
 var alive = struct {
 	mu       sync.Mutex
 	runtimes map[*runtime]struct{}
-	cut      uint64 // how many requests were cut that those had which have ended
+	cut      uint64 // requests that were cut in runtimes that have ended
 }{runtimes: make(map[*runtime]struct{})}
 
 // allRequests are those of all runtimes: how many are in flight, and how many were cut.
@@ -221,7 +221,7 @@ func allRequests() (inFlight int, cut uint64) {
 	return inFlight, cut
 }
 
-// A process that ends does not wait for those that no configuration uses any longer, and would lose what they have counted.
+// A process that ends does not wait for runtimes that are no longer in use, and would lose what they have counted.
 func init() { caddy.OnExit(func(context.Context) { closeAll() }) }
 
 // closeAll ends all runtimes at once.
@@ -297,11 +297,11 @@ func (rt *runtime) Destruct() error {
 	return nil
 }
 
-// partingPoll is how often to look whether what was cut at the end of the process has said so to its clients.
+// partingPoll is how often to check whether requests cut at the end of the process have told their clients.
 const partingPoll = 5 * time.Millisecond
 
-// close stops the loops before what they use. The last counts are flushed as their loop stops, and the requests that are still in
-// flight are cut as that of the cache stops.
+// close stops the loops before what they use. As they stop, the usage loop flushes the last counts, and the cache's cuts the
+// requests that are still in flight.
 func (rt *runtime) close() {
 	rt.closeOnce.Do(func() {
 		rt.cancel()

@@ -94,10 +94,9 @@ const idleConnsPerHost = 512
 // untilTheKeyEnds is how long a WebSocket may outlive the configuration that it was opened with: a hundred years.
 const untilTheKeyEnds = "876000h"
 
-// setTransport gives each proxy of a block the transport "rekall" that has the transport "http", which is also what one without any has.
-// And it lets WebSockets outlive a reload, as event streams do: those of a proxy without a stream_close_delay Caddy closes with its
-// configuration. It does so before the proxies are loaded: their health checks read the transport then, and requests read all
-// of a proxy.
+// setTransport replaces the transport "http" of each proxy in a block, which is also the default, by "rekall". And it lets
+// WebSockets outlive a reload, as event streams do: Caddy closes those of a proxy without a stream_close_delay with its
+// configuration. It edits the JSON, since the health checks and the requests of a loaded proxy read its fields.
 func setTransport(config any, environment apikey.Environment) {
 	switch config := config.(type) {
 	case []any:
@@ -157,10 +156,10 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	return t.refuse(r, gatewayRequired, apierror.NewRequestID()), nil
 }
 
-// roundTrip sends a request, and leaves a bare one for the proxy's debug log: the proxy encodes the request for each answer,
-// whether or not that log is on, which takes more time than the whole decision. Net/http may still be writing the request
-// when it returns, so it gets one of its own. What the proxy reads in the headers of a request that was answered stays: those
-// of an upgrade or a stream of HTTP/2, and those of an answer that may be tried again.
+// roundTrip sends a request and then strips it: the proxy encodes it for its debug log at each answer, whether or not that log is
+// on, which takes longer than the whole decision. Net/http may still be writing the request when it returns, so it gets a copy.
+// Headers that the proxy reads after the answer stay: those of an upgrade or an HTTP/2 stream, and of an answer that may be tried
+// again.
 func (t *Transport) roundTrip(r *http.Request, p *pass) (*http.Response, error) {
 	if t.cannotUpgrade && r.Header["Upgrade"] != nil {
 		delete(r.Header, "Connection")
@@ -186,9 +185,9 @@ func (t *Transport) roundTrip(r *http.Request, p *pass) (*http.Response, error) 
 	return res, nil
 }
 
-// excuse returns the error as the client's if it may be the client's: then it does not count against the backend. A client can
-// send a body so slowly that a connection's read_timeout or write_timeout passes, or one for which the backend answers early and
-// closes the connection: whether the answer or the broken pipe is seen first is chance.
+// excuse returns the error as the client's if it may be: then it does not count against the backend. A client can send a body so
+// slowly that the connection's read_timeout or write_timeout passes, or one that makes the backend answer early and hang up:
+// whether the answer or the broken pipe is seen first is chance.
 func (p *pass) excuse(r *http.Request, err error) error {
 	if _, dial := errors.AsType[reverseproxy.DialError](err); dial || errors.Is(err, context.Canceled) {
 		return err
@@ -218,10 +217,10 @@ func (p *pass) fail(failed *clientError) error {
 	return failed
 }
 
-// What backends take of a request's headers over HTTP/2, where many requests share a connection: for more, nginx and HAProxy end the
-// connection with all that is on it, and Node resets the stream, without having told a limit. They are the least of nginx's
-// large_client_header_buffers, HAProxy's tune.bufsize less tune.maxrewrite and its tune.http.maxhdr, as they come, and Node's
-// maxHeaderListPairs, each with some room.
+// Limits of a request's headers over HTTP/2, where many requests share a connection. Backends announce none, but beyond theirs
+// nginx and HAProxy end the connection with all requests on it, and Node resets the stream. These are the least of the defaults of
+// nginx's large_client_header_buffers, HAProxy's tune.bufsize less tune.maxrewrite and its tune.http.maxhdr, and Node's
+// maxHeaderListPairs, with some room.
 const (
 	maxFieldBytes  = 8_000
 	maxHeaderBytes = 14_000
