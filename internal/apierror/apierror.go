@@ -39,7 +39,7 @@ func prepared(e Error) *Error {
 
 func (e *Error) Error() string { return e.Code + ": " + e.Message }
 
-// With returns the error with details of one request, to which more may be done.
+// With returns a copy, which may be changed, with the details of one request.
 func (e *Error) With(details map[string]any) *Error {
 	detailed := *e
 	detailed.Details, detailed.body = details, nil

@@ -7,7 +7,7 @@ import (
 	"sync/atomic"
 )
 
-// Limits is how much a key may be used. What is 0 is not limited; in limits that come before a tier's it is left to that.
+// Limits is how much a key may be used. 0 is no limit; in limits that override a tier's, it is the tier's.
 type Limits struct {
 	PerMinute  int // requests per minute, sustained
 	Burst      int // requests in any 15 seconds; with PerMinute only
@@ -72,7 +72,7 @@ func (t *Tiers) Of(ref LimitsRef) Limits {
 	return set.own.Over(t[set.tier])
 }
 
-// LimitsRef stands for a tier and the limits that come before it. Few of them serve all keys, and a record has room for a number
+// LimitsRef stands for a tier and the limits that override it. A few of them serve all keys, and a record has room for a number
 // where the limits themselves would make it a sixth larger. The zero value is the tier free.
 type LimitsRef uint32
 

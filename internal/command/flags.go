@@ -47,7 +47,7 @@ func flagError(_ *cobra.Command, err error) error {
 	return errors.New(apikey.Redact(err.Error()))
 }
 
-// noArgs is cobra.NoArgs, which quotes what it refuses, for what may be a key. Where there are no subcommands it may be a flag's.
+// noArgs is cobra.NoArgs, which quotes what it refuses, for what may be a key. Without subcommands it may belong to a flag.
 func noArgs(cmd *cobra.Command, args []string) error {
 	if apikey.ContainsKey(strings.Join(args, "\n")) {
 		return errKeyAsArgument

@@ -76,7 +76,7 @@ func importKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 	})
 }
 
-// longFile is what takes long enough to wonder.
+// longFile is how many keys take so long to read that one wonders.
 const longFile = 100_000
 
 // progressOn prints a line for every 100,000 keys that were read, and what is done with them.

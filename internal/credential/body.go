@@ -22,8 +22,8 @@ func (b body) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// guardBody returns r, or a copy if it has a body. The server keeps the body it made in the request it made, and must know it
-// again: whether it was read to its end decides whether what follows on the connection is a request. Caddy wraps it where it stands.
+// guardBody returns r, or a copy if it has a body. The server must find the body it made in the request it made: whether it was
+// read to its end decides whether what follows on the connection is a request. But Caddy wraps the body of the request it is given.
 func guardBody(r *http.Request) *http.Request {
 	if r.ContentLength == 0 { // it is -1 if it is not known
 		return r

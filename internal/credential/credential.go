@@ -68,7 +68,7 @@ func (Credential) MarshalJSON() ([]byte, error) { return []byte(`"` + placeholde
 // LogValue logs a placeholder.
 func (Credential) LogValue() slog.Value { return slog.StringValue(placeholder) }
 
-// add combines a presented credential with those before it. in ends with it and stays as it is; nil: there is no such string.
+// add combines a presented credential with those before it. in is a string that ends with it and stays as it is; nil: none.
 func (c *Credential) add(presented string, in *string) {
 	kind := Malformed
 	environment, err := apikey.Parse(presented)
@@ -200,8 +200,8 @@ func (c *Credential) takeHeaders(h http.Header, ours func(string) bool) bool {
 	return took
 }
 
-// ending returns where a string stands that ends with a credential, which saves an allocation: a header's only value, if it does.
-// It leaves the header, and is nobody else's. Of several, one that stays takes the place of one that goes.
+// ending returns a header's only value if it ends with the credential, or nil: to point there saves an allocation. The value leaves
+// the header, and is nobody else's. Of several, one that stays takes the place of one that goes.
 func ending(values []string, credential string) *string {
 	if len(values) > 1 || !strings.HasSuffix(values[0], credential) {
 		return nil

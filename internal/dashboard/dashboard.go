@@ -206,7 +206,7 @@ var (
 	errUnavailable = refusal(http.StatusServiceUnavailable, "Keys cannot be managed right now. Keys that exist keep working. Try again shortly.")
 )
 
-// fail shows what went wrong. Only what nobody foresaw is told: the rest is the visitor's, also that they went away.
+// fail shows what went wrong. Only what nobody foresaw is reported: the rest is the visitor's, such as going away.
 func (v *visit) fail(err error) {
 	if errors.Is(err, errSignedOut) {
 		data := signInData{Next: v.comeBack()}

@@ -221,7 +221,7 @@ func (d *Dashboard) rotationOf(ctx context.Context, actor keyadmin.Actor, old ke
 	return r, nil
 }
 
-// heir is the own successor of the one that the undoing of a rotation has revoked, if it lives on: whoever has a leaked key may have
+// heir is the successor of the successor that undoing a rotation has revoked, if it lives on: whoever has a leaked key may have
 // rotated it.
 func (d *Dashboard) heir(ctx context.Context, actor keyadmin.Actor, history []keyadmin.AuditEntry) (*keyadmin.Key, error) {
 	undone := slices.IndexFunc(history, func(e keyadmin.AuditEntry) bool { return e.Action == keyadmin.KeyRotationUndone })

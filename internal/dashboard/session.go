@@ -156,8 +156,8 @@ func (s *sessions) actor(r *http.Request, id string, admin *keyadmin.Admin) (key
 	return actor, err
 }
 
-// Names of the cookie that has a session. Where there is TLS it is one that browsers take from this host alone: a page of a sibling's could
-// have a visitor work in a session of its own choosing, and give away a key of somebody else's account for theirs.
+// Names of the cookie that has a session. Where there is TLS it is one that browsers take from this host alone: else a sibling site
+// could put a visitor into a session of its choosing, and pass a key of that account off as theirs.
 const (
 	hostCookie  = "__Host-rekall-session"
 	plainCookie = "rekall-session"

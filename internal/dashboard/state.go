@@ -52,7 +52,7 @@ type watch struct {
 }
 
 // watchRevocation begins to watch the edges, unless somebody does or too many are watched. atOnce says that the revocation was
-// committed just now: of an edge that reports to whoever looks on later, nobody knows when it first had it.
+// committed just now: who begins to watch later cannot know when an edge first had it.
 func (s *State) watchRevocation(id string, atOnce bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -40,8 +40,8 @@ const (
 
 	reportTimeout = 2 * time.Second
 
-	// countHolds is how long a count of the edges says anything of now. They are counted at least every 41 seconds: with a report, once the
-	// longest interval has passed that countEdges makes of the longest max_staleness.
+	// countHolds is how long a count of the edges is valid. They are counted at least every 41 seconds: with the first report after
+	// the longest interval of countEdges, at the longest max_staleness.
 	countHolds = time.Minute
 
 	// All reports of the last minute are remembered, which is longer than any max_staleness by which a standby may lag and be trusted, and
@@ -194,8 +194,8 @@ func (r *Reporter) appliedOn(applied keycache.Applied) string {
 	return server.String()
 }
 
-// nextBeat returns the beat of a report that is about to be sent. Nobody can guess it: whoever could write it into this edge's row
-// before, with the same database user, would make a standby that lags pass for one that has the report.
+// nextBeat returns the beat of a report that is about to be sent. Nobody can guess it: who wrote it into this edge's row
+// beforehand, with the same database user, would make a lagging standby pass for one that has the report.
 func (r *Reporter) nextBeat() uint64 {
 	var random [8]byte
 	_, _ = cryptorand.Read(random[:])                                           // which never fails

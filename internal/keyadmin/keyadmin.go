@@ -154,7 +154,7 @@ func (h *handedOut) over(key Key, handOut func(Key) error) error {
 	return nil
 }
 
-// unless says of the key that was handed out what it is worth where the transaction has failed all the same.
+// unless adds to the error of a transaction what a key that it has handed out is worth.
 func (h handedOut) unless(err error) error {
 	if h == "" {
 		return err

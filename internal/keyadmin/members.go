@@ -15,8 +15,8 @@ type Member struct {
 
 var errNoObject = errors.New("not one JSON object, with nothing after it")
 
-// Members returns the members of a JSON object in their order, those whose name stands twice too: a decoder would take any case for a
-// name, and the last of two values, and who checks the text before may believe another.
+// Members returns the members of a JSON object in their order, duplicates too: a decoder would match names in any case and take the
+// last of two values, and who checked the text before may have believed the first.
 func Members(object []byte) ([]Member, error) {
 	decoder := json.NewDecoder(bytes.NewReader(object))
 	if t, err := decoder.Token(); err != nil || t != json.Delim('{') {

@@ -52,9 +52,9 @@ const (
 	maxUsageRange     = 366 * 24 * time.Hour
 )
 
-// Usage returns what a key was used for in the hours that begin before to, from the one that from lies in, which are times as
-// RFC 3339 has them. An empty to is now, an empty from 30 days before to. A range that is not acceptable is an *InvalidError; the
-// error wraps ErrNotFound if there is no key with that id.
+// Usage returns what a key was used for from the hour that contains from to the last that begins before to, both as RFC 3339 has
+// them. An empty to is now, an empty from 30 days before to. A range that is not acceptable is an *InvalidError; the error wraps
+// ErrNotFound if there is no key with that id.
 func (a *Admin) Usage(ctx context.Context, actor Actor, id, from, to string) (Usage, error) {
 	begin, err := parseTime("from", from)
 	if err != nil {
@@ -171,8 +171,8 @@ func newUsage(id string, from, to time.Time, counted keystore.KeyUsage) Usage {
 
 func newCounts() UsageCounts { return UsageCounts{DeniedByReason: map[string]int64{}} }
 
-// maxCount is more than any key is used in an hour. What is beyond was made up by an edge that was taken over: so the counts of a year
-// can be added up, and a share of them in percent be told, without an overflow.
+// maxCount is more than any key is used in an hour: only an edge that was taken over makes up more. Capped, the counts of a year
+// can be added up, and a share of them in percent computed, without an overflow.
 const maxCount = 100_000_000_000
 
 func (c *UsageCounts) add(h keystore.HourUsage) {

@@ -13,13 +13,12 @@
 //     row from another server than the state's waits for the next sync, which starts over with a new horizon. The keys that
 //     are found often are read anew before that horizon is published.
 //
-// Keys that Postgres does not have are a fourth matter, since anyone can present any number of them. A filter holds every
-// hash in Postgres: it is streamed once the feed has begun, and the feed adds to it before each state is published. So a
-// key that is not in the filter was absent as of the state, and can only have been created since. A few each second are asked
-// for at once. The others wait for a sync that began after they came, of which there are at most 30 a second: it brings the
-// key or proves that it is absent, for all of them in one statement. Neither waits in line with keys that may exist. This
-// takes for granted what the feed does, that the trigger stamps every row; and no key is called unknown on the word of a filter
-// alone.
+// Keys that Postgres does not have are a fourth matter, since anyone can present any number of them. A filter holds every hash in
+// Postgres: it is streamed once the feed has begun, and the feed adds to it before each state is published. So a key that is not in
+// the filter was absent as of the state, and can only have been created since. A few each second are asked for at once. The others
+// wait for a sync that began after they came, of which there are at most 30 a second: it brings the key or proves that it is
+// absent, for all of them in one statement. Neither waits in line with keys that may exist. Like the feed, this relies on the
+// trigger to stamp every row; and no key is called unknown on the word of a filter alone.
 package keycache
 
 import (
@@ -77,8 +76,8 @@ type Config struct {
 const answerWithin = 900 * time.Millisecond
 
 const (
-	// maxHotSlots is how many keys at most are also found without asking ristretto, whose locks CPUs would share, and which notes each
-	// find in filters of megabytes, in a goroutine of its own: that costs more than the rest of the decision. A power of two.
+	// maxHotSlots is how many keys at most are also found without ristretto, whose locks all CPUs share, and which records each
+	// find in megabytes of filters, in a goroutine of its own: that costs more than the rest of the decision. A power of two.
 	maxHotSlots = 1 << 15
 
 	// hotShare is the part of the finds, one in so many, that ristretto sees all the same: it evicts what it does not see.
@@ -106,7 +105,7 @@ type Cache struct {
 	canaryAt atomic.Int64 // when that was measured, in nanoseconds since 1970
 
 	// Of sync only.
-	late       int  // readings of the feed, the last ones, that did not end in time; 3 at most
+	late       int  // readings of the feed in a row that timed out; 3 at most
 	unreported bool // changes are published that no report was asked for, since what follows failed
 
 	// unverified are the keys that were in flight when the feed started over: changes to them may have been missed, so their rows must
@@ -349,8 +348,8 @@ func (c *Cache) Wake() {
 // Close releases the cache. Run must have returned. Find goes on to ask the store, and fails when that is closed.
 //
 // Ristretto panics when Get races Close, too, in the few instructions that end it. Under a state that vouches for nothing no Find
-// comes to Get; one that has seen the state before would have to stand still since then, while ristretto is cleared, and go on right
-// there. To keep that out, each Find would have to tell that it runs.
+// gets as far as Get; one that loaded the state before would have to stand still until ristretto is cleared, and go on right there.
+// To rule that out, each Find would have to register.
 func (c *Cache) Close() {
 	c.closing.Lock()
 	defer c.closing.Unlock()

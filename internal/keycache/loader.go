@@ -21,16 +21,16 @@ const (
 	// lookupTimeout leaves the rest of answerWithin for waiting in line, lookupRetryMax included, and for the answer.
 	lookupTimeout = 700 * time.Millisecond
 
-	// lookupGap is what a lookup of one key puts the next one off by, once lookupBurst is used up: at first each key is read
-	// at once, then those that come together are read together. Each further lookupShare keys put it off by as much
-	// again, up to maxLookupGap: the more keys there are to read, the more of them share a statement.
+	// lookupGap is how long a lookup of one key delays the next, once lookupBurst is used up: at first each key is read at once,
+	// then those that come together are read together. Every lookupShare keys more delay it as much again, up to maxLookupGap: the
+	// more keys there are to read, the more share a statement.
 	lookupGap    = 4 * time.Millisecond
 	lookupBurst  = 32 * lookupGap
 	lookupShare  = 8
 	maxLookupGap = 40 * time.Millisecond
 
-	// While lookups fail, they are put off by lookupRetryMin, twice as long each time, up to lookupRetryMax: each is an attempt to connect, and
-	// a Postgres that recovers or has no connection left gets them from all edges.
+	// While lookups fail, each is delayed twice as long as the last, from lookupRetryMin to lookupRetryMax: each is an attempt to
+	// connect, and a Postgres that recovers or is out of connections gets them from all edges.
 	lookupRetryMin = 10 * time.Millisecond
 	lookupRetryMax = 150 * time.Millisecond
 
@@ -56,7 +56,7 @@ type loader struct {
 	gathering bool                    // a lookup waits for its turn
 	reserved  int                     // connections that others use
 	turns     pace
-	retry     time.Duration // by which the last lookup that failed put off the next; 0: none since one that did not
+	retry     time.Duration // by which the last lookup's failure delays the next; 0: it did not fail
 	retryAt   time.Time
 }
 
@@ -138,8 +138,8 @@ func (l *loader) reserve(n int) {
 	l.start()
 }
 
-// start begins a lookup if there is need of one and room for it. While lookups fail there is room for one, which what the one before
-// puts it off by holds for. The caller holds the lock.
+// start begins a lookup if one is needed and there is room for it. While lookups fail there is room for one, which the last failure
+// delays. The caller holds the lock.
 func (l *loader) start() {
 	room := maxLookups - l.reserved
 	if l.retry > 0 {

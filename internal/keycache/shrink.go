@@ -2,9 +2,9 @@ package keycache
 
 import "context"
 
-// Shrink has the cache hold nothing any longer that only makes Find fast: the keys in memory, the filter, and what is read ahead of need. A
-// million keys are 370 MB, which a cache that only follows streams would hold for as long as the last of them lasts. The feed and the
-// requests in flight need none of it, and Find asks Postgres for what is not there.
+// Shrink makes the cache drop what only makes Find fast: the keys in memory, the filter, and what is read ahead of need. A million
+// keys are 370 MB, which a cache that only follows streams would hold until the last of them ends. The feed and the requests in
+// flight need none of it, and Find asks Postgres for what is not there.
 func (c *Cache) Shrink() { c.shrink() }
 
 // fillLoop reads ahead until the cache is to shrink. What it read last must not come after the cache was emptied.

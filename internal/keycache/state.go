@@ -17,8 +17,8 @@ type state struct {
 	epoch   uint64
 	origin  uint64 // epoch in which the feed started over
 	horizon uint64
-	changes map[apikey.Digest]change // every key changed in an epoch after horizon, but for
-	large   largeEpoch               // what this one brought: apart, since each further change makes the others' map anew
+	changes map[apikey.Digest]change // every key changed in an epoch after horizon, except those in large
+	large   largeEpoch               // kept apart, since each further change copies the map of the others
 	log     []epochChanges           // the keys of changes, oldest epoch first
 
 	server    keystore.Server
@@ -163,8 +163,8 @@ func (s *state) knewRevoked(d *apikey.Digest) bool {
 	return ok && !ch.entry.record.RevokedAt.IsZero()
 }
 
-// remember adds the changes of epoch s and forgets the oldest epochs while there are too many, of two large ones the first. Keys that were
-// used after it, which are those in use, need no lookup for that.
+// remember adds the changes of epoch s and forgets the oldest epochs while there are too many, and the first of two large ones.
+// Keys in use, which were validated after it, need no lookup for that.
 func (s *state) remember(changed []*entry, digests []apikey.Digest) {
 	if len(digests) > maxChanges {
 		s.horizon = max(s.horizon, s.large.epoch)

@@ -192,8 +192,8 @@ func (c *Cache) report() {
 	}
 }
 
-// readFeed reads what has changed since old. After each reading that did not end in time the next takes a quarter of the changes: over a
-// slow link the same ones would be too many again, for ever. If there are more, the feed starts over.
+// readFeed reads what has changed since old. After each reading that timed out, the next takes a quarter as many changes: over a
+// slow link as many would time out for ever. If there are more, the feed starts over.
 func (c *Cache) readFeed(ctx context.Context, old *state) (r reading, err error) {
 	r.startedAt = time.Now()
 	r.Snapshot, err = c.store.Snapshot(ctx, old.seen, max(fewChanges, keystore.MaxChanges>>(2*c.late)))
@@ -217,8 +217,8 @@ func (c *Cache) readFeed(ctx context.Context, old *state) (r reading, err error)
 }
 
 // vouch sets vouchedAt. A primary shows all changes when the reading starts. A standby may lag, or have its replay paused and look
-// healthy: it shows those before the last report of ours that it has. Its own snapshot names no transaction in progress on the
-// primary, but that does under which the primary took the report, and the standby shows all that it saw.
+// healthy: it shows those before the last report of ours that it has. Its own snapshot does not name the primary's transactions in
+// progress; that under which the primary took the report does, and the standby shows all it saw.
 func (c *Cache) vouch(r *reading) error {
 	if c.cfg.Sent == nil {
 		if r.Server.InRecovery {
@@ -277,8 +277,8 @@ func (c *Cache) advance(old *state, r reading) []*entry {
 	return changed
 }
 
-// keepRevoked puts known revocations into rows of a standby that lags. Of a key that it does not have yet the primary was asked; then it
-// replays the key's creation, and only later the revocation that a lookup there has brought. Nothing takes a revocation back.
+// keepRevoked puts known revocations into rows of a standby that lags. The primary was asked about a key that the standby did not
+// have yet; then the standby replays the key's creation, and only later the revocation. Nothing takes a revocation back.
 func (c *Cache) keepRevoked(s *state, changes []*apikey.Record) {
 	for i, record := range changes {
 		was, ok := c.revokedAhead.Load(record.Digest)
@@ -352,8 +352,8 @@ func (c *Cache) stayedAllowed(old *state, e *entry) time.Duration {
 	return max(0, min(c.state.Load().pgTime(time.Now()).Sub(revokedAt), trusted))
 }
 
-// measureCanary notes how long a canary stayed allowed. What the feed has brought before, or may have been revoked before it began, is
-// no measure.
+// measureCanary notes how long a canary stayed allowed. A revocation that the feed brought before, or that may be older than the
+// feed, does not count.
 func (c *Cache) measureCanary(old *state, changed []*entry) {
 	if old.epoch == old.origin {
 		return
@@ -436,7 +436,7 @@ func (c *Cache) watch(ctx context.Context) {
 	}
 }
 
-// untilLook is an interval, or what is left until the data becomes too old: however soon it is fresh again, the log tells of it.
+// untilLook is the interval, or less if the data becomes too old within it: the log says so, however soon it is fresh again.
 func (c *Cache) untilLook(interval time.Duration) time.Duration {
 	if left := c.cfg.MaxStaleness - clock.Age(c.state.Load().syncedAt, time.Now()); left > 0 {
 		return min(interval, left)
@@ -447,7 +447,7 @@ func (c *Cache) untilLook(interval time.Duration) time.Duration {
 // leapNoticed is how far the clocks may be off between two looks without a word about it.
 const leapNoticed = time.Second
 
-// logLeap logs what else than time went by between two looks: it explains refusals that no fault of Postgres does.
+// logLeap logs that the process stood still or a clock leapt between two looks: it explains refusals that Postgres did not cause.
 func (c *Cache) logLeap(last, now time.Time, interval time.Duration) {
 	elapsed := now.Sub(last)
 	if elapsed > interval+leapNoticed {

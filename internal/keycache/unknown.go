@@ -152,8 +152,8 @@ func (c *Cache) prove(ctx context.Context, d apikey.Digest, since time.Time) (f 
 	return found(nil, s, s.pgTime(now), s.syncedAt), nil
 }
 
-// stateAfter waits for the state of a sync that began after since. Where many wait, each comes back at a time of its own, and the
-// more rarely the longer it takes: woken by the same state, they would stand in line before requests with known keys.
+// stateAfter waits for the state of a sync that began after since. Where many wait, each looks again at a time of its own, less
+// often the longer it takes: woken together, they would be in line before requests with known keys.
 func (c *Cache) stateAfter(ctx context.Context, since time.Time) (*state, error) {
 	for deadline := since.Add(answerWithin); ; {
 		s, now := c.state.Load(), time.Now()

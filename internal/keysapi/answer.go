@@ -110,8 +110,8 @@ func invalid(field, message string) *apierror.Error {
 	return e
 }
 
-// refuse says an error. Only what nobody foresaw is told: the rest is the caller's, also that it went away. The log has it for those
-// who debug, since strangers too may ask as often as they like.
+// refuse answers with an error. Only what nobody foresaw is reported: the rest is the caller's, such as going away. It is logged
+// for those who debug, since strangers too may ask as often as they like.
 func (a *API) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	refusal := explain(err)
 	if a.Refused != nil {

@@ -60,8 +60,8 @@ type Row struct {
 	Now       time.Time // the moment of the statement, by which the key is expired or not
 }
 
-// rowColumns are what scanRow receives, of a table named k. In a transaction, now() is from before it waited for the key: one that has
-// ended meanwhile would pass for one that lives, as created_at of a successor may be from before that of an earlier one.
+// rowColumns are what scanRow receives, of a table named k. In a transaction, now() is from before it waited for the key: one that
+// has ended meanwhile would pass for one that lives. Likewise a successor's created_at may be before that of an earlier one.
 const rowColumns = `k.id, k.account, k.name, k.environment, coalesce(k.hint, ''), k.scopes, k.manage_keys, coalesce(k.created_by, ''),
 	k.created_at, k.expires_at, k.revoked_at, (select ` + lastUse + ` from rekall.last_used l where l.key_id = k.id),
 	coalesce(k.predecessor, ''),
@@ -119,9 +119,9 @@ returning `+rowColumns, key.ID, key.Account, key.Name, key.Environment.String(),
 		key.ManageKeys, key.CreatedBy, key.ExpiresAt, lifetime, key.Predecessor, key.OverlapOnFirstUse)
 }
 
-// FullFor returns for how long an account will have as many keys that were made within 24 hours by others than operators as the limit
-// lets it; 0: it has fewer. It looks at the account's newest only, ten times as many: an import of others takes no longer to count.
-// Others who ask for the same account wait until the transaction ends, and then count what it has made.
+// FullFor returns how long an account must wait to make a key, if it may make limit in 24 hours, not counting operators'; 0: not at
+// all. It looks at the account's newest only, ten times as many: a large import takes no longer to count. Others who ask for the
+// same account wait until the transaction ends, and then count what it has made.
 func (t *Tx) FullFor(ctx context.Context, account string, limit int) (wait time.Duration, err error) {
 	const doing = "count new keys"
 	if err := t.exec(ctx, doing, `select pg_advisory_xact_lock(hashtextextended('rekall: keys made by ' || $1, 0))`, account); err != nil {

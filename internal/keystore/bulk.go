@@ -10,7 +10,7 @@ import (
 
 // Selection is a set of keys within a reach: those to which all that is set applies.
 type Selection struct {
-	CreatedBy     string          // an actor, who made them or a key that made them, and so on; empty: any
+	CreatedBy     string          // an actor who made them, or a key that made them, and so on; empty: any
 	CreatedAfter  *time.Time      // at or after it; nil: no bound
 	CreatedBefore *time.Time      // before it; nil: no bound
 	Digests       []apikey.Digest // nil: any

@@ -21,9 +21,9 @@ type Edge struct {
 	AppliedOn    string    // whose transactions that names, as Server.String; empty: unknown
 }
 
-// DrainingBeat is where the beats of an edge begin that takes no more requests: CountEdges leaves it out, and a revocation
-// waits for it as for any other, since it may have streams. A column of its own would take a right that gateways do not have before
-// their roles are made anew.
+// DrainingBeat is the least beat of an edge that takes no more requests: CountEdges leaves it out, but a revocation waits for it as
+// for any other, since it may have streams. A column of its own would need a right that gateways lack until their roles are granted
+// anew.
 const DrainingBeat uint64 = 1 << 62
 
 // Report is one that an edge has made of itself.

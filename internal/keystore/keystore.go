@@ -38,8 +38,8 @@ const (
 	defaultMaxConns = 4
 	defaultName     = "rekall-gateway"
 
-	// connLifetimeJitter is added to the hour that a connection lives, up to so much. A fleet makes its connections in the same second
-	// when Postgres has restarted, and would make all of them anew in the same second of each hour.
+	// connLifetimeJitter is the most that is added to the hour that a connection lives. A fleet connects in the same second after
+	// Postgres has restarted, and would reconnect in the same second of each hour.
 	connLifetimeJitter = 20 * time.Minute
 
 	// connectTimeout leaves time for the statement in the second that a request has.
@@ -96,8 +96,8 @@ func Open(url string, options Options) (*Store, error) {
 }
 
 // planOnce makes Postgres keep the plans of a connection's statements. To plan the feed anew, which it would prefer, takes three
-// times as long as to read that nothing has changed. A plan that was made while the table was small must not read all of it when
-// it has grown. Nor may it remember the limits of a key, of which each comes once: that takes longer than to look for them.
+// times as long as to read that nothing has changed. A plan that was made while the table was small must not read all of it when it
+// has grown. Nor may it memoize limits, since each key comes once: that takes longer than to look for them.
 func planOnce(ctx context.Context, conn *pgx.Conn) error {
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout) // nobody else's bounds the making of a connection
 	defer cancel()
@@ -106,7 +106,7 @@ func planOnce(ctx context.Context, conn *pgx.Conn) error {
 	return err
 }
 
-// asked is told of each connection that is asked for, also where none is to be had.
+// asked is called for each connection that is asked for, even if none is free.
 type asked func(context.Context)
 
 func (a asked) TraceAcquireStart(ctx context.Context, _ *pgxpool.Pool, _ pgxpool.TraceAcquireStartData) context.Context {

@@ -234,9 +234,9 @@ func (l *lease) refusal(limit Limit, edges, ahead, held, now int64) Verdict {
 	}
 }
 
-// debt is how many requests the key's bucket may have let through already that the next exchange is to keep. After a change of limits
-// that is none, and for an edge that does not know of one what others may have run ahead by, or the limits of before would count for
-// longer than the new ones take to refill. Else it is what edges may have told after an outage.
+// debt is how many requests beyond its depth the key's bucket may still owe at the next exchange. After a change of limits that is
+// none, and for an edge that does not know of one what others may have run ahead by: else the old limits would count for longer
+// than the new ones take to refill. Otherwise it is what edges may have reported after an outage.
 func (l *lease) debt() int64 {
 	minute, depth := l.minute.Load(), l.depth.Load()
 	switch {

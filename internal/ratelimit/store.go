@@ -24,8 +24,8 @@ const (
 	// leaseFor is how long a lease lasts at the rate of the requests before it.
 	leaseFor = 2 * settleEvery
 
-	// lookAgainAfter is how long a key has to be away that must wait, before Redis is asked once more how long: what other
-	// edges had leased is given back by then.
+	// lookAgainAfter is how long a key that must wait has to stay away before Redis is asked again how long: by then other edges
+	// have given back what they leased.
 	lookAgainAfter = 3 * settleEvery
 
 	// patience is how long Redis may take before this edge goes on without it.
@@ -54,8 +54,8 @@ type store struct {
 	all       func(each func(*lease))
 	followed  []*lease // that hold or owe something
 	data      string   // names what Redis has: a new name tells that it was emptied
-	emptied   uint64   // the epoch that began with that, the last time
-	explained int      // how telling the most telling cause of the outage is that the log has
+	emptied   uint64   // the epoch that began when it was last emptied
+	explained int      // telling() of the outage's cause, as far as it was logged
 
 	exchanges atomic.Uint64
 	commands  atomic.Uint64 // keys settled in them
@@ -412,7 +412,7 @@ func (s *store) explain(err error) {
 	telling := telling(err)
 	if s.fall(err) {
 		s.explained = telling
-	} else if telling > max(1, s.explained) { // such as a password that is missing, which the old connection's end came before
+	} else if telling > max(1, s.explained) { // such as a missing password, seen only after the old connection's end
 		s.explained = telling
 		s.logger().Warn("rate limit store fails", zap.Error(err))
 	}

@@ -218,8 +218,8 @@ func (t *Table) Required(method, path string) (apikey.Scopes, bool) {
 	return 0, false
 }
 
-// find returns the scope of the most specific pattern that matches, or 0, and whether a star in it does, or a name where there are
-// fixed segments.
+// find returns the scope of the most specific pattern that matches, or 0. It matches loosely by a star, or by a name beside fixed
+// segments.
 func (n *node) find(path string) (scope apikey.Scopes, loose bool) {
 	segment, rest, more := strings.Cut(path, "/")
 	for _, child := range [...]*node{n.literal[segment], n.parameter} {
@@ -240,11 +240,11 @@ func (n *node) find(path string) (scope apikey.Scopes, loose bool) {
 	return 0, false
 }
 
-// dotlessI is what Java, for one, takes for other cases of the letter i, beside those that all do.
+// dotlessI maps what some, such as Java, take for other cases of the letter i.
 var dotlessI = strings.NewReplacer("İ", "i", "ı", "i")
 
-// unescape undoes the escapes of a canonical path, none of which is of a slash or a dot: letters that are other cases of ASCII's (ſ of s)
-// can be written with them only.
+// unescape undoes the escapes of a canonical path, none of which is of a slash or a dot: letters that are another case of ASCII's
+// (ſ of s) need them.
 func unescape(path string) string {
 	if strings.IndexByte(path, '%') < 0 {
 		return path
@@ -256,8 +256,8 @@ func unescape(path string) string {
 	return dotlessI.Replace(unescaped)
 }
 
-// findFolded is find for a path without its final slash, where neither case nor that slash counts, nor what follows a dot in the last
-// segment. Of fixed segments that are one then, it returns the scopes of all.
+// findFolded is find for a path without its final slash, where neither case nor that slash counts, nor what follows a dot in the
+// last segment. If several fixed segments then match, it returns all their scopes.
 func (n *node) findFolded(path string) apikey.Scopes {
 	segment, rest, more := strings.Cut(path, "/")
 	after := func(child *node) apikey.Scopes {

@@ -1,10 +1,10 @@
 // Package usage counts what keys are used for: in memory on the way of a request, and from there into Postgres, in batches.
 //
-// A count is kept until Postgres has confirmed it, and added exactly once: a flush has a number, is repeated unchanged while
-// its outcome is not known, and Postgres adds each number once. What a process that is killed had not flushed is lost: the
-// requests of one interval at most. What memory can hold during an outage is bounded. Beyond it keys that have counts
-// in this hour already are counted on, since that takes no more memory, and others are dropped, which a metric and the log
-// tell. What a flush has taken needs none of that room: else keys that were counted before it would find it full.
+// A count is kept until Postgres has confirmed it, and added exactly once: a flush has a number, is repeated unchanged while its
+// outcome is not known, and Postgres adds each number once. What a process that is killed had not flushed is lost: the requests of
+// one interval at most. What memory can hold during an outage is bounded. Beyond it, keys that already have counts in this hour are
+// still counted, since that takes no more memory; others are dropped, as a metric and the log say. What a flush has taken does not
+// count: else keys counted before would find no room.
 //
 // Hours are those of Postgres's clock. A use, as in "last used", is a request that was allowed.
 package usage
@@ -121,8 +121,8 @@ func (c *Counter) Count(record *apikey.Record, outcome apikey.Outcome, now time.
 	}
 }
 
-// entry returns the entry of a key and an hour, or nil if it would be one too many. A digest is uniform, so a part of it
-// is as good a place as any hash; who chose digests that share it would only make the next place be tried.
+// entry returns the entry of a key and an hour, or nil if it would be one too many. A digest is uniform, so a part of it is as good
+// a place as any hash; digests that share it, even on purpose, only take the next place.
 func (c *Counter) entry(s *shard, record *apikey.Record, hour int64) *entry {
 	place := binary.LittleEndian.Uint64(record.Digest[8:]) + uint64(hour)
 	for ; ; place++ {
