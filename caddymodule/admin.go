@@ -34,25 +34,25 @@ func (Admin) Routes() []caddy.AdminRoute {
 }
 
 func serveLive(w http.ResponseWriter, r *http.Request) error {
-	return reply(w, r, http.StatusOK, map[string]bool{"live": true})
+	return answerJSON(w, r, http.StatusOK, map[string]bool{"live": true})
 }
 
 // serveReady answers 200 while the configuration in use is ready. An outage shorter than max_staleness does not make it unready. A
 // configuration that is only being loaded does not count: it may be given up, and its sites do not listen yet.
 func serveReady(w http.ResponseWriter, r *http.Request) error {
 	used, err := caddy.ActiveContext().AppIfConfigured("rekall")
-	return replyReady(w, r, err == nil && used.(*App).ready())
+	return answerReady(w, r, err == nil && used.(*App).ready())
 }
 
-func replyReady(w http.ResponseWriter, r *http.Request, ready bool) error {
+func answerReady(w http.ResponseWriter, r *http.Request, ready bool) error {
 	code := http.StatusOK
 	if !ready {
 		code = http.StatusServiceUnavailable
 	}
-	return reply(w, r, code, map[string]bool{"ready": ready})
+	return answerJSON(w, r, code, map[string]bool{"ready": ready})
 }
 
-func reply(w http.ResponseWriter, r *http.Request, code int, body any) error {
+func answerJSON(w http.ResponseWriter, r *http.Request, code int, body any) error {
 	if !onlyReads(w, r) {
 		return nil
 	}

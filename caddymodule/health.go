@@ -34,7 +34,7 @@ func (h *Health) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhtt
 	case livePath:
 		return serveLive(w, r)
 	case readyPath:
-		return replyReady(w, r, h.app.ready() && !shuttingDown(r))
+		return answerReady(w, r, h.app.ready() && !shuttingDown(r))
 	}
 	return next.ServeHTTP(w, r)
 }

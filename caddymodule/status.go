@@ -109,7 +109,7 @@ func serveStatus(w http.ResponseWriter, r *http.Request) error {
 	for _, rt := range runtimesInUse() {
 		s.Runtimes = append(s.Runtimes, rt.status(r.Context()))
 	}
-	return reply(w, r, http.StatusOK, s)
+	return answerJSON(w, r, http.StatusOK, s)
 }
 
 func (rt *runtime) status(ctx context.Context) runtimeStatus {

@@ -337,7 +337,7 @@ func (c *Cache) keep(e *entry) {
 	}
 }
 
-// Wake makes the sync loop read the feed now instead of at its next tick.
+// Wake makes the sync loop read the feed now instead of at its next refresh.
 func (c *Cache) Wake() {
 	select {
 	case c.wake <- struct{}{}:

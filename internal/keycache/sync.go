@@ -98,7 +98,7 @@ func (c *Cache) AwaitFirstSync(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// awaitSync waits for the time of the next sync after one that began at startedAt: a tick later, or the gap if a proof waits for it. It
+// awaitSync waits for the time of the next sync after one that began at startedAt: Refresh later, or the gap if a proof waits for it. It
 // reports false when ctx is done.
 func (c *Cache) awaitSync(ctx context.Context, startedAt time.Time, gap time.Duration) bool {
 	timer := time.NewTimer(c.cfg.Refresh - time.Since(startedAt))
@@ -477,7 +477,7 @@ func (c *Cache) logTrust(s *state, now time.Time, distrusted bool) bool {
 func (c *Cache) listen(ctx context.Context) {
 	delay := listenRetryMin
 	listening := outage.Kind{
-		Begins: "listening for changes failed; changes arrive with the next tick", Over: "listening for changes again", Level: zap.WarnLevel,
+		Begins: "listening for changes failed; changes arrive with the next refresh", Over: "listening for changes again", Level: zap.WarnLevel,
 	}
 	for {
 		connected := false

@@ -115,7 +115,7 @@ func (u *unknowns) slot(d *apikey.Digest) *atomic.Pointer[absence] {
 	return &u.absent[binary.LittleEndian.Uint16(d[16:])%absentSlots]
 }
 
-// knownAbsent reports whether d was absent less than a tick ago, and no change has brought it since. Not longer: a key
+// knownAbsent reports whether d was absent less than Refresh ago, and no change has brought it since. Not longer: a key
 // created meanwhile must work.
 func (c *Cache) knownAbsent(s *state, d *apikey.Digest, now time.Time) bool {
 	a := c.unknown.slot(d).Load()
