@@ -127,11 +127,11 @@ func (a *Admin) AccountLimits(ctx context.Context, account string) (AccountLimit
 	if err != nil {
 		return AccountLimits{}, err
 	}
-	return effective(ctx, a.store.Keys, limits)
+	return effective(ctx, a.store.Reader, limits)
 }
 
-func effective(ctx context.Context, keys keystore.Keys, limits keystore.AccountLimits) (AccountLimits, error) {
-	tiers, err := keys.Tiers(ctx)
+func effective(ctx context.Context, reader keystore.Reader, limits keystore.AccountLimits) (AccountLimits, error) {
+	tiers, err := reader.Tiers(ctx)
 	if err != nil {
 		return AccountLimits{}, err
 	}
@@ -169,7 +169,7 @@ func (a *Admin) SetAccountLimits(ctx context.Context, actor Actor, account, tier
 				return err
 			}
 		}
-		result, err = effective(ctx, tx.Keys, after)
+		result, err = effective(ctx, tx.Reader, after)
 		return err
 	})
 	if err != nil {
@@ -201,17 +201,17 @@ func (a *Admin) KeyLimits(ctx context.Context, actor Actor, id string) (KeyLimit
 	if err != nil {
 		return KeyLimits{}, err
 	}
-	return ofKey(ctx, a.store.Keys, row, own.Own)
+	return ofKey(ctx, a.store.Reader, row, own.Own)
 }
 
-func ofKey(ctx context.Context, keys keystore.Keys, row keystore.Row, own apikey.Limits) (KeyLimits, error) {
-	tiers, err := keys.Tiers(ctx)
+func ofKey(ctx context.Context, reader keystore.Reader, row keystore.Row, own apikey.Limits) (KeyLimits, error) {
+	tiers, err := reader.Tiers(ctx)
 	if err != nil {
 		return KeyLimits{}, err
 	}
 	account := keystore.AccountLimits{Tier: apikey.SandboxTier}
 	if row.Environment != apikey.Sandbox.String() {
-		if account, err = keys.AccountLimits(ctx, row.Account); err != nil {
+		if account, err = reader.AccountLimits(ctx, row.Account); err != nil {
 			return KeyLimits{}, err
 		}
 	}
@@ -243,7 +243,7 @@ func (a *Admin) SetKeyLimits(ctx context.Context, actor Actor, id string, change
 			err = setKeyLimits(ctx, tx, actor, row, own)
 		}
 		if err == nil {
-			result, err = ofKey(ctx, tx.Keys, row, own)
+			result, err = ofKey(ctx, tx.Reader, row, own)
 		}
 		return err
 	})

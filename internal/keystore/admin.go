@@ -144,8 +144,8 @@ order by created_at desc, id desc offset $2::bigint - 1 limit 1`, account, limit
 }
 
 // Get returns a key, or an error that wraps ErrNoRow.
-func (k Keys) Get(ctx context.Context, reach Reach, id string) (Row, error) {
-	return readRow(ctx, k.db, "get key", `select `+rowColumns+` from rekall.api_keys k where `+oneKey, reach.args(id)...)
+func (r Reader) Get(ctx context.Context, reach Reach, id string) (Row, error) {
+	return readRow(ctx, r.db, "get key", `select `+rowColumns+` from rekall.api_keys k where `+oneKey, reach.args(id)...)
 }
 
 // Lock is Get, and keeps others from changing the key until the transaction ends. It reads the key once it has it: a statement
@@ -158,8 +158,8 @@ func (t *Tx) Lock(ctx context.Context, reach Reach, id string) (Row, error) {
 }
 
 // Find returns the key with this digest, or an error that wraps ErrNoRow.
-func (k Keys) Find(ctx context.Context, reach Reach, digest apikey.Digest) (Row, error) {
-	return readRow(ctx, k.db, "find key", `select `+rowColumns+` from rekall.api_keys k
+func (r Reader) Find(ctx context.Context, reach Reach, digest apikey.Digest) (Row, error) {
+	return readRow(ctx, r.db, "find key", `select `+rowColumns+` from rekall.api_keys k
 where k.key_hash = $1 and ($2::boolean or k.account = $3) and ($4 = '' or k.environment = $4)`, digest[:], reach.all, reach.account, reach.environment)
 }
 
@@ -186,16 +186,16 @@ func (t *Tx) Revoke(ctx context.Context, reach Reach, id string) (row Row, revok
 }
 
 // Now returns Postgres's clock: in a Tx, when it began, which is "now" in all its statements.
-func (k Keys) Now(ctx context.Context) (now time.Time, err error) {
-	if err := k.db.QueryRow(ctx, `select now()`).Scan(&now); err != nil {
+func (r Reader) Now(ctx context.Context) (now time.Time, err error) {
+	if err := r.db.QueryRow(ctx, `select now()`).Scan(&now); err != nil {
 		return now, failed("read the clock", err)
 	}
 	return now, nil
 }
 
 // Server returns the server: in a Tx, whose Xid is that server's.
-func (k Keys) Server(ctx context.Context) (Server, error) {
-	server, err := serverOf(ctx, k.db)
+func (r Reader) Server(ctx context.Context) (Server, error) {
+	server, err := serverOf(ctx, r.db)
 	if err != nil {
 		return Server{}, failed("read the server", err)
 	}

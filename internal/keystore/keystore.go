@@ -63,7 +63,7 @@ type Options struct {
 
 // Store is a pool of connections to the Postgres that holds the keys. Its methods may be called concurrently.
 type Store struct {
-	Keys
+	Reader
 	pool     *pgxpool.Pool
 	instance string
 }
@@ -92,7 +92,7 @@ func Open(url string, options Options) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open database: %w", err)
 	}
-	return &Store{Keys: Keys{pool}, pool: pool, instance: options.Instance}, nil
+	return &Store{Reader: Reader{pool}, pool: pool, instance: options.Instance}, nil
 }
 
 // planOnce makes Postgres keep the plans of a connection's statements. To plan the feed anew, which it would prefer, takes three

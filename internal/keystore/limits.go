@@ -44,8 +44,8 @@ type KeyLimits struct {
 const limitColumns = `coalesce(requests_per_minute, 0), coalesce(burst, 0), coalesce(concurrent_requests, 0)`
 
 // Tiers returns the limits of all tiers.
-func (k Keys) Tiers(ctx context.Context) (tiers apikey.Tiers, err error) {
-	rows, _ := k.db.Query(ctx, `select name, `+limitColumns+` from rekall.tiers`) // CollectRows returns its error
+func (r Reader) Tiers(ctx context.Context) (tiers apikey.Tiers, err error) {
+	rows, _ := r.db.Query(ctx, `select name, `+limitColumns+` from rekall.tiers`) // CollectRows returns its error
 	all, err := pgx.CollectRows(rows, pgx.RowToStructByPos[tierRow])
 	if err != nil {
 		return tiers, failed("read tiers", err)
@@ -54,8 +54,8 @@ func (k Keys) Tiers(ctx context.Context) (tiers apikey.Tiers, err error) {
 }
 
 // AccountLimits returns the tier and the limits of an account; of one that nobody gave any, the tier free.
-func (k Keys) AccountLimits(ctx context.Context, account string) (AccountLimits, error) {
-	return accountLimits(k.db.QueryRow(ctx, accountLimitsSQL, account), account)
+func (r Reader) AccountLimits(ctx context.Context, account string) (AccountLimits, error) {
+	return accountLimits(r.db.QueryRow(ctx, accountLimitsSQL, account), account)
 }
 
 const accountLimitsSQL = `select tier, ` + limitColumns + ` from rekall.account_limits where account = $1`
@@ -77,8 +77,8 @@ func accountLimits(row pgx.Row, account string) (AccountLimits, error) {
 }
 
 // KeyLimits returns the limits of a key's own; of one that has none, zeros.
-func (k Keys) KeyLimits(ctx context.Context, keyID string) (KeyLimits, error) {
-	return keyLimits(k.db.QueryRow(ctx, keyLimitsSQL, keyID), keyID)
+func (r Reader) KeyLimits(ctx context.Context, keyID string) (KeyLimits, error) {
+	return keyLimits(r.db.QueryRow(ctx, keyLimitsSQL, keyID), keyID)
 }
 
 const keyLimitsSQL = `select ` + limitColumns + ` from rekall.key_limits where key_id = $1`

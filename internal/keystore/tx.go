@@ -14,13 +14,13 @@ type querier interface {
 	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
 }
 
-// Keys are the statements that read a key, limits, the clock or the server. A Store runs each in a transaction of its own, a Tx in
-// the one that it is.
-type Keys struct{ db querier }
+// Reader has the statements that read one key, limits, the clock or the server. A Store runs each in a transaction of its own, a
+// Tx in the one that it is.
+type Reader struct{ db querier }
 
 // Tx is a transaction that changes keys.
 type Tx struct {
-	Keys
+	Reader
 	tx pgx.Tx
 }
 
@@ -69,7 +69,7 @@ func (s *Store) ChangeOnce(ctx context.Context, do func(*Tx) error) error {
 func (s *Store) changeOnce(ctx context.Context, options pgx.TxOptions, do func(*Tx) error) error {
 	var failure error
 	err := pgx.BeginTxFunc(ctx, s.pool, options, func(tx pgx.Tx) error {
-		failure = do(&Tx{Keys{tx}, tx})
+		failure = do(&Tx{Reader{tx}, tx})
 		return failure
 	})
 	if err != nil && failure == nil { // BEGIN or COMMIT: what do returns has a subject
