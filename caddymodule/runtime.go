@@ -102,13 +102,13 @@ func newRuntime(s settings) (_ *runtime, err error) {
 		Size: s.cacheSize, Warm: s.warm, Refresh: s.refresh, MaxStaleness: s.maxStaleness, NoListen: !s.listen,
 		Report: rt.reporter.Changed, Revoked: rt.metrics.revoked, Logger: rt.logger.Load,
 	}
-	var reads keycache.Store = store
+	reads := store
 	if s.readDatabase != "" {
 		if rt.standby, err = keystore.Open(s.readDatabase, keystore.Options{Instance: instance, PlanOnce: true}); err != nil {
 			return nil, fmt.Errorf("read_database: %w", err)
 		}
-		reads = keystore.NewStandby(rt.standby, store)
-		config.NoListen, config.Sent = true, rt.reporter.Sent // a standby has no LISTEN
+		reads = rt.standby
+		config.NoListen, config.Sent, config.Primary = true, rt.reporter.Sent, store.Lookup // a standby has no LISTEN
 	}
 	if rt.cache, err = keycache.New(reads, config); err != nil {
 		return nil, err

@@ -86,7 +86,7 @@ func (c *Cache) warm(ctx context.Context, s *state) error {
 	startedAt, keys := time.Now(), 0
 	var chunk sync.WaitGroup // being taken in
 	err := c.store.ScanRecent(ctx, min(c.cfg.Warm, c.cfg.Size), s.isOn, func(r apikey.Record) {
-		c.keep(newEntry(r, s.epoch))
+		c.keep(newEntry(*c.latest(&r), s.epoch))
 		if keys++; keys%warmChunk == 0 {
 			chunk.Wait()
 			chunk.Go(c.settle)

@@ -1069,3 +1069,72 @@ func BenchmarkTrack(b *testing.B) {
 		})
 	}
 }
+
+// failing is a store whose feed cannot be read on from a moment.
+type failing struct {
+	Store
+	from     func(ctx context.Context, since string) error
+	readings int
+}
+
+func (s *failing) Snapshot(ctx context.Context, since string, _ int) (keystore.Snapshot, error) {
+	s.readings++
+	return keystore.Snapshot{Now: time.Now(), Text: "5:6:5", Xmin: 5, Xmax: 6}, s.from(ctx, since)
+}
+
+// TestRequestsThatWaitForASyncMakeNoStormOfThoseThatFail: each of them wakes it.
+func TestRequestsThatWaitForASyncMakeNoStormOfThoseThatFail(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		db := &failing{from: func(context.Context, string) error { return errBlind }}
+		c := newCache(t, db, nil)
+		defer c.Close()
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+		defer cancel()
+		go func() {
+			for pause(ctx, time.Millisecond, nil) {
+				c.Wake()
+			}
+		}()
+		c.syncLoop(ctx)
+		if most := int(3*time.Second/lookupRetryMax) + 1; db.readings > most {
+			t.Errorf("%d readings in 3 s, want %d at most", db.readings, most)
+		}
+	})
+}
+
+// TestFeedThatCannotBeReadOnInTimeStartsOverOnceNothingIsTrusted, and not while Postgres does not answer at all: what is in memory is good
+// then, as soon as it does.
+func TestFeedThatCannotBeReadOnInTimeStartsOverOnceNothingIsTrusted(t *testing.T) {
+	for name, tc := range map[string]struct{ hangs, over bool }{"reading on": {false, true}, "Postgres": {true, false}} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				hung := false
+				db := &failing{from: func(ctx context.Context, since string) error {
+					if hung && (since != "" || tc.hangs) {
+						<-ctx.Done()
+						return ctx.Err()
+					}
+					return nil
+				}}
+				c := newCache(t, db, nil)
+				defer c.Close()
+				ctx, cancel := context.WithCancel(t.Context())
+				var loop sync.WaitGroup
+				loop.Go(func() { c.syncLoop(ctx) })
+				synctest.Wait()
+				hung = true
+				<-time.After(2 * c.cfg.MaxStaleness)
+				if fresh := c.Status().Fresh; fresh != tc.over {
+					t.Errorf("keys are trusted: %v, want %v", fresh, tc.over)
+				}
+				hung = false
+				<-time.After(2 * syncTimeout)
+				if restarts := c.Status().Restarts; !c.Status().Fresh || restarts > 1 != tc.over {
+					t.Errorf("the feed started over %d times, the first included", restarts)
+				}
+				cancel()
+				loop.Wait()
+			})
+		})
+	}
+}

@@ -53,7 +53,7 @@ type Store interface {
 	ScanRecent(ctx context.Context, n int, begin func(keystore.Server) error, each func(apikey.Record)) error
 }
 
-// Config of a Cache. Warm, NoListen, Sent, Report and Revoked may be left out.
+// Config of a Cache. Warm, NoListen, Sent and Primary, Report and Revoked may be left out.
 type Config struct {
 	Size         int           // keys held, at most
 	Warm         int           // keys read into memory when the feed starts over, at most Size; 0: none
@@ -63,6 +63,9 @@ type Config struct {
 	// Sent makes the store a standby's, which may lag: a sync then vouches for no more than the last report of this edge
 	// that the standby has replayed. Sent returns that report. Nil: the store is the primary's.
 	Sent func(beat uint64) (keystore.Report, bool)
+	// Primary reads from the primary of a standby: it is asked about keys that the standby does not have, which may have been created a
+	// moment ago. Nil: the store is the primary's.
+	Primary func(ctx context.Context, digests []apikey.Digest) (keystore.Found, error)
 	// Report asks for a report of this edge: when changes were applied, and when a standby is to prove that a key does not
 	// exist. It must not block; it may be nil.
 	Report func()
@@ -94,6 +97,7 @@ type Cache struct {
 	hot      []atomic.Pointer[entry] // by place; their number is a power of two
 	unknown  unknowns
 	loader   *loader
+	primary  *loader // of keys that a standby does not have; nil: the store is the primary's
 	flight   flights
 	wake     chan struct{}
 	refill   chan struct{} // to read all keys again
@@ -105,7 +109,7 @@ type Cache struct {
 	canaryAt atomic.Int64 // when that was measured, in nanoseconds since 1970
 
 	// Of sync only.
-	late       int  // readings of the feed in a row that timed out; 3 at most
+	late       int  // readings of the feed in a row that timed out; maxLate at most
 	unreported bool // changes are published that no report was asked for, since what follows failed
 
 	// unverified are the keys that were in flight when the feed started over: changes to them may have been missed, so their rows must
@@ -194,7 +198,10 @@ func New(store Store, cfg Config) (*Cache, error) {
 		return nil, fmt.Errorf("create cache: %w", err)
 	}
 	c.known = known
-	c.loader = newLoader(c)
+	c.loader = newLoader(c, c.read)
+	if cfg.Primary != nil {
+		c.primary = newLoader(c, c.readPrimary)
+	}
 	c.state.Store(newState())
 	c.applied.Store(new(Applied))
 	c.canaryAt.Store(c.madeAt.UnixNano())
@@ -293,6 +300,9 @@ func (c *Cache) ask(ctx context.Context, d apikey.Digest) (f Found, err error) {
 	for {
 		s := c.state.Load()
 		a, err := c.loader.load(ctx, d, s.epoch)
+		if err == nil && a.entry == nil && c.primary != nil {
+			a, err = c.primary.load(ctx, d, s.epoch)
+		}
 		if err == nil {
 			// The row was asked for moments ago; what can be wrong with it is a change that the feed has applied since,
 			// and a process that was stopped between the answer and now.

@@ -3,6 +3,7 @@ package keycache
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 
@@ -48,6 +49,7 @@ var (
 // loader reads rows: one lookup per key at a time, and as many waiting keys in one statement as there are.
 type loader struct {
 	cache *Cache
+	read  func(ctx context.Context, digests []apikey.Digest, epoch uint64) ([]answer, error)
 
 	mu        sync.Mutex
 	calls     map[apikey.Digest]*call // waiting and running
@@ -73,7 +75,8 @@ type call struct {
 // answer is what Postgres said of a key.
 type answer struct {
 	digest apikey.Digest
-	entry  *entry    // nil: there is no such key
+	entry  *entry    // nil: there is no such key, if proved
+	proved bool      // a standby's answer proves no absence
 	asOf   uint64    // epoch loaded before the row was read
 	readAt time.Time // when the row was asked for
 	pgNow  time.Time // Postgres's clock when it answered
@@ -86,8 +89,8 @@ func (a *answer) record() *apikey.Record {
 	return &a.entry.record
 }
 
-func newLoader(c *Cache) *loader {
-	return &loader{cache: c, calls: make(map[apikey.Digest]*call), turns: pace{gap: lookupGap, burst: lookupBurst}}
+func newLoader(c *Cache, read func(context.Context, []apikey.Digest, uint64) ([]answer, error)) *loader {
+	return &loader{cache: c, read: read, calls: make(map[apikey.Digest]*call), turns: pace{gap: lookupGap, burst: lookupBurst}}
 }
 
 // load returns the row of d, read in a statement that began after the given epoch was published.
@@ -231,7 +234,7 @@ func (l *loader) lookup(batch []*call) error {
 	for i, c := range batch {
 		digests[i] = c.digest
 	}
-	answers, err := l.cache.read(ctx, digests, batch[0].epoch)
+	answers, err := l.read(ctx, digests, batch[0].epoch)
 	for i, c := range batch {
 		if err != nil {
 			c.err = err
@@ -245,8 +248,11 @@ func (l *loader) lookup(batch []*call) error {
 
 // query reads rows, and counts that.
 func (c *Cache) query(ctx context.Context, digests []apikey.Digest) (keystore.Found, error) {
+	return c.count(c.store.Lookup(ctx, digests))
+}
+
+func (c *Cache) count(found keystore.Found, err error) (keystore.Found, error) {
 	c.counts.lookups.Add(1)
-	found, err := c.store.Lookup(ctx, digests)
 	if err != nil {
 		c.counts.lookupErrors.Add(1)
 		c.failures.Keep(err)
@@ -269,22 +275,63 @@ func (c *Cache) read(ctx context.Context, digests []apikey.Digest, epoch uint64)
 			return nil, err
 		}
 	}
+	return c.answers(found, digests, epoch, readAt, c.primary == nil), nil
+}
+
+// readPrimary is read from the primary of a standby. A server that stands where the primary stood may lag: absence there proves nothing.
+func (c *Cache) readPrimary(ctx context.Context, digests []apikey.Digest, epoch uint64) ([]answer, error) {
+	readAt := time.Now()
+	found, err := c.count(c.cfg.Primary(ctx, digests))
+	if err != nil {
+		return nil, err
+	}
+	if found.Server.InRecovery {
+		return nil, errStandby
+	}
+	return c.answers(found, digests, epoch, readAt, true), nil
+}
+
+// readProof is read, and of keys that a standby does not have readPrimary.
+func (c *Cache) readProof(ctx context.Context, digests []apikey.Digest, epoch uint64) ([]answer, error) {
+	answers, err := c.read(ctx, digests, epoch)
+	if err != nil || c.primary == nil {
+		return answers, err
+	}
+	absent := slices.DeleteFunc(slices.Clone(answers), func(a answer) bool { return a.entry != nil })
+	if len(absent) == 0 {
+		return answers, nil
+	}
+	digests = make([]apikey.Digest, len(absent))
+	for i := range absent {
+		digests[i] = absent[i].digest
+	}
+	if absent, err = c.readPrimary(ctx, digests, epoch); err != nil {
+		return nil, err
+	}
+	answers = slices.DeleteFunc(answers, func(a answer) bool { return a.entry == nil })
+	return append(answers, absent...), nil
+}
+
+func (c *Cache) answers(found keystore.Found, digests []apikey.Digest, epoch uint64, readAt time.Time, proved bool) []answer {
 	records := make(map[apikey.Digest]*apikey.Record, len(found.Records))
 	for _, r := range found.Records {
-		records[r.Digest] = r
+		records[r.Digest] = c.latest(r)
 	}
 	answers := make([]answer, len(digests))
 	for i, d := range digests {
-		answers[i] = answer{digest: d, asOf: epoch, readAt: readAt, pgNow: found.Now}
+		answers[i] = answer{digest: d, proved: proved, asOf: epoch, readAt: readAt, pgNow: found.Now}
 		if r, ok := records[d]; ok {
 			answers[i].entry = newEntry(*r, epoch)
 		}
 	}
-	return answers, nil
+	return answers
 }
 
 // accept keeps what Postgres said of a key.
 func (c *Cache) accept(a *answer) {
+	if a.entry == nil && !a.proved {
+		return
+	}
 	if a.entry == nil {
 		c.unknown.slot(&a.digest).Store(&absence{digest: a.digest, asOf: a.asOf, at: a.readAt})
 		return

@@ -51,8 +51,8 @@ func newStandbyDatabase(t *testing.T) *standbyDatabase {
 // cache reports itself.
 func (db *standbyDatabase) cache(t *testing.T, change func(*Config)) *Cache {
 	t.Helper()
-	return newCache(t, keystore.NewStandby(db.reads, db.store), func(cfg *Config) {
-		cfg.NoListen = true
+	return newCache(t, db.reads, func(cfg *Config) {
+		cfg.NoListen, cfg.Primary = true, db.store.Lookup
 		cfg.Sent = func(beat uint64) (keystore.Report, bool) {
 			db.mu.Lock()
 			defer db.mu.Unlock()
@@ -173,6 +173,29 @@ func TestStandbyWhoseReplayALongReadCanStopIsWarnedOf(t *testing.T) {
 	}
 }
 
+func TestFirstReportOnItsWayToAStandbyIsNoFaultInTheLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for within, logged := range map[time.Duration]int{time.Second: 0, 2 * firstReportWithin: 2} { // the beginning and the end
+			core, logs := observer.New(zap.DebugLevel)
+			began := time.Now()
+			db := &twoStandbys{snap: keystore.Snapshot{Server: keystore.Server{InRecovery: true}, Beat: 1, Now: began, Text: "5:5:", Xmin: 5, Xmax: 5}}
+			c := newCache(t, db, func(cfg *Config) {
+				cfg.Logger = func() *zap.Logger { return zap.New(core) }
+				cfg.Sent = func(uint64) (keystore.Report, bool) {
+					return keystore.Report{SentAt: time.Now()}, time.Since(began) > within
+				}
+			})
+			ctx, cancel := context.WithTimeout(t.Context(), 3*firstReportWithin)
+			c.syncLoop(ctx)
+			cancel()
+			if n := logs.FilterMessageSnippet("key sync ").Len() - logs.FilterMessageSnippet("starts over").Len(); n != logged || c.Status().SyncedAt.IsZero() {
+				t.Errorf("it comes within %v: %d lines, want %d", within, n, logged)
+			}
+			c.Close()
+		}
+	})
+}
+
 // twoStandbys are two of one primary behind one name.
 type twoStandbys struct {
 	Store
@@ -196,8 +219,10 @@ func TestRevocationIsNotUndoneByAStandbyThatHasReplayedLess(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			db := new(twoStandbys)
 			sent := map[uint64]keystore.Report{1: {SentAt: began.Add(-10 * time.Second)}, 2: {SentAt: began}}
+			asked := 0
 			c := newCache(t, db, func(cfg *Config) {
 				cfg.Sent = func(beat uint64) (keystore.Report, bool) { report, ok := sent[beat]; return report, ok }
+				cfg.Report = func() { asked++ }
 			})
 			good := &apikey.Record{ID: "key_a", Digest: unknownKey(), Environment: apikey.Production}
 			revoked := *good
@@ -213,8 +238,9 @@ func TestRevocationIsNotUndoneByAStandbyThatHasReplayedLess(t *testing.T) {
 			want(t, c, good.Digest, apikey.Revoked)
 			c.known.Wait()
 			show(2, reported, good)
-			if err := c.sync(t.Context()); !errors.Is(err, errBlind) {
-				t.Errorf("a sync with it: %v, want errBlind", err)
+			before := asked
+			if err := c.sync(t.Context()); !errors.Is(err, errBlind) || asked == before {
+				t.Errorf("a sync with it: %v, want errBlind, and %d reports are asked for, which it waits for", err, asked-before)
 			}
 			want(t, c, good.Digest, apikey.Revoked)
 			sent[3] = keystore.Report{SentAt: time.Now()}
@@ -229,24 +255,32 @@ func TestRevocationIsNotUndoneByAStandbyThatHasReplayedLess(t *testing.T) {
 // was asked.
 func TestRevocationThatThePrimaryToldOfIsNotUndoneByTheKeysCreationOnAStandbyThatLags(t *testing.T) {
 	began := time.Now()
-	db := new(twoStandbys)
-	c := newCache(t, db, func(cfg *Config) {
-		cfg.Sent = func(uint64) (keystore.Report, bool) {
-			return keystore.Report{SentAt: began.Add(-10 * time.Second)}, true
-		}
-	})
 	good := &apikey.Record{ID: "key_a", Digest: unknownKey(), Environment: apikey.Production}
 	revoked := *good
 	revoked.RevokedAt = apikey.TimeOf(began)
 	server := keystore.Server{StartedAt: 1, InRecovery: true}
+	db := &twoStandbys{found: keystore.Found{Server: server, Now: began}}
+	c := newCache(t, db, func(cfg *Config) {
+		cfg.Sent = func(uint64) (keystore.Report, bool) {
+			return keystore.Report{SentAt: began.Add(-10 * time.Second)}, true
+		}
+		cfg.Primary = func(context.Context, []apikey.Digest) (keystore.Found, error) {
+			return keystore.Found{Now: began, Records: []*apikey.Record{&revoked}}, nil
+		}
+	})
 	db.snap = keystore.Snapshot{Server: server, Beat: 1, Now: began, Text: "5:5:", Xmin: 5, Xmax: 5}
 	tick(t, c)
-	db.found = keystore.Found{Server: server, Now: began, Records: []*apikey.Record{&revoked}}
 	want(t, c, good.Digest, apikey.Revoked)
-	c.settle()
-	c.known.Del(place(&good.Digest)) // as ristretto may
-	c.known.Wait()
-	db.snap.Text, db.snap.Xmin, db.snap.Xmax, db.snap.Changes = "6:6:", 6, 6, []*apikey.Record{good} // all that it has replayed
+	forget := func() { // as ristretto may
+		c.settle()
+		c.known.Del(place(&good.Digest))
+		c.known.Wait()
+	}
+	forget()
+	db.found.Records = []*apikey.Record{good} // all that it has replayed
+	want(t, c, good.Digest, apikey.Revoked)
+	forget()
+	db.snap.Text, db.snap.Xmin, db.snap.Xmax, db.snap.Changes = "6:6:", 6, 6, []*apikey.Record{good}
 	tick(t, c)
 	want(t, c, good.Digest, apikey.Revoked)
 	db.snap.Text, db.snap.Xmin, db.snap.Xmax, db.snap.Changes = "7:7:", 7, 7, []*apikey.Record{&revoked}
@@ -272,6 +306,85 @@ func TestRevocationThatThePrimaryToldOfIsForgottenWhenEveryStandbyThatIsBelieved
 			<-time.After(c.cfg.MaxStaleness)
 		}
 	})
+}
+
+// TestAbsenceIsNotBelievedOfAStandbyInThePrimarysPlace: after a switch-over the name in database may lead to a server whose replay lags.
+func TestAbsenceIsNotBelievedOfAStandbyInThePrimarysPlace(t *testing.T) {
+	db := newStandbyDatabase(t)
+	demoted, err := keystore.Open(db.standby.URL(), keystore.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(demoted.Close)
+	c := db.cache(t, nil)
+	misled := db.cache(t, func(cfg *Config) { cfg.Primary = demoted.Lookup })
+	db.report(t)
+	tick(t, c)
+	tick(t, misled)
+	pgtest.Exec(t, db.standby.URL(), "select pg_wal_replay_pause()")
+	created := db.create(t)
+	want(t, misled, created.digest, apikey.Unavailable)
+	want(t, c, created.digest, apikey.Allowed)
+}
+
+// TestUnknownKeysHarmNoKeyThatAStandbyHasWhileThePrimaryHangs: they wait for the primary, and nothing else does.
+func TestUnknownKeysHarmNoKeyThatAStandbyHasWhileThePrimaryHangs(t *testing.T) {
+	db := newStandbyDatabase(t)
+	digests := db.made(t, 30)
+	c := db.cache(t, func(cfg *Config) {
+		cfg.Primary = func(ctx context.Context, _ []apikey.Digest) (keystore.Found, error) {
+			<-ctx.Done()
+			return keystore.Found{}, ctx.Err()
+		}
+	})
+	db.report(t)
+	tick(t, c)
+	var unknown sync.WaitGroup
+	for _, digest := range digests {
+		unknown.Go(func() { want(t, c, unknownKey(), apikey.Unavailable) })
+		want(t, c, digest, apikey.Allowed)
+	}
+	unknown.Wait()
+}
+
+// TestRequestWhoseKeyAnotherStandbyDoesNotHaveYetIsVerifiedWithThePrimary, and cut if that does not have it either.
+func TestRequestWhoseKeyAnotherStandbyDoesNotHaveYetIsVerifiedWithThePrimary(t *testing.T) {
+	for name, outcome := range map[string]apikey.Outcome{"it has the key": apikey.Allowed, "it has not": apikey.Unknown} {
+		t.Run(name, func(t *testing.T) {
+			now := time.Now()
+			record := apikey.Record{ID: "key_a", Digest: unknownKey(), Environment: apikey.Production}
+			primary, db := []*apikey.Record{&record}, new(twoStandbys)
+			c := newCache(t, db, func(cfg *Config) {
+				cfg.Sent = func(uint64) (keystore.Report, bool) { return keystore.Report{SentAt: time.Now()}, true }
+				cfg.Primary = func(context.Context, []apikey.Digest) (keystore.Found, error) {
+					return keystore.Found{Now: now, Records: primary}, nil
+				}
+			})
+			read := func(startedAt int64) {
+				db.snap = keystore.Snapshot{Server: keystore.Server{StartedAt: startedAt, InRecovery: true}, Beat: 1, Now: now, Text: "5:5:", Xmin: 5, Xmax: 5}
+				db.found = keystore.Found{Server: db.snap.Server, Now: now}
+				tick(t, c)
+			}
+			read(1)
+			found, err := c.Find(t.Context(), record.Digest)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithCancelCause(t.Context())
+			defer cancel(nil)
+			if !c.Track(new(Flight), found, requestFunc(cancel)) {
+				t.Fatal("not tracked")
+			}
+			if outcome == apikey.Unknown {
+				primary = nil
+			}
+			read(2)
+			var cut *Cut
+			if errors.As(context.Cause(ctx), &cut) != (outcome != apikey.Allowed) || cut != nil && cut.Outcome != outcome {
+				t.Errorf("the request ended with %v", context.Cause(ctx))
+			}
+		})
+	}
 }
 
 // TestSnapshotThatAnotherClustersPrimaryReportedMovesNoStandbyOn: its transactions are not those of the standby, which would pass over all

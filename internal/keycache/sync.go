@@ -21,8 +21,14 @@ const (
 	// syncTimeout bounds one sync. A sync that takes longer would tell little that is fresh.
 	syncTimeout = 2 * time.Second
 
+	// maxLate is how many readings in a row that time out make the next ones smaller.
+	maxLate = 3
+
 	// fewChanges are read in time over the slowest link to Postgres.
 	fewChanges = 1000
+
+	// firstReportWithin is how long the first report of this edge may take to come to a standby without a word about it.
+	firstReportWithin = 5 * time.Second
 
 	// wakeGap is the least time between two syncs, so that a storm of changes does not become a storm of statements.
 	wakeGap = 5 * time.Millisecond
@@ -65,20 +71,28 @@ func (c *Cache) syncLoop(ctx context.Context) {
 			return
 		case err != nil && took > syncTimeout+leapNoticed:
 			continue // it is not Postgres that took so long: the process stood still
+		case errors.Is(err, errBlind) && clock.Age(c.madeAt, time.Now()) < firstReportWithin:
+			// no fault yet
+		default:
+			c.note(&syncing, err, took)
 		}
-		syncing.Begins = "key sync failed; cached keys are trusted until the data is too old"
-		if c.state.Load().syncedAt.IsZero() {
-			syncing.Begins = "key sync failed; no key is trusted yet, each request asks Postgres"
+		least, gap := wakeGap, max(proofGap, proofShare*time.Since(startedAt))
+		if err != nil { // each is an attempt to connect, and requests that wait for a sync wake it
+			least, gap = min(lookupRetryMax, c.cfg.Refresh), max(gap, lookupRetryMax)
 		}
-		c.failures.Note(&syncing, err, zap.Duration("max_staleness", c.cfg.MaxStaleness), zap.Duration("took", took))
-		gap := max(proofGap, proofShare*time.Since(startedAt))
-		if err != nil {
-			gap = max(gap, lookupRetryMax) // each is an attempt to connect
-		}
-		if !pause(ctx, wakeGap, nil) || !c.awaitSync(ctx, startedAt, min(gap, c.cfg.Refresh)) {
+		if !pause(ctx, least, nil) || !c.awaitSync(ctx, startedAt, min(gap, c.cfg.Refresh)) {
 			return
 		}
 	}
+}
+
+// note logs the beginning and the end of an outage of the sync.
+func (c *Cache) note(syncing *outage.Kind, err error, took time.Duration) {
+	syncing.Begins = "key sync failed; cached keys are trusted until the data is too old"
+	if c.state.Load().syncedAt.IsZero() {
+		syncing.Begins = "key sync failed; no key is trusted yet, each request asks Postgres"
+	}
+	c.failures.Note(syncing, err, zap.Duration("max_staleness", c.cfg.MaxStaleness), zap.Duration("took", took))
 }
 
 // AwaitFirstSync waits until the cache has synced. It returns why it has not when ctx is done.
@@ -144,6 +158,7 @@ type reading struct {
 	keystore.Snapshot
 	startedAt time.Time
 	vouchedAt time.Time // up to which it shows all changes
+	anew      bool      // it does not read on from what was read before
 }
 
 // sync reads the feed once and publishes what it says. Nobody else may at the same time.
@@ -165,7 +180,7 @@ func (c *Cache) follow(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	over := old.syncedAt.IsZero() || !old.sameServer(r.Snapshot) || r.Overrun
+	over := r.anew || old.syncedAt.IsZero() || !old.sameServer(r.Snapshot) || r.Overrun
 	var changed []*entry
 	if over {
 		c.startOver(ctx, old, r)
@@ -193,14 +208,29 @@ func (c *Cache) report() {
 }
 
 // readFeed reads what has changed since old. After each reading that timed out, the next takes a quarter as many changes: over a
-// slow link as many would time out for ever. If there are more, the feed starts over.
+// slow link as many would time out for ever. If there are more, the feed starts over. So it does where even that times out, though
+// Postgres answers, once nothing is trusted any longer: there is nothing to lose then.
 func (c *Cache) readFeed(ctx context.Context, old *state) (r reading, err error) {
 	r.startedAt = time.Now()
-	r.Snapshot, err = c.store.Snapshot(ctx, old.seen, max(fewChanges, keystore.MaxChanges>>(2*c.late)))
-	if err != nil && ctx.Err() != nil {
-		c.late = min(c.late+1, 3)
-	} else {
+	limit := max(fewChanges, keystore.MaxChanges>>(2*c.late))
+	within, lost := ctx, c.late == maxLate && !old.fresh(r.startedAt, c.cfg.MaxStaleness)
+	var anew keystore.Snapshot
+	if lost {
+		if anew, err = c.store.Snapshot(ctx, "", limit); err != nil {
+			return r, fmt.Errorf("read where the changes stand: %w", err)
+		}
+		var cancel context.CancelFunc
+		within, cancel = context.WithTimeout(ctx, syncTimeout/2)
+		defer cancel()
+	}
+	r.Snapshot, err = c.store.Snapshot(within, old.seen, limit)
+	switch {
+	case err == nil || within.Err() == nil:
 		c.late = 0
+	case lost:
+		r.Snapshot, r.anew, err = anew, true, nil
+	default:
+		c.late = min(c.late+1, maxLate)
 	}
 	if err != nil {
 		return r, fmt.Errorf("read changes: %w", err)
@@ -211,6 +241,7 @@ func (c *Cache) readFeed(ctx context.Context, old *state) (r reading, err error)
 	// Another standby, or this one restarted, may have replayed less than what was known here: a revocation that is in force and
 	// confirmed must not be undone. It has as much if it has a report that was made afterwards.
 	if !old.sameServer(r.Snapshot) && r.vouchedAt.Before(old.gotAt) {
+		c.report()
 		return r, errBlind
 	}
 	return r, nil
@@ -255,8 +286,8 @@ func (c *Cache) startOver(ctx context.Context, old *state, r reading) {
 
 // advance publishes the changes that were read, tells the requests in flight of them, and returns them.
 func (c *Cache) advance(old *state, r reading) []*entry {
-	if c.cfg.Sent != nil {
-		c.keepRevoked(old, r.Changes)
+	for i, record := range r.Changes {
+		r.Changes[i] = c.latest(record)
 	}
 	n, changed := old.next(r)
 	for _, e := range changed {
@@ -277,18 +308,17 @@ func (c *Cache) advance(old *state, r reading) []*entry {
 	return changed
 }
 
-// keepRevoked puts known revocations into rows of a standby that lags. The primary was asked about a key that the standby did not
-// have yet; then the standby replays the key's creation, and only later the revocation. Nothing takes a revocation back.
-func (c *Cache) keepRevoked(s *state, changes []*apikey.Record) {
-	for i, record := range changes {
-		was, ok := c.revokedAhead.Load(record.Digest)
-		if !ok || !record.RevokedAt.IsZero() {
-			continue
-		}
-		if e := was.(revokedRow).entry; e.asOf.Load() >= s.origin {
-			changes[i] = &e.record
-		}
+// latest returns a record that was read, or the revocation of its key if that is known from the primary and a standby lags behind it: the
+// primary was asked about a key that the standby did not have yet, and the standby replays the key's creation before its revocation.
+// Nothing takes a revocation back.
+func (c *Cache) latest(record *apikey.Record) *apikey.Record {
+	if c.cfg.Sent == nil || !record.RevokedAt.IsZero() {
+		return record
 	}
+	if was, ok := c.revokedAhead.Load(record.Digest); ok {
+		return &was.(revokedRow).entry.record
+	}
+	return record
 }
 
 // revokedRow is a row that a lookup brought, and when.
@@ -328,7 +358,7 @@ func (c *Cache) carryOver(ctx context.Context, old, n *state) {
 			return // they are looked up when they are asked for
 		}
 		for _, record := range found.Records {
-			e := newEntry(*record, n.epoch)
+			e := newEntry(*c.latest(record), n.epoch)
 			c.keepFound(e)
 			c.slot(&record.Digest).Store(e)
 		}
@@ -377,7 +407,7 @@ func (c *Cache) verify(ctx context.Context) error {
 	for len(c.unverified) > 0 {
 		n := min(len(c.unverified), lookupBatch)
 		state := c.state.Load()
-		answers, err := c.read(ctx, c.unverified[:n], state.epoch)
+		answers, err := c.readProof(ctx, c.unverified[:n], state.epoch)
 		if err != nil {
 			return err
 		}

@@ -463,35 +463,6 @@ func TestChangeInProgressWhenAStandbyIsReadIsNotLost(t *testing.T) {
 	eventually.True(t, "the standby shows the change that was in progress", func() bool { return revokedIn(snapshot(t, reader, between.Text), slow) })
 }
 
-// TestAbsenceIsNotBelievedOfAStandbyInThePrimarysPlace: after a switch-over the name in database may lead to a server whose replay lags.
-func TestAbsenceIsNotBelievedOfAStandbyInThePrimarysPlace(t *testing.T) {
-	primary := pgtest.Server(t)
-	pgtest.Migrate(t, primary.URL())
-	writer := open(t, primary.URL(), keystore.Options{})
-	known := insert(t, writer)
-	standby, err := primary.StartStandby(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = standby.Stop(context.Background()) })
-	reader := open(t, standby.URL(), keystore.Options{})
-	eventually.True(t, "the standby shows the first key", func() bool {
-		found, err := reader.Lookup(t.Context(), []apikey.Digest{known.Digest})
-		return err == nil && len(found.Records) == 1
-	})
-	pgtest.Exec(t, standby.URL(), "select pg_wal_replay_pause()")
-	created := insert(t, writer)
-	digests := []apikey.Digest{known.Digest, created.Digest}
-	found, err := keystore.NewStandby(reader, writer).Lookup(t.Context(), digests)
-	if err != nil || len(found.Records) != 2 {
-		t.Errorf("the primary in its place: %d keys, %v", len(found.Records), err)
-	}
-	demoted := open(t, standby.URL(), keystore.Options{})
-	if found, err = keystore.NewStandby(reader, demoted).Lookup(t.Context(), digests); err == nil {
-		t.Errorf("a standby in the primary's place: %d of 2 keys, and no error", len(found.Records))
-	}
-}
-
 func TestStatementsOfAnEdgeArePlannedOncePerConnection(t *testing.T) {
 	ctx := t.Context()
 	store := open(t, database(t), keystore.Options{MaxConns: 1, PlanOnce: true})
