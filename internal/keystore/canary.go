@@ -9,7 +9,7 @@ const CanaryAccount = "rekall:canary"
 // were revoked more than an hour ago, and revokes those that an edge has left alive for ten minutes. It returns "" if it made none. It
 // needs no right to write keys.
 func (s *Store) CreateCanary(ctx context.Context) (id string, err error) {
-	if err := s.pool.QueryRow(ctx, `select coalesce(rekall.create_canary(), '')`).Scan(&id); err != nil {
+	if err := s.scanAlone(ctx, []any{&id}, `select coalesce(rekall.create_canary(), '')`); err != nil {
 		return "", failedAtEdge("create canary", err)
 	}
 	return id, nil

@@ -41,13 +41,13 @@ func (s *Store) ReportEdge(ctx context.Context, e Edge) (Report, error) {
 	}
 	var server serverRow
 	report := Report{SentAt: time.Now()}
-	err := s.pool.QueryRow(ctx, `
+	err := s.scanAlone(ctx, []any{&server, &report.Snapshot}, `
 insert into rekall.edges (instance, name, region, version, max_staleness, started_at, synced_at, applied, applied_on, beat, seen_at)
 values ($1, $2, $3, $4, $5, $6, $7, nullif($8, '')::pg_snapshot, nullif($9, ''), $10, clock_timestamp())
 on conflict (instance) do update set synced_at = excluded.synced_at, applied = excluded.applied, applied_on = excluded.applied_on,
 	beat = excluded.beat, seen_at = excluded.seen_at
 returning `+serverSQL+`, pg_current_snapshot()::text`,
-		e.Instance, e.Name, e.Region, e.Version, e.MaxStaleness, e.StartedAt, syncedAt, e.Applied, e.AppliedOn, e.Beat).Scan(&server, &report.Snapshot)
+		e.Instance, e.Name, e.Region, e.Version, e.MaxStaleness, e.StartedAt, syncedAt, e.Applied, e.AppliedOn, e.Beat)
 	if err != nil {
 		return Report{}, failedAtEdge("report edge", err)
 	}

@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keystore"
@@ -131,3 +134,81 @@ func TestChangesThatWaitForEachOtherAreAllMadeWhateverIsolationIsTheDefault(t *t
 		}
 	}
 }
+
+// Edges wait for each other: for a key that several of them count, a chore, or a row that another removes.
+func TestWhatEdgesWriteDoesNotFailForWaitingWhateverIsolationIsTheDefault(t *testing.T) {
+	const instance, edge = "0123456789abcdefABCDEF", `insert into rekall.edges (instance, name, region, version, max_staleness, started_at, seen_at, beat)
+		values ('0123456789abcdefABCDEF', 'north', 'eu', 'v1', '30s', now(), now() - interval '1 day', 1)`
+	signingKey := keystore.SigningKey{ID: strings.Repeat("a", 43)}
+	for i, level := range slices.Concat(isolationLevels, isolationLevels) {
+		databaseURL := database(t)
+		isolate(t, databaseURL, level)
+		mode := []string{"cache_statement", "exec"}[i/len(isolationLevels)] // the latter behind PgBouncer
+		store := open(t, databaseURL+"&default_query_exec_mode="+mode, keystore.Options{})
+		other := connect(t, databaseURL)
+		for _, write := range []struct {
+			name   string
+			before string // that is there
+			others string // that the other edge does meanwhile
+			do     func(context.Context) error
+		}{
+			{
+				"flush usage", ``, `insert into rekall.usage (key_id, hour, outcome, count) values ('key', '2026-03-01 12:00Z', 'revoked', 1)`,
+				func(ctx context.Context) error {
+					return store.FlushUsage(ctx, flushOf(instance, 1, anHour, counts("key", 0, 1, 0)))
+				},
+			},
+			{
+				"claim a chore", ``, `insert into rekall.usage_chores (name) values ('chore')`,
+				func(ctx context.Context) error { return second(store.ClaimChore(ctx, "chore", time.Minute)) },
+			},
+			{
+				"add a spike", ``, `insert into rekall.spikes (key_id, hour, threshold) values ('key', '2026-03-01 12:00Z', 1)`,
+				func(ctx context.Context) error {
+					return second(store.AddSpike(ctx, keystore.Spike{KeyID: "key", Hour: anHour, Threshold: 1}))
+				},
+			},
+			{
+				"forget usage", `insert into rekall.usage (key_id, hour, outcome, count) values ('key', '2000-01-01', 'revoked', 1)`,
+				`delete from rekall.usage`,
+				func(ctx context.Context) error { return second(store.ForgetUsage(ctx, time.Hour, 1)) },
+			},
+			{
+				"report an edge", ``, edge,
+				func(ctx context.Context) error {
+					return second(store.ReportEdge(ctx, keystore.Edge{Instance: instance, Name: "north", MaxStaleness: time.Second, Beat: 1}))
+				},
+			},
+			{
+				"forget edges", `delete from rekall.edges; ` + edge, `delete from rekall.edges`,
+				func(ctx context.Context) error { return store.ForgetEdges(ctx, time.Minute) },
+			},
+			{
+				"create a canary", `insert into rekall.api_keys (id, account, name, environment, key_hash, scopes, created_at, revoked_at)
+					values ('key_0123456789abcdefABCDEF', 'rekall:canary', 'Canary', 'sandbox', sha256(''), '{}', now() - interval '1 day', now() - interval '1 day')`,
+				`delete from rekall.api_keys`,
+				func(ctx context.Context) error { return second(store.CreateCanary(ctx)) },
+			},
+			{
+				"publish signing keys", ``,
+				`insert into rekall.signing_keys (id, public_key, instance, expires_at) values (repeat('a', 43), sha256(''), repeat('a', 22), now())`,
+				func(ctx context.Context) error {
+					return store.PublishSigningKeys(ctx, instance, []keystore.SigningKey{signingKey}, time.Hour)
+				},
+			},
+		} {
+			exec(t, other, write.before)
+			exec(t, other, `begin isolation level read committed`)
+			exec(t, other, write.others)
+			done := make(chan error, 1)
+			go func() { done <- write.do(context.WithoutCancel(t.Context())) }()
+			pgtest.AwaitBlocked(t, databaseURL, 1)
+			exec(t, other, `commit`)
+			if err := <-done; err != nil {
+				t.Errorf("%s, %s: %s: %v", level, mode, write.name, err)
+			}
+		}
+	}
+}
+
+func second[T any](_ T, err error) error { return err }

@@ -33,10 +33,38 @@ func (t *Tx) exec(ctx context.Context, doing, sql string, args ...any) error {
 
 // execAtEdge is exec for what gateways do, in a transaction of its own.
 func (s *Store) execAtEdge(ctx context.Context, doing, sql string, args ...any) error {
-	if _, err := s.pool.Exec(ctx, sql, args...); err != nil {
+	if _, err := s.execAlone(ctx, sql, args...); err != nil {
 		return failedAtEdge(doing, err)
 	}
 	return nil
+}
+
+// execAlone runs a statement that writes, and nothing else, in a transaction.
+func (s *Store) execAlone(ctx context.Context, sql string, args ...any) (tag pgconn.CommandTag, err error) {
+	err = s.alone(ctx, func(query *pgx.QueuedQuery) {
+		query.Exec(func(t pgconn.CommandTag) error {
+			tag = t
+			return nil
+		})
+	}, sql, args...)
+	return tag, err
+}
+
+// scanAlone is execAlone for a statement that returns a row.
+func (s *Store) scanAlone(ctx context.Context, targets []any, sql string, args ...any) error {
+	return s.alone(ctx, func(query *pgx.QueuedQuery) {
+		query.QueryRow(func(row pgx.Row) error { return row.Scan(targets...) })
+	}, sql, args...)
+}
+
+// alone runs a statement in read committed, whatever the default of the database or the role is: at other levels it would fail where it
+// had to wait for another edge, and reads might fail beside it. Both are sent at once, and are one transaction without BEGIN and
+// COMMIT: an edge that is stopped meanwhile holds no lock.
+func (s *Store) alone(ctx context.Context, receive func(*pgx.QueuedQuery), sql string, args ...any) error {
+	var batch pgx.Batch
+	batch.Queue(`set transaction_isolation = 'read committed'`)
+	receive(batch.Queue(sql, args...))
+	return s.pool.SendBatch(ctx, &batch).Close()
 }
 
 // Change runs do in a transaction, which is committed if do returns nil. It runs do again if Postgres broke a deadlock at

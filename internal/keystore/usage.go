@@ -76,7 +76,7 @@ func (s *Store) FlushUsage(ctx context.Context, f UsageFlush) error {
 	}
 	// First uses lock key rows, for which the undoing of a rotation may wait in the other order.
 	err := repeatDeadlocked(func() error {
-		_, err := s.pool.Exec(ctx, flushSQL, f.Instance, f.Sequence, time.Unix(f.Hour*3600, 0), keys, counts, usedAt, deniedKeys, outcomes, deniedCounts)
+		_, err := s.execAlone(ctx, flushSQL, f.Instance, f.Sequence, time.Unix(f.Hour*3600, 0), keys, counts, usedAt, deniedKeys, outcomes, deniedCounts)
 		return err
 	})
 	if err != nil {
@@ -182,7 +182,7 @@ select l.key_id, l.first_used_at, `+lastUse+` from rekall.last_used l where l.ke
 // period has passed since the last claim. One further ahead than that is none: it would keep everybody
 // from the chore.
 func (s *Store) ClaimChore(ctx context.Context, name string, period time.Duration) (bool, error) {
-	tag, err := s.pool.Exec(ctx, `
+	tag, err := s.execAlone(ctx, `
 insert into rekall.usage_chores as c (name) values ($1)
 on conflict (name) do update set claimed_at = excluded.claimed_at
 where c.claimed_at not between excluded.claimed_at - $2::interval and excluded.claimed_at + $2::interval`, name, period)
@@ -235,7 +235,7 @@ group by key_id, hour`, keyIDs, before, window) // ForEachRow returns its error
 
 // AddSpike keeps a spike, and reports whether it was not known yet.
 func (s *Store) AddSpike(ctx context.Context, spike Spike) (bool, error) {
-	tag, err := s.pool.Exec(ctx, `
+	tag, err := s.execAlone(ctx, `
 insert into rekall.spikes (key_id, hour, threshold) values ($1, $2, $3) on conflict do nothing`, spike.KeyID, spike.Hour, spike.Threshold)
 	if err != nil {
 		return false, failedAtEdge("add spike", err)
@@ -249,7 +249,7 @@ const silentEdge = 7 * 24 * time.Hour
 // ForgetUsage removes up to limit rows of counts older than retention, and what belongs to them, but for when the keys were
 // used last. It returns how many rows of counts it removed: with fewer than limit, nothing is left to do.
 func (s *Store) ForgetUsage(ctx context.Context, retention time.Duration, limit int) (removed int64, err error) {
-	err = s.pool.QueryRow(ctx, `
+	err = s.scanAlone(ctx, []any{&removed}, `
 with spikes as (delete from rekall.spikes where hour < now() - $1::interval),
 	flushes as (delete from rekall.usage_flushes where flushed_at < now() - $3::interval),
 	gone as (
@@ -260,7 +260,7 @@ with spikes as (delete from rekall.spikes where hour < now() - $1::interval),
 		update rekall.last_used l set last_used_at = g.used_at
 		from (select key_id, max(used_at) as used_at from gone group by key_id) g
 		where l.key_id = g.key_id and l.last_used_at < g.used_at)
-select count(*) from gone`, retention, limit, silentEdge).Scan(&removed)
+select count(*) from gone`, retention, limit, silentEdge)
 	if err != nil {
 		return 0, failedAtEdge("forget usage", err)
 	}
