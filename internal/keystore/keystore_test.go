@@ -177,6 +177,29 @@ func TestApplicationNameOfURLWins(t *testing.T) {
 	}
 }
 
+func TestKeysAreReadWhateverStyleIsTheDefault(t *testing.T) {
+	for _, setting := range []string{"datestyle = 'German'", "client_encoding = 'LATIN1'"} {
+		for _, mode := range []string{"cache_statement", "exec"} {
+			databaseURL := database(t)
+			pgtest.Exec(t, databaseURL, `do $do$ begin execute format('alter database %I set ', current_database()) || $set$`+setting+`$set$; end $do$`)
+			store := open(t, databaseURL+"&default_query_exec_mode="+mode, keystore.Options{})
+			key := newKey()
+			key.Name, key.Lifetime = "Äpfel", time.Hour
+			if _, err := store.Insert(t.Context(), key); err != nil {
+				t.Errorf("%s, %s: %v", setting, mode, err)
+			}
+			list, err := store.List(t.Context(), keystore.Everything(), keystore.Filter{Name: "Ä"}, keystore.Position{}, 10)
+			if err != nil || len(list) != 1 || list[0].Name != key.Name {
+				t.Errorf("%s, %s: %+v, %v", setting, mode, list, err)
+			}
+			var name string // as the server has it
+			if err := connect(t, databaseURL+"&client_encoding=UTF8").QueryRow(t.Context(), `select name from rekall.api_keys`).Scan(&name); err != nil || name != key.Name {
+				t.Errorf("%s, %s: %q is stored as %q, %v", setting, mode, key.Name, name, err)
+			}
+		}
+	}
+}
+
 // PgBouncer's transaction pooling gives every transaction another session: nothing may rest on a prepared statement.
 func TestExecModePreparesNothing(t *testing.T) {
 	store := open(t, database(t)+"&default_query_exec_mode=exec", keystore.Options{MaxConns: 1})
