@@ -178,7 +178,7 @@ func TestApplicationNameOfURLWins(t *testing.T) {
 }
 
 func TestKeysAreReadWhateverStyleIsTheDefault(t *testing.T) {
-	for _, setting := range []string{"datestyle = 'German'", "client_encoding = 'LATIN1'"} {
+	for _, setting := range []string{"datestyle = 'German'", "client_encoding = 'LATIN1'", "standard_conforming_strings = off"} {
 		for _, mode := range []string{"cache_statement", "exec"} {
 			databaseURL := database(t)
 			pgtest.Exec(t, databaseURL, `do $do$ begin execute format('alter database %I set ', current_database()) || $set$`+setting+`$set$; end $do$`)

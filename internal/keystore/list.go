@@ -77,8 +77,9 @@ func filtered(reach Reach, filter Filter) *conditions {
 		q.add("k.created_by = ?", filter.CreatedBy)
 	}
 	if filter.Name != "" && reach.all {
-		// The largest character closes the range of all names with that beginning, in the index's order.
-		q.add(`lower(k.name) collate "C" between lower(?) and lower(?) || U&'\+10FFFF'`, filter.Name, filter.Name)
+		// The largest character closes the range of all names with that beginning, in the index's order. A literal of it would be an
+		// error where standard_conforming_strings is off.
+		q.add(`lower(k.name) collate "C" between lower(?) and lower(?) || chr(1114111)`, filter.Name, filter.Name)
 	} else if filter.Name != "" {
 		q.add("position(lower(?) in lower(k.name)) > 0", filter.Name)
 	}
