@@ -61,7 +61,8 @@ func (s *Store) ForgetEdges(ctx context.Context, silence time.Duration) error {
 }
 
 // ForgetReplacedEdges removes the rows of edges with the name and the database user of this one, which has reported, that are
-// silent for longer than their max_staleness.
+// silent for longer than their max_staleness. What any edge has reported while Postgres's clock was ahead of what it is now counts as
+// reported now.
 func (s *Store) ForgetReplacedEdges(ctx context.Context, instance string) error {
 	return s.execAtEdge(ctx, "forget replaced edges", `select rekall.forget_replaced_edges($1)`, instance)
 }

@@ -265,6 +265,47 @@ func TestCanaryThatAKilledEdgeLeftAliveIsRevoked(t *testing.T) {
 	}
 }
 
+func TestCanaryOfAClockThatWasSetBackKeepsNoEdgeFromMakingOne(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	exec(t, connect(t, databaseURL), `insert into rekall.api_keys (id, account, name, environment, key_hash, scopes, created_at, revoked_at)
+		values ('key_left000000000000000000', 'rekall:canary', 'Canary', 'sandbox', sha256('left'), '{}', now() + interval '1 day', null),
+			('key_over000000000000000000', 'rekall:canary', 'Canary', 'sandbox', sha256('over'), '{}', now() + interval '1 day', now() + interval '1 day')`)
+	if id, err := store.CreateCanary(t.Context()); err != nil || id == "" {
+		t.Fatalf("canary %q, %v", id, err)
+	}
+	if row, err := store.Get(t.Context(), keystore.Everything(), "key_left000000000000000000"); err != nil || row.RevokedAt == nil {
+		t.Errorf("the one that was left alive: %+v, %v", row, err)
+	}
+	exec(t, connect(t, databaseURL), `update rekall.api_keys set revoked_at = now() where revoked_at is null`)
+	if id, err := store.CreateCanary(t.Context()); err != nil || id != "" {
+		t.Errorf("another canary %q, %v", id, err)
+	}
+}
+
+// TestEdgeOfAClockThatWasSetBackIsLiveNoLongerThanOthers, nor is it gone before: a revocation waits for it.
+func TestEdgeOfAClockThatWasSetBackIsLiveNoLongerThanOthers(t *testing.T) {
+	databaseURL, roles := granted(t)
+	owner, ctx := open(t, databaseURL, keystore.Options{}), t.Context()
+	edge := open(t, pgtest.Login(t, databaseURL, roles.Edge), keystore.Options{})
+	own := report(t, edge, keystore.Edge{Name: "own"})
+	report(t, owner, keystore.Edge{Name: "synced", SyncedAt: time.Now()})
+	report(t, owner, keystore.Edge{Name: "never synced"})
+	pgtest.Exec(t, databaseURL, `update rekall.edges set seen_at = seen_at + interval '1 day', synced_at = synced_at + interval '1 day'`)
+	if err := edge.ForgetReplacedEdges(ctx, own.Instance); err != nil {
+		t.Fatal(err)
+	}
+	seen, _, err := owner.Edges(ctx, 0)
+	if err != nil || len(seen) != 3 {
+		t.Fatalf("edges %+v, %v", seen, err)
+	}
+	for _, e := range seen {
+		if e.Age < 0 || e.SeenAt.After(time.Now()) || (e.SyncedAt == nil) != (e.Name != "synced") {
+			t.Errorf("%+v", e)
+		}
+	}
+}
+
 // New functions are everybody's by default, and there may be no roles.
 func TestFunctionsThatRunAsTheSchemasOwnerAreNotForEverybody(t *testing.T) {
 	databaseURL := database(t)
