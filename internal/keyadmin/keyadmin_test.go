@@ -422,6 +422,21 @@ func TestAccountThatWaitsAsLongAsItIsToldMakesAnotherKey(t *testing.T) {
 	}
 }
 
+func TestKeysMadeWhileTheClockWasAheadLockNoAccountOut(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	admin, ann := admin.Limited(1), must(keyadmin.Person("ann", "acme"))
+	create(t, admin, request())
+	pgtest.Exec(t, databaseURL, `alter table rekall.api_keys disable trigger stamp`) // which keeps created_at
+	pgtest.Exec(t, databaseURL, `update rekall.api_keys set created_by = 'user:ann', created_at = now() + interval '30 days'`)
+	if _, _, err := admin.Create(t.Context(), ann, request()); err != nil {
+		t.Error(err)
+	}
+	var tooMany *keyadmin.TooManyError
+	if _, _, err := admin.Create(t.Context(), ann, request()); !errors.As(err, &tooMany) || tooMany.RetryAfter > 24*time.Hour {
+		t.Errorf("beyond the limit of today: %v", err)
+	}
+}
+
 // must is for actors that can be.
 func must(actor keyadmin.Actor, err error) keyadmin.Actor {
 	if err != nil {
