@@ -334,3 +334,86 @@ func TestPostgresThatRefusesConnectionsIsAskedRarelyHoweverManyKeysWait(t *testi
 		}
 	})
 }
+
+// slowlyRefusing is one that takes its time to refuse them, as beyond a network.
+type slowlyRefusing struct {
+	refusing
+	running, abreast atomic.Int64 // lookups, and those that were made while another was failing
+}
+
+func (s *slowlyRefusing) Lookup(ctx context.Context, digests []apikey.Digest) (keystore.Found, error) {
+	alone := s.running.Add(1) == 1
+	defer s.running.Add(-1)
+	if s.attempts.Load() >= maxLookups && !alone { // the first ones come before any has failed
+		s.abreast.Add(1)
+	}
+	<-time.After(50 * time.Millisecond)
+	return s.refusing.Lookup(ctx, digests)
+}
+
+func TestWhileLookupsFailThereIsOneAtATime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := new(slowlyRefusing)
+		c := newCache(t, store, func(cfg *Config) { cfg.NoListen = true })
+		defer c.Close()
+		var wg sync.WaitGroup
+		for n := range 2000 {
+			wg.Go(func() { _, _ = c.Find(t.Context(), numbered(n)) })
+			<-time.After(time.Millisecond)
+		}
+		wg.Wait()
+		<-time.After(time.Second)
+		if n, abreast := store.attempts.Load(), store.abreast.Load(); n < 2*maxLookups || abreast != 0 {
+			t.Errorf("%d of %d lookups were made while another was failing", abreast, n)
+		}
+	})
+}
+
+// recovering refuses the first lookup only.
+type recovering struct{ slowlyRefusing }
+
+func (s *recovering) Lookup(ctx context.Context, digests []apikey.Digest) (keystore.Found, error) {
+	if found, err := s.slowlyRefusing.Lookup(ctx, digests); s.attempts.Load() == 1 {
+		return found, err
+	}
+	return keystore.Found{}, nil
+}
+
+func TestOnceLookupsSucceedThereAreSeveralAtATimeAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := new(recovering)
+		c := newCache(t, store, func(cfg *Config) { cfg.NoListen = true })
+		defer c.Close()
+		_, _ = c.Find(t.Context(), unknownKey())
+		var wg sync.WaitGroup
+		for n := range 2000 {
+			wg.Go(func() {
+				if _, err := c.Find(t.Context(), numbered(n)); err != nil {
+					t.Error(err)
+				}
+			})
+			<-time.After(time.Millisecond)
+		}
+		wg.Wait()
+		<-time.After(time.Second)
+		if store.abreast.Load() == 0 {
+			t.Error("lookups still wait for one another")
+		}
+	})
+}
+
+func TestLookupThatNobodyWaitsForDoesNotEndTheDelayAfterOneThatFailed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCache(t, new(refusing), func(cfg *Config) { cfg.NoListen = true })
+		defer c.Close()
+		_, _ = c.Find(t.Context(), numbered(1))
+		ctx, cancel := context.WithCancel(t.Context())
+		go func() { _, _ = c.Find(ctx, numbered(2)) }()
+		synctest.Wait()
+		cancel()
+		<-time.After(time.Second)
+		if c.loader.running != 0 || c.loader.retry == 0 {
+			t.Error("the next keys are read as if Postgres had answered")
+		}
+	})
+}
