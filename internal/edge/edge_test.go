@@ -242,6 +242,30 @@ func TestAnEdgeThatDrainsIsWaitedForAndSharesNoLimits(t *testing.T) {
 	}
 }
 
+func TestAnEdgeThatDrainsSaysSoAtOnce(t *testing.T) {
+	r := newReporter(nil)
+	r.Drain()
+	select {
+	case <-r.changed:
+	default:
+		t.Error("the others learn of it with the next tick")
+	}
+}
+
+// TestAnEdgeReportsSeveralTimesWithinItsMaxStalenessHoweverShort: between two reports the others would call it fail-closed.
+func TestAnEdgeReportsSeveralTimesWithinItsMaxStalenessHoweverShort(t *testing.T) {
+	r := newRig(t)
+	r.reporter.edge.MaxStaleness = 200 * time.Millisecond
+	go r.reporter.Run(t.Context(), func() keycache.Applied { return keycache.Applied{} })
+	beats := map[uint64]bool{}
+	eventually.True(t, "more reports than one every 5 s", func() bool {
+		var beat uint64
+		err := r.conn.QueryRow(t.Context(), `select beat from rekall.edges`).Scan(&beat)
+		beats[beat] = err == nil
+		return len(beats) > 8
+	})
+}
+
 // TestEdgeWhoseSyncIsTooOldIsFailClosedThoughItReports: it may be able to write and not to read, or read a standby that stands still.
 func TestEdgeWhoseSyncIsTooOldIsFailClosedThoughItReports(t *testing.T) {
 	r := newRig(t)
