@@ -86,6 +86,26 @@ func TestDelayOfARevocationEndsWhenTheEdgeTrustedNothing(t *testing.T) {
 	}
 }
 
+// TestCanaryIsMeasuredOnceHoweverOftenTheFeedBringsIt: its row may change once more, long after its revocation.
+func TestCanaryIsMeasuredOnceHoweverOftenTheFeedBringsIt(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	c := newCache(t, db.store, nil)
+	tick(t, c)
+	canary, err := db.store.CreateCanary(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	tick(t, c)
+	db.exec(t, "update rekall.api_keys set revoked_at = now() where id = $1", canary)
+	tick(t, c)
+	first := c.Status()
+	db.exec(t, "update rekall.api_keys set name = 'other' where id = $1", canary)
+	tick(t, c)
+	if again := c.Status(); first.Canary == 0 || again.Canary != first.Canary || again.CanaryAt != first.CanaryAt {
+		t.Errorf("the canary stayed allowed for %s, and then for %s", first.Canary, again.Canary)
+	}
+}
+
 // TestEdgeThatNeverSyncedAgesFromItsStartAndSaysThatNoKeyIsTrusted: at age 0, a restart in an outage of Postgres would end the alert.
 func TestEdgeThatNeverSyncedAgesFromItsStartAndSaysThatNoKeyIsTrusted(t *testing.T) {
 	store, err := keystore.Open("postgres://rekall@127.0.0.1:1/none?connect_timeout=1", keystore.Options{})
