@@ -127,10 +127,11 @@ func (a *Admin) succeed(ctx context.Context, tx *keystore.Tx, actor Actor, old k
 	if err != nil {
 		return Key{}, err
 	}
-	if err := mayBeRotated(ctx, tx, old); err != nil {
+	// First: one that seems to have expired may be given its expiry back by the transaction that this waits for.
+	if err := tx.DetachExpired(ctx, old.ID); err != nil {
 		return Key{}, err
 	}
-	if err := tx.DetachExpired(ctx, old.ID); err != nil {
+	if err := mayBeRotated(ctx, tx, old); err != nil {
 		return Key{}, err
 	}
 	if err := setEnd(ctx, tx, old.ID, overlap); err != nil {

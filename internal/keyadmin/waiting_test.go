@@ -141,6 +141,26 @@ func TestUndoRevokesTheSuccessorThatLives(t *testing.T) {
 	}
 }
 
+// TestSuccessorThatIsGivenItsExpiryBackIsStillTheSuccessor: it may seem to have ended while its own rotation is being undone.
+func TestSuccessorThatIsGivenItsExpiryBackIsStillTheSuccessor(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	old := create(t, admin, request())
+	successor := rotate(t, admin, old.ID, day(t))
+	rotate(t, admin, successor.ID, keyadmin.Overlap{})
+	undoing := hold(t, databaseURL, successor.ID)
+	undoing.exec(`update rekall.api_keys set expires_at = prior_expires_at, prior_expires_at = null, grace_started_at = null where id = $1`, successor.ID)
+	done := make(chan error, 1)
+	go func() {
+		_, _, err := admin.Rotate(context.Background(), operator, old.ID, keyadmin.RotateRequest{Overlap: day(t)})
+		done <- err
+	}()
+	pgtest.AwaitBlocked(t, databaseURL, 1)
+	undoing.release()
+	if err := <-done; !errors.Is(err, keyadmin.ErrAlreadyRotated) {
+		t.Errorf("the old key is rotated again: %v", err)
+	}
+}
+
 // TestRequestsAtOnceMakeNoMoreKeysADayThanTheAccountMay: none of them sees what the others have not committed yet.
 func TestRequestsAtOnceMakeNoMoreKeysADayThanTheAccountMay(t *testing.T) {
 	unlimited, _, databaseURL := newAdmin(t)
