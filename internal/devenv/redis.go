@@ -19,12 +19,14 @@ type RedisOptions struct {
 	Password string
 	// TLS has the server speak only TLS, with a certificate and its key in these files.
 	TLS *RedisTLS
+	// Dir is where the server saves what it knows, as redis-server does by default; empty: nowhere.
+	Dir string
 }
 
 // RedisTLS names the files of a server's certificate.
 type RedisTLS struct{ CertificateFile, KeyFile string }
 
-// Redis is a private server on loopback, which keeps nothing on disk. On Linux it dies with this process.
+// Redis is a private server on loopback, which keeps nothing on disk unless it has a directory. On Linux it dies with this process.
 type Redis struct {
 	// Port on 127.0.0.1.
 	Port int
@@ -70,7 +72,7 @@ func (r *Redis) URL() string {
 	return u.String()
 }
 
-// Restart starts the server on its port, empty, after Kill or, if it runs, killing it.
+// Restart starts the server on its port, with what it had saved, after Kill or, if it runs, killing it.
 func (r *Redis) Restart(ctx context.Context) error {
 	r.Kill()
 	r.mu.Lock()
@@ -95,7 +97,12 @@ func (r *Redis) Restart(ctx context.Context) error {
 
 // config goes through standard input: arguments, and the password in them, are for everybody to read.
 func (r *Redis) config() string {
-	lines := []string{"bind 127.0.0.1", `save ""`, "appendonly no"}
+	lines := []string{"bind 127.0.0.1", "appendonly no"}
+	if r.options.Dir == "" {
+		lines = append(lines, `save ""`)
+	} else {
+		lines = append(lines, "dir "+r.options.Dir)
+	}
 	if tls := r.options.TLS; tls != nil {
 		lines = append(lines, "port 0", "tls-port "+strconv.Itoa(r.Port), "tls-cert-file "+tls.CertificateFile,
 			"tls-key-file "+tls.KeyFile, "tls-auth-clients no")
@@ -108,7 +115,7 @@ func (r *Redis) config() string {
 	return strings.Join(lines, "\n") + "\n"
 }
 
-// Kill ends the server at once, as a crash does. What it knew is gone.
+// Kill ends the server at once, as a crash does. What it knew and has not saved is gone.
 func (r *Redis) Kill() {
 	r.mu.Lock()
 	defer r.mu.Unlock()

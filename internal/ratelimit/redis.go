@@ -16,23 +16,25 @@ import (
 // all edges share. What was spent counts whatever the bucket holds; more is leased only from what it has left.
 //
 // A bucket that owes more than edges could have spent comes from a clock that was set back, or from other limits: it is cut to
-// that. Where the data has another name than this edge knows, Redis was emptied: nothing is leased of a bucket that is whole
-// because it was forgotten.
+// that. Where the data has another name than this edge knows, Redis was emptied, or has come back with older data: nothing is leased of a
+// bucket that is whole because it was forgotten. A bucket bears the name of the data that it belongs to: one from before is forgotten, since
+// edges tell all of what they let through.
 var exchangeScript = redis.NewScript(`
-if redis.call('GET', KEYS[2]) ~= ARGV[5] then
+if redis.call('HGET', KEYS[2], 'name') ~= ARGV[5] then
 	return redis.error_reply('EMPTIED redis was emptied')
 end
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local interval, depth = tonumber(ARGV[1]), tonumber(ARGV[2])
 local spent, want = tonumber(ARGV[3]), tonumber(ARGV[4])
-local empty = math.min(tonumber(redis.call('GET', KEYS[1]) or '0'), now + (depth + ARGV[6]) * interval)
+local empty, name = string.match(redis.call('GET', KEYS[1]) or '', '^(%S+) (%S+)$')
+empty = math.min(name == ARGV[5] and tonumber(empty) or 0, now + (depth + ARGV[6]) * interval)
 empty = math.max(now, math.max(now, empty) + spent * interval)
 local left = math.max(0, math.floor((now + depth * interval - empty) / interval + 0.001))
 local leased = math.min(want, left)
 empty = empty + leased * interval
 if empty > now then
-	redis.call('SET', KEYS[1], string.format('%.17g', empty), 'PX', math.ceil((empty - now) / 1000) + 1000)
+	redis.call('SET', KEYS[1], string.format('%.17g ', empty) .. ARGV[5], 'PX', math.ceil((empty - now) / 1000) + 1000)
 else
 	redis.call('DEL', KEYS[1])
 end
@@ -97,20 +99,45 @@ func trial() settlement {
 }
 
 const (
-	dataKey = "rekall:rl:data"
-	dataFor = 24 * time.Hour // each probe prolongs it; longer than outages, after which it must not seem that Redis was emptied
+	dataKey = "rekall:rl:state" // a hash: the name of the data, and how many probes it has seen, of all edges
+	dataFor = 24 * time.Hour    // each probe prolongs it; longer than outages, after which it must not seem that Redis was emptied
 )
 
+// renameScript gives data that has a name another one, unless another edge has done so, and returns what it is.
+var renameScript = redis.NewScript(`
+if redis.call('HGET', KEYS[1], 'name') == ARGV[1] then
+	redis.call('HSET', KEYS[1], 'name', ARGV[2])
+end
+return redis.call('HGET', KEYS[1], 'name')
+`)
+
 // nameOfData returns a name that Redis keeps as long as it keeps the buckets, and gives it one if it has none: it is new, or was
-// restarted empty.
+// restarted empty. Data that has seen fewer probes than this edge knows of is older than it was, as after a crash of a Redis that saves
+// now and then: it is told of all keys as if it had been emptied, so it gets another name. An edge that is new, or does without Redis,
+// reads the number and adds nothing: it would hide from the others that theirs are missing.
 func (s *store) nameOfData(ctx context.Context) (string, error) {
+	const doing = "ask redis for the name of its data"
 	pipe := s.client.Pipeline()
-	pipe.SetNX(ctx, dataKey, rand.Text(), dataFor)
-	name := pipe.GetEx(ctx, dataKey, dataFor)
-	if _, err := pipe.Exec(ctx); err != nil {
-		return "", fmt.Errorf("ask redis for the name of its data: %w", err)
+	pipe.HSetNX(ctx, dataKey, "name", rand.Text())
+	current := pipe.HGet(ctx, dataKey, "name")
+	var one int64
+	if s.data != "" && !s.fallback.Load() {
+		one = 1
 	}
-	return name.Val(), nil
+	probes := pipe.HIncrBy(ctx, dataKey, "probes", one)
+	pipe.Expire(ctx, dataKey, dataFor)
+	if _, err := pipe.Exec(ctx); err != nil {
+		return "", fmt.Errorf("%s: %w", doing, err)
+	}
+	name := current.Val()
+	if name == s.data && probes.Val() < s.probes+one {
+		var err error
+		if name, err = renameScript.Run(ctx, s.client, []string{dataKey}, name, rand.Text()).Text(); err != nil {
+			return "", fmt.Errorf("%s: %w", doing, err)
+		}
+	}
+	s.probes = probes.Val()
+	return name, nil
 }
 
 // send runs the script for each settlement, in one round trip. Each has its answer, or the error, when it returns.

@@ -53,8 +53,9 @@ type store struct {
 
 	all       func(each func(*lease))
 	followed  []*lease // that hold or owe something
-	data      string   // names what Redis has: a new name tells that it was emptied
-	emptied   uint64   // the epoch that began when it was last emptied
+	data      string   // names what Redis has: a new name tells that it was emptied, or has older data
+	probes    int64    // that the data had seen at this edge's last
+	emptied   uint64   // the epoch that began with that, the last time
 	explained int      // telling() of the outage's cause, as far as it was logged
 
 	exchanges atomic.Uint64

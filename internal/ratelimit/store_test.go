@@ -2,6 +2,7 @@ package ratelimit
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/x509"
 	"encoding/pem"
@@ -220,15 +221,19 @@ func TestAnEdgeThatEndsGivesBackWhatItHolds(t *testing.T) {
 	edges[0].stop()
 	client := connect(t, server.URL())
 	spent := func() int64 {
-		stored, err := client.Get(t.Context(), edges[0].bucket(d).lease.key).Float64()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return int64((stored - float64(time.Now().UnixMicro())) / float64(slow.interval()/1000))
+		return int64(stored(t, client, edges[0].bucket(d)) / time.Duration(slow.interval()))
 	}
 	if n := spent(); n > 2 {
 		t.Errorf("%d are spent, want 1", n)
 	}
+}
+
+// stored is how long a bucket in Redis takes to drain; below 0: it has drained.
+func stored(t *testing.T, client *redis.Client, b *Bucket) time.Duration {
+	t.Helper()
+	number, _, _ := strings.Cut(client.Get(t.Context(), b.lease.key).Val(), " ")
+	empty, _ := strconv.ParseFloat(cmp.Or(number, "0"), 64)
+	return time.Until(time.UnixMicro(int64(empty)))
 }
 
 func connect(t testing.TB, url string) *redis.Client {
@@ -493,8 +498,10 @@ func TestWhatAnEdgesPartOfTheLimitHasForgottenOfAnOutageIsNotCharged(t *testing.
 
 func TestARedisThatIsEmptiedGivesNoKeyItsBurstAgain(t *testing.T) {
 	limit := Limit{PerMinute: 6, Burst: 76} // 75 at once, and hardly more
+	const olderData = "restarted with what it had saved before"
+	restart := func(server *devenv.Redis, _ func() bool) error { return server.Restart(t.Context()) }
 	for name, fault := range map[string]func(server *devenv.Redis, told func() bool) error{
-		"restarted": func(server *devenv.Redis, _ func() bool) error { return server.Restart(t.Context()) },
+		"restarted": restart, olderData: restart,
 		"restarted again before the edges trust it": func(server *devenv.Redis, told func() bool) error {
 			if err := server.Restart(t.Context()); err != nil {
 				return err
@@ -507,7 +514,11 @@ func TestARedisThatIsEmptiedGivesNoKeyItsBurstAgain(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			server := redistest.Server(t, devenv.RedisOptions{})
+			var options devenv.RedisOptions
+			if name == olderData {
+				options.Dir = t.TempDir()
+			}
+			server := redistest.Server(t, options)
 			edges := startEdges(t, server.URL(), 3)
 			d := digest(1)
 			use := func() (allowed int64) { // in turns: an edge remembers no more than its part of the burst
@@ -523,10 +534,21 @@ func TestARedisThatIsEmptiedGivesNoKeyItsBurstAgain(t *testing.T) {
 			}
 			client := connect(t, server.URL())
 			told := func() bool { // by all edges
-				empty, _ := client.Get(t.Context(), edges[0].bucket(d).lease.key).Float64()
-				return empty-float64(time.Now().UnixMicro()) > 0.7*float64(limit.depth()*limit.interval()/1000)
+				return float64(stored(t, client, edges[0].bucket(d))) > 0.7*float64(limit.depth()*limit.interval())
+			}
+			probes := func() int64 {
+				n, _ := client.HGet(t.Context(), dataKey, "probes").Int64()
+				return n
+			}
+			eventually.True(t, "the edges probe", func() bool { return probes() > 0 })
+			saved := probes()
+			if name == olderData {
+				if err := client.Save(t.Context()).Err(); err != nil {
+					t.Fatal(err)
+				}
 			}
 			before := use()
+			eventually.True(t, "each edge has probed since", func() bool { return probes() > saved+3 })
 			if err := fault(server, told); err != nil {
 				t.Fatal(err)
 			}
@@ -541,6 +563,57 @@ func TestARedisThatIsEmptiedGivesNoKeyItsBurstAgain(t *testing.T) {
 				t.Errorf("%d were let through before and %d after, want at least %d and at most %d", before, after, limit.depth(), most)
 			}
 		})
+	}
+}
+
+// TestWhatRedisHadSavedIsNotCountedTwice: it is told of it as well.
+func TestWhatRedisHadSavedIsNotCountedTwice(t *testing.T) {
+	server := redistest.Server(t, devenv.RedisOptions{Dir: t.TempDir()})
+	client, limit, d := connect(t, server.URL()), Limit{PerMinute: 6, Burst: 76}, digest(1)
+	l, log := newShared(t, server.URL(), 1)
+	e := &edgeUnderTest{Limiter: l, log: log}
+	l.store.probe(t.Context())
+	for e.ask(d, limit).Allowed {
+		settle(t, l.store)
+	}
+	if err := client.Save(t.Context()).Err(); err != nil {
+		t.Fatal(err)
+	}
+	l.store.probe(t.Context())
+	if err := server.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	eventually.True(t, "the fallback ends", func() bool {
+		l.store.probe(t.Context())
+		return l.Status().Outages > 0 && !l.Status().Fallback
+	})
+	full := time.Duration(limit.depth() * limit.interval())
+	if debt := stored(t, client, l.bucket(d)); debt < full*9/10 || debt > full {
+		t.Errorf("the bucket drains in %s, want %s at most, and hardly less", debt, full)
+	}
+}
+
+// TestAnEdgeThatIsNewDoesNotHideFromTheOthersThatRedisHasOlderData, though it has nothing to tell and may be the first to come.
+func TestAnEdgeThatIsNewDoesNotHideFromTheOthersThatRedisHasOlderData(t *testing.T) {
+	server := redistest.Server(t, devenv.RedisOptions{Dir: t.TempDir()})
+	edge, _ := newShared(t, server.URL(), 2)
+	edge.store.probe(t.Context())
+	if err := connect(t, server.URL()).Save(t.Context()).Err(); err != nil {
+		t.Fatal(err)
+	}
+	edge.store.probe(t.Context())
+	before := edge.store.data
+	if err := server.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	other, _ := newShared(t, server.URL(), 2)
+	other.store.probe(t.Context())
+	eventually.True(t, "the fallback ends", func() bool {
+		edge.store.probe(t.Context())
+		return edge.Status().Outages > 0 && !edge.Status().Fallback
+	})
+	if other.store.data != before || edge.store.data == before {
+		t.Errorf("the data is %q to the edge that knew it as %q, and %q to the new one", edge.store.data, before, other.store.data)
 	}
 }
 
