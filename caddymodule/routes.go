@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -25,9 +26,9 @@ import (
 // It compares addresses as they are written, with the spellings of one address folded. Two names of one machine, and
 // handlers of third parties that hold routes of their own, are beyond it; the transport "rekall" is for those.
 func checkRoutes(app *caddyhttp.App, logger *zap.Logger) error {
-	c := routeCheck{dialled: map[string]dial{}, logger: logger}
+	c := routeCheck{servers: app.Servers, entries: map[string]bool{}, logger: logger}
 	for name, server := range app.Servers {
-		c.named, c.invoked, c.templates = server.NamedRoutes, map[invocation]bool{}, false
+		c.server, c.named, c.invoked, c.templates = name, server.NamedRoutes, map[invocation]bool{}, false
 		c.routes("server "+name, 0, server.Routes)
 		if server.Errors != nil {
 			c.templates = false
@@ -39,8 +40,10 @@ func checkRoutes(app *caddyhttp.App, logger *zap.Logger) error {
 
 // dial is how a backend is reached: by requests of one environment that a gateway allowed, or by any (0).
 type dial struct {
+	upstream    string
 	environment apikey.Environment
 	where       string
+	server      string // whose proxy dials
 }
 
 // invocation is a named route's use in an environment.
@@ -51,16 +54,19 @@ type invocation struct {
 }
 
 type routeCheck struct {
-	named   map[string]*caddyhttp.Route // of the server being walked
+	servers map[string]*caddyhttp.Server
+	entries map[string]bool // servers with a gateway, to which clients come
+
+	server  string                      // being walked
+	named   map[string]*caddyhttp.Route // its
 	invoked map[invocation]bool         // with what became of templates: so routes which invoke each other end
 
 	// templates is whether the answer of the handler that is walked to passes a handler "templates", which may read the
 	// environment and all files. The dashboard's pages repeat what clients have chosen, names of keys and addresses, and a
 	// backend's answers may too.
-	templates bool
-
-	dialled      map[string]dial
-	lookupsKnown bool // whether dialled has what the proxies of the block being walked look up
+	templates    bool
+	lookupsKnown bool // whether what the proxies of the block being walked look up is known
+	dials        []dial
 	gateway      bool // there is one, or its transport
 	open         string
 	err          error
@@ -69,6 +75,8 @@ type routeCheck struct {
 
 // verdict returns the first error. An open proxy is one only where there is something to protect from it.
 func (c *routeCheck) verdict() error {
+	c.follow()
+	c.compare()
 	if c.err == nil && c.gateway && c.open != "" {
 		return fmt.Errorf("%s: it could lead to a backend of a rekall_gateway; name the addresses", c.open)
 	}
@@ -115,7 +123,7 @@ func (c *routeCheck) handler(where string, env apikey.Environment, handler any) 
 		c.responses(where, env, h.HandleResponse)
 	case *Gateway:
 		c.answers(where + ", rekall_gateway")
-		c.gateway = true
+		c.gateway, c.entries[c.server] = true, true
 		c.block(where+", rekall_gateway production", apikey.Production, &h.production)
 		c.block(where+", rekall_gateway sandbox", apikey.Sandbox, &h.sandbox)
 	case *reverseproxy.Handler:
@@ -126,7 +134,7 @@ func (c *routeCheck) handler(where string, env apikey.Environment, handler any) 
 
 func (c *routeCheck) block(where string, env apikey.Environment, b *block) {
 	for _, name := range b.lookedUp {
-		c.add(name, dial{env, where})
+		c.add(name, env, where)
 	}
 	known := c.lookupsKnown
 	c.lookupsKnown = true
@@ -184,14 +192,14 @@ func (c *routeCheck) proxy(where string, env apikey.Environment, h *reverseproxy
 			zap.String("where", where))
 	}
 	for _, upstream := range h.Upstreams {
-		c.add(upstream.Dial, dial{env, where})
+		c.add(upstream.Dial, env, where)
 	}
 	switch source := h.DynamicUpstreams.(type) {
 	case nil:
 	case *reverseproxy.AUpstreams:
-		c.add(net.JoinHostPort(source.Name, source.Port), dial{env, where})
+		c.add(net.JoinHostPort(source.Name, source.Port), env, where)
 	case *reverseproxy.SRVUpstreams:
-		c.add(service(source.Service, source.Proto, source.Name), dial{env, where})
+		c.add(service(source.Service, source.Proto, source.Name), env, where)
 	default: // behind a gateway it is the operator's list of that environment's backends; the lookups of a multi are known from its block
 		if _, multi := source.(*reverseproxy.MultiUpstreams); env == 0 || multi && !c.lookupsKnown {
 			c.open = fmt.Sprintf("a reverse_proxy takes its upstreams from %T (%s)", source, where)
@@ -249,21 +257,75 @@ func countsSlowness(h *reverseproxy.Handler) bool {
 		(h.HealthChecks.Passive.UnhealthyLatency > 0 || h.HealthChecks.Passive.UnhealthyRequestCount > 0)
 }
 
-func (c *routeCheck) add(upstream string, d dial) {
-	address := normalize(upstream)
-	if strings.Contains(address, "{") {
-		c.open = fmt.Sprintf("upstream %s depends on the request (%s)", upstream, d.where)
+func (c *routeCheck) add(upstream string, env apikey.Environment, where string) {
+	if strings.Contains(normalize(upstream), "{") {
+		c.open = fmt.Sprintf("upstream %s depends on the request (%s)", upstream, where)
 		return
 	}
-	first, ok := c.dialled[address]
-	switch {
-	case !ok:
-		c.dialled[address] = d
-	case first.environment == d.environment, c.err != nil:
-	case first.environment != 0 && d.environment != 0:
-		c.err = fmt.Errorf("upstream %s is in both environments (%s; %s): give production and sandbox backends of their own", upstream, first.where, d.where)
-	default:
-		c.err = fmt.Errorf("upstream %s is behind a rekall_gateway and also reachable without one (%s; %s): remove the other way", upstream, first.where, d.where)
+	c.dials = append(c.dials, dial{upstream, env, where, c.server})
+}
+
+// follow finds the servers of this configuration that stand behind a gateway, since one of its blocks dials them: what they dial is
+// their environment's. Clients must not come to them: they need no key there.
+func (c *routeCheck) follow() {
+	behind := map[string]apikey.Environment{}
+	for found := true; found; {
+		found = false
+		for i := range c.dials {
+			d := &c.dials[i]
+			if env := behind[d.server]; d.environment == 0 && env != 0 {
+				d.environment = env
+				d.where += ", behind a rekall_gateway"
+			}
+			if d.environment == 0 {
+				continue
+			}
+			for _, name := range c.dialled(d.upstream) {
+				if c.err == nil && (c.entries[name] || slices.ContainsFunc(c.servers[name].Listen, isPublic)) {
+					c.err = fmt.Errorf("upstream %s is a server of this configuration that clients reach without a rekall_gateway (%s; server %s): "+
+						"give what is behind the gateway a server of its own, bound to a loopback address or a Unix socket", d.upstream, d.where, name)
+				}
+				if behind[name] == 0 {
+					behind[name], found = d.environment, true
+				}
+			}
+		}
+	}
+}
+
+// dialled are the servers of this configuration that listen on an upstream's address.
+func (c *routeCheck) dialled(upstream string) []string {
+	var names []string
+	for name, server := range c.servers {
+		if slices.ContainsFunc(server.Listen, func(listen string) bool { return leadsTo(upstream, listen) }) {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// compare refuses a backend that is dialled in two ways.
+func (c *routeCheck) compare() {
+	firsts := map[string]dial{}
+	for _, d := range c.dials {
+		targets := []string{normalize(d.upstream)}
+		for _, name := range c.dialled(d.upstream) { // it may listen on several addresses
+			targets = append(targets, "server "+name)
+		}
+		for _, target := range targets {
+			first, ok := firsts[target]
+			switch {
+			case !ok:
+				firsts[target] = d
+			case first.environment == d.environment, c.err != nil:
+			case first.environment != 0 && d.environment != 0:
+				c.err = fmt.Errorf("upstream %s is in both environments (%s; %s): give production and sandbox backends of their own",
+					d.upstream, first.where, d.where)
+			default:
+				c.err = fmt.Errorf("upstream %s is behind a rekall_gateway and also reachable without one (%s; %s): remove the other way",
+					d.upstream, first.where, d.where)
+			}
+		}
 	}
 }
 
@@ -276,9 +338,19 @@ func normalize(upstream string) string {
 		return strings.ToLower(upstream)
 	}
 	if address.IsUnixNetwork() {
-		return "unix/" + path.Clean(address.Host)
+		return socket(address)
 	}
-	host := strings.TrimSuffix(strings.ToLower(address.Host), ".")
+	return net.JoinHostPort(machine(address.Host), strconv.FormatUint(uint64(address.StartPort), 10))
+}
+
+// socket folds the spellings of a Unix socket. A listener's may end with the permissions that it is made with.
+func socket(address caddy.NetworkAddress) string {
+	file, _, _ := strings.Cut(address.Host, "|")
+	return "unix/" + path.Clean(file)
+}
+
+func machine(host string) string {
+	host = strings.TrimSuffix(strings.ToLower(host), ".")
 	if ip, err := netip.ParseAddr(host); err == nil {
 		host = ip.Unmap().String()
 	}
@@ -286,5 +358,42 @@ func normalize(upstream string) string {
 	case "", "127.0.0.1", "0.0.0.0", "::", "::1":
 		host = "localhost"
 	}
-	return net.JoinHostPort(host, strconv.FormatUint(uint64(address.StartPort), 10))
+	return host
+}
+
+// leadsTo reports whether a server that listens on an address, or on a range of ports, is dialled as an upstream.
+func leadsTo(upstream, listen string) bool {
+	at, err := caddy.ParseNetworkAddress(listen)
+	if err != nil {
+		return false
+	}
+	upstream = normalize(upstream)
+	if at.IsUnixNetwork() {
+		return upstream == socket(at)
+	}
+	host, port, err := net.SplitHostPort(upstream)
+	if err != nil {
+		return false
+	}
+	number, err := strconv.ParseUint(port, 10, 16)
+	if err != nil || uint(number) < at.StartPort || uint(number) > at.EndPort {
+		return false
+	}
+	return host == machine(at.Host) || isAny(at.Host) && isLoopback(host)
+}
+
+// isPublic reports whether other machines may reach a listener.
+func isPublic(listen string) bool {
+	at, err := caddy.ParseNetworkAddress(listen)
+	return err != nil || !at.IsUnixNetwork() && !isLoopback(at.Host)
+}
+
+func isLoopback(host string) bool {
+	ip, err := netip.ParseAddr(host)
+	return strings.EqualFold(host, "localhost") || err == nil && ip.Unmap().IsLoopback()
+}
+
+func isAny(host string) bool {
+	ip, err := netip.ParseAddr(host)
+	return host == "" || err == nil && ip.Unmap().IsUnspecified()
 }

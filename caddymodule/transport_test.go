@@ -181,18 +181,68 @@ func TestTransportOfNoEnvironmentIsRefused(t *testing.T) {
 	}
 }
 
+func routes(h ...caddyhttp.MiddlewareHandler) caddyhttp.RouteList {
+	return caddyhttp.RouteList{{Handlers: h}}
+}
+
+func proxy(upstream string) caddyhttp.MiddlewareHandler {
+	return &reverseproxy.Handler{Upstreams: reverseproxy.UpstreamPool{{Dial: upstream}}}
+}
+
 // TestErrorRouteOfASubrouteIsAWayPastTheGateway: a Caddyfile makes none, JSON may have them.
 func TestErrorRouteOfASubrouteIsAWayPastTheGateway(t *testing.T) {
-	proxy := func() caddyhttp.MiddlewareHandler {
-		return &reverseproxy.Handler{Upstreams: reverseproxy.UpstreamPool{{Dial: "prod:80"}}}
-	}
-	handlers := func(h ...caddyhttp.MiddlewareHandler) caddyhttp.RouteList { return caddyhttp.RouteList{{Handlers: h}} }
-	err := checkRoutes(&caddyhttp.App{Servers: map[string]*caddyhttp.Server{"srv0": {Routes: handlers(
-		&caddyhttp.Subroute{Errors: &caddyhttp.HTTPErrorConfig{Routes: handlers(proxy())}},
-		&Gateway{production: block{configured: proxy()}},
+	err := checkRoutes(&caddyhttp.App{Servers: map[string]*caddyhttp.Server{"srv0": {Routes: routes(
+		&caddyhttp.Subroute{Errors: &caddyhttp.HTTPErrorConfig{Routes: routes(proxy("prod:80"))}},
+		&Gateway{production: block{configured: proxy("prod:80")}},
 	)}}}, zap.NewNop())
 	if err == nil || !strings.Contains(err.Error(), "also reachable without one") {
 		t.Errorf("error %v: a backend of the gateway answers the errors of anybody", err)
+	}
+}
+
+// TestServerThatClientsReachCannotBeBehindAGateway: they would come to it without a key.
+func TestServerThatClientsReachCannotBeBehindAGateway(t *testing.T) {
+	for _, tc := range []struct {
+		upstream string
+		listen   []string
+		refused  bool
+	}{
+		{"localhost:9000", []string{":9000"}, true},
+		{"127.0.0.1:9000", []string{"0.0.0.0:9000"}, true},
+		{"127.0.0.2:9000", []string{"[::]:9000"}, true},
+		{"[::1]:9000", []string{"tcp/:8000-9000"}, true},
+		{"10.0.0.5:9000", []string{"10.0.0.5:9000"}, true},
+		{"Edge-1:9000", []string{"edge-1.:9000"}, true},
+		{"localhost:9000", []string{"127.0.0.1:9000", "10.0.0.5:9001"}, true}, // another way to the same server
+		{"localhost:443", []string{"127.0.0.1:443"}, true},                    // the gateway's own, whatever it is bound to
+		{"unix//run/gateway.sock", []string{"unix//run/gateway.sock|0666"}, true},
+		{"localhost:9000", []string{"127.0.0.1:9000", "[::1]:9000"}, false},
+		{"127.0.0.2:9000", []string{"127.0.0.2:9000"}, false},
+		{"unix//run/../run/inner.sock", []string{"unix//run/inner.sock|0222"}, false},
+		{"localhost:9001", []string{":9000"}, false},
+		{"prod-1:9000", []string{":9000"}, false}, // another machine's
+		{"10.0.0.6:9000", []string{"10.0.0.5:9000"}, false},
+	} {
+		inner := &caddyhttp.Server{Listen: tc.listen, Routes: routes(proxy("prod:80"))}
+		outer := &caddyhttp.Server{Listen: []string{"127.0.0.1:443", "unix//run/gateway.sock"},
+			Routes: routes(&Gateway{production: block{configured: proxy(tc.upstream)}})}
+		err := checkRoutes(&caddyhttp.App{Servers: map[string]*caddyhttp.Server{"inner": inner, "outer": outer}}, zap.NewNop())
+		if refused := err != nil && strings.Contains(err.Error(), "clients reach without a rekall_gateway"); refused != tc.refused || err != nil && !refused {
+			t.Errorf("%s, of a server that listens on %s: %v", tc.upstream, tc.listen, err)
+		}
+	}
+}
+
+// TestServerBehindAGatewayIsDialledByItAlone, on whichever of its addresses.
+func TestServerBehindAGatewayIsDialledByItAlone(t *testing.T) {
+	err := checkRoutes(&caddyhttp.App{Servers: map[string]*caddyhttp.Server{
+		"inner": {Listen: []string{"127.0.0.1:9000-9001"}},
+		"outer": {Listen: []string{":443"}, Routes: routes(
+			&Gateway{production: block{configured: proxy("localhost:9000")}}, proxy("localhost:9001"),
+		)},
+	}}, zap.NewNop())
+	if err == nil || !strings.Contains(err.Error(), "also reachable without one") {
+		t.Errorf("error %v: clients reach the server behind the gateway", err)
 	}
 }
 

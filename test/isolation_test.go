@@ -35,6 +35,7 @@ func guarded(environment string) string {
 func TestNoOrderOfDirectivesLeadsPastTheGateway(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
+	inner, socket := fmt.Sprint(process.FreePort(t)), "unix/"+filepath.Join(t.TempDir(), "inner")
 	for _, tc := range []struct {
 		name, site string
 		before     string // the site: snippets and named routes
@@ -78,6 +79,10 @@ func TestNoOrderOfDirectivesLeadsPastTheGateway(t *testing.T) {
 		{name: "templates elsewhere", before: "http://a.example:PORT {\ntemplates\nrespond {args}\n}\n",
 			site: "handle /docs/* {\ntemplates\nrespond docs\n}\nhandle {\n" + standardBlock + "}", serves: true},
 		{name: "dynamic upstreams", site: block("reverse_proxy {\n dynamic a localhost "+port(r.production.Address())+" {\n versions ipv4\n }\n}", "reverse_proxy SANDBOX"), serves: true},
+		{name: "a server of this machine behind the gateway", before: "http://:" + inner + " {\nbind 127.0.0.1 ::1\nreverse_proxy PRODUCTION\n}\n",
+			site: block("reverse_proxy localhost:"+inner, "reverse_proxy SANDBOX"), serves: true},
+		{name: "a server on a socket behind the gateway", before: "http:// {\nbind " + socket + "|0200\nreverse_proxy SANDBOX\n}\n",
+			site: block("reverse_proxy PRODUCTION", "reverse_proxy "+socket), serves: true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			r := r.of(t)
@@ -183,8 +188,11 @@ func wantIsolation(t *testing.T, r *rig, g *gateway, serves bool) {
 func TestConfigurationWithAWayPastTheGatewayIsRefused(t *testing.T) {
 	r := newRig(t)
 	production, sandbox := port(r.production.Address()), port(r.sandbox.Address())
+	inner := fmt.Sprint(process.FreePort(t))
+	behind := "http://:" + inner + " {\nbind 127.0.0.1\nreverse_proxy PRODUCTION\n}\n"
 	several := "reverse_proxy {\n dynamic multi {\n srv _none._tcp.invalid\n a localhost " + production + "\n }\n}"
 	both, without, templates := "in both environments", "also reachable without one", "templates would run what clients have written"
+	entry := "clients reach without a rekall_gateway"
 	for _, tc := range []struct{ name, before, site, after, reason string }{
 		{name: "bare proxy above", site: "reverse_proxy PRODUCTION\n" + standardBlock, reason: without},
 		{name: "bare proxy in route", site: "route {\nreverse_proxy PRODUCTION\n" + standardBlock + "}", reason: without},
@@ -235,6 +243,14 @@ func TestConfigurationWithAWayPastTheGatewayIsRefused(t *testing.T) {
 		{name: "upstream that the client chooses within", site: block("reverse_proxy PRODUCTION", "reverse_proxy {header.X-Backend}"), reason: "depends on the request"},
 		{name: "upstreams that cannot be known", site: standardBlock,
 			after: "http://other.example:PORT {\nreverse_proxy {\n dynamic multi {\n a localhost " + production + "\n }\n}\n}", reason: "takes its upstreams from"},
+		{name: "a server that clients reach behind the gateway", site: block("reverse_proxy localhost:"+inner, "reverse_proxy SANDBOX"),
+			after: "http://:" + inner + " {\nreverse_proxy PRODUCTION\n}", reason: entry},
+		{name: "a site of the gateway's own server behind it", site: block("reverse_proxy 127.0.0.1:PORT {\n header_up Host inner.example\n}", "reverse_proxy SANDBOX"),
+			after: "http://inner.example:PORT {\nbind 127.0.0.1\nreverse_proxy PRODUCTION\n}", reason: entry},
+		{name: "the backend of a server behind the gateway", site: block("reverse_proxy localhost:"+inner, "reverse_proxy SANDBOX"),
+			after: behind + "http://other.example:PORT {\nbind 127.0.0.1\nreverse_proxy PRODUCTION\n}", reason: without},
+		{name: "the backend of a server behind the gateway in the other block", site: block("reverse_proxy localhost:"+inner, "reverse_proxy PRODUCTION"),
+			after: behind, reason: both},
 		{name: "templates", site: "templates\n" + standardBlock, reason: templates},
 		{name: "templates before the management of keys", site: "templates\nrekall_keys", reason: templates},
 		{name: "templates in a route before", site: "route {\ntemplates\n" + standardBlock + "}", reason: templates},
