@@ -1,7 +1,9 @@
 package caddymodule
 
 import (
+	"bytes"
 	"cmp"
+	"encoding/json"
 	"fmt"
 	"net"
 	"net/netip"
@@ -20,18 +22,18 @@ import (
 )
 
 // checkRoutes refuses a configuration in which a backend behind a gateway can be reached in another way: without a key, or
-// with a key of the other environment. It also refuses one that would run a client's text as a template. It runs at start: routes
-// of all servers are provisioned by then.
+// with a key of the other environment. It also refuses one that would run a client's text as a template, or write keys that are made or
+// sent to sign in. It runs at start: routes of all servers are provisioned by then.
 //
 // It compares addresses as they are written, with the spellings of one address folded. Two names of one machine, and
 // handlers of third parties that hold routes of their own, are beyond it; the transport "rekall" is for those.
 func checkRoutes(app *caddyhttp.App, logger *zap.Logger) error {
 	c := routeCheck{servers: app.Servers, entries: map[string]bool{}, logger: logger}
 	for name, server := range app.Servers {
-		c.server, c.named, c.invoked, c.templates = name, server.NamedRoutes, map[invocation]bool{}, false
+		c.server, c.named, c.invoked, c.around = name, server.NamedRoutes, map[invocation]around{}, 0
 		c.routes("server "+name, 0, server.Routes)
 		if server.Errors != nil {
-			c.templates = false
+			c.around = 0
 			c.routes("server "+name+", error routes", 0, server.Errors.Routes)
 		}
 	}
@@ -50,8 +52,21 @@ type dial struct {
 type invocation struct {
 	route       string
 	environment apikey.Environment
-	templates   bool
+	around      around
 }
+
+// around is what a request has passed on its way to a handler, and its answer passes on the way back.
+type around uint8
+
+const (
+	// templates may read the environment and all files. The dashboard's pages repeat what clients have chosen, names of keys and
+	// addresses, and a backend's answers may too.
+	templates around = 1 << iota
+
+	// bodies are whole bodies as a placeholder, for a log, a trace or a header. A new key stands in an answer's, and one that signs
+	// in or is reported in a request's.
+	bodies
+)
 
 type routeCheck struct {
 	servers map[string]*caddyhttp.Server
@@ -59,12 +74,9 @@ type routeCheck struct {
 
 	server  string                      // being walked
 	named   map[string]*caddyhttp.Route // its
-	invoked map[invocation]bool         // with what became of templates: so routes which invoke each other end
+	invoked map[invocation]around       // with what is around what follows it: so routes which invoke each other end
+	around  around                      // the handler that is walked to
 
-	// templates is whether the answer of the handler that is walked to passes a handler "templates", which may read the
-	// environment and all files. The dashboard's pages repeat what clients have chosen, names of keys and addresses, and a
-	// backend's answers may too.
-	templates    bool
 	lookupsKnown bool // whether what the proxies of the block being walked look up is known
 	dials        []dial
 	gateway      bool // there is one, or its transport
@@ -84,34 +96,45 @@ func (c *routeCheck) verdict() error {
 }
 
 func (c *routeCheck) routes(where string, env apikey.Environment, routes caddyhttp.RouteList) {
-	before, groups := c.templates, map[string]bool{} // of a group only one route is taken
+	before, groups := c.around, map[string]around{} // of a group only one route is taken
 	for _, route := range routes {
-		others := len(groups)
-		if groups[route.Group] {
-			others--
+		c.around = before
+		for group, added := range groups {
+			if group != route.Group {
+				c.around |= added
+			}
 		}
-		c.templates = before || others > 0
 		for _, handler := range route.Handlers {
 			c.handler(where, env, handler)
 		}
 		switch {
-		case !c.templates, route.Terminal:
+		case route.Terminal:
 		case route.Group != "":
-			groups[route.Group] = true
+			groups[route.Group] |= c.around
 		default:
-			before = true
+			before = c.around
 		}
 	}
-	c.templates = before || len(groups) > 0
+	c.around = before
+	for _, added := range groups {
+		c.around |= added
+	}
 }
 
 func (c *routeCheck) handler(where string, env apikey.Environment, handler any) {
 	if module, ok := handler.(caddy.Module); ok && module.CaddyModule().ID == "http.handlers.templates" {
-		c.templates = true
+		c.around |= templates
+	}
+	if takesBodies(handler) {
+		c.around |= bodies
 	}
 	switch h := handler.(type) {
 	case *Keys:
 		c.answers(where + ", rekall_keys")
+		if c.around&bodies != 0 && c.err == nil {
+			c.err = fmt.Errorf("a handler around rekall_keys takes {http.request.body} or {http.response.body}, in which keys are (%s): "+
+				"put it into a handle that rekall_keys is not in", where)
+		}
 	case *caddyhttp.Subroute:
 		c.routes(where, env, h.Routes)
 		if h.Errors != nil {
@@ -124,6 +147,10 @@ func (c *routeCheck) handler(where string, env apikey.Environment, handler any) 
 	case *Gateway:
 		c.answers(where + ", rekall_gateway")
 		c.gateway, c.entries[c.server] = true, true
+		if c.around&bodies != 0 && env == 0 {
+			c.logger.Warn("a handler in front of a rekall_gateway takes whole bodies into memory, of clients without a key too; put it into the gateway's blocks",
+				zap.String("where", where))
+		}
 		c.block(where+", rekall_gateway production", apikey.Production, &h.production)
 		c.block(where+", rekall_gateway sandbox", apikey.Sandbox, &h.sandbox)
 	case *reverseproxy.Handler:
@@ -136,10 +163,10 @@ func (c *routeCheck) block(where string, env apikey.Environment, b *block) {
 	for _, name := range b.lookedUp {
 		c.add(name, env, where)
 	}
-	known := c.lookupsKnown
+	known, around := c.lookupsKnown, c.around
 	c.lookupsKnown = true
 	c.handler(where, env, b.configured)
-	c.lookupsKnown = known
+	c.lookupsKnown, c.around = known, around // nothing follows a block
 }
 
 func (c *routeCheck) responses(where string, env apikey.Environment, handlers []caddyhttp.ResponseHandler) {
@@ -149,25 +176,31 @@ func (c *routeCheck) responses(where string, env apikey.Environment, handlers []
 }
 
 func (c *routeCheck) invoke(where string, env apikey.Environment, name string) {
-	route, use := c.named[name], invocation{name, env, c.templates}
+	route, use := c.named[name], invocation{name, env, c.around}
 	if route == nil {
 		return
 	}
-	if templates, ok := c.invoked[use]; ok {
-		c.templates = templates
+	if around, ok := c.invoked[use]; ok {
+		c.around = around
 		return
 	}
-	c.invoked[use] = c.templates
+	c.invoked[use] = c.around
 	known := c.lookupsKnown
 	c.lookupsKnown = false
 	c.routes(where+", named route "+name, env, caddyhttp.RouteList{*route})
 	c.lookupsKnown = known
-	c.invoked[use] = c.templates
+	c.invoked[use] = c.around
+}
+
+// takesBodies reports whether a handler's own options, without the routes that it holds, name a placeholder of a whole body.
+func takesBodies(handler any) bool {
+	options, err := json.Marshal(handler)
+	return err == nil && (bytes.Contains(options, []byte("http.request.body")) || bytes.Contains(options, []byte("http.response.body")))
 }
 
 // answers notes that what a client has written may be in the answers that are made here.
 func (c *routeCheck) answers(where string) {
-	if c.templates && c.err == nil {
+	if c.around&templates != 0 && c.err == nil {
 		c.err = fmt.Errorf("templates would run what clients have written, with the environment and the files of this server (%s): "+
 			"put templates into a handle that the gateway is not in", where)
 	}

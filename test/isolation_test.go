@@ -78,6 +78,8 @@ func TestNoOrderOfDirectivesLeadsPastTheGateway(t *testing.T) {
 		{name: "authenticated elsewhere", site: "forward_auth PRODUCTION {\n uri /v1/memories\n transport rekall production\n}\nrespond 418"},
 		{name: "templates elsewhere", before: "http://a.example:PORT {\ntemplates\nrespond {args}\n}\n",
 			site: "handle /docs/* {\ntemplates\nrespond docs\n}\nhandle {\n" + standardBlock + "}", serves: true},
+		{name: "bodies in the access log elsewhere", before: "http://a.example:PORT {\nlog_append asked {http.request.body}\nrespond a\n}\n",
+			site: "handle /settings/* {\nrekall_keys\n}\nhandle {\nlog_append asked {http.request.body}\n" + standardBlock + "}", serves: true},
 		{name: "dynamic upstreams", site: block("reverse_proxy {\n dynamic a localhost "+port(r.production.Address())+" {\n versions ipv4\n }\n}", "reverse_proxy SANDBOX"), serves: true},
 		{name: "a server of this machine behind the gateway", before: "http://:" + inner + " {\nbind 127.0.0.1 ::1\nreverse_proxy PRODUCTION\n}\n",
 			site: block("reverse_proxy localhost:"+inner, "reverse_proxy SANDBOX"), serves: true},
@@ -192,7 +194,7 @@ func TestConfigurationWithAWayPastTheGatewayIsRefused(t *testing.T) {
 	behind := "http://:" + inner + " {\nbind 127.0.0.1\nreverse_proxy PRODUCTION\n}\n"
 	several := "reverse_proxy {\n dynamic multi {\n srv _none._tcp.invalid\n a localhost " + production + "\n }\n}"
 	both, without, templates := "in both environments", "also reachable without one", "templates would run what clients have written"
-	entry := "clients reach without a rekall_gateway"
+	bodies, entry := "in which keys are", "clients reach without a rekall_gateway"
 	for _, tc := range []struct{ name, before, site, after, reason string }{
 		{name: "bare proxy above", site: "reverse_proxy PRODUCTION\n" + standardBlock, reason: without},
 		{name: "bare proxy in route", site: "route {\nreverse_proxy PRODUCTION\n" + standardBlock + "}", reason: without},
@@ -263,6 +265,13 @@ func TestConfigurationWithAWayPastTheGatewayIsRefused(t *testing.T) {
 			site: "handle /a {\ninvoke t\n}\nhandle {\nroute {\ninvoke t\n" + standardBlock + "}\n}", reason: templates},
 		{name: "templates before a named route", before: "&(g) {\n" + standardBlock + "}\n",
 			site: "handle /a {\ninvoke g\n}\nhandle {\ntemplates\ninvoke g\n}", reason: templates},
+		{name: "bodies in the access log around the management of keys", site: "log_append made {http.response.body}\nrekall_keys", reason: bodies},
+		{name: "bodies in Base64 in a named route before", before: "&(l) {\n log_append asked {http.request.body_base64}\n}\n",
+			site: "route {\ninvoke l\nrekall_keys\n}", reason: bodies},
+		{name: "bodies in spans", site: "tracing {\nspan_attributes {\nasked {http.request.body}\n}\n}\nrekall_keys", reason: bodies},
+		{name: "bodies in headers, which are logged", site: "header X-Asked a{http.request.body}\nrekall_keys", reason: bodies},
+		{name: "bodies in variables", site: "vars asked {http.request.body}\nrekall_keys", reason: bodies},
+		{name: "bodies by way of a map", site: "map {http.request.body} {asked} {\ndefault {http.request.body}\n}\nrekall_keys", reason: bodies},
 		{name: "templates within", site: block("templates\nreverse_proxy PRODUCTION", "reverse_proxy SANDBOX"), reason: templates},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -495,6 +504,18 @@ func TestProxyOfANamedRouteThatCountsErrorsOfClientsIsWarnedOf(t *testing.T) {
 			eventually.True(t, "a warning", func() bool { return strings.Contains(g.log.String(), warning) })
 		} else if strings.Contains(g.log.String(), warning) {
 			t.Errorf("transport %s is warned of", transport)
+		}
+	}
+}
+
+func TestBodiesOfClientsWithoutAKeyThatAreReadIntoMemoryAreWarnedOf(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	const taker = "log_append asked {http.request.body}\n"
+	for site, warned := range map[string]bool{taker + standardBlock: true, block(taker, taker): false} {
+		g := r.start("http://:PORT {\nbind 127.0.0.1\n" + site + "}\n")
+		if got := strings.Contains(g.log.String(), "takes whole bodies into memory"); got != warned {
+			t.Errorf("%s: warned of is %v", site, got)
 		}
 	}
 }
