@@ -193,6 +193,17 @@ func TestServerThatOnlySpeaksHTTP3IsRefused(t *testing.T) {
 	}
 }
 
+// TestServerThatRedirectsBeforeTheDoorIsRefused: the redirect would have the key of "?api_key=" in its Location.
+func TestServerThatRedirectsBeforeTheDoorIsRefused(t *testing.T) {
+	t.Setenv(keystore.DatabaseVariable, "postgres://h/d")
+	for wrappers, refused := range map[string]bool{"rekall_drain\nhttp_redirect\ntls": true, "rekall_drain\ntls": false} {
+		err := validate(t, "{\nadmin off\nauto_https off\nservers {\nlistener_wrappers {\n"+wrappers+"\n}\n}\n}\nhttps://127.0.0.1:1 {\nrekall_health\n}\n")
+		if got := err != nil && strings.Contains(err.Error(), "listener wrapper http_redirect"); got != refused || err != nil && !refused {
+			t.Errorf("%q: error %v, want it refused: %t", wrappers, err, refused)
+		}
+	}
+}
+
 func TestIdentityTokenThatLivesTooShortOrTooLongIsRefused(t *testing.T) {
 	t.Setenv(keystore.DatabaseVariable, "postgres://h/d")
 	for _, lifetime := range []string{"1m59s", "61m"} {

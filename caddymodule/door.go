@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"reflect"
 	"slices"
 	"sync"
 
@@ -86,6 +87,9 @@ func guardDoor(ctx caddy.Context) error {
 	if !onlyTCP(server) {
 		return errors.New("the server serves HTTP/3 only, where API keys could reach its logs: add h1 or h2 to its protocols")
 	}
+	if redirects(server) {
+		return errors.New("the server has the listener wrapper http_redirect, which repeats keys of requests without TLS: remove it")
+	}
 	guard(server)
 	for _, module := range ctx.Modules() {
 		if app, ok := module.(*caddyhttp.App); ok {
@@ -93,6 +97,21 @@ func guardDoor(ctx caddy.Context) error {
 		}
 	}
 	return nil
+}
+
+// redirects reports whether a server's listener answers plain HTTP on the port for TLS. Caddy has forgotten how its wrappers were
+// configured by now, and does not show them.
+func redirects(server *caddyhttp.Server) bool {
+	wrappers := reflect.ValueOf(server).Elem().FieldByName("listenerWrappers")
+	if wrappers.Kind() != reflect.Slice {
+		return false
+	}
+	for i := range wrappers.Len() {
+		if wrappers.Index(i).Elem().Type() == reflect.TypeFor[*caddyhttp.HTTPRedirectListenerWrapper]() {
+			return true
+		}
+	}
+	return false
 }
 
 // guard wraps the handler of a server, and gives each connection a context of ours. Caddy calls RegisterConnContext's function in
