@@ -16,13 +16,24 @@ import (
 )
 
 // door stands before Caddy's own handler and takes credentials out of each request.
-type door struct{ next http.Handler }
+type door struct {
+	next http.Handler
+
+	// persons are headers that say to rekall_keys who asks. Handlers in front of it set them, for some paths perhaps and not for the
+	// API's: what stands there on arrival is the client's word. To find out at the start whether one is set on every way to the API,
+	// we would have to know what matchers let through and what handlers of third parties do.
+	persons []string
+}
 
 func (d door) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if c := connectionOf(r); c != nil && r.ProtoMajor == 1 {
 		r = c.begin(w, r)
 	}
-	d.next.ServeHTTP(w, credential.AtDoor(r))
+	r = credential.AtDoor(r)
+	for _, header := range d.persons {
+		delete(r.Header, header)
+	}
+	d.next.ServeHTTP(w, r)
 }
 
 // connection is the context of a client's connection, from which the server derives those of its requests. HTTP/1 sends one request
@@ -79,7 +90,9 @@ func (c *connection) ends(r *http.Request) bool {
 //
 // The servers on Caddy's HTTP port are guarded with it: there Caddy redirects to this server what came without TLS, on its
 // own account and with this server's log.
-func guardDoor(ctx caddy.Context) error {
+//
+// Headers that say who a person is are taken out as well.
+func guardDoor(ctx caddy.Context, persons ...string) error {
 	server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
 	if !ok {
 		return errors.New("not part of an http server: API keys could reach its logs")
@@ -90,7 +103,7 @@ func guardDoor(ctx caddy.Context) error {
 	if redirects(server) {
 		return errors.New("the server has the listener wrapper http_redirect, which repeats keys of requests without TLS: remove it")
 	}
-	guard(server)
+	guard(server, persons...)
 	for _, module := range ctx.Modules() {
 		if app, ok := module.(*caddyhttp.App); ok {
 			guardHTTPPort(app)
@@ -120,17 +133,20 @@ func redirects(server *caddyhttp.Server) bool {
 //
 // It also has Caddy take the client's address from the right of X-Forwarded-For, where a trusted proxy has added it: by default
 // it is the left-most, which clients write as they like.
-func guard(server *caddyhttp.Server) {
+func guard(server *caddyhttp.Server, persons ...string) {
 	server.TrustedProxiesStrict = 1
 	var once sync.Once
 	server.RegisterConnContext(func(ctx context.Context, _ net.Conn) context.Context {
 		once.Do(func() {
 			inner := ctx.Value(http.ServerContextKey).(*http.Server)
-			// Each handler of ours in this server registers; in every accept loop the first of them comes first, so it
-			// alone writes.
-			if _, guarded := inner.Handler.(door); !guarded {
-				inner.Handler = door{inner.Handler}
+			// Each handler of ours in this server registers, and every accept loop waits here for all of them before it
+			// serves a request.
+			d, guarded := inner.Handler.(door)
+			if !guarded {
+				d.next = inner.Handler
 			}
+			d.persons = append(d.persons, persons...)
+			inner.Handler = d
 		})
 		if ctx.Value(connectionKey{}) != nil { // another handler of ours has
 			return ctx

@@ -49,7 +49,7 @@ func newKeepAlive(t *testing.T, arrive func(*http.Request) *http.Request, handle
 	t.Helper()
 	k := &keepAlive{t: t}
 	entrance := gatewayOn(t, &k.flight, handler).entrance(t)
-	server := httptest.NewUnstartedServer(door{http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	server := httptest.NewUnstartedServer(door{next: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		entrance.next.ServeHTTP(w, arrive(r))
 	})})
 	server.Config.ConnContext = func(ctx context.Context, _ net.Conn) context.Context { return newConnection(ctx) }

@@ -218,7 +218,7 @@ func (g *Gateway) allocations(t testing.TB, traffic *traffic) float64 {
 
 // entrance is the door with the gateway right behind it.
 func (g *Gateway) entrance(t testing.TB) door {
-	return door{http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	return door{next: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if err := g.ServeHTTP(w, r, nil); err != nil {
 			t.Error(err)
 		}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
+	"net/textproto"
 	"regexp"
 	"strings"
 
@@ -33,13 +34,13 @@ func init() { caddy.RegisterModule(Keys{}) }
 // the next handler, and cost less than with a matcher in front.
 type Keys struct {
 	// The account whose keys a person may manage: a text with placeholders, such as {http.auth.user.id} where each person
-	// is an account of their own. All of them must have a value. Beware of {http.request.header.*}: use it only behind a
-	// forward_auth that sets that header on every request it lets pass, or clients write it themselves. Default: none,
-	// people may manage nothing.
+	// is an account of their own. All of them must have a value. A header, {http.request.header.*}, has the one that a
+	// handler in front has set, such as forward_auth: the whole server takes it out of what clients send. Default: none, people
+	// may manage nothing.
 	Account string `json:"account,omitempty"`
 
 	// Who the person is, as the audit names them: a placeholder that has a value for nobody but those whom a handler in
-	// front has authenticated. The same warning holds. Default: {http.auth.user.id}, which Caddy's authentication sets.
+	// front has authenticated. The same holds for headers. Default: {http.auth.user.id}, which Caddy's authentication sets.
 	User string `json:"user,omitempty"`
 
 	// Connection URL of Postgres for a user that may manage keys, where that of the rekall app may not. May contain
@@ -86,7 +87,7 @@ func (k *Keys) Provision(ctx caddy.Context) error {
 	if k.KeysPerDay < 0 || k.KeysPerDay > maxKeysPerDay {
 		return fmt.Errorf("keys_per_day must be from 1 to %d", maxKeysPerDay)
 	}
-	if err := guardDoor(ctx); err != nil {
+	if err := guardDoor(ctx, k.personHeaders()...); err != nil {
 		return err
 	}
 	github, err := k.gitHub()
@@ -121,16 +122,17 @@ const (
 // placeholders finds all of them; ofAnyRequest those to which the client or Caddy gives a value whoever sent the request. To Caddy
 // an unmatched brace is text.
 var (
-	placeholders = regexp.MustCompile(`\{[^{}]*\}`)
-	ofAnyRequest = regexp.MustCompile(`\{http\.((request|response|regexp|url_pattern|matchers\.file|error)(\.[^}]*)?` +
+	placeholders  = regexp.MustCompile(`\{[^{}]*\}`)
+	requestHeader = regexp.MustCompile(`\{http\.request\.header\.([^{}]*)\}`)
+	ofAnyRequest  = regexp.MustCompile(`\{http\.((request|response|regexp|url_pattern|matchers\.file|error)(\.[^}]*)?` +
 		`|vars\.(client_ip|trusted_proxy|start_time|uuid|trace_id|span_id)|shutting_down|time_until_shutdown)\}`)
 )
 
 // clientCertificate begins the placeholders of a client's certificate.
 const clientCertificate = "{http.request.tls.client."
 
-// ofEverybody returns a placeholder that has a value for everybody; empty: there is none. Headers may be forward_auth's, and what
-// certificates tell counts if they were verified.
+// ofEverybody returns a placeholder that has a value for everybody; empty: there is none. Headers are of a handler in front, such as
+// forward_auth: those that clients send are taken out at the door. What certificates tell counts if they were verified.
 func ofEverybody(text string) string {
 	for _, placeholder := range ofAnyRequest.FindAllString(text, -1) {
 		if !strings.HasPrefix(placeholder, "{http.request.header.") && !strings.HasPrefix(placeholder, clientCertificate) {
@@ -163,6 +165,15 @@ func (k *Keys) checkPerson() error {
 		return fmt.Errorf("%s has a value for everybody: it proves neither who a person is nor which account is theirs", placeholder)
 	}
 	return nil
+}
+
+// personHeaders are the headers that account and user are read from.
+func (k *Keys) personHeaders() []string {
+	var names []string
+	for _, placeholder := range requestHeader.FindAllStringSubmatch(k.User+k.Account, -1) {
+		names = append(names, textproto.CanonicalMIMEHeaderKey(placeholder[1]))
+	}
+	return names
 }
 
 func (k *Keys) gitHub() (*keysapi.GitHub, error) {

@@ -360,6 +360,17 @@ http://forward.example:PORT {
 		user {header.X-User}
 	}
 }
+http://half.example:PORT {
+	bind 127.0.0.1
+	forward_auth /settings/* AUTH {
+		uri /check
+		copy_headers X-User>X-Person X-Org>X-Team
+	}
+	rekall_keys {
+		account {header.x-team}
+		user {header.X-Person}
+	}
+}
 http://:PORT {
 	bind 127.0.0.1
 	rekall_gateway {
@@ -438,7 +449,7 @@ func TestPeopleWhomCaddyHasAuthenticatedManageTheKeysOfTheirAccount(t *testing.T
 		}
 		return reply{resp, string(content)}
 	}
-	const people, open, forward = "people.example", "open.example", "forward.example"
+	const people, open, forward, half = "people.example", "open.example", "forward.example", "half.example"
 	const body = `{"name": "Ann's", "scopes": ["memories:read"], "environment": "production"}`
 	answer := ask(people, "POST", keysPath, body, "as", "ann")
 	if answer.StatusCode != http.StatusCreated {
@@ -492,6 +503,12 @@ func TestPeopleWhomCaddyHasAuthenticatedManageTheKeysOfTheirAccount(t *testing.T
 	if got := ask(forward, "DELETE", one, "", "Cookie", "a").key(t); got.Status != keyadmin.Revoked || got.RevokedSelf {
 		t.Errorf("revoked %+v", got)
 	}
+	// Where forward_auth is for the dashboard only, the API has no people.
+	ask(half, "GET", one, "", "X-Person", "ann", "X-Team", "ann").wantCode(t, http.StatusUnauthorized, "API_KEY_MISSING")
+	if page := ask(half, "GET", dashboard.Root, "", "Cookie", "a"); page.StatusCode != http.StatusOK || !strings.Contains(page.body, created.ID) {
+		t.Errorf("the dashboard behind forward_auth: %d %s", page.StatusCode, page.body)
+	}
+
 	// The dashboard is for the same people.
 	if page := ask(people, "GET", dashboard.Root, "", "as", "ann"); page.StatusCode != http.StatusOK || !strings.Contains(page.body, created.ID) {
 		t.Errorf("the dashboard: %d %s", page.StatusCode, page.body)
