@@ -125,8 +125,13 @@ func (c *routeCheck) handler(where string, env apikey.Environment, handler any) 
 	if module, ok := handler.(caddy.Module); ok && module.CaddyModule().ID == "http.handlers.templates" {
 		c.around |= templates
 	}
-	if takesBodies(handler) {
+	ofRequest, ofAnswer := takesBodies(handler)
+	if ofRequest || ofAnswer {
 		c.around |= bodies
+	}
+	if ofRequest && env != 0 && c.err == nil { // Caddy reads it from the request that came, of which the gateway passes a copy on
+		c.err = fmt.Errorf("a handler behind a rekall_gateway takes {http.request.body}, and would leave nothing of it to the backend (%s): "+
+			"take the placeholder out", where)
 	}
 	switch h := handler.(type) {
 	case *Keys:
@@ -148,7 +153,7 @@ func (c *routeCheck) handler(where string, env apikey.Environment, handler any) 
 		c.answers(where + ", rekall_gateway")
 		c.gateway, c.entries[c.server] = true, true
 		if c.around&bodies != 0 && env == 0 {
-			c.logger.Warn("a handler in front of a rekall_gateway takes whole bodies into memory, of clients without a key too; put it into the gateway's blocks",
+			c.logger.Warn("a handler in front of a rekall_gateway takes whole bodies into memory, of clients without a key too: take it out",
 				zap.String("where", where))
 		}
 		c.block(where+", rekall_gateway production", apikey.Production, &h.production)
@@ -193,9 +198,12 @@ func (c *routeCheck) invoke(where string, env apikey.Environment, name string) {
 }
 
 // takesBodies reports whether a handler's own options, without the routes that it holds, name a placeholder of a whole body.
-func takesBodies(handler any) bool {
+func takesBodies(handler any) (ofRequest, ofAnswer bool) {
 	options, err := json.Marshal(handler)
-	return err == nil && (bytes.Contains(options, []byte("http.request.body")) || bytes.Contains(options, []byte("http.response.body")))
+	if err != nil {
+		return false, false
+	}
+	return bytes.Contains(options, []byte("http.request.body")), bytes.Contains(options, []byte("http.response.body"))
 }
 
 // answers notes that what a client has written may be in the answers that are made here.

@@ -272,6 +272,7 @@ func TestConfigurationWithAWayPastTheGatewayIsRefused(t *testing.T) {
 		{name: "bodies in headers, which are logged", site: "header X-Asked a{http.request.body}\nrekall_keys", reason: bodies},
 		{name: "bodies in variables", site: "vars asked {http.request.body}\nrekall_keys", reason: bodies},
 		{name: "bodies by way of a map", site: "map {http.request.body} {asked} {\ndefault {http.request.body}\n}\nrekall_keys", reason: bodies},
+		{name: "bodies behind the gateway", site: block("header X-Asked {http.request.body}\nreverse_proxy PRODUCTION", "reverse_proxy SANDBOX"), reason: "leave nothing of it to the backend"},
 		{name: "templates within", site: block("templates\nreverse_proxy PRODUCTION", "reverse_proxy SANDBOX"), reason: templates},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
