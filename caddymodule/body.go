@@ -58,7 +58,7 @@ var (
 func (x *exchange) refuseFailed(failed *clientError) {
 	x.wroteHeader = true
 	if failed.answer.Status >= http.StatusInternalServerError {
-		x.refuseUpstream(failed.answer, failed.error)
+		x.refuseUpstream(failed.answer, failed.error, x.chosen())
 		return
 	}
 	x.gateway.logger.Debug("request not passed on whole", zap.String("request_id", x.requestID), zap.Error(failed))

@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.opentelemetry.io/otel/trace"
 	"go.uber.org/zap"
@@ -312,24 +313,37 @@ func (x *exchange) finish(err error) error {
 	if !ok {
 		return err
 	}
-	e := upstreamUnavailable
+	e, upstream := upstreamUnavailable, x.chosen()
 	switch failed.StatusCode {
 	case http.StatusRequestEntityTooLarge: // of request_body, by the length that the request tells
 		x.refuseFailed(&clientError{bodyTooLarge, err})
 		return nil
 	case http.StatusGatewayTimeout:
 		e = upstreamTimeout
-	case http.StatusBadGateway, http.StatusServiceUnavailable:
+	case http.StatusServiceUnavailable: // the proxy has found no backend to choose
+		upstream = zap.Skip()
+	case http.StatusBadGateway:
 	default:
 		return err
 	}
-	x.refuseUpstream(e, failed.Err)
+	x.refuseUpstream(e, failed.Err, upstream)
 	return nil
+}
+
+// chosen names the backend that a proxy has chosen last, which few errors do.
+func (x *exchange) chosen() zap.Field {
+	const placeholder = "http.reverse_proxy.upstream.hostport"
+	if replacer, ok := x.pass.Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
+		if address, ok := replacer.GetString(placeholder); ok {
+			return zap.String("upstream", address)
+		}
+	}
+	return zap.Skip()
 }
 
 // refuseUpstream answers a request that its backend did not. It counts even where the client may be at fault: a backend that breaks
 // off every upload looks the same.
-func (x *exchange) refuseUpstream(e *apierror.Error, err error) {
+func (x *exchange) refuseUpstream(e *apierror.Error, err error, upstream zap.Field) {
 	reason := upstreamUnavailableReason
 	if e.Status == http.StatusGatewayTimeout {
 		reason = upstreamTimeoutReason
@@ -340,7 +354,7 @@ func (x *exchange) refuseUpstream(e *apierror.Error, err error) {
 		level = zap.ErrorLevel
 	}
 	x.gateway.logger.Log(level, "upstream unavailable", zap.String("request_id", x.requestID),
-		zap.Stringer("environment", x.environment), zap.Error(err))
+		zap.Stringer("environment", x.environment), upstream, zap.Error(err))
 	x.answer(e)
 }
 

@@ -1,6 +1,7 @@
 package caddymodule
 
 import (
+	"context"
 	"errors"
 	"net/http"
 	"slices"
@@ -8,6 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
 	zaplog "go.uber.org/zap/zaptest/observer"
@@ -66,4 +68,23 @@ func TestTroubleOfTheBackendsIsLoggedOnceWhenItBeginsAndOnceWhenItEnds(t *testin
 			t.Errorf("%d lines for those who debug, want 199", n)
 		}
 	})
+}
+
+// TestLogNamesTheBackendThatWasAskedAndNoOther: a proxy in front, such as forward_auth, chooses one as well.
+func TestLogNamesTheBackendThatWasAskedAndNoOther(t *testing.T) {
+	record := apikey.Record{Environment: apikey.Production, Scopes: apikey.MemoriesRead}
+	for status, want := range map[int]any{http.StatusBadGateway: "prod-1:8080", http.StatusGatewayTimeout: "prod-1:8080", http.StatusServiceUnavailable: nil} {
+		g := gatewayOn(t, &followed{cutWhileTracking: cutWhileTracking{record: record}}, caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error {
+			return caddyhttp.Error(status, errors.New("no answer"))
+		}))
+		core, logs := zaplog.New(zap.DebugLevel)
+		g.logger = zap.New(core)
+		chosen := caddy.NewReplacer()
+		chosen.Set("http.reverse_proxy.upstream.hostport", "prod-1:8080")
+		r := bearerRequest(apikey.Generate(apikey.Production))
+		g.serve(t, r.WithContext(context.WithValue(r.Context(), caddy.ReplacerCtxKey, chosen)))
+		if got := logs.All()[0].ContextMap()["upstream"]; got != want {
+			t.Errorf("%d: the log names %v, want %v", status, got, want)
+		}
+	}
 }

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
 
@@ -231,8 +233,8 @@ func TestRowOfTheOtherEnvironmentIsNotBelieved(t *testing.T) {
 
 func TestUnreachableBackendIsSaidInTheEnvelopeAndCounted(t *testing.T) {
 	t.Parallel()
-	r := newRig(t)
-	g := r.start(strings.NewReplacer("reverse_proxy PRODUCTION", fmt.Sprintf("reverse_proxy 127.0.0.1:%d", process.FreePort(t)),
+	r, unreachable := newRig(t), process.FreeAddress(t)
+	g := r.start(strings.NewReplacer("reverse_proxy PRODUCTION", "reverse_proxy "+unreachable,
 		"reverse_proxy SANDBOX", "reverse_proxy SANDBOX {\n transport http {\n response_header_timeout 100ms\n }\n }").Replace(standardSite))
 	g.do("GET", "/v1/memories", bearer(r.key("production", "memories:read"))).wantCode(t, 502, "UPSTREAM_UNAVAILABLE")
 	hang := bearer(r.key("sandbox", "memories:read"))
@@ -245,6 +247,10 @@ func TestUnreachableBackendIsSaidInTheEnvelopeAndCounted(t *testing.T) {
 		if got := g.series(t, "rekall_upstream_errors_total{"+labels+"}"); got != want {
 			t.Errorf("%s: %v, want %v", labels, got, want)
 		}
+	}
+	for environment, address := range map[string]string{"production": unreachable, "sandbox": r.sandbox.Address()} {
+		line := regexp.MustCompile(`"upstream unavailable".*"environment":"` + environment + `","upstream":"` + address + `"`)
+		eventually.True(t, "the log names the backend of "+environment, func() bool { return line.MatchString(g.log.String()) })
 	}
 }
 
