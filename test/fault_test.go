@@ -202,6 +202,9 @@ func TestOutageNeverTurnsAGoodKeyAwayAsBadNorLetsARevokedOneIn(t *testing.T) {
 			f.g.do("GET", "/v1/memories", bearer(f.revoked)).wantCode(t, 401, "API_KEY_REVOKED")
 			f.wantLogged("key sync failed", "key sync works again")
 			f.wantLogged("cached keys are not trusted any longer", "cached keys are trusted again")
+			if !regexp.MustCompile(`"cached keys are not trusted any longer.*"error":".`).MatchString(f.g.log.String()) {
+				t.Error("the log does not say why cached keys are not trusted")
+			}
 			f.wantLogged("listening for changes failed", "listening for changes again")
 			f.wantLogged("edge cannot report", "edge reports again")
 		})

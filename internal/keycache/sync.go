@@ -495,8 +495,12 @@ func (c *Cache) logTrust(s *state, now time.Time, distrusted bool) bool {
 	case fresh && distrusted:
 		c.cfg.Logger().Info("cached keys are trusted again")
 	case !fresh && !distrusted && !s.syncedAt.IsZero():
+		why := zap.Skip() // the process may have stood still
+		if failure := c.failures.Last(); failure != nil && failure.At.After(s.syncedAt) {
+			why = zap.Error(failure.Err)
+		}
 		c.cfg.Logger().Error("cached keys are not trusted any longer: the last good sync is too old",
-			zap.Duration("age", clock.Age(s.syncedAt, now)), zap.Duration("max_staleness", c.cfg.MaxStaleness))
+			zap.Duration("age", clock.Age(s.syncedAt, now)), zap.Duration("max_staleness", c.cfg.MaxStaleness), why)
 	case s.syncedAt.IsZero(): // it never was
 		return false
 	}

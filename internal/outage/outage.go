@@ -1,8 +1,9 @@
 // Package outage logs once that something which is tried again and again fails, and once that it works again, and keeps its
-// last failure.
+// last failure. It tells also that the reason has become another one.
 package outage
 
 import (
+	"errors"
 	"sync/atomic"
 	"time"
 
@@ -22,6 +23,9 @@ type Kind struct {
 	Over    string        // message of the success after it; empty: another line says so
 	Level   zapcore.Level // of Begins
 	Failing bool          // whether the last try failed
+
+	told   string // reason of its last line
+	toldAt time.Time
 }
 
 // Failures are those of one part of the gateway, of whatever kind.
@@ -37,10 +41,26 @@ func (f *Failures) Last() *Failure { return f.last.Load() }
 // Keep keeps a failure that is not logged.
 func (f *Failures) Keep(err error) { f.last.Store(&Failure{At: time.Now(), Err: err}) }
 
+// retold is the least time between two lines of one outage: a server that starts anew passes through several reasons.
+const retold = time.Minute
+
+// reason is Postgres's code of an error, or empty where Postgres did not answer. The text of an error is none: it names ports and
+// lengths of time, and would be another with each try.
+func reason(err error) string {
+	if answer, ok := errors.AsType[interface {
+		error
+		SQLState() string
+	}](err); ok {
+		return answer.SQLState()
+	}
+	return ""
+}
+
 // Note takes how a try has ended.
 func (f *Failures) Note(k *Kind, err error, fields ...zap.Field) {
 	switch {
-	case err != nil && !k.Failing:
+	case err != nil && (!k.Failing || reason(err) != k.told && time.Since(k.toldAt) >= retold):
+		k.told, k.toldAt = reason(err), time.Now()
 		f.Logger().Log(k.Level, k.Begins, append(fields, zap.Error(err))...)
 	case err == nil && k.Failing && k.Over != "":
 		f.Logger().Info(k.Over, fields...)

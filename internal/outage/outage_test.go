@@ -2,9 +2,13 @@ package outage
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"testing"
+	"testing/synctest"
+	"time"
 
+	"github.com/jackc/pgx/v5/pgconn"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 )
@@ -38,4 +42,40 @@ func TestAnOutageIsLoggedOnceWhenItBeginsAndOnceWhenItIsOver(t *testing.T) {
 	if !errors.Is(failures.Last().Err, first) || logs.Len() != len(lines) {
 		t.Errorf("last %v, %d lines", failures.Last(), logs.Len())
 	}
+}
+
+func TestAnotherReasonOfAnOutageIsLoggedAMinuteAfterTheLastLine(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		core, logs := observer.New(zap.DebugLevel)
+		failures := Failures{Logger: func() *zap.Logger { return zap.New(core) }}
+		kind := Kind{Begins: "it fails", Over: "it works again", Level: zap.ErrorLevel}
+		refused := func(n int) error { return fmt.Errorf("dial tcp 127.0.0.1:%d: connection refused", n) }
+		password := fmt.Errorf("connect: %w", &pgconn.PgError{Severity: "FATAL", Code: "28P01", Message: "password authentication failed"})
+		try := func(err error) {
+			<-time.After(30 * time.Second)
+			failures.Note(&kind, err)
+		}
+		for n := range 5 {
+			try(refused(n)) // in other words each time
+		}
+		for range 5 {
+			try(password)
+		}
+		try(refused(5))
+		try(password)
+		try(refused(6))
+		try(nil)
+		try(password)
+		var lines []string
+		for _, entry := range logs.All() {
+			lines = append(lines, fmt.Sprint(entry.Level, " ", entry.Message, " ", entry.ContextMap()["error"]))
+		}
+		want := []string{
+			"error it fails " + refused(0).Error(), "error it fails " + password.Error(), "error it fails " + refused(5).Error(),
+			"info it works again <nil>", "error it fails " + password.Error(),
+		}
+		if !slices.Equal(lines, want) {
+			t.Errorf("%q, want %q", lines, want)
+		}
+	})
 }
