@@ -203,7 +203,7 @@ var (
 	errForm        = refusal(http.StatusBadRequest, "The form could not be read, so nothing was changed. Go back and send it again.")
 	errTooMany     = refusal(http.StatusTooManyRequests, "This account has made as many keys as it may in 24 hours. Use those that it has, or ask the operator for more.")
 	errForbidden   = refusal(http.StatusForbidden, "You may not manage these keys.")
-	errUnavailable = refusal(http.StatusServiceUnavailable, "Keys cannot be managed right now. Keys that exist keep working. Try again shortly.")
+	errUnavailable = refusal(http.StatusServiceUnavailable, "Keys cannot be managed right now. Try again shortly.")
 )
 
 // fail shows what went wrong. Only what nobody foresaw is reported: the rest is the visitor's, such as going away.

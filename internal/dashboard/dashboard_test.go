@@ -1003,7 +1003,7 @@ func TestPostgresThatIsGoneIsSaidAndNothingElse(t *testing.T) {
 	r := newRig(t)
 	pgtest.Exec(t, r.database, "alter table rekall.api_keys rename to gone")
 	reply := r.browser("ann@acme").do("", nil)
-	reply.want(t, http.StatusServiceUnavailable, "Keys that exist keep working")
+	reply.want(t, http.StatusServiceUnavailable, "Keys cannot be managed right now. Try again shortly.")
 	if reply.Header.Get("Retry-After") == "" {
 		t.Error("no Retry-After")
 	}
