@@ -38,7 +38,8 @@ func hastened(t *testing.T) string {
 	for _, change := range [][2]string{
 		{`interval: 15s`, "interval: 500ms"},
 		{`for: \S+`, "for: 2s"},
-		{`\[5m\]`, "[5s]"},
+		{`\[[45]m\]`, "[5s]"},
+		{`offset 4m`, "offset 5s"},
 		{`\[5m:15s\]`, "[5s:500ms]"},
 		{`le=~"30`, `le=~"1`},
 		{`0\.5 \* (rekall_usage_buffer_size)`, "0.000003 * $1"}, // 1.5 keys
