@@ -237,6 +237,7 @@ func (a *App) Start() error {
 		if err := checkRoutes(app.(*caddyhttp.App), a.ctx.Logger(a)); err != nil {
 			return err
 		}
+		warnOfRedirects(app.(*caddyhttp.App), a.ctx.Logger(a))
 	}
 	garbage.Tune()
 	a.runtime.start(a.ctx.Logger(a))

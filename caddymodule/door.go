@@ -100,7 +100,7 @@ func guardDoor(ctx caddy.Context, persons ...string) error {
 	if !onlyTCP(server) {
 		return errors.New("the server serves HTTP/3 only, where API keys could reach its logs: add h1 or h2 to its protocols")
 	}
-	if redirects(server) {
+	if redirectsPlainHTTP(server) {
 		return errors.New("the server has the listener wrapper http_redirect, which repeats keys of requests without TLS: remove it")
 	}
 	guard(server, persons...)
@@ -112,9 +112,9 @@ func guardDoor(ctx caddy.Context, persons ...string) error {
 	return nil
 }
 
-// redirects reports whether a server's listener answers plain HTTP on the port for TLS. Caddy has forgotten how its wrappers were
+// redirectsPlainHTTP reports whether a server's listener answers plain HTTP on the port for TLS. Caddy has forgotten how its wrappers were
 // configured by now, and does not show them.
-func redirects(server *caddyhttp.Server) bool {
+func redirectsPlainHTTP(server *caddyhttp.Server) bool {
 	wrappers := reflect.ValueOf(server).Elem().FieldByName("listenerWrappers")
 	if wrappers.Kind() != reflect.Slice {
 		return false
@@ -156,6 +156,13 @@ func guard(server *caddyhttp.Server, persons ...string) {
 }
 
 func guardHTTPPort(app *caddyhttp.App) {
+	for _, server := range onHTTPPort(app) {
+		guard(server)
+	}
+}
+
+// onHTTPPort returns the servers that listen on Caddy's HTTP port, among them the one that Caddy makes for its redirects.
+func onHTTPPort(app *caddyhttp.App) (servers []*caddyhttp.Server) {
 	port := uint(app.HTTPPort)
 	if port == 0 {
 		port = caddyhttp.DefaultHTTPPort
@@ -164,11 +171,12 @@ func guardHTTPPort(app *caddyhttp.App) {
 		for _, listen := range server.Listen {
 			address, err := caddy.ParseNetworkAddress(listen)
 			if err == nil && address.StartPort <= port && port <= address.EndPort {
-				guard(server)
+				servers = append(servers, server)
 				break
 			}
 		}
 	}
+	return servers
 }
 
 // onlyTCP takes HTTP/3 out of the server's protocols, whose own server has no such hook, and reports whether anything is

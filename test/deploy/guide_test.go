@@ -214,7 +214,7 @@ func (r *rig) example(database, adminDatabase string) *gateway {
 	}
 	process.Write(r.t, g.file, substitute(r.t, process.Read(r.t, "../../Caddyfile.example"),
 		"\n{\n", "\n{\n\tadmin "+admin+"\n\tdefault_bind 127.0.0.1\n\tpersist_config off\n\tstorage file_system "+dir+"\n",
-		"\nhttp://api.rekall.ai {", "\nhttp://api.rekall.ai:"+port(process.FreeAddress(r.t))+" {", "\napi.rekall.ai {", "\n"+g.http+" {",
+		"\nhttp:// {", "\nhttp://:"+port(process.FreeAddress(r.t))+" {", "\napi.rekall.ai {", "\n"+g.http+" {",
 		"prod-1:8080 prod-2:8080", r.production.Address(), " sandbox:8080", " "+r.sandbox.Address()))
 	return g
 }

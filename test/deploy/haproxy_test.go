@@ -71,9 +71,9 @@ func (b *balanced) edge(number int, database, tls, plain, health string) *gatewa
 	options := strings.NewReplacer("ADMIN", admin, "STORAGE", dir, "HOST", host).
 		Replace("{\n\tadmin ADMIN\n\tpersist_config off\n\tstorage file_system STORAGE\n\tdefault_bind HOST\n")
 	text := substitute(b.t, caddyfileOfGuide(b.t, "proxy_protocol"),
-		"{\n\tshutdown_delay", options+"\tshutdown_delay", "edge edge-1", fmt.Sprintf("edge edge-%d\n\t\trefresh 200ms\n\t\tmax_staleness 3s", number),
+		"{\n\tauto_https", options+"\tauto_https", "edge edge-1", fmt.Sprintf("edge edge-%d\n\t\trefresh 200ms\n\t\tmax_staleness 3s", number),
 		"10.0.0.10/32", "127.0.0.1/32", "servers :443", "servers "+host+":"+tls, "servers :80", "servers "+host+":"+plain,
-		"http://:8081", "http://:"+health, "\nhttp://api.rekall.ai", "\nhttp://:"+plain, "\napi.rekall.ai", "\nhttp://:"+tls,
+		"http://:8081", "http://:"+health, "\nhttp:// {", "\nhttp://:"+plain+" {", "\napi.rekall.ai", "\nhttp://:"+tls,
 		"prod-1:8080", b.production.Address(), "sandbox:8080", b.sandbox.Address())
 	g := &gateway{
 		t: b.t, program: program, file: filepath.Join(dir, "Caddyfile"), admin: "http://" + admin,

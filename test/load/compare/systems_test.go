@@ -107,7 +107,7 @@ func exampleFile(t *testing.T) string {
 	example := string(text)
 	for _, r := range []struct{ old, new string }{
 		{"\n{\n", "\n{\n\tadmin @ADMIN@\n\tdefault_bind 127.0.0.1\n\tpersist_config off\n\tstorage file_system @DIR@\n\n"},
-		{"\nhttp://api.rekall.ai {", "\nhttp://api.rekall.ai:@PORT@ {"},
+		{"\nhttp:// {", "\nhttp://api.rekall.ai:@PORT@ {"},
 		{"\napi.rekall.ai {", "\nhttp://@ADDRESS@ {"},
 		{"prod-1:8080 prod-2:8080", "@BACKENDS@"},
 		{" sandbox:8080", " 127.0.0.1:1"},
