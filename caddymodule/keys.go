@@ -10,6 +10,7 @@ import (
 	"net/textproto"
 	"regexp"
 	"strings"
+	"sync"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -66,6 +67,7 @@ type Keys struct {
 	logger      *zap.Logger
 	poolKey     string
 	crossOrigin *http.CrossOriginProtection
+	noAccount   *sync.Once // to log that a person has none
 }
 
 // CaddyModule returns the Caddy module information.
@@ -104,7 +106,7 @@ func (k *Keys) Provision(ctx caddy.Context) error {
 }
 
 func (k *Keys) manageWith(m *management, github *keysapi.GitHub) {
-	k.managed = m
+	k.managed, k.noAccount = m, new(sync.Once)
 	admin := m.admin.Limited(cmp.Or(k.KeysPerDay, defaultKeysPerDay))
 	k.api = keysapi.New(keysapi.Config{
 		Admin: admin, Actor: k.actor, Client: clientAddress, GitHub: github, Refused: logRefusal, Answered: k.answered, Logger: k.logger,
@@ -327,7 +329,7 @@ var (
 	errCrossOrigin = apierror.New(http.StatusForbidden, "CROSS_ORIGIN_REQUEST",
 		"A page of another site sent this request. Send it from the site that serves the API.")
 	errNoAccount = apierror.New(http.StatusForbidden, "PERMISSION_DENIED",
-		"Nobody knows an account whose keys you may manage.")
+		"You are signed in, but it is not known whose keys you may manage. Ask the operator of this API to give you an account.")
 )
 
 // personally is a person who asks with intent: their browser authenticates them also to requests of other sites.
@@ -337,6 +339,10 @@ func (k *Keys) personally(r *http.Request, name string) (keyadmin.Actor, error) 
 	}
 	account, err := replacer(r).ReplaceOrErr(k.Account, true, true)
 	if err != nil {
+		k.noAccount.Do(func() {
+			k.logger.Warn("an authenticated person has no account, and may manage no keys: see that what authenticates people sets the "+
+				"placeholders in account of rekall_keys", zap.String("account", k.Account), zap.Error(err))
+		})
 		return keyadmin.Actor{}, errNoAccount
 	}
 	actor, err := keyadmin.Person(name, account)
