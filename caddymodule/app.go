@@ -242,6 +242,8 @@ func (a *App) Start() error {
 	garbage.Tune()
 	a.runtime.start(a.ctx.Logger(a))
 	if err := a.runtime.awaitFirstSync(a.ctx); err != nil {
+		// What it has logged until here reads as if the edge trusted no key.
+		a.ctx.Logger(a).Warn("the new configuration is refused, and the one before goes on serving from the keys that it has", zap.Error(err))
 		return err
 	}
 	a.runtime.follow(a)
