@@ -65,7 +65,7 @@ func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 		seen[option] = true
 		if option == "canary" {
 			if d.NextArg() {
-				return nil, d.ArgErr()
+				return nil, d.Errf(isSwitch, option)
 			}
 			app.Canary = true
 			continue
@@ -119,6 +119,9 @@ func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 	}
 	return httpcaddyfile.App{Name: "rekall", Value: caddyconfig.JSON(app, nil)}, nil
 }
+
+// isSwitch is what is said of an option that is on where it stands.
+const isSwitch = "%s takes no value: write it alone, or leave it out to have it off"
 
 var errNotPositive = errors.New("must be more than 0")
 
@@ -186,7 +189,12 @@ func parseGateway(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 			if option == "sandbox" {
 				raw = &g.SandboxRaw
 			}
-			handlers, err := httpcaddyfile.ParseSegmentAsSubroute(h.WithDispenser(h.NewFromNextSegment()))
+			segment := h.NewFromNextSegment()
+			if segment.Next() && segment.NextArg() {
+				return nil, h.Errf("%s takes a block and no address: put 'reverse_proxy %s' into its block", option, segment.Val())
+			}
+			segment.Reset()
+			handlers, err := httpcaddyfile.ParseSegmentAsSubroute(h.WithDispenser(segment))
 			if err != nil {
 				return nil, err
 			}
@@ -211,12 +219,12 @@ func parseGateway(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 			g.ScopesReportOnly = true
 		case "forward_credential":
 			if h.NextArg() {
-				return nil, h.ArgErr()
+				return nil, h.Errf(isSwitch, option)
 			}
 			g.ForwardCredential = true
 		case "rate_limits":
 			if h.NextArg() {
-				return nil, h.ArgErr()
+				return nil, h.Errf(isSwitch, option)
 			}
 			g.RateLimits = true
 		case "address_limit":
