@@ -185,7 +185,7 @@ var observed = []series{
 	counter("rekall_listen_connections_total", "LISTEN connections made to Postgres; each after the first is a reconnect.",
 		func(o *observation) uint64 { return o.Listens }),
 	counter("rekall_listen_errors_total", "Lost or refused LISTEN connections.", func(o *observation) uint64 { return o.ListenErrors }),
-	gauge("rekall_canary_revocation_seconds", "How long the last canary stayed allowed here after its revocation; 0: none yet.",
+	gauge("rekall_canary_revocation_seconds", "How long the last canary stayed allowed here after its revocation; 0: none yet, or it was never allowed.",
 		func(o *observation) float64 { return o.Canary.Seconds() }),
 
 	gauge("rekall_cache_keys", "Keys in memory.", func(o *observation) float64 { return float64(o.Keys) }),

@@ -3,6 +3,8 @@ package command_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -66,4 +68,16 @@ func TestCommandsReachAPostgresThatIsFarAway(t *testing.T) {
 	run(t, "keys", "list", "--database", database)
 	run(t, "limits", "show", "--database", database)
 	run(t, "edges", "list", "--database", database)
+}
+
+func TestManualNamesEachExitCode(t *testing.T) {
+	manual, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, err := range []error{nil, errors.New("anything else"), keyadmin.ErrNotFound, keyadmin.ErrAlreadyRevoked, keyadmin.ErrEnded} {
+		if code := command.ExitCode(err); !strings.Contains(string(manual), fmt.Sprintf("\n| %d | ", code)) {
+			t.Errorf("no exit code %d, of %v", code, err)
+		}
+	}
 }

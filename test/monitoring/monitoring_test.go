@@ -259,6 +259,27 @@ func TestEachAlertLinksToItsPageInTheRunbook(t *testing.T) {
 	}
 }
 
+func TestEachMetricIsNamedInADocument(t *testing.T) {
+	documents := ""
+	for _, page := range []string{shipped + "RUNBOOK.md", shipped + "rules.yml", shipped + "dashboard.json", "../../caddymodule/README.md", "../../CHANGELOG.md"} {
+		documents += process.Read(t, page)
+	}
+	for _, name := range regexp.MustCompile(`"rekall_\w+"`).FindAllString(process.Read(t, "../../caddymodule/metrics.go"), -1) {
+		if !regexp.MustCompile(strings.Trim(name, `"`) + `(_bucket)?\b`).MatchString(documents) {
+			t.Errorf("no document names %s", name)
+		}
+	}
+}
+
+func TestRunbookSetsTheVariablesThatItsCommandsUse(t *testing.T) {
+	runbook := process.Read(t, shipped+"RUNBOOK.md")
+	for _, used := range regexp.MustCompile(`\$([A-Z_]+)`).FindAllStringSubmatch(runbook, -1) {
+		if !regexp.MustCompile(`(?m)^(export )?` + used[1] + `=`).MatchString(runbook) {
+			t.Errorf("%s is set nowhere", used[0])
+		}
+	}
+}
+
 func TestScrapeConfigurationsOfTheRunbookAreValid(t *testing.T) {
 	configurations := regexp.MustCompile("(?s)\n```yaml\n(.*?)```\n").FindAllStringSubmatch(process.Read(t, shipped+"RUNBOOK.md"), -1)
 	if len(configurations) != 2 {
