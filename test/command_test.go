@@ -166,21 +166,28 @@ func TestKeyThatCouldNotBePrintedIsAnErrorAndNoKey(t *testing.T) {
 	}
 }
 
-// TestDevPrintsLinesThatWorkAndLeavesNothing pastes what dev prints, as its user does.
-func TestDevPrintsLinesThatWorkAndLeavesNothing(t *testing.T) {
-	t.Parallel()
-	home := t.TempDir()
-	out := new(process.Log)
+// devRun is a running dev command, whose files are all below home.
+type devRun struct {
+	*process.Log
+	home, database string
+	end            func(os.Signal) error // returns how it ended
+}
+
+func startDev(t *testing.T) devRun {
+	t.Helper()
+	d := devRun{Log: new(process.Log), home: t.TempDir()}
 	cmd := exec.Command(program, "dev", "--listen", fmt.Sprintf("127.0.0.1:%d", process.FreePort(t)))
-	cmd.Env = append(os.Environ(), "HOME="+home, "TMPDIR="+home, "XDG_CONFIG_HOME=", "XDG_DATA_HOME=")
-	cmd.Stdout, cmd.Stderr = out, out
+	cmd.Env = append(os.Environ(), "HOME="+d.home, "TMPDIR="+d.home, "XDG_CONFIG_HOME=", "XDG_DATA_HOME=")
+	cmd.Stdout, cmd.Stderr = d, d
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	done := make(chan error, 1)
 	go func() { done <- cmd.Wait() }()
-	stop := func() error {
-		_ = cmd.Process.Signal(os.Interrupt)
+	ended := false
+	d.end = func(signal os.Signal) error {
+		ended = true
+		_ = cmd.Process.Signal(signal)
 		select {
 		case err := <-done:
 			return err
@@ -189,21 +196,49 @@ func TestDevPrintsLinesThatWorkAndLeavesNothing(t *testing.T) {
 			return fmt.Errorf("dev did not end: %w", <-done)
 		}
 	}
-	stopped := false
 	t.Cleanup(func() {
-		if !stopped {
-			_ = stop()
+		if !ended {
+			_ = d.end(os.Interrupt)
 		}
 	})
 	eventually.True(t, "dev is ready", func() bool {
 		select {
 		case err := <-done:
-			t.Fatalf("dev ended: %v\n%s", err, out)
+			t.Fatalf("dev ended: %v\n%s", err, d)
 		default:
 		}
-		return strings.Contains(out.String(), "Ready.")
+		return strings.Contains(d.String(), "Ready.")
 	})
+	d.database = regexp.MustCompile(`postgres://\S+`).FindString(d.String())
+	return d
+}
 
+// leavesNothing ends it with a signal.
+func (d devRun) leavesNothing(t *testing.T, signal os.Signal) {
+	t.Helper()
+	if err := d.end(signal); err != nil {
+		t.Errorf("dev ended with %v\n%s", err, d)
+	}
+	if err := pgtest.TryExec(d.database, "select 1"); err == nil {
+		t.Error("the database outlived dev")
+	}
+	if left, _ := filepath.Glob(filepath.Join(d.home, "*")); len(left) > 0 {
+		t.Errorf("dev left %v", left)
+	}
+	if left, _ := filepath.Glob(filepath.Join(d.home, ".*", "*")); len(left) > 0 {
+		t.Errorf("dev left %v", left)
+	}
+}
+
+func TestDevLeavesNothingWhenItsTerminalIsClosed(t *testing.T) {
+	t.Parallel()
+	startDev(t).leavesNothing(t, syscall.SIGHUP)
+}
+
+// TestDevPrintsLinesThatWorkAndLeavesNothing pastes what dev prints, as its user does.
+func TestDevPrintsLinesThatWorkAndLeavesNothing(t *testing.T) {
+	t.Parallel()
+	out := startDev(t)
 	lines := regexp.MustCompile(`(?m)^  (curl .*|'.*' keys revoke .*)$`).FindAllStringSubmatch(out.String(), -1)
 	if len(lines) != 5 {
 		t.Fatalf("dev printed %d lines to paste, want 5:\n%s", len(lines), out)
@@ -226,20 +261,7 @@ func TestDevPrintsLinesThatWorkAndLeavesNothing(t *testing.T) {
 	}
 	eventually.True(t, "the revocation holds", func() bool { return strings.Contains(paste(lines[0][1]), "API_KEY_REVOKED") })
 
-	database := regexp.MustCompile(`postgres://\S+`).FindString(out.String())
-	stopped = true
-	if err := stop(); err != nil {
-		t.Errorf("dev ended with %v\n%s", err, out)
-	}
-	if err := pgtest.TryExec(database, "select 1"); err == nil {
-		t.Error("the database outlived dev")
-	}
-	if left, _ := filepath.Glob(filepath.Join(home, "*")); len(left) > 0 {
-		t.Errorf("dev left %v", left)
-	}
-	if left, _ := filepath.Glob(filepath.Join(home, ".*", "*")); len(left) > 0 {
-		t.Errorf("dev left %v", left)
-	}
+	out.leavesNothing(t, os.Interrupt)
 }
 
 func TestDevRefusesWrongFlagsBeforeItStartsAnything(t *testing.T) {

@@ -2,9 +2,11 @@ package test
 
 import (
 	"bufio"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -14,6 +16,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/test/eventually"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // terminal makes a terminal, and returns the end of who sits before it and that of programs.
@@ -138,4 +141,33 @@ func TestInterruptEndsACommandThatReadsItsInput(t *testing.T) {
 		}
 		_, _ = from.Close(), to.Close()
 	}
+}
+
+// TestCommandUnderNohupOutlivesItsTerminal: a revocation that waits for edges is not given up with it.
+func TestCommandUnderNohupOutlivesItsTerminal(t *testing.T) {
+	t.Parallel()
+	k := newKeysCLI(t)
+	from, to, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("sh", "-c", `trap "" HUP; exec "$0" keys check`, program)
+	cmd.Env, cmd.Stdin = append(os.Environ(), "REKALL_DATABASE_URL="+k.database), from
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := to.WriteString("rk_"); err != nil {
+		t.Fatal(err)
+	}
+	eventually.True(t, "the input is read", func() bool {
+		left, err := unix.IoctlGetInt(int(from.Fd()), unix.TIOCINQ)
+		return err == nil && left == 0
+	})
+	status := process.Read(t, fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
+	if ignored := regexp.MustCompile(`\nSigIgn:\t[0-9a-f]+[13579bdf]\n`); !ignored.MatchString(status) { // SIGHUP is the lowest bit
+		t.Errorf("a hangup is not ignored:\n%s", status)
+	}
+	_ = to.Close()
+	_ = cmd.Wait()
+	_ = from.Close()
 }

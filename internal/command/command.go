@@ -39,7 +39,7 @@ type Command struct {
 	// Add gives the command its flags and subcommands.
 	Add func(*cobra.Command)
 
-	// Do is what the command does. Its context ends with an interrupt, and its error is shown without the keys in it.
+	// Do is what the command does. Its context ends with an interrupt or a hangup, and its error is shown without the keys in it.
 	Do func(context.Context, *cobra.Command, []string) error
 }
 
@@ -69,10 +69,20 @@ func ExitCode(err error) int {
 	return 1
 }
 
-// run adapts a command: its context ends with an interrupt, and its error is one line on stderr.
+// endings are the signals that end a command in order, so that it leaves nothing behind. Where a hangup is ignored, as under nohup, it
+// stays so: to listen for it would undo that.
+func endings() []os.Signal {
+	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) {
+		signals = append(signals, syscall.SIGHUP)
+	}
+	return signals
+}
+
+// run adapts a command: its context ends with one of the endings, and its error is one line on stderr.
 func run(do func(context.Context, *cobra.Command, []string) error) func(*cobra.Command, []string) error {
 	return func(cmd *cobra.Command, args []string) error {
-		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+		ctx, stop := signal.NotifyContext(context.Background(), endings()...)
 		defer stop()
 		err := do(ctx, cmd, args)
 		if err != nil {
