@@ -147,7 +147,9 @@ func (rt *runtime) status(ctx context.Context) runtimeStatus {
 
 // lastFailures are those of each part, and of key management; nil where there was none.
 func (rt *runtime) lastFailures() []*outage.Failure {
-	all := []*outage.Failure{rt.cache.LastFailure(), rt.reporter.LastFailure(), rt.signer.LastFailure(), rt.usage.LastFailure()}
+	all := []*outage.Failure{
+		rt.cache.LastFailure(), rt.reporter.LastFailure(), rt.signer.LastFailure(), rt.usage.LastFailure(), rt.limiter.LastFailure(),
+	}
 	if rt.canary != nil {
 		all = append(all, rt.canary.LastFailure())
 	}

@@ -118,7 +118,7 @@ func TestWaitPromisesNothingWhereNoEdgeReports(t *testing.T) {
 	}
 }
 
-func TestStatusSaysWhyUsageIsNotFlushedAndNoCanaryIsSent(t *testing.T) {
+func TestStatusSaysWhyUsageIsNotFlushedNoCanaryIsSentAndNoLimitIsShared(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	pgtest.Exec(t, r.database, `alter function rekall.create_canary rename to hidden`)
@@ -132,6 +132,8 @@ func TestStatusSaysWhyUsageIsNotFlushedAndNoCanaryIsSent(t *testing.T) {
 	pgtest.Exec(t, r.database, `alter table rekall.usage rename to hidden`)
 	g.ask(key)
 	says("flush usage")
+	limited := r.start(strings.Replace(standardSite, "rekall_gateway {", "rekall_gateway {\nrate_limits", 1), "rate_limit_store redis://127.0.0.1:1")
+	eventually.True(t, "the status says why no limit is shared", func() bool { return strings.Contains(limited.status().LastError, "ask redis") })
 }
 
 func TestEveryEdgeMeasuresTheCanaryThatOneOfThemRevokes(t *testing.T) {

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/outage"
 )
 
 // burstWindow is the time in which a key may make its burst (REKALL.md, "Rate limits").
@@ -278,6 +279,14 @@ func (l *Limiter) Status() Status {
 		status.Fallback, status.Outages, status.Exchanges = s.fallback.Load(), s.outages.Load(), s.exchanges.Load()
 	}
 	return status
+}
+
+// LastFailure returns the last time that Redis could not be shared through; nil: never, or nothing is shared.
+func (l *Limiter) LastFailure() *outage.Failure {
+	if l.store == nil {
+		return nil
+	}
+	return l.store.troubles.Last()
 }
 
 // size returns the number of buckets.

@@ -12,6 +12,8 @@ import (
 
 	"github.com/redis/go-redis/v9"
 	"go.uber.org/zap"
+
+	"github.com/rekall-ai/gateway/internal/outage"
 )
 
 const (
@@ -53,10 +55,11 @@ type store struct {
 
 	all       func(each func(*lease))
 	followed  []*lease // that hold or owe something
-	data      string   // names what Redis has: a new name tells that it was emptied, or has older data
-	probes    int64    // that the data had seen at this edge's last
-	emptied   uint64   // the epoch that began with that, the last time
-	explained int      // telling() of the outage's cause, as far as it was logged
+	troubles  outage.Failures
+	data      string // names what Redis has: a new name tells that it was emptied, or has older data
+	probes    int64  // that the data had seen at this edge's last
+	emptied   uint64 // the epoch that began with that, the last time
+	explained int    // telling() of the outage's cause, as far as it was logged
 
 	exchanges atomic.Uint64
 	commands  atomic.Uint64 // keys settled in them
@@ -343,6 +346,7 @@ func (s *store) unfollow() {
 
 // fall goes on without Redis, and reports whether it did not before. It is called by the timer of a slow exchange as well.
 func (s *store) fall(err error) bool {
+	s.troubles.Keep(err)
 	if !s.fallback.CompareAndSwap(false, true) {
 		return false
 	}
