@@ -306,7 +306,7 @@ func TestIncidentSwitchCountsBeforeItActs(t *testing.T) {
 	}
 	leaked := k.create("Leaked")
 	hash := fmt.Sprintf("%x\n\n%x\n", sha256.Sum256([]byte(leaked.Key.Reveal())), sha256.Sum256([]byte("unknown")))
-	if stdout, stderr, code := k.try(hash, "revoke", "--hashes", "-", "--yes"); code != 0 || !strings.Contains(stdout, "Revoked 1 keys") {
+	if stdout, stderr, code := k.try(hash, "revoke", "--hashes", "-", "--yes"); code != 0 || !strings.Contains(stdout, "Revoked 1 key. ") {
 		t.Errorf("hashes: %d %s %s", code, stdout, stderr)
 	}
 	if stdout, stderr, code := k.try(leaked.Key.Reveal()+"\n", "revoke", "--hashes", "-", "--yes"); code != 1 || stdout != "" || !strings.Contains(stderr, "--hashes line 1") {

@@ -165,3 +165,11 @@ func show(cmd *cobra.Command, result any, text func(io.Writer)) error {
 	}
 	return nil
 }
+
+// count says how many there are of something.
+func count[N int | int64](n N, one string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %ss", n, one)
+}

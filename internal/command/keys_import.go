@@ -69,10 +69,10 @@ func importKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 			ended = fmt.Sprintf(", %d of them revoked or expired: an import revives none", done.Ended)
 		}
 		if is(cmd, "dry-run") {
-			fmt.Fprintf(w, "%d keys can be imported, %d are there already%s.\n", done.Imported, done.AlreadyThere, ended)
+			fmt.Fprintf(w, "%s can be imported; already there: %d%s.\n", count(done.Imported, "key"), done.AlreadyThere, ended)
 			return
 		}
-		fmt.Fprintf(w, "Imported %d keys, %d were there already%s.\n", done.Imported, done.AlreadyThere, ended)
+		fmt.Fprintf(w, "Imported %s; already there: %d%s.\n", count(done.Imported, "key"), done.AlreadyThere, ended)
 	})
 }
 

@@ -86,7 +86,7 @@ func revokeKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 		if already {
 			how = "%s was revoked already."
 		}
-		fmt.Fprintf(w, how+" No edge that reports allows it (%d edges).\n%s", key.ID, len(confirmations), successorThatLives(ctx, key, admin))
+		fmt.Fprintf(w, how+" No edge that reports allows it (%s).\n%s", key.ID, count(len(confirmations), "edge"), successorThatLives(ctx, key, admin))
 	})
 }
 
@@ -155,21 +155,21 @@ func revokeMany(ctx context.Context, cmd *cobra.Command, admin *keyadmin.Admin) 
 	result := revokedMany{DryRun: dryRun, Count: revocation.Count}
 	if dryRun {
 		return show(cmd, result, func(w io.Writer) {
-			fmt.Fprintf(w, "%d keys would be revoked for good. Do it with --yes.\n", result.Count)
+			fmt.Fprintf(w, "%s would be revoked for good. Do it with --yes.\n", count(result.Count, "key"))
 		})
 	}
 	result.RevokedAt = &revocation.At
 	if !is(cmd, "wait") {
 		return show(cmd, result, func(w io.Writer) {
-			fmt.Fprintf(w, "Revoked %d keys. Every edge refuses them within 60 seconds.\n", result.Count)
+			fmt.Fprintf(w, "Revoked %s. Every edge refuses what is revoked within 60 seconds.\n", count(result.Count, "key"))
 		})
 	}
 	result.Edges, err = watch(cmd, func(progress func(keyadmin.Confirmation)) error { return admin.Wait(ctx, revocation, progress) })
 	if err != nil {
-		return fmt.Errorf("%d keys are revoked, but the edges could not be watched: %w", result.Count, err)
+		return fmt.Errorf("%s revoked, but the edges could not be watched: %w", count(result.Count, "key"), err)
 	}
 	return show(cmd, result, func(w io.Writer) {
-		fmt.Fprintf(w, "Revoked %d keys. No edge that reports allows them (%d edges).\n", result.Count, len(result.Edges))
+		fmt.Fprintf(w, "Revoked %s. No edge that reports allows what is revoked (%s).\n", count(result.Count, "key"), count(len(result.Edges), "edge"))
 	})
 }
 

@@ -99,7 +99,7 @@ func rotateDue(ctx context.Context, cmd *cobra.Command, admin *keyadmin.Admin, o
 	request := keyadmin.RotateDueRequest{Account: text(cmd, "account"), OlderThan: text(cmd, "older-than"), Overlap: overlap}
 	asJSON, dryRun := is(cmd, "json"), !is(cmd, "yes")
 	out := cmd.OutOrStdout()
-	count, err := admin.RotateDue(ctx, operator(), request, dryRun, func(key keyadmin.Key) error {
+	rotated, err := admin.RotateDue(ctx, operator(), request, dryRun, func(key keyadmin.Key) error {
 		var err error
 		switch {
 		case asJSON:
@@ -118,9 +118,9 @@ func rotateDue(ctx context.Context, cmd *cobra.Command, admin *keyadmin.Admin, o
 		return err
 	}
 	if dryRun {
-		fmt.Fprintf(cmd.ErrOrStderr(), "%d keys would be rotated. Do it with --yes.\n", count)
+		fmt.Fprintf(cmd.ErrOrStderr(), "%s would be rotated. Do it with --yes.\n", count(rotated, "key"))
 		return nil
 	}
-	fmt.Fprintf(cmd.ErrOrStderr(), "Rotated %d keys.\n", count)
+	fmt.Fprintf(cmd.ErrOrStderr(), "Rotated %s.\n", count(rotated, "key"))
 	return nil
 }

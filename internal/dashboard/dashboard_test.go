@@ -625,10 +625,15 @@ func TestListFiltersSortsAndPages(t *testing.T) {
 	if strings.Contains(second.body, "Key 24") {
 		t.Error("the second page repeats the first")
 	}
-	b.do("?q=key+07", nil).want(t, http.StatusOK, "Key 07", "1 key<")
+	b.do("?q=key+07", nil).want(t, http.StatusOK, "Key 07", "1 key</caption>", "1 key</span>")
 	b.do("?q=absent", nil).want(t, http.StatusOK, "No key matches")
 	b.do("?status=revoked", nil).want(t, http.StatusOK, "No key matches")
 	b.do("?environment=sandbox", nil).want(t, http.StatusOK, "No sandbox keys yet")
+	ended := r.key("acme", "Ended early", false)
+	pgtest.Exec(t, r.database, `update rekall.api_keys set expires_at = now() + interval '90 days', revoked_at = now() where id = $1`, ended.ID)
+	if page := b.do("?status=revoked", nil); !strings.Contains(page.body, "Ended early") || strings.Contains(page.body, "in 3 months") {
+		t.Errorf("a revoked key is said to expire one day:\n%s", page.body)
+	}
 	for _, sort := range []string{"", "name", "last-used", "expires"} {
 		for _, cursor := range []string{"nonsense", "%21", base64.RawURLEncoding.EncodeToString([]byte("x key_ y"))} {
 			b.do("?sort="+sort+"&cursor="+cursor, nil).want(t, http.StatusBadRequest, "Cursor must be")
