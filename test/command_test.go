@@ -66,6 +66,12 @@ func TestKeysAreCreatedListedAndRevokedFromTheCommandLine(t *testing.T) {
 	if stdout, stderr, code := cli(t, database, "keys", "revoke", created.ID); code != 0 || !strings.Contains(stdout, created.ID) {
 		t.Errorf("revoke: %d %s", code, stderr)
 	}
+	for _, args := range [][]string{{"keys", "check"}, {"keys", "list"}, {"keys"}, {"migrate"}} {
+		_, stderr, code := cli(t, database, append(args, created.Key.Reveal())...)
+		if code != 3 || !strings.Contains(stderr, "now in your shell's history") || strings.Count(stderr, "\n") != 1 || apikey.ContainsKey(stderr) {
+			t.Errorf("%v with a key as an argument: exit %d, %s", args, code, apikey.Redact(stderr))
+		}
+	}
 	for _, tc := range []struct {
 		id   string
 		code int

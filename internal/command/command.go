@@ -50,9 +50,9 @@ func All() []Command {
 
 // SetUp completes cmd, which has c's name and texts: its arguments, errors, flags and what it does.
 func (c Command) SetUp(cmd *cobra.Command) {
-	cmd.Args = noArgs
+	cmd.Args = cobra.ArbitraryArgs
 	cmd.SetFlagErrorFunc(flagError)
-	cmd.RunE = run(c.Do)
+	cmd.RunE = run(after(noArgs, c.Do))
 	c.Add(cmd)
 }
 
@@ -93,6 +93,17 @@ func run(do func(context.Context, *cobra.Command, []string) error) func(*cobra.C
 	}
 }
 
+// after has do come after a check of the arguments: of an error of cobra's Args the process would not end with its exit code.
+func after(check cobra.PositionalArgs,
+	do func(context.Context, *cobra.Command, []string) error) func(context.Context, *cobra.Command, []string) error {
+	return func(ctx context.Context, cmd *cobra.Command, args []string) error {
+		if err := check(cmd, args); err != nil {
+			return err
+		}
+		return do(ctx, cmd, args)
+	}
+}
+
 // connectTimeout is that of migrate: an operator can wait, and may be far from the database.
 const connectTimeout = 10 * time.Second
 
@@ -100,11 +111,16 @@ const connectTimeout = 10 * time.Second
 // have no place in a shell's history or a list of processes, and in no error either.
 func subcommand(cmd *cobra.Command, do func(context.Context, *cobra.Command, []string, *keyadmin.Admin) error) *cobra.Command {
 	databaseFlags(cmd)
+	check := cmd.Args
+	cmd.Args = cobra.ArbitraryArgs // see after
 	cmd.RunE = run(func(ctx context.Context, cmd *cobra.Command, args []string) error {
 		given := slices.Clone(args)
 		cmd.Flags().Visit(func(f *pflag.Flag) { given = append(given, f.Value.String()) })
 		if apikey.ContainsKey(strings.Join(given, "\n")) {
 			return errKeyAsArgument
+		}
+		if err := check(cmd, args); err != nil {
+			return err
 		}
 		url, err := databaseURL(cmd)
 		if err != nil {

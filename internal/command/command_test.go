@@ -52,7 +52,9 @@ func TestWhoGivesAKeyAsAnArgumentIsToldSoThoughNoDatabaseIsFound(t *testing.T) {
 	key := apikey.Generate(apikey.Production)
 	for _, database := range []string{"", "postgres://%", "postgres://127.0.0.1:1/none"} {
 		t.Setenv(keystore.DatabaseVariable, database)
-		for _, args := range [][]string{{"keys", "show", key}, {"keys", "revoke", key}, {"keys", "list", "--name", key}, {"limits", "key", key}} {
+		for _, args := range [][]string{
+			{"keys", "show", key}, {"keys", "revoke", key}, {"keys", "list", "--name", key}, {"limits", "key", key}, {"keys", "check", key}, {"keys", key},
+		} {
 			output, err := try(t, args[0], args[1:]...)
 			if !errors.Is(err, keyadmin.ErrNotFound) || !strings.Contains(output, "now in your shell's history") || apikey.ContainsKey(output) {
 				t.Errorf("%s with database %q: %s", args[1], database, apikey.Redact(output))
