@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"regexp"
@@ -136,7 +137,7 @@ func TestInterruptEndsACommandThatReadsItsInput(t *testing.T) {
 		})
 		_ = cmd.Process.Signal(syscall.SIGTERM)
 		interrupted(t, cmd, ended)
-		if text := stderr.String(); !strings.HasPrefix(text, "Error: ") || apikey.ContainsKey(text) {
+		if text := stderr.String(); !strings.HasPrefix(text, "Error: interrupted: ") || apikey.ContainsKey(text) {
 			t.Errorf("%s: %q", args, text)
 		}
 		_, _ = from.Close(), to.Close()
@@ -170,4 +171,29 @@ func TestCommandUnderNohupOutlivesItsTerminal(t *testing.T) {
 	_ = to.Close()
 	_ = cmd.Wait()
 	_ = from.Close()
+}
+
+func TestInterruptOfACommandThatWaitsForPostgresSaysThatNoKeyWasMade(t *testing.T) {
+	t.Parallel()
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = silent.Close() })
+	k := &keysCLI{t, "postgres://rekall@" + silent.Addr().String() + "/none?sslmode=disable"}
+	nothing, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = nothing.Close() }()
+	var stderr strings.Builder
+	cmd, ended := k.start(nothing, &stderr, "create", "--name", "n", "--scopes", "memories:read", "--environment", "production")
+	if _, err := silent.Accept(); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Process.Signal(os.Interrupt)
+	interrupted(t, cmd, ended)
+	if text := stderr.String(); !strings.HasPrefix(text, "Error: interrupted: no key was made: ") {
+		t.Errorf("%q", text)
+	}
 }

@@ -86,6 +86,9 @@ func run(do func(context.Context, *cobra.Command, []string) error) func(*cobra.C
 		defer stop()
 		err := do(ctx, cmd, args)
 		if err != nil {
+			if ctx.Err() != nil {
+				err = fmt.Errorf("interrupted: %w", err)
+			}
 			cmd.SilenceErrors = true
 			fmt.Fprintln(cmd.ErrOrStderr(), "Error:", apikey.Redact(err.Error()))
 		}

@@ -64,16 +64,21 @@ func createKey(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyad
 	for i, scope := range scopes {
 		scopes[i] = strings.TrimSpace(scope) // such as those after a comma, as in a file to import
 	}
+	shown := false // else there is none, whatever became of the transaction
 	_, _, err := admin.Create(ctx, operator(), keyadmin.CreateRequest{
 		Name: text(cmd, "name"), Account: text(cmd, "account"), Environment: text(cmd, "environment"), Scopes: scopes,
 		ManageKeys: is(cmd, "manage-keys"), ExpiresIn: text(cmd, "expires-in"), ExpiresAt: text(cmd, "expires-at"),
 		HandOut: func(key keyadmin.Key) error {
+			shown = true
 			return show(cmd, key, func(w io.Writer) {
 				fmt.Fprintf(w, "Created %s (%s, %s).\n\n  %s\n\nThis is the only time the key is shown. Store it now.\n",
 					key.ID, key.Environment, strings.Join(key.Scopes, " "), key.Key.Reveal())
 			})
 		},
 	})
+	if err != nil && ctx.Err() != nil && !shown {
+		return fmt.Errorf("no key was made: %w", err)
+	}
 	return err
 }
 
