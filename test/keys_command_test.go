@@ -178,7 +178,7 @@ func TestExitCodesTellWhatWasFound(t *testing.T) {
 		{3, []string{"rotate", missing, "--undo"}}, {3, []string{"revoke", missing}}, {3, []string{"show", pasted}},
 		{3, []string{"revoke", pasted}}, {3, []string{"list", "--name", pasted}}, {3, []string{"usage", pasted}},
 		{4, []string{"revoke", key.ID}}, {4, []string{"rotate", key.ID}},
-		{1, []string{"check", pasted}}, {1, []string{pasted}}, {1, []string{"list", "--" + pasted}},
+		{3, []string{"check", pasted}}, {3, []string{pasted}}, {1, []string{"list", "--" + pasted}},
 		{1, []string{"rotate"}}, {1, []string{"rotate", key.ID, "--older-than", "90d"}}, {1, []string{"rotate", key.ID, "--overlap", "soon"}},
 		{1, []string{"revoke"}}, {1, []string{"revoke", key.ID, "--account", "default"}}, {1, []string{"revoke", "--account", ""}},
 		{1, []string{"revoke", "--created-by", "", "--account", "default", "--yes"}}, {1, []string{"revoke", "--account", "default", "--yes", "--dry-run"}},

@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -1108,9 +1109,9 @@ func TestFeedThatCannotBeReadOnInTimeStartsOverOnceNothingIsTrusted(t *testing.T
 	for name, tc := range map[string]struct{ hangs, over bool }{"reading on": {false, true}, "Postgres": {true, false}} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				hung := false
+				var hung atomic.Bool
 				db := &failing{from: func(ctx context.Context, since string) error {
-					if hung && (since != "" || tc.hangs) {
+					if hung.Load() && (since != "" || tc.hangs) {
 						<-ctx.Done()
 						return ctx.Err()
 					}
@@ -1122,12 +1123,12 @@ func TestFeedThatCannotBeReadOnInTimeStartsOverOnceNothingIsTrusted(t *testing.T
 				var loop sync.WaitGroup
 				loop.Go(func() { c.syncLoop(ctx) })
 				synctest.Wait()
-				hung = true
+				hung.Store(true)
 				<-time.After(2 * c.cfg.MaxStaleness)
 				if fresh := c.Status().Fresh; fresh != tc.over {
 					t.Errorf("keys are trusted: %v, want %v", fresh, tc.over)
 				}
-				hung = false
+				hung.Store(false)
 				<-time.After(2 * syncTimeout)
 				if restarts := c.Status().Restarts; !c.Status().Fresh || restarts > 1 != tc.over {
 					t.Errorf("the feed started over %d times, the first included", restarts)

@@ -416,6 +416,8 @@ func TestLookupThatNobodyWaitsForDoesNotEndTheDelayAfterOneThatFailed(t *testing
 		synctest.Wait()
 		cancel()
 		<-time.After(time.Second)
+		c.loader.mu.Lock()
+		defer c.loader.mu.Unlock()
 		if c.loader.running != 0 || c.loader.retry == 0 {
 			t.Error("the next keys are read as if Postgres had answered")
 		}
