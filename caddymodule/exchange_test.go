@@ -245,6 +245,17 @@ func TestRequestThatWasCutIsNotSentThoughItsKeyIsFoundGoodAgain(t *testing.T) {
 	}
 }
 
+// TestRequestIsKnownToBeCutBeforeItsHandlersEnd: what ends without a cause is answered 502 and counts against the backend.
+func TestRequestIsKnownToBeCutBeforeItsHandlersEnd(t *testing.T) {
+	ended := false
+	x := &exchange{done: true}
+	x.cancel = func(error) { ended = x.cutBy.Load() != nil }
+	x.Cut(&keycache.Cut{Outcome: apikey.Revoked})
+	if !ended {
+		t.Error("its handlers are ended first")
+	}
+}
+
 // unpublished has no key of any signer: tokens wait for one to be published.
 type unpublished struct{ identitytoken.Store }
 
