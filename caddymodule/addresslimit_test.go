@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -12,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
@@ -228,6 +230,36 @@ func TestOfTwoAddressLimitsThatIsTheStricterWhichLetsLessThrough(t *testing.T) {
 	}
 	if same := (AddressLimit{PerMinute: 60, Burst: 60}); same.stricter(AddressLimit{PerMinute: 60}) {
 		t.Error("a limit is stricter than the same limit")
+	}
+}
+
+// TestStrictestAddressLimitHoldsWhereKeysAreManaged, whichever gateway has it: an attacker guesses keys where that costs least.
+func TestStrictestAddressLimitHoldsWhereKeysAreManaged(t *testing.T) {
+	database := migrated(t)
+	strict, lax := AddressLimit{PerMinute: 1, Burst: 3}, AddressLimit{PerMinute: 60}
+	for _, limits := range [][]AddressLimit{{strict, lax}, {lax, strict}} {
+		var routes []any
+		for _, limit := range limits {
+			routes = append(routes, map[string]any{"handle": []any{map[string]any{
+				"handler": "rekall_gateway", "address_limit": limit, "production": map[string]any{"handler": "static_response"},
+			}}})
+		}
+		apps := map[string]any{"http": map[string]any{"servers": map[string]any{"srv": map[string]any{
+			"listen": []string{"127.0.0.1:0"}, "routes": routes,
+		}}}}
+		if err := caddy.Load(configure(t, database, filepath.Join(t.TempDir(), "log"), map[string]any{}, apps), true); err != nil {
+			t.Fatal(err)
+		}
+		app, err := caddy.ActiveContext().App("rekall")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := app.(*App).addressLimit; got != strict {
+			t.Errorf("with %+v it is %+v", limits, got)
+		}
+		if err := caddy.Stop(); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
