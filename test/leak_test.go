@@ -702,7 +702,7 @@ func TestWhatIsNotOursComesThroughByteForByte(t *testing.T) {
 		}
 	}
 	other := []string{"Basic dTpw", "Digest username=\"a\", realm=\"b\"", "AWS4-HMAC-SHA256 Credential=a/b, Signature=c", "bearers  x", "Negotiate abc==", "Basic dTpw"}
-	headers := []string{"X-Api-Key: " + key}
+	headers := []string{"X-Api-Key: " + key, "X-Request-Id-Of-Caller: abc"} // the latter only begins like one of ours
 	for _, value := range other {
 		headers = append(headers, "Authorization: "+value)
 	}
@@ -712,5 +712,8 @@ func TestWhatIsNotOursComesThroughByteForByte(t *testing.T) {
 	}
 	if got := answer.echo(t).Headers["Authorization"]; !slices.Equal(got, other) {
 		t.Errorf("the backend received Authorization %q, want %q", got, other)
+	}
+	if got := answer.echo(t).Headers["X-Request-Id-Of-Caller"]; !slices.Equal(got, []string{"abc"}) {
+		t.Errorf("the backend received X-Request-Id-Of-Caller %q", got)
 	}
 }
