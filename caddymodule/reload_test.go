@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -280,16 +281,22 @@ func TestRequestsFromBeforeAReloadAreCountedAtEachMomentOfIt(t *testing.T) {
 	want("it has ended", 0)
 }
 
-func gathered(t *testing.T, registry *prometheus.Registry, name string) float64 {
+// gathered returns the metric of that name, and of those labels.
+func gathered(t *testing.T, registry *prometheus.Registry, name string, labels ...string) float64 {
 	t.Helper()
 	families, err := registry.Gather()
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, family := range families {
-		if family.GetName() == name {
-			metric := family.GetMetric()[0]
-			return metric.GetGauge().GetValue() + metric.GetCounter().GetValue()
+		for _, metric := range family.GetMetric() {
+			var values []string
+			for _, label := range metric.GetLabel() {
+				values = append(values, label.GetValue())
+			}
+			if family.GetName() == name && slices.Equal(values, labels) {
+				return metric.GetGauge().GetValue() + metric.GetCounter().GetValue()
+			}
 		}
 	}
 	t.Fatalf("no %s", name)

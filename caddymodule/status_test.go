@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
@@ -71,8 +72,8 @@ func documentedFields(t *testing.T) []string {
 func newRuntimeOn(t *testing.T, database string) *runtime {
 	t.Helper()
 	rt, err := newRuntime(settings{
-		database: database, refresh: 50 * time.Millisecond, maxStaleness: 30 * time.Second, cacheSize: 100, edgeName: "eu-1", edgeRegion: "eu",
-		usageFlush: time.Second, usageRetention: 24 * time.Hour,
+		database: database, refresh: 50 * time.Millisecond, listen: true, maxStaleness: 30 * time.Second, cacheSize: 100,
+		edgeName: "eu-1", edgeRegion: "eu", usageFlush: time.Second, usageRetention: 24 * time.Hour,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -94,6 +95,22 @@ func TestStatusHasTheFieldsOfItsPage(t *testing.T) {
 	if s.Schema == nil || *s.Schema != keystore.KnownSchemaVersion() || s.Sync.LastGoodAt == nil || s.Sync.Position == 0 || s.Cache.Size != 100 ||
 		s.Edge.Name != "eu-1" || *s.Edges != (edgeCount{Live: 1}) || s.LastError != nil {
 		t.Errorf("status %+v", s)
+	}
+	unknown := apikey.Hash(apikey.Generate(apikey.Production))
+	for range 2 {
+		if _, err := rt.cache.Find(t.Context(), unknown); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if l := rt.status(t.Context()).Lookups; l.Total == 0 || l.Errors != 0 {
+		t.Errorf("lookups %+v", l)
+	}
+	registry := prometheus.NewPedanticRegistry()
+	if err := rt.metrics.register(registry); err != nil {
+		t.Fatal(err)
+	}
+	if live, closed := gathered(t, registry, "rekall_edges", "live"), gathered(t, registry, "rekall_edges", "fail-closed"); live != 1 || closed != 0 {
+		t.Errorf("the metrics tell of %v live edges and %v that are fail-closed", live, closed)
 	}
 	s.LastError = new(lastError) // for its fields: nothing has failed
 	text, err := json.Marshal(status{Runtimes: []runtimeStatus{s}})
@@ -121,8 +138,11 @@ func TestStatusIsToldWhilePostgresIsAway(t *testing.T) {
 	var s runtimeStatus
 	eventually.Within(t, 30*time.Second, "a failure is told", func() bool {
 		s = rt.status(t.Context())
-		return s.LastError != nil
+		return s.LastError != nil && s.Sync.ListenErrors > 0
 	})
+	if s.Sync.Listens != 0 {
+		t.Errorf("sync %+v", s.Sync)
+	}
 	if s.Ready || s.Schema != nil || s.Edges != nil || s.Sync.LastGoodAt != nil || s.Sync.AgeSeconds != nil || time.Since(s.LastError.At) > time.Minute || s.LastError.Message == "" {
 		t.Errorf("status %+v, last error %+v", s, s.LastError)
 	}
