@@ -207,3 +207,21 @@ func TestRequestThatOutlivesItsAnswerKeepsItsOwnCredential(t *testing.T) {
 		}
 	}
 }
+
+// TestEachServerOnTheHTTPPortIsGuarded: Caddy redirects there, and logs what it redirects.
+func TestEachServerOnTheHTTPPortIsGuarded(t *testing.T) {
+	for _, tc := range []struct {
+		port    int
+		listen  string
+		guarded bool
+	}{
+		{0, ":80", true}, {0, ":8080", false}, {8080, ":8080", true}, {8080, ":80", false},
+		{8080, ":8070-8090", true}, {8080, ":8080-8090", true}, {8080, ":8070-8080", true}, {8080, ":8081-8090", false}, {8080, ":8070-8079", false},
+	} {
+		server := &caddyhttp.Server{Listen: []string{"127.0.0.1:1", tc.listen}}
+		guardHTTPPort(&caddyhttp.App{HTTPPort: tc.port, Servers: map[string]*caddyhttp.Server{"s": server}})
+		if guarded := server.TrustedProxiesStrict == 1; guarded != tc.guarded {
+			t.Errorf("a server on %s with http_port %d: guarded %v", tc.listen, tc.port, guarded)
+		}
+	}
+}
