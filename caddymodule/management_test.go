@@ -3,6 +3,7 @@ package caddymodule
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -105,6 +106,28 @@ const (
 // report is of a key that looks like one, and must be looked for.
 func report() io.Reader {
 	return strings.NewReader(`{"keys": ["` + apikey.Generate(apikey.Production) + `"]}`)
+}
+
+func TestErrorOfTheManagingDatabaseIsToldWithoutTheKeyInIt(t *testing.T) {
+	r := newKeysRig(t, pgtest.URL(t))
+	ctx, key := asking(t.Context()), apikey.Generate(apikey.Production)
+	asks(ctx)
+	r.answered(httptest.NewRequestWithContext(ctx, "GET", apiPath, nil), errors.New("statement failed: "+key))
+	if last := r.managed.failures.Last(); r.told() != beginning || apikey.ContainsKey(last.Err.Error()) ||
+		apikey.ContainsKey(fmt.Sprint(r.logs.All()[0].ContextMap())) {
+		t.Errorf("the log tells %v, the status %v", r.logs.All(), last)
+	}
+}
+
+// TestEndOfAConfigurationIsNoOutageOfTheManagingDatabase: it may end before its database has answered for the first time.
+func TestEndOfAConfigurationIsNoOutageOfTheManagingDatabase(t *testing.T) {
+	r := newKeysRig(t, pgtest.URL(t))
+	r.managed.cancel()
+	r.managed.check(r.logger)
+	r.managed.running.Wait()
+	if told := r.told(); told != "" || r.managed.failures.Last() != nil {
+		t.Errorf("told %q", told)
+	}
 }
 
 func TestOutageOfTheManagingDatabaseIsLoggedOnceAndCountedWithEachRequestByApiAndDashboard(t *testing.T) {
