@@ -2,6 +2,7 @@ package caddymodule
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -279,5 +280,23 @@ func TestTransportKeepsManyIdleConnectionsUnlessToldOtherwise(t *testing.T) {
 		if got := transport.Transport.MaxIdleConnsPerHost; got != want {
 			t.Errorf("given %d: %d idle connections per host, want %d", given, got, want)
 		}
+	}
+}
+
+// TestBackendThatCannotBeDialledIsAtFaultForAWebSocketToo: one that serves nothing else would never be taken away.
+func TestBackendThatCannotBeDialledIsAtFaultForAWebSocketToo(t *testing.T) {
+	cctx, cancel := caddy.NewContext(caddy.Context{Context: context.Background()})
+	defer cancel()
+	transport := &Transport{Environment: "production"}
+	if err := transport.Provision(cctx); err != nil {
+		t.Fatal(err)
+	}
+	p := &pass{Context: context.WithValue(t.Context(), caddyhttp.VarsCtxKey, map[string]any{}), environment: apikey.Production}
+	r := httptest.NewRequestWithContext(p, http.MethodGet, "http://127.0.0.1:1/v1/memories", nil)
+	r.Header.Set("Connection", "Upgrade")
+	r.Header.Set("Upgrade", "websocket")
+	_, err := transport.RoundTrip(r)
+	if _, dial := errors.AsType[reverseproxy.DialError](err); !dial || p.failed.Load() != nil {
+		t.Errorf("error %v, of the client: %v", err, p.failed.Load())
 	}
 }
