@@ -565,13 +565,17 @@ backend back
 	for i := range 160 {
 		many.Set(fmt.Sprintf("X-Field-%d", i), "a")
 	}
-	long, query := bearer(mine), "?a="+strings.Repeat("~", 15_500)
-	long.Set("X-Field", strings.Repeat("~", 15_500))
+	long, several, query := bearer(mine), bearer(mine), "?a="+strings.Repeat("~", 15_500)
+	long.Set("X-Field", strings.Repeat("~", 9_000))
+	for i := range 3 {
+		several.Set(fmt.Sprintf("X-Field-%d", i), strings.Repeat("~", 5_000))
+	}
 	for name, request := range map[string]struct {
 		target string
 		header http.Header
 	}{
 		"one long header": {"/v1/memories", long}, "many headers": {"/v1/memories", many}, "a long query": {"/v1/memories" + query, bearer(mine)},
+		"several headers that are long together": {"/v1/memories", several},
 	} {
 		answer := g.do("GET", request.target, request.header)
 		if answer.wantCode(t, http.StatusRequestHeaderFieldsTooLarge, "HEADERS_TOO_LARGE"); t.Failed() {
