@@ -91,6 +91,9 @@ func TestUnknownKeysAreRefusedAsSuchWhereAStandbyIsRead(t *testing.T) {
 		})
 	}
 	clients.Wait()
+	if n := g.series(t, "rekall_listen_errors_total"); n != 0 {
+		t.Errorf("the standby was asked to notify, and refused %v times", n)
+	}
 }
 
 func TestStandbyAsTheOnlyDatabaseIsRefused(t *testing.T) {
