@@ -273,13 +273,16 @@ func TestProductPageFromTopToBottom(t *testing.T) {
 func TestRequestToManageKeysCountsAsUseOfTheKey(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
-	g := r.start(managedSite, "usage_flush 100ms")
+	r.limitAccount("free", 1, 1, 5)
+	g := r.start(strings.Replace(managedSite, "rekall_gateway {", "rekall_gateway {\n\t\trate_limits", 1), "usage_flush 100ms")
 	manager, plain, revoked := r.manager("acme"), r.key("production", "memories:read"), r.key("production", "memories:read")
 	r.revoke(revoked.ID)
 	for outcome, key := range map[string]keyadmin.Key{"allowed": manager, "scope_insufficient": plain, "revoked": revoked} {
 		g.do("GET", keysPath, bearer(key))
 		eventually.True(t, "the request is counted as "+outcome, func() bool { return r.usage(key)[outcome] == 1 })
 	}
+	g.do("GET", keysPath, bearer(manager)).wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
+	eventually.True(t, "the one beyond the limit is counted", func() bool { return r.usage(manager)["rate_limited"] == 1 })
 }
 
 func TestKeyManagementTakesCredentialsAsTheGatewayDoes(t *testing.T) {
