@@ -119,6 +119,23 @@ func TestCountsLandInTheHourOfTheRequest(t *testing.T) {
 	}
 }
 
+// TestRefusedRequestIsNotTheLastUseOfItsKey: it would seem in use, and its predecessor would end before anything has changed over.
+func TestRefusedRequestIsNotTheLastUseOfItsKey(t *testing.T) {
+	store := pgtest.Store(t, pgtest.Migrated(t))
+	c, _ := newCounter(store, 0)
+	record := newRecords(1)[0]
+	c.Count(record, apikey.Allowed, noon)
+	c.Count(record, apikey.Insufficient, noon.Add(time.Second))
+	flush(t, c)
+	used, err := store.Usage(t.Context(), record.ID, noon.Add(-time.Hour), noon.Add(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !used.LastUsedAt.Equal(noon) {
+		t.Errorf("last used %v, want %v", used.LastUsedAt, noon)
+	}
+}
+
 // TestKeysWhoseDigestsShareAPlaceAreCountedApart: hashes can be imported, so a user can choose such digests.
 func TestKeysWhoseDigestsShareAPlaceAreCountedApart(t *testing.T) {
 	store := pgtest.Store(t, pgtest.Migrated(t))
