@@ -377,6 +377,17 @@ func explain(t *testing.T, conn *pgx.Conn, options string, since string) string 
 	return strings.Join(lines, "\n")
 }
 
+// TestLaterOfTwoSnapshotsIsTheOneThatSawMore, whichever comes first; an edge tells what it has read by it.
+func TestLaterOfTwoSnapshotsIsTheOneThatSawMore(t *testing.T) {
+	for _, tc := range []struct{ a, b, want string }{
+		{"9:10:", "8:9:", "9:10:"}, {"8:9:", "9:10:", "9:10:"}, {"7:10:8", "9:10:", "7:10:8"}, {"", "9:10:", "9:10:"}, {"9:10:", "", "9:10:"},
+	} {
+		if got := keystore.LaterSnapshot(tc.a, tc.b); got != tc.want {
+			t.Errorf("of %q and %q: %q, want %q", tc.a, tc.b, got, tc.want)
+		}
+	}
+}
+
 func TestScopeOfNewerVersionGrantsNothing(t *testing.T) {
 	databaseURL := database(t)
 	store := open(t, databaseURL, keystore.Options{})
