@@ -22,3 +22,9 @@ func FillThresholds(c *Counter) {
 		c.thresholds[strconv.Itoa(n)] = threshold{1, time.Now()}
 	}
 }
+
+// ReportDrops returns what Run calls after each flush.
+func ReportDrops(c *Counter) func(error) {
+	d := new(drops)
+	return func(err error) { d.report(c, err) }
+}

@@ -119,6 +119,24 @@ func TestCountsLandInTheHourOfTheRequest(t *testing.T) {
 	}
 }
 
+func TestEachOutageInWhichCountsAreDroppedIsLoggedOnce(t *testing.T) {
+	c, logs := newCounter(nil, 1)
+	c.Count(newRecords(1)[0], apikey.Allowed, noon)
+	report, failed := usage.ReportDrops(c), errors.New("Postgres is away")
+	for i, step := range []struct {
+		drop bool
+		err  error
+		told int // since the beginning
+	}{{false, failed, 0}, {true, failed, 1}, {true, failed, 1}, {false, failed, 1}, {true, failed, 1}, {false, nil, 1}, {true, failed, 2}} {
+		if step.drop {
+			c.Count(newRecords(1)[0], apikey.Allowed, noon)
+		}
+		if report(step.err); logs.FilterMessageSnippet("usage buffer is full").Len() != step.told {
+			t.Errorf("after step %d the log tells %v", i, logs.All())
+		}
+	}
+}
+
 // TestRefusedRequestIsNotTheLastUseOfItsKey: it would seem in use, and its predecessor would end before anything has changed over.
 func TestRefusedRequestIsNotTheLastUseOfItsKey(t *testing.T) {
 	store := pgtest.Store(t, pgtest.Migrated(t))
