@@ -91,6 +91,9 @@ func TestUnknownKeysAreRefusedAsSuchWhereAStandbyIsRead(t *testing.T) {
 		})
 	}
 	clients.Wait()
+	if lag := g.series(t, "rekall_sync_lag_seconds"); lag <= 0 { // the report that it has was made before it was read
+		t.Errorf("the standby is %v s behind", lag)
+	}
 	if n := g.series(t, "rekall_listen_errors_total"); n != 0 {
 		t.Errorf("the standby was asked to notify, and refused %v times", n)
 	}
