@@ -2,6 +2,7 @@ package caddymodule
 
 import (
 	"encoding/json"
+	"errors"
 	"maps"
 	"net/http"
 	"net/http/httptest"
@@ -190,5 +191,22 @@ func TestRequestThatReachesTheGatewayAfterItsRuntimeHasEndedIsRefused(t *testing
 	rt.close()
 	if answer := g.serve(t, bearerRequest(key.Key.Reveal())); answer.Code != http.StatusServiceUnavailable {
 		t.Errorf("when it has ended: %d", answer.Code)
+	}
+}
+
+// TestStatusShowsNoKeyOfAnError: Postgres quotes in its errors what they are about.
+func TestStatusShowsNoKeyOfAnError(t *testing.T) {
+	database := pgtest.Migrated(t)
+	rt := newRuntimeOn(t, database)
+	m, err := newManagement(database)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.failures.Keep(errors.New("invalid input: " + apikey.Generate(apikey.Production)))
+	managements.LoadOrStore(t.Name(), m)
+	t.Cleanup(func() { _, _ = managements.Delete(t.Name()) })
+	last := rt.status(t.Context()).LastError
+	if last == nil || !strings.HasPrefix(last.Message, "invalid input: ") || apikey.ContainsKey(last.Message) {
+		t.Errorf("last error %+v", last)
 	}
 }
