@@ -343,7 +343,7 @@ func (c *Cache) accept(a *answer) {
 // keepFound keeps a row that a lookup brought.
 func (c *Cache) keepFound(e *entry) {
 	if c.cfg.Sent != nil && !e.record.RevokedAt.IsZero() {
-		c.revokedAhead.Store(e.record.Digest, revokedRow{e, time.Now()})
+		c.revokedAhead.LoadOrStore(e.record.Digest, revokedRow{e, time.Now()})
 	}
 	c.keep(e)
 }

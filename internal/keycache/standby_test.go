@@ -308,6 +308,33 @@ func TestRevocationThatThePrimaryToldOfIsForgottenWhenEveryStandbyThatIsBelieved
 	})
 }
 
+// TestRevocationThatARestoreHasUndoneIsNotKeptByALookupFromBefore: what a lookup brings then stays in memory for as long as it is asked for.
+func TestRevocationThatARestoreHasUndoneIsNotKeptByALookupFromBefore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server := keystore.Server{SystemID: 1, InRecovery: true}
+		good := apikey.Record{Digest: unknownKey(), Environment: apikey.Production}
+		revoked := good
+		revoked.RevokedAt = apikey.TimeOf(time.Now())
+		db := new(twoStandbys)
+		show := func(record *apikey.Record) {
+			db.snap = keystore.Snapshot{Server: server, Now: time.Now(), Text: "5:5:", Xmin: 5, Xmax: 5}
+			db.found = keystore.Found{Server: server, Now: time.Now(), Records: []*apikey.Record{record}}
+		}
+		c := newCache(t, db, func(cfg *Config) {
+			cfg.Sent = func(uint64) (keystore.Report, bool) { return keystore.Report{SentAt: time.Now()}, true }
+		})
+		defer c.Close()
+		show(&revoked)
+		tick(t, c)
+		want(t, c, good.Digest, apikey.Revoked)
+		<-time.After(time.Second)
+		server.SystemID = 2
+		show(&good)
+		tick(t, c)
+		want(t, c, good.Digest, apikey.Allowed)
+	})
+}
+
 // TestAbsenceIsNotBelievedOfAStandbyInThePrimarysPlace: after a switch-over the name in database may lead to a server whose replay lags.
 func TestAbsenceIsNotBelievedOfAStandbyInThePrimarysPlace(t *testing.T) {
 	db := newStandbyDatabase(t)

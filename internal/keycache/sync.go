@@ -175,7 +175,7 @@ func (c *Cache) sync(ctx context.Context) error {
 
 func (c *Cache) follow(ctx context.Context) error {
 	old := c.state.Load()
-	c.forgetRevokedAhead(time.Now())
+	c.forgetRevokedAhead(func(at time.Time) bool { return clock.Age(at, time.Now()) >= c.cfg.MaxStaleness })
 	r, err := c.readFeed(ctx, old)
 	if err != nil {
 		return err
@@ -183,6 +183,7 @@ func (c *Cache) follow(ctx context.Context) error {
 	over := r.anew || old.syncedAt.IsZero() || !old.sameServer(r.Snapshot) || r.Overrun
 	var changed []*entry
 	if over {
+		c.forgetRevokedAhead(r.vouchedAt.After) // this server shows them, unless it was restored to before them
 		c.startOver(ctx, old, r)
 	} else {
 		changed = c.advance(old, r)
@@ -321,16 +322,16 @@ func (c *Cache) latest(record *apikey.Record) *apikey.Record {
 	return record
 }
 
-// revokedRow is a row that a lookup brought, and when.
+// revokedRow is a row that a lookup brought, and when first.
 type revokedRow struct {
 	entry *entry
 	at    time.Time
 }
 
-// forgetRevokedAhead forgets revocations that every trusted standby must show by now.
-func (c *Cache) forgetRevokedAhead(now time.Time) {
+// forgetRevokedAhead forgets revocations that the standby must show by now, by when a lookup first brought them.
+func (c *Cache) forgetRevokedAhead(shown func(at time.Time) bool) {
 	c.revokedAhead.Range(func(digest, was any) bool {
-		if clock.Age(was.(revokedRow).at, now) >= c.cfg.MaxStaleness {
+		if shown(was.(revokedRow).at) {
 			c.revokedAhead.Delete(digest)
 		}
 		return true
