@@ -196,6 +196,23 @@ func TestFirstReportOnItsWayToAStandbyIsNoFaultInTheLog(t *testing.T) {
 	})
 }
 
+// TestReloadToAStandbyThatIsBlindIsRefusedForThatReason, though its log waits as long with a word about it as the reload does.
+func TestReloadToAStandbyThatIsBlindIsRefusedForThatReason(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCache(t, new(twoStandbys), func(cfg *Config) {
+			cfg.Sent = func(uint64) (keystore.Report, bool) { return keystore.Report{}, false }
+		})
+		defer c.Close()
+		ctx, cancel := context.WithTimeout(t.Context(), firstReportWithin-time.Millisecond)
+		defer cancel()
+		go c.syncLoop(ctx)
+		if err := c.AwaitFirstSync(ctx); !errors.Is(err, errBlind) {
+			t.Errorf("the first sync: %v, want errBlind", err)
+		}
+		synctest.Wait()
+	})
+}
+
 // twoStandbys are two of one primary behind one name.
 type twoStandbys struct {
 	Store

@@ -72,7 +72,7 @@ func (c *Cache) syncLoop(ctx context.Context) {
 		case err != nil && took > syncTimeout+leapNoticed:
 			continue // it is not Postgres that took so long: the process stood still
 		case errors.Is(err, errBlind) && clock.Age(c.madeAt, time.Now()) < firstReportWithin:
-			// no fault yet
+			c.failures.Keep(err) // no fault yet; but a reload that is refused says why
 		default:
 			c.note(&syncing, err, took)
 		}
