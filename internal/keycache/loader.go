@@ -281,12 +281,12 @@ func (c *Cache) read(ctx context.Context, digests []apikey.Digest, epoch uint64)
 // readPrimary is read from the primary of a standby. A server that stands where the primary stood may lag: absence there proves nothing.
 func (c *Cache) readPrimary(ctx context.Context, digests []apikey.Digest, epoch uint64) ([]answer, error) {
 	readAt := time.Now()
-	found, err := c.count(c.cfg.Primary(ctx, digests))
-	if err != nil {
-		return nil, err
+	found, err := c.cfg.Primary(ctx, digests)
+	if err == nil && found.Server.InRecovery {
+		err = errStandby
 	}
-	if found.Server.InRecovery {
-		return nil, errStandby
+	if found, err = c.count(found, err); err != nil {
+		return nil, err
 	}
 	return c.answers(found, digests, epoch, readAt, true), nil
 }

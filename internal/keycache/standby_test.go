@@ -368,6 +368,9 @@ func TestAbsenceIsNotBelievedOfAStandbyInThePrimarysPlace(t *testing.T) {
 	pgtest.Exec(t, db.standby.URL(), "select pg_wal_replay_pause()")
 	created := db.create(t)
 	want(t, misled, created.digest, apikey.Unavailable)
+	if failure := misled.LastFailure(); failure == nil || !errors.Is(failure.Err, errStandby) || misled.Status().LookupErrors == 0 {
+		t.Errorf("the last failure is %+v of %d, want errStandby", failure, misled.Status().LookupErrors)
+	}
 	want(t, c, created.digest, apikey.Allowed)
 }
 
