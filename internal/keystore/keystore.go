@@ -80,8 +80,9 @@ func Open(url string, options Options) (*Store, error) {
 	config.MaxConnLifetimeJitter = cmp.Or(config.MaxConnLifetimeJitter, connLifetimeJitter)
 	params := config.ConnConfig.RuntimeParams
 	params["application_name"] = cmp.Or(params["application_name"], options.ApplicationName, defaultName)
-	// Whatever the defaults of the database or the role are: pgx reads no others. PgBouncer keeps both for each of its clients.
-	params["client_encoding"], params["datestyle"] = cmp.Or(params["client_encoding"], "UTF8"), cmp.Or(params["datestyle"], "ISO")
+	// Whatever the defaults of the database or the role are: pgx reads no others. PgBouncer keeps both for each of its clients, and sets
+	// what is spelt otherwise than Postgres reports it before each transaction.
+	params["client_encoding"], params["datestyle"] = cmp.Or(params["client_encoding"], "UTF8"), cmp.Or(params["datestyle"], "ISO, MDY")
 	boundCleanup(config)
 	if options.Asked != nil {
 		config.ConnConfig.Tracer = asked(options.Asked)

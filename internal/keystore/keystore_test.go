@@ -200,6 +200,20 @@ func TestKeysAreReadWhateverStyleIsTheDefault(t *testing.T) {
 	}
 }
 
+// TestParametersAreSentAsPostgresReportsThem: PgBouncer compares both, and would set one that differs before each transaction.
+func TestParametersAreSentAsPostgresReportsThem(t *testing.T) {
+	conn, err := open(t, database(t), keystore.Options{}).Pool().Acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Release()
+	for name, sent := range conn.Conn().Config().RuntimeParams {
+		if reported := conn.Conn().PgConn().ParameterStatus(strings.ReplaceAll(name, "datestyle", "DateStyle")); reported != sent {
+			t.Errorf("%s is sent as %q and reported as %q", name, sent, reported)
+		}
+	}
+}
+
 // PgBouncer's transaction pooling gives every transaction another session: nothing may rest on a prepared statement.
 func TestExecModePreparesNothing(t *testing.T) {
 	store := open(t, database(t)+"&default_query_exec_mode=exec", keystore.Options{MaxConns: 1})
