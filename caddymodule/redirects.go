@@ -1,6 +1,7 @@
 package caddymodule
 
 import (
+	"cmp"
 	"slices"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -21,7 +22,7 @@ func warnOfRedirects(app *caddyhttp.App, logger *zap.Logger) {
 			}
 			for _, host := range hosts(route) {
 				if slices.ContainsFunc(onHTTPPort(app), func(s *caddyhttp.Server) bool { return redirects(s.Routes, host) }) {
-					redirected = append(redirected, host)
+					redirected = append(redirected, cmp.Or(host, "any"))
 				}
 			}
 		}
