@@ -32,16 +32,23 @@ func (c *closeCounter) Close() error {
 	return nil
 }
 
+// provisioned gives a transport its environment, and what Caddy does.
+func provisioned(t *testing.T, transport *Transport) *Transport {
+	t.Helper()
+	ctx, cancel := caddy.NewContext(caddy.Context{Context: context.Background()})
+	t.Cleanup(cancel)
+	transport.Environment = "production"
+	if err := transport.Provision(ctx); err != nil {
+		t.Fatal(err)
+	}
+	return transport
+}
+
 func TestTransportContactsItsBackendForNobodyButTheGatewayAndHealthChecks(t *testing.T) {
 	var reached atomic.Int64
 	backend := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { reached.Add(1) }))
 	defer backend.Close()
-	cctx, cancel := caddy.NewContext(caddy.Context{Context: context.Background()})
-	defer cancel()
-	transport := &Transport{Environment: "production"}
-	if err := transport.Provision(cctx); err != nil {
-		t.Fatal(err)
-	}
+	transport := provisioned(t, new(Transport))
 	ofClient := context.WithValue(t.Context(), caddyhttp.VarsCtxKey, map[string]any{})
 	allowed := func(environment apikey.Environment) context.Context {
 		return context.WithValue(&pass{Context: ofClient, environment: environment}, caddyhttp.OriginalRequestCtxKey, http.Request{})
@@ -88,12 +95,7 @@ func TestTransportContactsItsBackendForNobodyButTheGatewayAndHealthChecks(t *tes
 
 // TestRequestsThatNoGatewayAllowedAreLoggedOnceForAllWhileTheyCome: anybody could fill the log with them.
 func TestRequestsThatNoGatewayAllowedAreLoggedOnceForAllWhileTheyCome(t *testing.T) {
-	cctx, cancel := caddy.NewContext(caddy.Context{Context: context.Background()})
-	defer cancel()
-	transport := &Transport{Environment: "production"}
-	if err := transport.Provision(cctx); err != nil {
-		t.Fatal(err)
-	}
+	transport := provisioned(t, new(Transport))
 	core, logs := zaplog.New(zap.DebugLevel)
 	transport.logger = zap.New(core)
 	synctest.Test(t, func(t *testing.T) {
@@ -129,8 +131,6 @@ func TestTransportLeavesTheProxyTheHeadersThatItReads(t *testing.T) {
 		}
 	}))
 	defer backend.Close()
-	cctx, cancel := caddy.NewContext(caddy.Context{Context: context.Background()})
-	defer cancel()
 	for name, tc := range map[string]struct {
 		path  string
 		debug bool
@@ -141,10 +141,7 @@ func TestTransportLeavesTheProxyTheHeadersThatItReads(t *testing.T) {
 		"to be tried again":      {"/503", false, "value"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			transport := &Transport{Environment: "production"}
-			if err := transport.Provision(cctx); err != nil {
-				t.Fatal(err)
-			}
+			transport := provisioned(t, new(Transport))
 			transport.debug = tc.debug
 			ofClient := context.WithValue(t.Context(), caddyhttp.VarsCtxKey, map[string]any{})
 			ctx := context.WithValue(&pass{Context: ofClient, environment: apikey.Production}, caddyhttp.OriginalRequestCtxKey, http.Request{})
@@ -269,14 +266,10 @@ func TestSpellingsOfOneAddressAreOne(t *testing.T) {
 }
 
 func TestTransportKeepsManyIdleConnectionsUnlessToldOtherwise(t *testing.T) {
-	cctx, cancel := caddy.NewContext(caddy.Context{Context: context.Background()})
-	defer cancel()
 	for given, want := range map[int]int{0: idleConnsPerHost, 7: 7} {
-		transport := &Transport{Environment: "production"}
+		transport := new(Transport)
 		transport.KeepAlive = &reverseproxy.KeepAlive{MaxIdleConnsPerHost: given}
-		if err := transport.Provision(cctx); err != nil {
-			t.Fatal(err)
-		}
+		provisioned(t, transport)
 		if got := transport.Transport.MaxIdleConnsPerHost; got != want {
 			t.Errorf("given %d: %d idle connections per host, want %d", given, got, want)
 		}
@@ -285,12 +278,7 @@ func TestTransportKeepsManyIdleConnectionsUnlessToldOtherwise(t *testing.T) {
 
 // TestBackendThatCannotBeDialledIsAtFaultForAWebSocketToo: one that serves nothing else would never be taken away.
 func TestBackendThatCannotBeDialledIsAtFaultForAWebSocketToo(t *testing.T) {
-	cctx, cancel := caddy.NewContext(caddy.Context{Context: context.Background()})
-	defer cancel()
-	transport := &Transport{Environment: "production"}
-	if err := transport.Provision(cctx); err != nil {
-		t.Fatal(err)
-	}
+	transport := provisioned(t, new(Transport))
 	p := &pass{Context: context.WithValue(t.Context(), caddyhttp.VarsCtxKey, map[string]any{}), environment: apikey.Production}
 	r := httptest.NewRequestWithContext(p, http.MethodGet, "http://127.0.0.1:1/v1/memories", nil)
 	r.Header.Set("Connection", "Upgrade")

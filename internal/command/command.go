@@ -50,9 +50,14 @@ func All() []Command {
 
 // SetUp completes cmd, which has c's name and texts: its arguments, errors, flags and what it does.
 func (c Command) SetUp(cmd *cobra.Command) {
-	cmd.Args = cobra.ArbitraryArgs
+	cmd.Args = cobra.ArbitraryArgs // checked below: of an error of cobra's Args the process would not end with its exit code
 	cmd.SetFlagErrorFunc(flagError)
-	cmd.RunE = run(after(noArgs, c.Do))
+	cmd.RunE = run(func(ctx context.Context, cmd *cobra.Command, args []string) error {
+		if err := noArgs(cmd, args); err != nil {
+			return err
+		}
+		return c.Do(ctx, cmd, args)
+	})
 	c.Add(cmd)
 }
 
@@ -96,17 +101,6 @@ func run(do func(context.Context, *cobra.Command, []string) error) func(*cobra.C
 	}
 }
 
-// after has do come after a check of the arguments: of an error of cobra's Args the process would not end with its exit code.
-func after(check cobra.PositionalArgs,
-	do func(context.Context, *cobra.Command, []string) error) func(context.Context, *cobra.Command, []string) error {
-	return func(ctx context.Context, cmd *cobra.Command, args []string) error {
-		if err := check(cmd, args); err != nil {
-			return err
-		}
-		return do(ctx, cmd, args)
-	}
-}
-
 // connectTimeout is that of migrate: an operator can wait, and may be far from the database.
 const connectTimeout = 10 * time.Second
 
@@ -115,7 +109,7 @@ const connectTimeout = 10 * time.Second
 func subcommand(cmd *cobra.Command, do func(context.Context, *cobra.Command, []string, *keyadmin.Admin) error) *cobra.Command {
 	databaseFlags(cmd)
 	check := cmd.Args
-	cmd.Args = cobra.ArbitraryArgs // see after
+	cmd.Args = cobra.ArbitraryArgs // as in SetUp
 	cmd.RunE = run(func(ctx context.Context, cmd *cobra.Command, args []string) error {
 		given := slices.Clone(args)
 		cmd.Flags().Visit(func(f *pflag.Flag) { given = append(given, f.Value.String()) })
@@ -183,12 +177,4 @@ func show(cmd *cobra.Command, result any, text func(io.Writer)) error {
 		return fmt.Errorf("print the result: %w", err)
 	}
 	return nil
-}
-
-// count says how many there are of something.
-func count[N int | int64](n N, one string) string {
-	if n == 1 {
-		return "1 " + one
-	}
-	return fmt.Sprintf("%d %ss", n, one)
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"strings"
 
+	"github.com/dustin/go-humanize/english"
 	"github.com/spf13/cobra"
 
 	"github.com/rekall-ai/gateway/internal/keyadmin"
@@ -69,10 +70,10 @@ func importKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 			ended = fmt.Sprintf(", %d of them revoked or expired: an import revives none", done.Ended)
 		}
 		if is(cmd, "dry-run") {
-			fmt.Fprintf(w, "%s can be imported; already there: %d%s.\n", count(done.Imported, "key"), done.AlreadyThere, ended)
+			fmt.Fprintf(w, "%s can be imported; already there: %d%s.\n", english.Plural(int(done.Imported), "key", ""), done.AlreadyThere, ended)
 			return
 		}
-		fmt.Fprintf(w, "Imported %s; already there: %d%s.\n", count(done.Imported, "key"), done.AlreadyThere, ended)
+		fmt.Fprintf(w, "Imported %s; already there: %d%s.\n", english.Plural(int(done.Imported), "key", ""), done.AlreadyThere, ended)
 	})
 }
 

@@ -8,6 +8,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/dustin/go-humanize/english"
 	"github.com/spf13/cobra"
 
 	"github.com/rekall-ai/gateway/internal/keyadmin"
@@ -86,7 +87,7 @@ func revokeKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 		if already {
 			how = "%s was revoked already."
 		}
-		fmt.Fprintf(w, how+" No edge that reports allows it (%s).\n%s", key.ID, count(len(confirmations), "edge"), successorThatLives(ctx, key, admin))
+		fmt.Fprintf(w, how+" No edge that reports allows it (%s).\n%s", key.ID, english.Plural(len(confirmations), "edge", ""), successorThatLives(ctx, key, admin))
 	})
 }
 
@@ -152,24 +153,24 @@ func revokeMany(ctx context.Context, cmd *cobra.Command, admin *keyadmin.Admin) 
 	if revocation.Count == 0 {
 		return errNoneSelected
 	}
-	result := revokedMany{DryRun: dryRun, Count: revocation.Count}
+	result, keys := revokedMany{DryRun: dryRun, Count: revocation.Count}, english.Plural(int(revocation.Count), "key", "")
 	if dryRun {
 		return show(cmd, result, func(w io.Writer) {
-			fmt.Fprintf(w, "%s would be revoked for good. Do it with --yes.\n", count(result.Count, "key"))
+			fmt.Fprintf(w, "%s would be revoked for good. Do it with --yes.\n", keys)
 		})
 	}
 	result.RevokedAt = &revocation.At
 	if !is(cmd, "wait") {
 		return show(cmd, result, func(w io.Writer) {
-			fmt.Fprintf(w, "Revoked %s. Every edge refuses what is revoked within 60 seconds.\n", count(result.Count, "key"))
+			fmt.Fprintf(w, "Revoked %s. Every edge refuses what is revoked within 60 seconds.\n", keys)
 		})
 	}
 	result.Edges, err = watch(cmd, func(progress func(keyadmin.Confirmation)) error { return admin.Wait(ctx, revocation, progress) })
 	if err != nil {
-		return fmt.Errorf("%s revoked, but the edges could not be watched: %w", count(result.Count, "key"), err)
+		return fmt.Errorf("%s revoked, but the edges could not be watched: %w", keys, err)
 	}
 	return show(cmd, result, func(w io.Writer) {
-		fmt.Fprintf(w, "Revoked %s. No edge that reports allows what is revoked (%s).\n", count(result.Count, "key"), count(len(result.Edges), "edge"))
+		fmt.Fprintf(w, "Revoked %s. No edge that reports allows what is revoked (%s).\n", keys, english.Plural(len(result.Edges), "edge", ""))
 	})
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 
+	"github.com/dustin/go-humanize/english"
 	"github.com/spf13/cobra"
 
 	"github.com/rekall-ai/gateway/internal/keyadmin"
@@ -118,9 +119,9 @@ func rotateDue(ctx context.Context, cmd *cobra.Command, admin *keyadmin.Admin, o
 		return err
 	}
 	if dryRun {
-		fmt.Fprintf(cmd.ErrOrStderr(), "%s would be rotated. Do it with --yes.\n", count(rotated, "key"))
+		fmt.Fprintf(cmd.ErrOrStderr(), "%s would be rotated. Do it with --yes.\n", english.Plural(rotated, "key", ""))
 		return nil
 	}
-	fmt.Fprintf(cmd.ErrOrStderr(), "Rotated %s.\n", count(rotated, "key"))
+	fmt.Fprintf(cmd.ErrOrStderr(), "Rotated %s.\n", english.Plural(rotated, "key", ""))
 	return nil
 }

@@ -300,7 +300,7 @@ func (c *Cache) ask(ctx context.Context, d apikey.Digest) (f Found, err error) {
 	for {
 		s := c.state.Load()
 		a, err := c.loader.load(ctx, d, s.epoch)
-		if err == nil && a.entry == nil && c.primary != nil {
+		if err == nil && a.entry == nil && !a.proved {
 			a, err = c.primary.load(ctx, d, s.epoch)
 		}
 		if err == nil {

@@ -3,7 +3,6 @@ package keycache
 import (
 	"context"
 	"errors"
-	"slices"
 	"sync"
 	"time"
 
@@ -294,22 +293,23 @@ func (c *Cache) readPrimary(ctx context.Context, digests []apikey.Digest, epoch 
 // readProof is read, and of keys that a standby does not have readPrimary.
 func (c *Cache) readProof(ctx context.Context, digests []apikey.Digest, epoch uint64) ([]answer, error) {
 	answers, err := c.read(ctx, digests, epoch)
-	if err != nil || c.primary == nil {
-		return answers, err
-	}
-	absent := slices.DeleteFunc(slices.Clone(answers), func(a answer) bool { return a.entry != nil })
-	if len(absent) == 0 {
-		return answers, nil
-	}
-	digests = make([]apikey.Digest, len(absent))
-	for i := range absent {
-		digests[i] = absent[i].digest
-	}
-	if absent, err = c.readPrimary(ctx, digests, epoch); err != nil {
+	if err != nil {
 		return nil, err
 	}
-	answers = slices.DeleteFunc(answers, func(a answer) bool { return a.entry == nil })
-	return append(answers, absent...), nil
+	var absent []apikey.Digest
+	known := answers[:0]
+	for _, a := range answers {
+		if a.entry == nil && !a.proved {
+			absent = append(absent, a.digest)
+		} else {
+			known = append(known, a)
+		}
+	}
+	if absent == nil {
+		return known, nil
+	}
+	proved, err := c.readPrimary(ctx, absent, epoch)
+	return append(known, proved...), err
 }
 
 func (c *Cache) answers(found keystore.Found, digests []apikey.Digest, epoch uint64, readAt time.Time, proved bool) []answer {
@@ -329,15 +329,13 @@ func (c *Cache) answers(found keystore.Found, digests []apikey.Digest, epoch uin
 
 // accept keeps what Postgres said of a key.
 func (c *Cache) accept(a *answer) {
-	if a.entry == nil && !a.proved {
-		return
-	}
-	if a.entry == nil {
+	switch {
+	case a.entry != nil:
+		c.learn(&a.digest)
+		c.keepFound(a.entry)
+	case a.proved:
 		c.unknown.slot(&a.digest).Store(&absence{digest: a.digest, asOf: a.asOf, at: a.readAt})
-		return
 	}
-	c.learn(&a.digest)
-	c.keepFound(a.entry)
 }
 
 // keepFound keeps a row that a lookup brought.

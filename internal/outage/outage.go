@@ -24,8 +24,8 @@ type Kind struct {
 	Level   zapcore.Level // of Begins
 	Failing bool          // whether the last try failed
 
-	told   string // reason of its last line
-	toldAt time.Time
+	reason   string // of its last line
+	loggedAt time.Time
 }
 
 // Failures are those of one part of the gateway, of whatever kind.
@@ -41,12 +41,12 @@ func (f *Failures) Last() *Failure { return f.last.Load() }
 // Keep keeps a failure that is not logged.
 func (f *Failures) Keep(err error) { f.last.Store(&Failure{At: time.Now(), Err: err}) }
 
-// retold is the least time between two lines of one outage: a server that starts anew passes through several reasons.
-const retold = time.Minute
+// logAgainAfter is the least time between two lines of one outage: a server that starts anew passes through several reasons.
+const logAgainAfter = time.Minute
 
-// reason is Postgres's code of an error, or empty where Postgres did not answer. The text of an error is none: it names ports and
+// reasonOf is Postgres's code of an error, or empty where Postgres did not answer. The text of an error is none: it names ports and
 // lengths of time, and would be another with each try.
-func reason(err error) string {
+func reasonOf(err error) string {
 	if answer, ok := errors.AsType[interface {
 		error
 		SQLState() string
@@ -59,8 +59,8 @@ func reason(err error) string {
 // Note takes how a try has ended.
 func (f *Failures) Note(k *Kind, err error, fields ...zap.Field) {
 	switch {
-	case err != nil && (!k.Failing || reason(err) != k.told && time.Since(k.toldAt) >= retold):
-		k.told, k.toldAt = reason(err), time.Now()
+	case err != nil && (!k.Failing || reasonOf(err) != k.reason && time.Since(k.loggedAt) >= logAgainAfter):
+		k.reason, k.loggedAt = reasonOf(err), time.Now()
 		f.Logger().Log(k.Level, k.Begins, append(fields, zap.Error(err))...)
 	case err == nil && k.Failing && k.Over != "":
 		f.Logger().Info(k.Over, fields...)
