@@ -653,18 +653,12 @@ func TestTricksOverHTTP2HaveADefinedAnswer(t *testing.T) {
 	t.Run("TLS", func(t *testing.T) { wantH2Answers(t, r, r.of(t).startTLS(standardSite)) })
 }
 
-// startTLS is start with certificates of Caddy's own.
+// startTLS is start with a certificate.
 func (r *rig) startTLS(site string, options ...string) *gateway {
 	r.t.Helper()
-	g := r.start(strings.Replace(site, "http://:PORT {", "https://localhost:PORT {\ntls internal", 1), options...)
+	withTLS := "https://localhost:PORT {\n" + newAuthority(r.t).tls("localhost")
+	g := r.start(strings.Replace(site, "http://:PORT {", withTLS, 1), options...)
 	g.http = strings.Replace(g.http, "http://127.0.0.1", "https://localhost", 1)
-	eventually.True(r.t, "the gateway has its certificate", func() bool {
-		resp, err := client.Get(g.http)
-		if err == nil {
-			_ = resp.Body.Close()
-		}
-		return err == nil
-	})
 	return g
 }
 
