@@ -3,6 +3,7 @@ package caddymodule
 import (
 	"os"
 
+	"github.com/caddyserver/caddy/v2"
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 	"github.com/spf13/cobra"
 
@@ -14,6 +15,9 @@ func init() {
 	// Caddy's root command quotes what is no command of its: a key that was pasted alone.
 	if len(os.Args) > 1 {
 		os.Args[1] = apikey.Redact(os.Args[1])
+	}
+	if caddy.CustomVersion == "" { // else whoever built this has set it
+		caddy.CustomVersion = "rekall-gateway " + version() + ", Caddy" // stands before Caddy's own
 	}
 	for _, c := range command.All() {
 		register(c)

@@ -43,3 +43,19 @@ func TestBinaryNamesEveryModuleInIt(t *testing.T) {
 		t.Errorf("modules compiled (-) and named in the binary (+):\n%s", diff)
 	}
 }
+
+func TestVersionIsTheGatewaysAndCaddys(t *testing.T) {
+	t.Parallel()
+	versions := map[string]string{}
+	for line := range strings.Lines(output(t, "go", "version", "-m", program)) {
+		if fields := strings.Fields(line); fields[0] == "mod" || fields[0] == "dep" {
+			versions[fields[1]] = fields[2]
+		}
+	}
+	want := "rekall-gateway " + versions["github.com/rekall-ai/gateway"] + ", Caddy " + versions["github.com/caddyserver/caddy/v2"] + " "
+	for _, flag := range []string{"version", "--version"} {
+		if got := output(t, program, flag); !strings.Contains(got, want) {
+			t.Errorf("%s: %q, want %q in it", flag, got, want)
+		}
+	}
+}
