@@ -12,9 +12,12 @@ import (
 )
 
 func init() {
-	// Caddy's root command quotes what is no command of its: a key that was pasted alone.
-	if len(os.Args) > 1 {
-		os.Args[1] = apikey.Redact(os.Args[1])
+	// What is no command cobra quotes: a key that was pasted alone, or behind one of cobra's own commands.
+	for i := range os.Args[min(1, len(os.Args)):] {
+		os.Args[1+i] = apikey.Redact(os.Args[1+i])
+		if os.Args[1] != "help" && os.Args[1] != "completion" {
+			break
+		}
 	}
 	if caddy.CustomVersion == "" { // else whoever built this has set it
 		caddy.CustomVersion = "rekall-gateway " + version() + ", Caddy" // stands before Caddy's own

@@ -219,6 +219,12 @@ func TestNoCommandShowsAKeyThatItIsGivenAsAnArgument(t *testing.T) {
 			}
 		}
 	}
+	for _, command := range []string{"help", "help keys", "completion"} { // which shows all commands
+		stdout, stderr, _ := cli(t, "", append(strings.Fields(command), key)...)
+		if apikey.ContainsKey(stdout + stderr) {
+			t.Errorf("%q: %s", command, apikey.Redact(stdout+stderr))
+		}
+	}
 }
 
 func TestWrongUseOfACommandIsToldInItsOwnWords(t *testing.T) {
