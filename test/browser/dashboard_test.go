@@ -162,6 +162,10 @@ func livePage(t *testing.T) {
 	b.run(network.Enable())
 	b.signIn(manager)
 	b.open("/" + old.ID)
+	b.run(chromedp.Evaluate(`window.waits = []; const later = setTimeout; setTimeout = (f, wait) => { waits.push(wait); return later(f, wait); }`, nil))
+	b.holds("it asks every second", `waits.includes(1000)`)
+	b.run(chromedp.Evaluate(`performance.now = () => 90001`, nil))
+	b.holds("it asks less often once it is old", `waits.includes(10000)`)
 	select {
 	case headers := <-polls:
 		if headers["X-Rekall-Poll"] != "1" {
@@ -188,26 +192,19 @@ func livePageInUse(t *testing.T) {
 		}
 		return successor.Key.Reveal()
 	}
-	is := func(what, expression string) {
-		t.Helper()
-		eventually.True(t, what, func() (is bool) {
-			b.run(chromedp.Evaluate(expression, &is))
-			return is
-		})
-	}
 	successor, moved := rotate(old), rotate(moving)
 	b.signIn(manager)
 	b.open("/" + moving.ID)
 	b.see("p", "Neither key was used")
 	call(t, "GET", "/v1/memories", moved)
-	is("what changed is told", `document.querySelector("[role=status]#news").textContent === "All traffic has moved to the new key."`)
+	b.holds("what changed is told", `document.querySelector("[role=status]#news").textContent === "All traffic has moved to the new key."`)
 
 	b.open("/" + old.ID)
 	b.see("p", "Neither key was used")
 	b.run(chromedp.Focus("#rotation button", chromedp.ByQuery))
 	call(t, "GET", "/v1/memories", old.Key.Reveal())
 	b.see("p", "Old key 1")
-	is("the focus stays", `document.activeElement.textContent === "Undo rotation"`)
+	b.holds("the focus stays", `document.activeElement.textContent === "Undo rotation"`)
 	b.fill("input[name=name]", "Half typed")
 	call(t, "GET", "/v1/memories", successor)
 	b.see("section[@id='about']", "in 24 hours")
@@ -217,7 +214,7 @@ func livePageInUse(t *testing.T) {
 	}
 	b.see("a", "Rotate")
 	b.see("section[@id='history']", "Rotation undone")
-	is("the name stays", `document.querySelector("input[name=name]").value === "Half typed"`)
+	b.holds("the name stays", `document.querySelector("input[name=name]").value === "Half typed"`)
 
 	rotate(old)
 	b.open("/" + old.ID)
@@ -226,7 +223,7 @@ func livePageInUse(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.see("p[@role='status']", "Your session has ended")
-	is("the name stays", `document.querySelector("input[name=name]").value === "Half typed"`)
+	b.holds("the name stays", `document.querySelector("input[name=name]").value === "Half typed"`)
 	b.click("button", "Save")
 	b.see("p", "nothing was changed")
 }

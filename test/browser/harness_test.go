@@ -255,6 +255,15 @@ func (b *tab) see(selector, text string) {
 	b.run(chromedp.WaitVisible(xpath, chromedp.BySearch))
 }
 
+// holds waits until an expression is true in the page.
+func (b *tab) holds(what, expression string) {
+	b.t.Helper()
+	eventually.True(b.t, what, func() (is bool) {
+		b.run(chromedp.Evaluate(expression, &is))
+		return is
+	})
+}
+
 func (b *tab) click(selector, text string) {
 	b.t.Helper()
 	xpath := fmt.Sprintf(`//%s[contains(normalize-space(.), %q)]`, selector, text)
@@ -270,10 +279,7 @@ func (b *tab) fill(selector, text string) {
 // awaitFocus waits until the page has put the cursor into a field, which it does a moment after it can be seen.
 func (b *tab) awaitFocus() {
 	b.t.Helper()
-	eventually.True(b.t, "a field has the focus", func() (focused bool) {
-		b.run(chromedp.Evaluate(`document.activeElement.matches("input")`, &focused))
-		return focused
-	})
+	b.holds("a field has the focus", `document.activeElement.matches("input")`)
 }
 
 func (b *tab) check(selector string) {

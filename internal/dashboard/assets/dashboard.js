@@ -86,7 +86,8 @@ const poll = () => {
       if (part.dataset.news && part.dataset.news !== said) news.textContent = part.dataset.news;
     }
     if (next && !next.body.dataset.live) return;
-    setTimeout(poll, document.hidden ? 10000 : 1000);
+    const seldom = document.hidden || performance.now() > 90000; // a rotation lasts for days, the end of a key a minute
+    setTimeout(poll, seldom ? 10000 : 1000);
   };
   request.send();
 };
