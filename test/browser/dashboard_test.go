@@ -421,6 +421,7 @@ func states(t *testing.T) {
 		t.Fatal(err)
 	}
 	b := newTab(t)
+	var width, height int64
 	look := func(name string) {
 		t.Helper()
 		var problems []string
@@ -428,10 +429,17 @@ func states(t *testing.T) {
 		for _, problem := range problems {
 			t.Errorf("%s: %s", name, problem)
 		}
-		var wider bool
-		b.run(chromedp.Evaluate(`document.documentElement.scrollWidth > innerWidth`, &wider))
-		if wider {
-			t.Errorf("%s is wider than the screen", name)
+		// Those of a small phone, of tablets, and of the picture; a window that is zoomed has fewer pixels too.
+		for _, width := range []int64{320, 834, 1024, 1112, width} {
+			var wider, beside bool
+			b.run(chromedp.EmulateViewport(width, height), chromedp.Evaluate(`document.documentElement.scrollWidth > innerWidth`, &wider),
+				chromedp.Evaluate(`[...document.querySelectorAll(".keys .name")].some(cell => cell.lastElementChild.offsetTop <= cell.firstElementChild.offsetTop)`, &beside))
+			if wider {
+				t.Errorf("%s is wider than a screen of %d pixels", name, width)
+			}
+			if beside {
+				t.Errorf("%s: a key takes the place of its name on a screen of %d pixels", name, width)
+			}
 		}
 		var picture []byte
 		b.run(chromedp.ActionFunc(func(ctx context.Context) error { return chromedp.FullScreenshot(&picture, 100).Do(ctx) }))
@@ -444,7 +452,8 @@ func states(t *testing.T) {
 		name, scheme  string
 		width, height int64
 	}{{"light", "light", 1280, 860}, {"dark", "dark", 1280, 860}, {"phone", "light", 390, 844}} {
-		b.run(chromedp.EmulateViewport(mode.width, mode.height),
+		width, height = mode.width, mode.height
+		b.run(chromedp.EmulateViewport(width, height),
 			emulation.SetEmulatedMedia().WithFeatures([]*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: mode.scheme}}))
 		b.open("")
 		b.see("h1", "Sign in")
