@@ -11,7 +11,9 @@ import (
 	"time"
 
 	"github.com/chromedp/cdproto/emulation"
+	"github.com/chromedp/cdproto/fetch"
 	"github.com/chromedp/cdproto/network"
+	"github.com/chromedp/cdproto/page"
 	"github.com/chromedp/chromedp"
 	"github.com/chromedp/chromedp/kb"
 
@@ -26,6 +28,7 @@ func TestDashboard(t *testing.T) {
 	t.Run("walks", func(t *testing.T) {
 		for name, walk := range map[string]func(*testing.T){
 			"a key is created, copied and never shown again":   createAndCopy,
+			"a form that was stopped can be sent again":        stopAndSend,
 			"a key is used, rotated and revoked at every edge": useRotateRevoke,
 			"a live page is no use of its session":             livePage,
 			"a live page keeps the focus and what is typed":    livePageInUse,
@@ -46,6 +49,31 @@ func TestDashboard(t *testing.T) {
 	if log := world.log.String(); apikey.ContainsKey(log) {
 		t.Error("the gateways logged a key")
 	}
+}
+
+func stopAndSend(t *testing.T) {
+	b := newTab(t)
+	b.signIn(key(t, "impatient", "Manager", true))
+	b.click("a", "Create New Key")
+	b.fill("#name", "Slow network")
+	b.click("button", "Read only")
+	sent, stop := context.WithTimeout(t.Context(), patience)
+	defer stop()
+	chromedp.ListenTarget(b.ctx, func(event any) {
+		if _, ok := event.(*fetch.EventRequestPaused); ok {
+			stop()
+		}
+	})
+	b.run(fetch.Enable())
+	b.click("button[@id='generate']", "Generate")
+	<-sent.Done()
+	b.run(page.StopLoading(), fetch.Disable())
+	eventually.True(t, "the form is ready again", func() (ready bool) {
+		b.run(chromedp.Evaluate(`!document.querySelector("form[data-once]").dataset.sent`, &ready))
+		return ready
+	})
+	b.click("button[@id='generate']", "Generate")
+	b.secret()
 }
 
 func createAndCopy(t *testing.T) {

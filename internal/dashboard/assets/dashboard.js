@@ -7,6 +7,8 @@ for (const form of document.querySelectorAll("form[data-once]")) {
     if (form.dataset.sent) event.preventDefault();
     else if (!event.submitter?.name) form.dataset.sent = "yes";
   });
+  // Unless that was stopped: then nothing else would come.
+  window.navigation?.addEventListener("navigateerror", () => delete form.dataset.sent);
 }
 
 // Scopes are chosen without a round trip.
