@@ -54,7 +54,7 @@ func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 	}
 	app := new(App)
 	if d.NextArg() {
-		return nil, d.ArgErr()
+		return nil, d.Err("rekall takes nothing beside its block: begin it with { on this line, and put each option on a line of its own")
 	}
 	seen := map[string]bool{}
 	for d.NextBlock(0) {
@@ -82,8 +82,9 @@ func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 			continue
 		}
 		var value string
-		if !d.AllArgs(&value) {
-			return nil, d.ArgErr()
+		values := d.RemainingArgs()
+		if len(values) == 1 {
+			value = values[0]
 		}
 		var err error
 		switch option {
@@ -113,12 +114,21 @@ func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 		default:
 			return nil, d.Errf("unknown rekall option %q: use database, read_database, refresh, max_staleness, cache_size, warm, listen, edge, canary, usage_flush, usage_retention or rate_limit_store", option)
 		}
-		if err != nil {
+		switch {
+		case value == "": // after the option is known: the one of another block may take none
+			return nil, d.Errf(takesOneValue, option)
+		case err != nil:
 			return nil, d.Errf("%s: %q is not usable: %v", option, value, err)
 		}
 	}
 	return httpcaddyfile.App{Name: "rekall", Value: caddyconfig.JSON(app, nil)}, nil
 }
+
+// takesOneValue is what is said of an option without a value, or with several.
+const takesOneValue = "%s takes one value; a {$VARIABLE} that is not set is none"
+
+// takesMatcher is what is said of a directive with something else before its block.
+const takesMatcher = "%s takes a matcher, which is * or begins with / or @, and nothing else beside its block"
 
 // isSwitch is what is said of an option that is on where it stands.
 const isSwitch = "%s takes no value: write it alone, or leave it out to have it off"
@@ -174,7 +184,7 @@ func parseGateway(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 	g := new(Gateway)
 	h.Next()
 	if h.NextArg() {
-		return nil, h.ArgErr()
+		return nil, h.Errf(takesMatcher, "rekall_gateway")
 	}
 	seen := map[string]bool{}
 	for nesting := h.Nesting(); h.NextBlock(nesting); {
@@ -310,7 +320,7 @@ func parseKeys(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 	k := new(Keys)
 	h.Next()
 	if h.NextArg() {
-		return nil, h.ArgErr()
+		return nil, h.Errf(takesMatcher, "rekall_keys")
 	}
 	var keysPerDay string
 	settings := map[string]*string{
@@ -327,7 +337,7 @@ func parseKeys(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 		case len(values) == 0 && option == "github_secret_scanning":
 			values = []string{keysapi.GitHubKeys}
 		case len(values) != 1 || values[0] == "":
-			return nil, h.Errf("%s takes one value", option)
+			return nil, h.Errf(takesOneValue, option)
 		}
 		*setting = values[0]
 		if option == "keys_per_day" {
