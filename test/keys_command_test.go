@@ -428,6 +428,20 @@ func TestImportOfARevokedKeySaysThatItIsNotRevived(t *testing.T) {
 	}
 }
 
+func TestWhoMakesAKeyIsToldWhoseItIsAndWhenItEnds(t *testing.T) {
+	t.Parallel()
+	k := newKeysCLI(t)
+	create := []string{"create", "--name", "n", "--scopes", "memories:read", "--environment", "sandbox"}
+	for want, more := range map[string][]string{
+		"of default (sandbox, memories:read), which expires: never.":                              nil,
+		"of acme (sandbox, memories:read (manages keys)), which expires: 2030-12-31T22:59:59Z.\n": {"--account", "acme", "--manage-keys", "--expires-at", "2030-12-31T23:59:59+01:00"},
+	} {
+		if out := k.run(append(create[:len(create):len(create)], more...)...); !strings.Contains(out, want) {
+			t.Errorf("no %q in %s", want, apikey.Redact(out))
+		}
+	}
+}
+
 func TestScopesMayHaveBlanksAroundTheirCommas(t *testing.T) {
 	t.Parallel()
 	k := newKeysCLI(t)

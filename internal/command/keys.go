@@ -71,8 +71,8 @@ func createKey(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyad
 		HandOut: func(key keyadmin.Key) error {
 			shown = true
 			return show(cmd, key, func(w io.Writer) {
-				fmt.Fprintf(w, "Created %s (%s, %s).\n\n  %s\n\nThis is the only time the key is shown. Store it now.\n",
-					key.ID, key.Environment, strings.Join(key.Scopes, " "), key.Key.Reveal())
+				fmt.Fprintf(w, "Created %s of %s (%s, %s), which expires: %s.\n\n  %s\n\nThis is the only time the key is shown. Store it now.\n",
+					key.ID, key.Account, key.Environment, permissions(key), moment(key.ExpiresAt, "never"), key.Key.Reveal())
 			})
 		},
 	})
