@@ -250,7 +250,7 @@ func TestWrongUseOfACommandIsToldInItsOwnWords(t *testing.T) {
 		create + "Backend": `unexpected "Backend": give everything with flags, and quote a value that has spaces`,
 		"migrate --plan --edge-role a --admin-role a": "edges and administrators need different roles",
 		"bogus":      `unknown command "bogus" for "rekall-gateway"`,
-		"keys bogus": `unknown command "bogus" for "rekall-gateway keys"`,
+		"keys bogus": `unknown command "bogus" for "rekall-gateway keys": use one of audit, check, create, import, list, rename, revoke, rotate, show, usage (see --help)`,
 	} {
 		stdout, stderr, code := cli(t, "postgres://nobody@127.0.0.1:1/none", strings.Fields(args)...)
 		if code != 1 || stdout != "" || !strings.Contains(stderr, "Error: "+want) {

@@ -49,7 +49,7 @@ func TestLimitsAreSetAndShownByCommand(t *testing.T) {
 	}
 	for args, want := range map[string]string{
 		"":                                 "Error: say what to do with limits: show, tier, account or key (see --help)\n",
-		"tier free":                        "Error: say what to change: --requests-per-minute, --burst, --concurrent-requests, or --tier of an account\n",
+		"tier free":                        "Error: say what to change: --requests-per-minute, --burst, --concurrent-requests, or --tier of an account (\"rekall-gateway limits show\" tells what they are)\n",
 		"tier gold --burst 5":              "Error: tier must be free, pro, team, enterprise or sandbox\n",
 		"account acme --tier sandbox":      "Error: --tier must be free, pro, team or enterprise: sandbox is that of sandbox keys, whatever their account's\n",
 		"account acme --tier=":             "Error: --tier must not be empty\n",

@@ -47,15 +47,23 @@ func flagError(_ *cobra.Command, err error) error {
 	return errors.New(apikey.Redact(err.Error()))
 }
 
-// noArgs is cobra.NoArgs, which quotes what it refuses, for what may be a key. Without subcommands it may belong to a flag.
+// noArgs is cobra.NoArgs, which quotes what it refuses, for what may be a key, and says what there is instead. Without subcommands it
+// may belong to a flag.
 func noArgs(cmd *cobra.Command, args []string) error {
 	if apikey.ContainsKey(strings.Join(args, "\n")) {
 		return errKeyAsArgument
 	}
-	if len(args) > 0 && !cmd.HasSubCommands() {
-		return fmt.Errorf("unexpected %q: give everything with flags, and quote a value that has spaces (see --help)", args[0])
+	switch {
+	case len(args) == 0:
+		return nil
+	case cmd.HasSubCommands():
+		var names []string
+		for _, sub := range cmd.Commands() {
+			names = append(names, sub.Name())
+		}
+		return fmt.Errorf("unknown command %q for %q: use one of %s (see --help)", args[0], cmd.CommandPath(), strings.Join(names, ", "))
 	}
-	return cobra.NoArgs(cmd, args)
+	return fmt.Errorf("unexpected %q: give everything with flags, and quote a value that has spaces (see --help)", args[0])
 }
 
 // flagNames makes an error about a field of the API speak of the flag instead, and of the other flags that it names. What has no

@@ -95,7 +95,8 @@ func limitsChange(cmd *cobra.Command) (change keyadmin.LimitsChange) {
 	return change
 }
 
-var errNoLimit = errors.New("say what to change: --requests-per-minute, --burst, --concurrent-requests, or --tier of an account")
+var errNoLimit = errors.New("say what to change: --requests-per-minute, --burst, --concurrent-requests, or --tier of an account " +
+	`("rekall-gateway limits show" tells what they are)`)
 
 func limitsTierCommand() *cobra.Command {
 	cmd := subcommand(&cobra.Command{
