@@ -89,7 +89,7 @@ func TestOneBadLineImportsNothingAndIsNamedWithoutBeingQuoted(t *testing.T) {
 		{with("Old Backend", secret), "name must not contain an API key"},
 		{with("production", "live"), "environment must be production or sandbox"},
 		{with("memories:read memories:write", ""), "scopes must name at least one"},
-		{with("memories:write", secret), "scopes unknown scope"},
+		{with("memories:write", secret), "scopes has an unknown scope"},
 		{with("false", "maybe"), "manage_keys must be true or false"},
 		{with("2020-01-02T03:04:05Z", "yesterday"), "created_at must be a time"},
 		{with("2020-01-02T03:04:05Z", "2039-01-02T03:04:05Z"), "created_at must not be in the future"},

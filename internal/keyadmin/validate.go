@@ -81,7 +81,7 @@ func parseScopes(names []string) (apikey.Scopes, error) {
 	}
 	scopes, err := apikey.ParseScopes(shown)
 	if err != nil {
-		return 0, &InvalidError{"scopes", err.Error()}
+		return 0, &InvalidError{"scopes", "has an " + err.Error()}
 	}
 	return scopes, nil
 }
