@@ -417,16 +417,20 @@ func TestFormSentAfterTheSessionEndedSaysThatNothingWasChanged(t *testing.T) {
 	}
 	signIn("")
 	for path, form := range map[string]url.Values{
-		"/revoke": {"name": {"Leaked"}}, "/rename": {"name": {"Other"}}, "/rotate": {"overlap": {"0"}},
+		"/" + leaked.ID + "/revoke": {"name": {"Leaked"}}, "/" + leaked.ID + "/rename": {"name": {"Other"}}, "/" + leaked.ID + "/rotate": {"overlap": {"0"}},
+		"/new": {"name": {"Other"}, "environment": {"sandbox"}},
 	} {
 		now = now.Add(31 * time.Minute)
-		page := b.do("/"+leaked.ID+path, form)
+		page := b.do(path, form)
 		page.want(t, http.StatusUnauthorized, "Your session has ended, so nothing was changed.")
 		next := regexp.MustCompile(`name="next" value="([^"]+)"`).FindStringSubmatch(page.body)
 		if next == nil {
 			t.Fatal("the page does not know where to go on")
 		}
-		want := dashboard.Root + "/" + leaked.ID + strings.TrimSuffix(path, "/rename")
+		want := dashboard.Root + strings.TrimSuffix(path, "/rename")
+		if path == "/new" {
+			want += "?environment=sandbox"
+		}
 		if at := signIn(html.UnescapeString(next[1])); at != want {
 			t.Errorf("after %s, signing in leads to %s", path, at)
 		}

@@ -217,13 +217,19 @@ func (v *visit) showSignIn(status int, data signInData) {
 	}
 }
 
-// comeBack is the page that a visitor asked for, or where the form stands that they sent.
+// comeBack is the page that a visitor asked for, or where the form stands that they sent: for a sandbox key, none for a production key.
 func (v *visit) comeBack() string {
-	path := v.r.URL.EscapedPath()
-	if v.r.Method != http.MethodPost && v.r.URL.RawQuery != "" {
-		path += "?" + v.r.URL.RawQuery
+	path, query := v.r.URL.EscapedPath(), v.r.URL.RawQuery
+	if v.r.Method == http.MethodPost {
+		path, query = strings.TrimSuffix(path, "/rename"), ""
+		if environment := v.r.PostFormValue("environment"); environment != "" {
+			query = url.Values{"environment": {environment}}.Encode()
+		}
 	}
-	return apikey.Redact(strings.TrimSuffix(path, "/rename"))
+	if query != "" {
+		path += "?" + query
+	}
+	return apikey.Redact(path)
 }
 
 // local is a page of ours; in place of any other, which a link of somebody else may name, it is the list.
