@@ -315,7 +315,8 @@ func TestFormsSayWhatIsWrongAndKeepWhatWasTyped(t *testing.T) {
 	}
 	key := r.key("acme", "Mine", false)
 	b.do("/"+key.ID+"/revoke", url.Values{"name": {"mine"}}).want(t, http.StatusUnprocessableEntity, "Nothing was revoked", `value="mine"`)
-	b.do("/"+key.ID+"/rename", url.Values{"name": {""}}).want(t, http.StatusUnprocessableEntity, "Name must have 1 to 200 characters.")
+	b.do("/"+key.ID+"/rename", url.Values{"name": {""}}).want(t, http.StatusUnprocessableEntity, "Name must have 1 to 200 characters.",
+		"<title>Error: ", `aria-describedby="problem" autofocus`) // it stands at the end of a long page
 	b.do("/"+key.ID+"/rotate", url.Values{"overlap": {"-1h"}}).want(t, http.StatusBadRequest, "Overlap must be")
 	if page, err := r.admin.List(t.Context(), operator, keyadmin.ListRequest{Account: "acme"}); err != nil || len(page.Keys) != 1 || page.Keys[0].Status != keyadmin.Active {
 		t.Errorf("%+v, %v", page.Keys, err)

@@ -113,6 +113,9 @@ func (d *Dashboard) showKeyPage(v *visit, status int, newName, problem string) e
 	}
 	done := v.r.URL.Query().Get("done")
 	page := layout{Title: key.Name, Notice: data.notice(done)}
+	if problem != "" {
+		page.Title = "Error: " + key.Name
+	}
 	if done == "undone" && page.Notice != "" {
 		if data.Heir, err = d.heir(ctx, v.actor, data.History); err != nil {
 			return err
