@@ -204,6 +204,22 @@ func TestKeyIsShownOnceThoughItsFormIsSentAgain(t *testing.T) {
 	}
 }
 
+// TestScopesAndMarksAreReadAsWordsOfTheirOwn: only the style sets apart what has no space in between, not a screen reader or a copy.
+func TestScopesAndMarksAreReadAsWordsOfTheirOwn(t *testing.T) {
+	b := newRig(t).browser("ann@acme")
+	form := createForm("Backend")
+	form.Set("expiry", "date")
+	form.Set("date", time.Now().AddDate(0, 0, 3).Format(time.DateOnly)) // active, expires soon, never used
+	created := b.do("/new", form)
+	id := keyPath.FindString(created.body)
+	for name, page := range map[string]reply{"created": created, "key": b.do("/"+id, nil), "list": b.do("", nil)} {
+		page.want(t, page.StatusCode, "memories:read")
+		if together := regexp.MustCompile(`</span><span class="(tag|badge)[^<]*`).FindString(page.body); together != "" {
+			t.Errorf("%s: %q follows without a space", name, together)
+		}
+	}
+}
+
 func TestEveryAnswerForbidsFramesScriptsAndCaches(t *testing.T) {
 	r := newRig(t)
 	id := r.key("acme", "A", false).ID
