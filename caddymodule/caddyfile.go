@@ -3,6 +3,7 @@ package caddymodule
 import (
 	"errors"
 	"strconv"
+	"strings"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
@@ -200,8 +201,13 @@ func parseGateway(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 				raw = &g.SandboxRaw
 			}
 			segment := h.NewFromNextSegment()
-			if segment.Next() && segment.NextArg() {
-				return nil, h.Errf("%s takes a block and no address: put 'reverse_proxy %s' into its block", option, segment.Val())
+			segment.Next()
+			if beside := segment.RemainingArgs(); len(beside) > 0 {
+				directive := strings.Join(beside, " ")
+				if strings.Contains(beside[0], ":") { // it is an address
+					directive = "reverse_proxy " + directive
+				}
+				return nil, h.Errf("%s takes a block and nothing beside it: put '%s' into its block", option, directive)
 			}
 			segment.Reset()
 			handlers, err := httpcaddyfile.ParseSegmentAsSubroute(h.WithDispenser(segment))
