@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/dustin/go-humanize/english"
@@ -121,7 +122,7 @@ func watch(cmd *cobra.Command, wait func(func(keyadmin.Confirmation)) error) ([]
 		case c.DelaySeconds == 0:
 			how = "confirmed"
 		}
-		fmt.Fprintf(cmd.OutOrStdout(), "%s %s: %s\n", c.Name, c.Region, how)
+		fmt.Fprintf(cmd.OutOrStdout(), "%s: %s\n", strings.TrimSpace(c.Name+" "+c.Region), how)
 	})
 	if err == nil && len(confirmations) == 0 {
 		err = errNoEdge
