@@ -53,8 +53,9 @@ type Keys struct {
 	// /v1/api-keys/leaked/github. Default: none, there is nothing at that path.
 	GitHubSecretScanning string `json:"github_secret_scanning,omitempty"`
 
-	// How many keys an account can make in 24 hours here, successors included: 1 to 1,000,000. Beyond that it is answered 429. No key
-	// is ever deleted, so this is what keeps one customer from filling the database of all. Commands are not bound. Default: 1000.
+	// How many keys an account can make in 24 hours here, successors included, and how often it can rename keys: 1 to 1,000,000. Beyond
+	// that it is answered 429. No key and no line of the audit is ever deleted, so this is what keeps one customer from filling the
+	// database of all. Commands are not bound. Default: 1000.
 	KeysPerDay int `json:"keys_per_day,omitempty"`
 
 	api         *keysapi.API

@@ -202,6 +202,7 @@ var (
 	errCrossOrigin = refusal(http.StatusForbidden, "A page of another site sent this form, so nothing was changed. Open the key here and do it again.")
 	errForm        = refusal(http.StatusBadRequest, "The form could not be read, so nothing was changed. Go back and send it again.")
 	errTooMany     = refusal(http.StatusTooManyRequests, "This account has made as many keys as it may in 24 hours. Use those that it has, or ask the operator for more.")
+	errRenamed     = refusal(http.StatusTooManyRequests, "This account has renamed keys as often as it may in 24 hours. Leave their names, or ask the operator for more.")
 	errForbidden   = refusal(http.StatusForbidden, "You may not manage these keys.")
 	errUnavailable = refusal(http.StatusServiceUnavailable, "Keys cannot be managed right now. Try again shortly.")
 )
@@ -251,6 +252,8 @@ func explain(err error) *apierror.Error {
 		return errForbidden
 	case errors.Is(err, keyadmin.ErrNotFound):
 		return errNoPage
+	case errors.As(err, &tooMany) && tooMany.Done == keyadmin.KeyRenamed:
+		return errRenamed.Later(tooMany.RetryAfter)
 	case errors.As(err, &tooMany):
 		return errTooMany.Later(tooMany.RetryAfter)
 	}

@@ -899,15 +899,25 @@ func TestUndoingARotationWhoseSuccessorIsInUseAsksForItsName(t *testing.T) {
 	}
 }
 
-func TestAccountThatMayMakeNoMoreKeysIsToldByThePageWhenItMay(t *testing.T) {
+func TestAccountThatMayMakeOrRenameNoMoreKeysIsToldByThePageWhenItMay(t *testing.T) {
 	r := newRig(t)
 	pgtest.Exec(t, r.database, `insert into rekall.api_keys (id, account, name, environment, key_hash, scopes, created_by, created_at)
 		select 'key_' || lpad(n::text, 22, '0'), 'acme', 'n', 'sandbox', sha256(n::text::bytea), '{}', 'user:ann', now() - interval '20 hours'
 		from generate_series(1, $1::int) n`, keysPerDay)
-	page := r.browser("ann@acme").do("/new", createForm("One more"))
-	page.want(t, http.StatusTooManyRequests, "has made as many keys as it may")
-	if seconds, err := strconv.Atoi(page.Header.Get("Retry-After")); err != nil || seconds < 1 || seconds > 4*3600 {
-		t.Errorf("Retry-After %q", page.Header.Get("Retry-After"))
+	pgtest.Exec(t, r.database, `insert into rekall.audit (at, actor, action, account)
+		select now() - interval '20 hours', 'user:ann', 'key.renamed', 'acme' from generate_series(1, $1::int)`, keysPerDay)
+	for path, test := range map[string]struct {
+		form url.Values
+		said string
+	}{
+		"/new":                               {createForm("One more"), "has made as many keys as it may"},
+		"/key_0000000000000000000001/rename": {url.Values{"name": {"Other"}}, "has renamed keys as often as it may"},
+	} {
+		page := r.browser("ann@acme").do(path, test.form)
+		page.want(t, http.StatusTooManyRequests, test.said)
+		if seconds, err := strconv.Atoi(page.Header.Get("Retry-After")); err != nil || seconds < 1 || seconds > 4*3600 {
+			t.Errorf("%s: Retry-After %q", path, page.Header.Get("Retry-After"))
+		}
 	}
 }
 

@@ -58,12 +58,18 @@ var (
 	ErrIdempotencyMismatch = errors.New("idempotency key was used with another request: use a new one for each key")
 )
 
-// TooManyError says that the account has made as many keys as it may in 24 hours.
+// TooManyError says that the account has made as many keys as it may in 24 hours, or renamed keys as often.
 type TooManyError struct {
-	RetryAfter time.Duration // when it may make the next
+	Done       Action        // KeyCreated or KeyRenamed
+	RetryAfter time.Duration // when it may do so again
 }
 
-func (e *TooManyError) Error() string { return "account has made as many keys as it may in 24 hours" }
+func (e *TooManyError) Error() string {
+	if e.Done == KeyRenamed {
+		return "account has renamed keys as often as it may in 24 hours"
+	}
+	return "account has made as many keys as it may in 24 hours"
+}
 
 // Admin manages the keys in a store.
 type Admin struct {
@@ -74,9 +80,9 @@ type Admin struct {
 // New returns an Admin. The store remains the caller's, to be closed.
 func New(store *keystore.Store) *Admin { return &Admin{store: store} }
 
-// Limited returns an Admin with which an account makes no more than so many keys in 24 hours, successors included, unless an
-// operator does. A key is never deleted, every edge has it in its filter, and each that may manage keys can make more of them: without
-// a bound, one customer could fill the database of all.
+// Limited returns an Admin with which an account makes no more than so many keys in 24 hours, successors included, and renames keys no
+// more often, unless an operator does. A key is never deleted, every edge has it in its filter, and each that may manage keys can make
+// more of them; nor is the line in the audit that each new name adds. Without a bound, one customer could fill the database of all.
 func (a *Admin) Limited(keysPerDay int) *Admin { return &Admin{a.store, keysPerDay} }
 
 // CreateRequest says what key to create.
@@ -177,7 +183,7 @@ func (a *Admin) insert(ctx context.Context, tx *keystore.Tx, actor Actor, key ke
 			return keystore.Row{}, err
 		}
 		if wait > 0 {
-			return keystore.Row{}, &TooManyError{wait}
+			return keystore.Row{}, &TooManyError{KeyCreated, wait}
 		}
 	}
 	row, err := tx.Insert(ctx, key)
@@ -264,7 +270,7 @@ func (a *Admin) Get(ctx context.Context, actor Actor, id string) (Key, error) {
 	return fromRow(row), nil
 }
 
-// Rename gives a key another name. The error wraps ErrNotFound, or is an *InvalidError.
+// Rename gives a key another name. The error wraps ErrNotFound, or is an *InvalidError or a *TooManyError.
 func (a *Admin) Rename(ctx context.Context, actor Actor, id, name string) (Key, error) {
 	if err := checkName("name", name); err != nil {
 		return Key{}, err
@@ -273,6 +279,15 @@ func (a *Admin) Rename(ctx context.Context, actor Actor, id, name string) (Key, 
 		row, before, err := tx.Rename(ctx, actor.reach(), id, name)
 		if err != nil || before == name {
 			return row, err
+		}
+		if a.keysPerDay > 0 && actor.rank != operator {
+			wait, err := tx.RenamedFor(ctx, row.Account, a.keysPerDay)
+			if err != nil {
+				return row, err
+			}
+			if wait > 0 {
+				return row, &TooManyError{KeyRenamed, wait}
+			}
 		}
 		return row, tx.Audit(ctx, entry(actor, KeyRenamed, row, map[string]any{"from": before, "to": name}))
 	})

@@ -1,6 +1,7 @@
 package keyadmin_test
 
 import (
+	"cmp"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
@@ -384,6 +385,42 @@ func TestAnAccountMakesNoMoreKeysADayThanItMay(t *testing.T) {
 	}
 	if _, _, err := unlimited.Create(ctx, ann, request()); err != nil {
 		t.Errorf("without a limit: %v", err)
+	}
+}
+
+// TestAnAccountRenamesKeysNoMoreOftenADayThanItMay: the audit, which each new name adds a line to, only grows.
+func TestAnAccountRenamesKeysNoMoreOftenADayThanItMay(t *testing.T) {
+	unlimited, _, databaseURL := newAdmin(t)
+	admin, ctx := unlimited.Limited(2), t.Context()
+	manager := request()
+	manager.ManageKeys = true
+	parent, sibling := create(t, admin, manager), create(t, admin, request())
+	ann := must(keyadmin.Person("ann", "acme"))
+	holder := must(keyadmin.ManagingKey(&apikey.Record{ID: parent.ID, Account: "acme", Environment: apikey.Sandbox, ManageKeys: true, Scopes: apikey.AllScopes}))
+	pgtest.Exec(t, databaseURL, `insert into rekall.audit (at, actor, action, key_id, account) values
+		(now() - interval '25 hours', 'user:ann', 'key.renamed', $1, 'acme'), (now() - interval '20 hours', 'user:ann', 'key.renamed', $1, 'acme')`, sibling.ID)
+	rename := func(actor keyadmin.Actor, id, name string) error {
+		_, err := admin.Rename(ctx, actor, id, name)
+		return err
+	}
+	for _, name := range []string{"A", "A"} { // the second changes nothing
+		if err := rename(holder, sibling.ID, name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 3 { // an operator's do not count, and hide nothing
+		if err := cmp.Or(rename(operator, parent.ID, "B"), rename(operator, parent.ID, "C")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, actor := range []keyadmin.Actor{ann, holder} {
+		var tooMany *keyadmin.TooManyError
+		if err := rename(actor, parent.ID, "D"); !errors.As(err, &tooMany) || tooMany.Done != keyadmin.KeyRenamed || tooMany.RetryAfter.Round(time.Hour) != 4*time.Hour {
+			t.Errorf("%s renamed a third time: %v", actor, err)
+		}
+	}
+	if key, err := admin.Get(ctx, operator, parent.ID); err != nil || key.Name != "C" {
+		t.Errorf("the key that could not be renamed: %+v, %v", key, err)
 	}
 }
 

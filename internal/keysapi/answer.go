@@ -97,6 +97,8 @@ var (
 		"This API key is not being rotated: there is nothing to undo.")
 	errTooMany = apierror.New(http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDED",
 		"This account has made as many API keys as it may in 24 hours. Use those that it has, or ask the operator for more.")
+	errRenamedTooOften = apierror.New(http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDED",
+		"This account has renamed API keys as often as it may in 24 hours. Leave their names, or ask the operator for more.")
 	errUnavailable = apierror.New(http.StatusServiceUnavailable, "SERVICE_UNAVAILABLE",
 		"API keys cannot be managed right now. Try again shortly.")
 )
@@ -163,6 +165,8 @@ func explain(err error) *apierror.Error {
 		return errAwaited
 	case errors.Is(err, keyadmin.ErrNotRotated):
 		return errNotRotated
+	case errors.As(err, &tooMany) && tooMany.Done == keyadmin.KeyRenamed:
+		return errRenamedTooOften.Later(tooMany.RetryAfter)
 	case errors.As(err, &tooMany):
 		return errTooMany.Later(tooMany.RetryAfter)
 	}
