@@ -204,6 +204,7 @@ var (
 	errTooMany     = refusal(http.StatusTooManyRequests, "This account has made as many keys as it may in 24 hours. Use those that it has, or ask the operator for more.")
 	errRenamed     = refusal(http.StatusTooManyRequests, "This account has renamed keys as often as it may in 24 hours. Leave their names, or ask the operator for more.")
 	errForbidden   = refusal(http.StatusForbidden, "You may not manage these keys.")
+	errCrowded     = refusal(http.StatusServiceUnavailable, "Requests of yours that came before this one took too long. Try again shortly, with fewer at a time.")
 	errUnavailable = refusal(http.StatusServiceUnavailable, "Keys cannot be managed right now. Try again shortly.")
 )
 
@@ -252,6 +253,8 @@ func explain(err error) *apierror.Error {
 		return errForbidden
 	case errors.Is(err, keyadmin.ErrNotFound):
 		return errNoPage
+	case errors.Is(err, keyadmin.ErrCrowded):
+		return errCrowded
 	case errors.As(err, &tooMany) && tooMany.Done == keyadmin.KeyRenamed:
 		return errRenamed.Later(tooMany.RetryAfter)
 	case errors.As(err, &tooMany):

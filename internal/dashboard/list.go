@@ -191,7 +191,7 @@ func (v *visit) lastWeek(keys []keyadmin.Key) map[string]keyadmin.Usage {
 		ids = append(ids, key.ID)
 	}
 	usage, err := v.Admin.UsageSince(ctx, v.actor, ids, weekStart)
-	if err != nil && !errors.Is(err, context.Canceled) {
+	if err != nil && !errors.Is(err, context.Canceled) && !errors.Is(err, keyadmin.ErrCrowded) { // both are the visitor's doing
 		v.Logger.Warn("the dashboard cannot read usage", zap.String("error", apikey.Redact(err.Error())))
 	}
 	return usage

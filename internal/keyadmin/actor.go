@@ -171,6 +171,11 @@ func (a *Admin) change(ctx context.Context, actor Actor, do func(*keystore.Tx, A
 	if actor.rank == nobody {
 		return errNoManager
 	}
+	end, err := a.turn(ctx, actor)
+	if err != nil {
+		return err
+	}
+	defer end()
 	return a.store.Change(ctx, func(tx *keystore.Tx) error {
 		actor := actor
 		if actor.rank == key {

@@ -80,6 +80,11 @@ func (a *Admin) Audit(ctx context.Context, actor Actor, request AuditRequest) (A
 	if err != nil {
 		return AuditPage{}, err
 	}
+	end, err := a.turn(ctx, actor)
+	if err != nil {
+		return AuditPage{}, err
+	}
+	defer end()
 	entries, err := a.store.ListAudit(ctx, actor.within(request.Account), filter, limit+1)
 	if err != nil {
 		return AuditPage{}, err

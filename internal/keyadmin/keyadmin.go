@@ -56,6 +56,9 @@ var (
 
 	// ErrIdempotencyMismatch: the idempotency key came with another request before.
 	ErrIdempotencyMismatch = errors.New("idempotency key was used with another request: use a new one for each key")
+
+	// ErrCrowded: the actor's own requests left this one no time.
+	ErrCrowded = errors.New("actor has too many requests in flight")
 )
 
 // TooManyError says that the account has made as many keys as it may in 24 hours, or renamed keys as often.
@@ -74,16 +77,19 @@ func (e *TooManyError) Error() string {
 // Admin manages the keys in a store.
 type Admin struct {
 	store      *keystore.Store
+	turns      *turns
 	keysPerDay int // of an account, by others than operators; 0: any number
 }
 
 // New returns an Admin. The store remains the caller's, to be closed.
-func New(store *keystore.Store) *Admin { return &Admin{store: store} }
+func New(store *keystore.Store) *Admin {
+	return &Admin{store: store, turns: &turns{of: map[string]*queue{}}}
+}
 
 // Limited returns an Admin with which an account makes no more than so many keys in 24 hours, successors included, and renames keys no
 // more often, unless an operator does. A key is never deleted, every edge has it in its filter, and each that may manage keys can make
 // more of them; nor is the line in the audit that each new name adds. Without a bound, one customer could fill the database of all.
-func (a *Admin) Limited(keysPerDay int) *Admin { return &Admin{a.store, keysPerDay} }
+func (a *Admin) Limited(keysPerDay int) *Admin { return &Admin{a.store, a.turns, keysPerDay} }
 
 // CreateRequest says what key to create.
 type CreateRequest struct {
@@ -263,6 +269,11 @@ func (a *Admin) Get(ctx context.Context, actor Actor, id string) (Key, error) {
 	if err := checkID(id); err != nil {
 		return Key{}, err
 	}
+	end, err := a.turn(ctx, actor)
+	if err != nil {
+		return Key{}, err
+	}
+	defer end()
 	row, err := a.store.Get(ctx, actor.reach(), id)
 	if err != nil {
 		return Key{}, notFound(err, id)

@@ -193,6 +193,11 @@ func (a *Admin) KeyLimits(ctx context.Context, actor Actor, id string) (KeyLimit
 	if err := checkID(id); err != nil {
 		return KeyLimits{}, err
 	}
+	end, err := a.turn(ctx, actor)
+	if err != nil {
+		return KeyLimits{}, err
+	}
+	defer end()
 	row, err := a.store.Get(ctx, actor.reach(), id)
 	if err != nil {
 		return KeyLimits{}, notFound(err, id)

@@ -42,6 +42,11 @@ func (a *Admin) List(ctx context.Context, actor Actor, request ListRequest) (Pag
 	if err != nil {
 		return Page{}, err
 	}
+	end, err := a.turn(ctx, actor)
+	if err != nil {
+		return Page{}, err
+	}
+	defer end()
 	reach := actor.within(request.Account)
 	// One more than asked for tells whether there is a next page.
 	rows, err := a.store.List(ctx, reach, filter, after, limit+1)

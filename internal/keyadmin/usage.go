@@ -85,6 +85,11 @@ func (a *Admin) usage(ctx context.Context, actor Actor, id string, between func(
 	if err := checkID(id); err != nil {
 		return Usage{}, err
 	}
+	end, err := a.turn(ctx, actor)
+	if err != nil {
+		return Usage{}, err
+	}
+	defer end()
 	key, err := a.store.Get(ctx, actor.reach(), id)
 	if err != nil {
 		return Usage{}, notFound(err, id)
@@ -119,6 +124,11 @@ func (a *Admin) UsageSince(ctx context.Context, actor Actor, ids []string, since
 	if len(ids) == 0 {
 		return usage, nil
 	}
+	end, err := a.turn(ctx, actor)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
 	keys, err := a.store.List(ctx, actor.reach(), keystore.Filter{IDs: ids}, keystore.Position{}, len(ids))
 	if err != nil || len(keys) == 0 {
 		return usage, err

@@ -3,6 +3,7 @@ package keyadmin_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"testing"
 	"time"
 
@@ -169,9 +170,9 @@ func TestRequestsAtOnceMakeNoMoreKeysADayThanTheAccountMay(t *testing.T) {
 	other.exec(`lock table rekall.audit in share mode`) // which comes after the key
 	const requests = 3
 	done := make(chan error, requests)
-	for range requests {
-		go func() {
-			_, _, err := admin.Create(context.Background(), must(keyadmin.Person("ann", "acme")), request())
+	for n := range requests {
+		go func() { // each of another person: one's own take turns
+			_, _, err := admin.Create(context.Background(), must(keyadmin.Person(fmt.Sprint("ann", n), "acme")), request())
 			done <- err
 		}()
 	}

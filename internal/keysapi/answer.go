@@ -99,6 +99,8 @@ var (
 		"This account has made as many API keys as it may in 24 hours. Use those that it has, or ask the operator for more.")
 	errRenamedTooOften = apierror.New(http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDED",
 		"This account has renamed API keys as often as it may in 24 hours. Leave their names, or ask the operator for more.")
+	errCrowded = apierror.New(http.StatusServiceUnavailable, "SERVICE_UNAVAILABLE",
+		"Requests of yours that came before this one took too long. Try again shortly, with fewer at a time.")
 	errUnavailable = apierror.New(http.StatusServiceUnavailable, "SERVICE_UNAVAILABLE",
 		"API keys cannot be managed right now. Try again shortly.")
 )
@@ -165,6 +167,8 @@ func explain(err error) *apierror.Error {
 		return errAwaited
 	case errors.Is(err, keyadmin.ErrNotRotated):
 		return errNotRotated
+	case errors.Is(err, keyadmin.ErrCrowded):
+		return errCrowded
 	case errors.As(err, &tooMany) && tooMany.Done == keyadmin.KeyRenamed:
 		return errRenamedTooOften.Later(tooMany.RetryAfter)
 	case errors.As(err, &tooMany):
