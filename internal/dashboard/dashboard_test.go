@@ -748,6 +748,16 @@ func TestPageOfAKeyTellsItsIDItsLimitsAndWhenExactlyItEnds(t *testing.T) {
 		"<code>"+key.ID+"</code>", ">4 May 2036, 12:34:56 UTC<", "1234 a minute, 1851 in 15 seconds")
 }
 
+func TestKeyThatEndsInThousandsOfYearsIsSaidToEndThen(t *testing.T) {
+	r := newRig(t)
+	key := r.key("acme", "Key", false)
+	pgtest.Exec(t, r.database, `update rekall.api_keys set expires_at = '9998-12-31 00:00Z' where id = $1`, key.ID)
+	page := r.browser("ann@acme").do("/"+key.ID, nil)
+	if !regexp.MustCompile(`>in \d,\d{3} years</time><span class="by">31 December 9998`).MatchString(page.body) {
+		t.Error("the page does not say so")
+	}
+}
+
 func TestSparklineAndMarksAreOfSevenDays(t *testing.T) {
 	r := newRig(t)
 	key := r.key("acme", "Old spike", false)

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/dustin/go-humanize"
+	"github.com/dustin/go-humanize/english"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
@@ -74,37 +75,31 @@ func when(at any) moment {
 		}
 		t = *at
 	}
-	return moment{relative(time.Since(t)), t.Format("2 January 2006, 15:04:05 MST"), t.Format(time.RFC3339)}
+	return moment{relative(t, time.Now()), t.Format("2 January 2006, 15:04:05 MST"), t.Format(time.RFC3339)}
 }
 
-// relative says how long ago something was, or how far ahead it is if that is negative.
-func relative(ago time.Duration) string {
-	const day = 24 * time.Hour
-	form := "%s ago"
-	if ago < 0 {
-		ago, form = -ago, "in %s"
+// relative says how long before now a moment is, or how far ahead. It counts seconds: the longest time.Duration is 292 years, and a key
+// that was imported may end in the year 9998.
+func relative(t, now time.Time) string {
+	const minute, hour, day = 60, 60 * 60, 24 * 60 * 60
+	seconds, near, form := now.Unix()-t.Unix(), "just now", "%s ago"
+	if seconds < 0 {
+		seconds, near, form = -seconds, "in a moment", "in %s"
 	}
-	units := []struct {
-		name string
-		unit time.Duration
-		upTo time.Duration
-	}{
-		{"minute", time.Minute, time.Hour}, {"hour", time.Hour, 2 * day}, {"day", day, 60 * day}, {"month", 30 * day, 365 * day}, {"year", 365 * day, 1<<63 - 1},
+	unit, name := int64(365*day), "year"
+	switch {
+	case seconds < minute:
+		return near
+	case seconds < hour:
+		unit, name = minute, "minute"
+	case seconds < 2*day:
+		unit, name = hour, "hour"
+	case seconds < 60*day:
+		unit, name = day, "day"
+	case seconds < 365*day:
+		unit, name = 30*day, "month"
 	}
-	if ago < time.Minute {
-		return map[bool]string{true: "in a moment", false: "just now"}[form == "in %s"]
-	}
-	for _, u := range units {
-		if ago < u.upTo {
-			n := int64((ago + u.unit/2) / u.unit)
-			plural := "s"
-			if n == 1 {
-				plural = ""
-			}
-			return fmt.Sprintf(form, fmt.Sprintf("%d %s%s", n, u.name, plural))
-		}
-	}
-	return ""
+	return fmt.Sprintf(form, english.Plural(int((seconds+unit/2)/unit), name, ""))
 }
 
 // delay is what an edge took to confirm: milliseconds, until they are too many to read.
