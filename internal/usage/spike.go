@@ -145,20 +145,16 @@ func (c *Counter) learn(ctx context.Context, totals []keystore.HourTotal) error 
 	return nil
 }
 
-// everyHour returns the requests in each hour from the first with any to the one before the given.
+// everyHour returns the requests in each hour before the given one, the last first, as far back as there are any. An edge that was
+// taken over may have written counts of no full hour: they must not end this process.
 func everyHour(used []keystore.HourTotal, before time.Time) []int64 {
-	if len(used) == 0 {
-		return nil
-	}
-	first := before
+	var hours []int64
 	for _, total := range used {
-		if total.Hour.Before(first) {
-			first = total.Hour
+		ago := int((before.Sub(total.Hour) - 1) / time.Hour)
+		for ago >= len(hours) {
+			hours = append(hours, 0)
 		}
-	}
-	hours := make([]int64, before.Sub(first)/time.Hour)
-	for _, total := range used {
-		hours[total.Hour.Sub(first)/time.Hour] = total.Count
+		hours[ago] = total.Count
 	}
 	return hours
 }

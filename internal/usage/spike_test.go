@@ -187,3 +187,14 @@ func TestSpikeIsToldWithItsThresholdThoughThatIsForgottenToLearnOthers(t *testin
 		t.Errorf("spikes %+v", used.Spikes)
 	}
 }
+
+func TestCountsOfNoFullHourThatAnEdgeMadeUpEndNoOtherEdge(t *testing.T) {
+	databaseURL := pgtest.Migrated(t)
+	record := newRecords(1)[0]
+	pgtest.Exec(t, databaseURL, `insert into rekall.usage
+		select $1, date_trunc('hour', now()) - ago, 'allowed', 100 from unnest('{0 minutes, 15 minutes, 90 minutes}'::interval[]) ago`, record.ID)
+	c, _ := newCounter(pgtest.Store(t, databaseURL), 0)
+	if err := usage.FindSpikes(c, t.Context()); err != nil {
+		t.Error(err)
+	}
+}
