@@ -217,12 +217,13 @@ group by u.key_id, u.hour having sum(u.count) >= $1`, floor) // ForEachRow retur
 	return nil
 }
 
-// UsageHistory calls each for every hour before the given one, up to window back, in which one of the keys was used.
+// UsageHistory calls each for every hour before the given one, up to window back, in which one of the keys was used: once, however many
+// counts of no full hour an edge that was taken over has written.
 func (s *Store) UsageHistory(ctx context.Context, keyIDs []string, before time.Time, window time.Duration, each func(HourTotal)) error {
 	rows, _ := s.pool.Query(ctx, `
-select key_id, hour, least(sum(count), `+maxCount+`)::bigint from rekall.usage
+select key_id, date_bin('1 hour', hour, timestamptz 'epoch'), least(sum(count), `+maxCount+`)::bigint from rekall.usage
 where key_id = any($1) and hour < $2 and hour >= $2::timestamptz - $3::interval
-group by key_id, hour`, keyIDs, before, window) // ForEachRow returns its error
+group by 1, 2`, keyIDs, before, window) // ForEachRow returns its error
 	var total HourTotal
 	if _, err := pgx.ForEachRow(rows, []any{&total.KeyID, &total.Hour, &total.Count}, func() error {
 		each(total)

@@ -324,6 +324,21 @@ func TestNoCountThatAnotherEdgeWroteMakesAFlushFail(t *testing.T) {
 	}
 }
 
+// TestHistoryHasAnHourOnceHoweverManyCountsAnEdgeMadeUpInIt: whoever looks for spikes keeps it in memory.
+func TestHistoryHasAnHourOnceHoweverManyCountsAnEdgeMadeUpInIt(t *testing.T) {
+	databaseURL := database(t)
+	id, now := newKey().ID, time.Now().UTC().Truncate(time.Hour)
+	exec(t, connect(t, databaseURL), `insert into rekall.usage
+		select $1, $2::timestamptz - n * interval '1 second', 'allowed', 2 from generate_series(1, 3600) n`, id, now)
+	var got []keystore.HourTotal
+	err := open(t, databaseURL, keystore.Options{}).UsageHistory(t.Context(), []string{id}, now, 24*time.Hour, func(total keystore.HourTotal) {
+		got = append(got, total)
+	})
+	if err != nil || len(got) != 1 || !got[0].Hour.Equal(now.Add(-time.Hour)) || got[0].Count != 7200 {
+		t.Errorf("%d hours, %+v, %v", len(got), got[:min(len(got), 2)], err)
+	}
+}
+
 // TestBusyKeysAreThoseOfTheHourInUTC: in a time zone half an hour off, an hour begins elsewhere.
 func TestBusyKeysAreThoseOfTheHourInUTC(t *testing.T) {
 	databaseURL := database(t)

@@ -145,8 +145,8 @@ func (c *Counter) learn(ctx context.Context, totals []keystore.HourTotal) error 
 	return nil
 }
 
-// everyHour returns the requests in each hour before the given one, the last first, as far back as there are any. An edge that was
-// taken over may have written counts of no full hour: they must not end this process.
+// everyHour returns the requests in each hour before the given one, the last first, as far back as there are any. The given one may begin at
+// any moment: an edge that was taken over may have written it.
 func everyHour(used []keystore.HourTotal, before time.Time) []int64 {
 	var hours []int64
 	for _, total := range used {
