@@ -6,8 +6,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"maps"
 	"net/http"
+	"slices"
 	"strings"
 	"sync/atomic"
 
@@ -179,6 +181,28 @@ func loadBlock(ctx caddy.Context, g *Gateway, field string, raw *json.RawMessage
 	}
 	handler := module.(caddyhttp.MiddlewareHandler)
 	return block{handler, chain(handler), lookedUp(config), mayAskOrigin(config)}, nil
+}
+
+// objectsIn yields the objects in the JSON of a block, a nested rekall_gateway too but nothing in it: that has environments of its own.
+func objectsIn(config any) iter.Seq[map[string]any] {
+	return func(yield func(map[string]any) bool) { eachObject(config, yield) }
+}
+
+// eachObject reports whether yield wants more.
+func eachObject(config any, yield func(map[string]any) bool) bool {
+	var within []any
+	switch config := config.(type) {
+	case []any:
+		within = config
+	case map[string]any:
+		if !yield(config) {
+			return false
+		}
+		if config["handler"] != "rekall_gateway" {
+			within = slices.Collect(maps.Values(config))
+		}
+	}
+	return !slices.ContainsFunc(within, func(value any) bool { return !eachObject(value, yield) })
 }
 
 // chain is an environment's handlers with nothing behind them. A block is compiled here, once: as a handler it would compile

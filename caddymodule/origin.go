@@ -1,32 +1,19 @@
 package caddymodule
 
-import (
-	"net/http"
-	"slices"
-)
+import "net/http"
 
 // mayAskOrigin reports whether a handler of a block may ask Caddy for the request as it came, as the transport "fastcgi" does for its
 // REQUEST_URI: all do that are not known to do without.
 func mayAskOrigin(config any) bool {
-	switch config := config.(type) {
-	case []any:
-		if slices.ContainsFunc(config, mayAskOrigin) {
-			return true
-		}
-	case map[string]any:
-		switch config["handler"] {
+	for object := range objectsIn(config) {
+		switch object["handler"] {
 		case nil, "subroute", "headers", "request_body", "encode", "rewrite", "vars", "map", "error", "static_response", "log_append":
 		case "reverse_proxy":
-			if transport, ok := config["transport"].(map[string]any); !ok || transport["protocol"] != "rekall" {
+			if transport, ok := object["transport"].(map[string]any); !ok || transport["protocol"] != "rekall" {
 				return true
 			}
 		default:
 			return true
-		}
-		for _, value := range config {
-			if mayAskOrigin(value) {
-				return true
-			}
 		}
 	}
 	return false

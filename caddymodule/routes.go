@@ -258,29 +258,17 @@ func service(service, proto, name string) string {
 
 // lookedUp are the names that the proxies of a block look their upstreams up by. Caddy does not export those of
 // "multi" once it has loaded them.
-func lookedUp(config any) []string {
-	var names []string
-	switch config := config.(type) {
-	case []any:
-		for _, item := range config {
-			names = append(names, lookedUp(item)...)
-		}
-	case map[string]any:
-		if config["handler"] == "rekall_gateway" { // has environments of its own
-			return nil
-		}
+func lookedUp(config any) (names []string) {
+	for object := range objectsIn(config) {
 		text := func(field string) string {
-			value, _ := config[field].(string)
+			value, _ := object[field].(string)
 			return value
 		}
-		switch config["source"] {
+		switch object["source"] {
 		case "a":
 			names = append(names, net.JoinHostPort(text("name"), cmp.Or(text("port"), "80")))
 		case "srv":
 			names = append(names, service(text("service"), text("proto"), text("name")))
-		}
-		for _, value := range config {
-			names = append(names, lookedUp(value)...)
 		}
 	}
 	return names

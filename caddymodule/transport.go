@@ -98,28 +98,18 @@ const untilTheKeyEnds = "876000h"
 // WebSockets outlive a reload, as event streams do: Caddy closes those of a proxy without a stream_close_delay with its
 // configuration. It edits the JSON, since the health checks and the requests of a loaded proxy read its fields.
 func setTransport(config any, environment apikey.Environment) {
-	switch config := config.(type) {
-	case []any:
-		for _, item := range config {
-			setTransport(item, environment)
+	for object := range objectsIn(config) {
+		if object["handler"] != "reverse_proxy" {
+			continue
 		}
-	case map[string]any:
-		switch config["handler"] {
-		case "rekall_gateway": // has environments of its own
-			return
-		case "reverse_proxy":
-			if config["stream_close_delay"] == nil {
-				config["stream_close_delay"] = untilTheKeyEnds
-			}
-			if config["transport"] == nil {
-				config["transport"] = map[string]any{"protocol": "http"}
-			}
-			if transport, ok := config["transport"].(map[string]any); ok && transport["protocol"] == "http" {
-				transport["protocol"], transport["environment"] = "rekall", environment.String()
-			}
+		if object["stream_close_delay"] == nil {
+			object["stream_close_delay"] = untilTheKeyEnds
 		}
-		for _, value := range config {
-			setTransport(value, environment)
+		if object["transport"] == nil {
+			object["transport"] = map[string]any{"protocol": "http"}
+		}
+		if transport, ok := object["transport"].(map[string]any); ok && transport["protocol"] == "http" {
+			transport["protocol"], transport["environment"] = "rekall", environment.String()
 		}
 	}
 }
