@@ -286,7 +286,7 @@ func (l *Limiter) LastFailure() *outage.Failure {
 	if l.store == nil {
 		return nil
 	}
-	return l.store.troubles.Last()
+	return l.store.failures.Last()
 }
 
 // size returns the number of buckets.

@@ -150,7 +150,6 @@ func (s *store) send(ctx context.Context, batch []settlement) {
 			interval, b.lease.depth.Load(), b.spent, b.want, s.data, b.debt)
 	}
 	s.exchanges.Add(1)
-	s.commands.Add(uint64(len(batch)))
 	_, _ = pipe.Exec(ctx) // the first of the errors that the answers have
 }
 

@@ -55,15 +55,13 @@ type store struct {
 
 	all       func(each func(*lease))
 	followed  []*lease // that hold or owe something
-	troubles  outage.Failures
+	failures  outage.Failures
 	data      string // names what Redis has: a new name tells that it was emptied, or has older data
 	probes    int64  // that the data had seen at this edge's last
 	emptied   uint64 // the epoch that began with that, the last time
 	explained int    // telling() of the outage's cause, as far as it was logged
 
 	exchanges atomic.Uint64
-	commands  atomic.Uint64 // keys settled in them
-	failures  atomic.Uint64 // exchanges and probes without a usable answer
 }
 
 // NewShared returns a limiter that shares the limits of keys with those of other edges, in a Redis to which it does not connect before
@@ -263,7 +261,6 @@ func (s *store) exchange(ctx context.Context, batch []settlement) bool {
 	err := s.trade(ctx, batch)
 	inTime := slow.Stop()
 	if err != nil {
-		s.failures.Add(1)
 		s.explain(err)
 	}
 	for _, b := range batch {
@@ -346,7 +343,7 @@ func (s *store) unfollow() {
 
 // fall goes on without Redis, and reports whether it did not before. It is called by the timer of a slow exchange as well.
 func (s *store) fall(err error) bool {
-	s.troubles.Keep(err)
+	s.failures.Keep(err)
 	if !s.fallback.CompareAndSwap(false, true) {
 		return false
 	}
@@ -373,7 +370,6 @@ func (s *store) probe(ctx context.Context) {
 		err = errSlow
 	}
 	if err != nil {
-		s.failures.Add(1)
 		s.explain(err)
 		s.forget()
 		return

@@ -37,6 +37,15 @@ type edgeUnderTest struct {
 	stop func()
 }
 
+// awaitFailures waits until several more attempts have failed.
+func (e *edgeUnderTest) awaitFailures(t *testing.T) {
+	t.Helper()
+	for attempt := range 3 {
+		before := e.LastFailure()
+		eventually.True(t, fmt.Sprintf("attempt %d fails", attempt+1), func() bool { return e.LastFailure() != before })
+	}
+}
+
 type logBuffer struct {
 	mu   sync.Mutex
 	text bytes.Buffer
@@ -406,7 +415,7 @@ func TestRedisIsAskedFarLessOftenThanAKeyThatIsOverItsLimit(t *testing.T) {
 	for range 100_000 {
 		e.ask(d, limit)
 	}
-	if n := e.store.commands.Load(); n > 1000 {
+	if n := e.Status().Exchanges; n > 1000 {
 		t.Errorf("Redis was asked %d times in 100,000 requests", n)
 	}
 }
@@ -636,7 +645,7 @@ func TestAnOutageIsLoggedOnceWhenItBeginsAndOnceWhenItEnds(t *testing.T) {
 	e := startEdges(t, server.URL(), 1)[0]
 	eventually.True(t, "it is connected", func() bool { return e.store.connected.Load() })
 	server.Kill()
-	eventually.True(t, "several attempts fail", func() bool { return e.store.failures.Load() >= 3 })
+	e.awaitFailures(t)
 	if n := e.log.lines(begins); n != 1 {
 		t.Errorf("%d lines when it begins, want 1:\n%s", n, e.log)
 	}
@@ -652,8 +661,7 @@ func TestCauseOfAnOutageIsLoggedThoughALessTellingErrorCameBefore(t *testing.T) 
 	wantCause := func(t *testing.T, e *edgeUnderTest, cause string) {
 		t.Helper()
 		eventually.True(t, "the cause is logged", func() bool { return e.log.lines(cause) > 0 })
-		failures := e.store.failures.Load()
-		eventually.True(t, "several attempts fail", func() bool { return e.store.failures.Load() >= failures+3 })
+		e.awaitFailures(t)
 		if n := e.log.lines("\n"); e.log.lines(begins) != 1 || e.log.lines(cause) != 1 || n > 3 {
 			t.Errorf("%d lines:\n%s", n, e.log)
 		}
@@ -838,7 +846,7 @@ func TestPasswordIsInNoLogAndNoError(t *testing.T) {
 	right := startEdges(t, server.URL(), 1)[0]
 	eventually.True(t, "it leases", func() bool {
 		right.ask(digest(1), fast)
-		return right.store.commands.Load() > 0 && right.bucket(digest(1)).lease.held.Load() > 0
+		return right.Status().Exchanges > 0 && right.bucket(digest(1)).lease.held.Load() > 0
 	})
 	wrong := startEdges(t, strings.Replace(server.URL(), password, "wrong-"+password, 1), 1)[0]
 	eventually.True(t, "the fallback begins", func() bool { return wrong.log.lines(begins) == 1 })
@@ -943,7 +951,7 @@ func BenchmarkSharedAcquire(b *testing.B) {
 					}
 				}
 			})
-			b.ReportMetric(float64(e.store.commands.Load())/float64(b.N), "commands/op")
+			b.ReportMetric(float64(e.Status().Exchanges)/float64(b.N), "exchanges/op")
 		})
 	}
 }
