@@ -35,7 +35,7 @@ type Redis struct {
 	program string
 
 	mu     sync.Mutex // held while the server changes its state
-	server *process   // nil after Kill and Stop
+	server *process   // nil after Kill
 }
 
 // ErrNoRedis says that there is no redis-server in PATH.

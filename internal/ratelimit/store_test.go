@@ -7,9 +7,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
-	"io"
 	"math/rand/v2"
-	"net"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
@@ -692,10 +690,12 @@ func TestCauseOfAnOutageIsLoggedThoughALessTellingErrorCameBefore(t *testing.T) 
 	})
 	t.Run("connection refused", func(t *testing.T) {
 		server := redistest.Server(t, devenv.RedisOptions{Password: "secret"})
-		address := closedAddress(t)
-		e := startEdges(t, "redis://"+address, 1)[0]
+		server.Kill()
+		e := startEdges(t, strings.Replace(server.URL(), "default:secret@", "", 1), 1)[0]
 		eventually.True(t, "the connection is refused", func() bool { return e.log.lines("connection refused") == 1 })
-		forward(t, address, server.Port)
+		if err := server.Restart(t.Context()); err != nil {
+			t.Fatal(err)
+		}
 		wantCause(t, e, "NOAUTH")
 	})
 }
@@ -763,42 +763,6 @@ func TestLeasesOfKeysThatNoLongerComeAreDroppedThoughRedisAnswersProbes(t *testi
 		l.store.probe(t.Context())
 		return !l.Status().Fallback
 	})
-}
-
-// closedAddress is one that nobody listens on.
-func closedAddress(t *testing.T) string {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_ = listener.Close()
-	return listener.Addr().String()
-}
-
-// forward has an address lead to a port of this machine.
-func forward(t *testing.T, address string, port int) {
-	t.Helper()
-	listener, err := net.Listen("tcp", address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = listener.Close() })
-	go func() {
-		for {
-			client, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			server, err := net.Dial("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
-			if err != nil {
-				_ = client.Close()
-				continue
-			}
-			go func() { _, _ = io.Copy(server, client); _ = server.Close() }()
-			go func() { _, _ = io.Copy(client, server); _ = client.Close() }()
-		}
-	}()
 }
 
 func TestBucketsInRedisExpireAndNameNoKey(t *testing.T) {
