@@ -253,7 +253,7 @@ func TestWallClockDoesNotProlongTrust(t *testing.T) {
 			f := newFaultRig(t)
 			good := f.rig.key("production", "memories:read")
 			f.g.do("GET", "/v1/memories", bearer(good)).wantCode(t, 200, "")
-			f.network.partition()
+			f.network.Stall()
 			f.revoke(f.key.ID)
 			revokedAt := time.Now()
 			f.g.setClock(offset)
@@ -269,7 +269,7 @@ func TestWallClockDoesNotProlongTrust(t *testing.T) {
 				return revoked == "AUTH_UNAVAILABLE" && other == "AUTH_UNAVAILABLE"
 			})
 			f.stream.ends(t)
-			f.network.heal()
+			f.network.Heal()
 			eventually.True(t, "the edge knows", func() bool {
 				return f.g.ask(f.key) == "API_KEY_REVOKED" && f.g.ask(good) == ""
 			})

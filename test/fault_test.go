@@ -22,6 +22,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/test/eventually"
+	"github.com/rekall-ai/gateway/test/network"
 	"github.com/rekall-ai/gateway/test/process"
 )
 
@@ -282,7 +283,7 @@ const faultBound = 5 * time.Second
 type faultRig struct {
 	*rig
 	server             *devenv.Postgres
-	network            *network // between the gateway and the server
+	network            *network.Link // between the gateway and the server
 	g                  *gateway
 	key, revoked, cold keyadmin.Key // cold has never been used
 	stream             *follower
@@ -298,7 +299,7 @@ func newFaultRig(t *testing.T, options ...string) *faultRig {
 	f.rig = newRigOn(t, f.server.URL())
 	f.key, f.revoked, f.cold = f.rig.key("production", "memories:read"), f.rig.key("production", "memories:read"), f.rig.key("production", "memories:read")
 	throughNetwork := *f.rig
-	f.network, throughNetwork.database = newNetwork(t, f.database)
+	f.network, throughNetwork.database = network.To(t, f.database)
 	f.g = throughNetwork.start(standardSite, options...)
 	f.g.do("GET", "/v1/memories", bearer(f.key)).wantCode(t, 200, "")
 	f.g.do("GET", "/v1/memories", bearer(f.revoked)).wantCode(t, 200, "")
@@ -365,7 +366,7 @@ func TestAnotherServerBehindTheSameAddressIsFollowedFromScratch(t *testing.T) {
 			for _, id := range []string{victim.ID, streaming.ID} {
 				pgtest.Exec(t, next.URL(), "update rekall.api_keys set revoked_at = now() where id = $1", id)
 			}
-			f.network.lead(t, next.URL())
+			f.network.Lead(t, next.URL())
 			eventually.True(t, "the revocation holds", func() bool {
 				f.goodKeyWorks()
 				return f.g.ask(victim) == "API_KEY_REVOKED"
@@ -385,7 +386,7 @@ func TestPartitionedEdgeStopsAtTheBoundWhileOthersRefuseAtOnce(t *testing.T) {
 	f := newFaultRig(t)
 	r := f.rig
 	other := r.start(standardSite, "refresh 100ms", "max_staleness "+faultBound.String()) // reaches Postgres directly
-	f.network.partition()
+	f.network.Stall()
 	r.revoke(f.key.ID)
 	revoked := time.Now()
 	eventually.True(t, "the other edge refuses", func() bool {
@@ -400,7 +401,7 @@ func TestPartitionedEdgeStopsAtTheBoundWhileOthersRefuseAtOnce(t *testing.T) {
 		return code == "AUTH_UNAVAILABLE"
 	})
 	f.stream.ends(t)
-	f.network.heal()
+	f.network.Heal()
 	eventually.True(t, "the cut-off edge knows", func() bool {
 		return f.g.ask(f.key) == "API_KEY_REVOKED"
 	})
@@ -418,13 +419,13 @@ func TestSilentNetworkDoesNotOccupyThePoolWhenItIsBack(t *testing.T) {
 	f.fillPool()
 	eventually.True(t, "the sync has got over it", func() bool { return f.logged(begins) == f.logged(ends) })
 	faults, before := f.logged(begins), f.g.status().LookupErrors
-	f.network.partition()
+	f.network.Stall()
 	eventually.True(t, "every connection has met the silence", func() bool {
 		<-f.askForUnknownKeys()
 		return f.logged(begins) > faults && f.g.status().LookupErrors >= before+3
 	})
 	failed := f.g.status()
-	f.network.reopen()
+	f.network.Reopen()
 	eventually.True(t, "the sync works again", func() bool { return f.g.status().Epoch > failed.Epoch })
 	// A sync fails after 2 s. One may have been under way; the places are free within the time of another.
 	if n := f.g.status().SyncErrors - failed.SyncErrors; n > 3 {

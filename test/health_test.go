@@ -6,6 +6,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/test/eventually"
+	"github.com/rekall-ai/gateway/test/network"
 )
 
 const healthSite = `
@@ -54,11 +55,11 @@ func TestOutageShorterThanTheBoundDrainsNobody(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	behind := *r
-	var between *network
-	between, behind.database = newNetwork(t, r.database)
+	var between *network.Link
+	between, behind.database = network.To(t, r.database)
 	g := behind.start(healthSite, "refresh 100ms", "max_staleness "+faultBound.String())
 	probes := []string{g.admin + "/rekall/ready", g.http + "/rekall/ready"}
-	between.partition()
+	between.Stall()
 	inService, drained := 0, 0
 	eventually.True(t, "the edge takes itself out of service", func() bool {
 		drained = 0
@@ -87,7 +88,7 @@ func TestOutageShorterThanTheBoundDrainsNobody(t *testing.T) {
 	if answer := do(t, "GET", g.http+"/rekall/live", nil, nil); answer.StatusCode != http.StatusOK {
 		t.Errorf("a live edge would be restarted: %d", answer.StatusCode)
 	}
-	between.heal()
+	between.Heal()
 	eventually.True(t, "the edge is back in service", func() bool {
 		for _, probe := range probes {
 			if do(t, "GET", probe, nil, nil).StatusCode != http.StatusOK {

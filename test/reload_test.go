@@ -16,6 +16,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/test/eventually"
+	"github.com/rekall-ai/gateway/test/network"
 )
 
 // reloads is how often each system is reloaded under load.
@@ -192,8 +193,8 @@ func TestReloadToADatabaseThatCannotBeReadIsRefusedWhileTheOldOneIs(t *testing.T
 	t.Parallel()
 	r := newRig(t)
 	behind := *r
-	var between *network
-	between, behind.database = newNetwork(t, r.database)
+	var between *network.Link
+	between, behind.database = network.To(t, r.database)
 	g := behind.start(standardSite, "refresh 100ms", "max_staleness "+faultBound.String())
 	file, err := os.ReadFile(g.file)
 	if err != nil {
@@ -215,7 +216,7 @@ func TestReloadToADatabaseThatCannotBeReadIsRefusedWhileTheOldOneIs(t *testing.T
 	}
 	g.do("GET", "/v1/memories", bearer(r.key("production", "memories:read"))).wantCode(t, 200, "")
 
-	between.partition()
+	between.Stall()
 	eventually.True(t, "the edge trusts no key", func() bool { return !g.status().Ready })
 	if answer := load(); answer.StatusCode != http.StatusOK {
 		t.Errorf("answer %d %s, though nothing was there to keep", answer.StatusCode, answer.body)

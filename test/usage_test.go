@@ -17,6 +17,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/test/eventually"
+	"github.com/rekall-ai/gateway/test/network"
 )
 
 // usage returns all that is counted of a key, by outcome.
@@ -120,8 +121,8 @@ func TestUsageAddsUpExactlyOverReloadsARestartAndAnOutage(t *testing.T) {
 	r := newRigOn(t, server.URL())
 	keys := []keyadmin.Key{r.key("production", "memories:read"), r.key("sandbox", "memories:read"), r.key("production", "memories:read")}
 	throughNetwork := *r
-	var wire *network
-	wire, throughNetwork.database = newNetwork(t, r.database)
+	var wire *network.Link
+	wire, throughNetwork.database = network.To(t, r.database)
 	north := throughNetwork.start(standardSite, "edge north", "usage_flush 200ms")
 	south := r.start(standardSite, "edge south", "usage_flush 1m")
 
@@ -134,7 +135,7 @@ func TestUsageAddsUpExactlyOverReloadsARestartAndAnOutage(t *testing.T) {
 	l.goOn(50)
 
 	for range 10 { // also after Postgres has committed and before it has said so
-		wire.drop()
+		wire.Drop()
 		l.goOn(5)
 	}
 	north.reload()

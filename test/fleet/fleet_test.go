@@ -19,6 +19,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/test/eventually"
+	"github.com/rekall-ai/gateway/test/network"
 )
 
 // size of a fleet, and of what happens to it.
@@ -270,9 +271,9 @@ func startPostgres(t *testing.T, s size) string {
 func (f *fleet) addGateway(i int, disturbed bool) {
 	f.t.Helper()
 	name, database := fmt.Sprintf("gateway-%d", i), f.database
-	var cut *link
+	var cut *network.Link
 	if disturbed && i == 2 {
-		cut, database = newLink(f.t, database)
+		cut, database = network.To(f.t, database)
 	}
 	g := startGateway(f.t, database, f.backend.Address(), "edge "+name,
 		"refresh "+f.refresh.String(), "max_staleness "+f.maxStaleness.String())
@@ -295,22 +296,22 @@ func (f *fleet) addLoop(i int, disturbed bool) {
 	e := &edgeUnderTest{name: fmt.Sprintf("loop-%d", i), kind: "loop"}
 	database := f.database
 	if disturbed && i%4 == 0 {
-		var cut *link
-		cut, database = newLink(f.t, database)
+		var cut *network.Link
+		cut, database = network.To(f.t, database)
 		e.fault = cutOff(cut)
 	}
 	e.ask = startLoop(f.t, database, e.name, f.refresh, f.maxStaleness).ask
 	f.edges = append(f.edges, e)
 }
 
-func cutOff(l *link) *fault {
+func cutOff(l *network.Link) *fault {
 	return &fault{"cut off", func() {
 		if rand.IntN(2) == 0 {
-			l.stall()
+			l.Stall()
 		} else {
-			l.refuse()
+			l.Refuse()
 		}
-	}, l.heal}
+	}, l.Resume}
 }
 
 func (f *fleet) key() keyadmin.Key {
