@@ -1,6 +1,7 @@
 package keyadmin
 
 import (
+	"cmp"
 	"context"
 	"slices"
 	"strconv"
@@ -105,34 +106,26 @@ func (a *Admin) Audit(ctx context.Context, actor Actor, request AuditRequest) (A
 
 func (r AuditRequest) validate() (filter keystore.AuditFilter, limit int, err error) {
 	filter = keystore.AuditFilter{KeyID: r.KeyID, Actor: r.Actor, Action: r.Action}
-	for field, text := range map[string]string{"account": r.Account, "key_id": r.KeyID} {
-		if text != "" {
-			if err = checkText(field, text); err != nil {
-				return filter, 0, err
-			}
-		}
+	var badSince, badUntil, badCursor, badLimit error
+	filter.Since, badSince = parseTime("since", r.Since)
+	filter.Until, badUntil = parseTime("until", r.Until)
+	if filter.Before, err = strconv.ParseInt(r.Cursor, 10, 64); err != nil || filter.Before < 1 {
+		badCursor = errCursor
 	}
-	if r.Actor != "" {
-		if err = checkActor("actor", r.Actor); err != nil {
-			return filter, 0, err
-		}
+	limit, badLimit = checkLimit(r.Limit)
+	return filter, limit, cmp.Or(
+		given(r.Account, checkText("account", r.Account)),
+		given(r.KeyID, checkText("key_id", r.KeyID)),
+		given(r.Actor, checkActor("actor", r.Actor)),
+		given(r.Action, checkAction(r.Action)),
+		badSince, badUntil, given(r.Cursor, badCursor), badLimit)
+}
+
+func checkAction(action string) error {
+	if !slices.Contains(actions, Action(action)) {
+		return &InvalidError{"action", "must be one of " + strings.Join(ActionNames(), ", ")}
 	}
-	if r.Action != "" && !slices.Contains(actions, Action(r.Action)) {
-		return filter, 0, &InvalidError{"action", "must be one of " + strings.Join(ActionNames(), ", ")}
-	}
-	if filter.Since, err = parseTime("since", r.Since); err != nil {
-		return filter, 0, err
-	}
-	if filter.Until, err = parseTime("until", r.Until); err != nil {
-		return filter, 0, err
-	}
-	if r.Cursor != "" {
-		if filter.Before, err = strconv.ParseInt(r.Cursor, 10, 64); err != nil || filter.Before < 1 {
-			return filter, 0, errCursor
-		}
-	}
-	limit, err = checkLimit(r.Limit)
-	return filter, limit, err
+	return nil
 }
 
 // entry is the line that says what an actor did to a key.

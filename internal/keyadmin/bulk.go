@@ -1,6 +1,7 @@
 package keyadmin
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/netip"
@@ -71,28 +72,18 @@ func revokeMany(ctx context.Context, tx *keystore.Tx, actor string, reach keysto
 	return r, err
 }
 
-func (s Selection) validate() (selected keystore.Selection, err error) {
+func (s Selection) validate() (keystore.Selection, error) {
 	if s.Account == "" && s.CreatedBy == "" && s.CreatedAfter == "" && s.CreatedBefore == "" && s.Hashes == nil {
-		return selected, &InvalidError{"selection", "must name an account, a creator, a time of creation or hashes"}
+		return keystore.Selection{}, &InvalidError{"selection", "must name an account, a creator, a time of creation or hashes"}
 	}
-	if s.Account != "" {
-		if err = checkAccount(s.Account); err != nil {
-			return selected, err
-		}
-	}
-	if s.CreatedBy != "" {
-		if err = checkActor("created_by", s.CreatedBy); err != nil {
-			return selected, err
-		}
-	}
-	if selected.CreatedAfter, err = parseTime("created_after", s.CreatedAfter); err != nil {
-		return selected, err
-	}
-	if selected.CreatedBefore, err = parseTime("created_before", s.CreatedBefore); err != nil {
-		return selected, err
-	}
-	selected.CreatedBy, selected.Digests = s.CreatedBy, s.Hashes
-	return selected, nil
+	var badAfter, badBefore error
+	selected := keystore.Selection{CreatedBy: s.CreatedBy, Digests: s.Hashes}
+	selected.CreatedAfter, badAfter = parseTime("created_after", s.CreatedAfter)
+	selected.CreatedBefore, badBefore = parseTime("created_before", s.CreatedBefore)
+	return selected, cmp.Or(
+		given(s.Account, checkAccount(s.Account)),
+		given(s.CreatedBy, checkActor("created_by", s.CreatedBy)),
+		badAfter, badBefore)
 }
 
 // details are what the audit says of a selection.

@@ -1,6 +1,7 @@
 package keyadmin
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"fmt"
@@ -72,34 +73,16 @@ func (a *Admin) List(ctx context.Context, actor Actor, request ListRequest) (Pag
 // validate returns what to look for, where the page begins and how long it is.
 func (r ListRequest) validate() (filter keystore.Filter, after keystore.Position, limit int, err error) {
 	filter = keystore.Filter{Environment: r.Environment, CreatedBy: r.CreatedBy, Name: r.Name, ExpiringWithin: expiringWithin}
-	if r.Account != "" {
-		if err = checkText("account", r.Account); err != nil {
-			return filter, after, 0, err
-		}
-	}
-	if r.CreatedBy != "" {
-		if err = checkActor("created_by", r.CreatedBy); err != nil {
-			return filter, after, 0, err
-		}
-	}
-	if r.Name != "" {
-		if err = checkSearch("name", r.Name); err != nil {
-			return filter, after, 0, err
-		}
-	}
-	if r.Environment != "" {
-		if err = checkEnvironment(r.Environment); err != nil {
-			return filter, after, 0, err
-		}
-	}
-	if filter.State, err = parseState(r.Status); err != nil {
-		return filter, after, 0, err
-	}
-	if limit, err = checkLimit(r.Limit); err != nil {
-		return filter, after, 0, err
-	}
-	after, err = parseCursor(r.Cursor)
-	return filter, after, limit, err
+	var badStatus, badLimit, badCursor error
+	filter.State, badStatus = parseState(r.Status)
+	limit, badLimit = checkLimit(r.Limit)
+	after, badCursor = parseCursor(r.Cursor)
+	return filter, after, limit, cmp.Or(
+		given(r.Account, checkText("account", r.Account)),
+		given(r.CreatedBy, checkActor("created_by", r.CreatedBy)),
+		checkSearch("name", r.Name),
+		given(r.Environment, checkEnvironment(r.Environment)),
+		badStatus, badLimit, badCursor)
 }
 
 // stateNames are the states as a ListRequest's status has them.

@@ -1,6 +1,7 @@
 package keyadmin
 
 import (
+	"cmp"
 	"context"
 	"slices"
 	"strings"
@@ -33,31 +34,32 @@ const (
 // validate returns the key that the request asks for, without what is random.
 func (r CreateRequest) validate() (keystore.NewKey, error) {
 	key := keystore.NewKey{Name: r.Name, Account: r.Account, ManageKeys: r.ManageKeys}
-	if err := checkName("name", r.Name); err != nil {
-		return key, err
-	}
-	if err := checkNewAccount(r.Account); err != nil {
-		return key, err
-	}
-	var err error
-	if key.Environment, err = apikey.ParseEnvironment(r.Environment); err != nil {
-		return key, errEnvironment
-	}
-	if key.Scopes, err = parseScopes(r.Scopes); err != nil {
-		return key, err
-	}
-	if err := checkIdempotencyKey(r.IdempotencyKey); err != nil {
-		return key, err
-	}
+	var badScopes, badExpiry error
+	key.Environment, _ = apikey.ParseEnvironment(r.Environment) // checked below
+	key.Scopes, badScopes = parseScopes(r.Scopes)
 	switch {
 	case r.ExpiresIn != "" && r.ExpiresAt != "":
-		return key, &InvalidError{"expires_at", "must be left out where expires_in is given"}
+		badExpiry = &InvalidError{"expires_at", "must be left out where expires_in is given"}
 	case r.ExpiresIn != "":
-		key.Lifetime, err = parseLifetime(r.ExpiresIn)
-	case r.ExpiresAt != "":
-		key.ExpiresAt, err = parseTime("expires_at", r.ExpiresAt)
+		key.Lifetime, badExpiry = parseLifetime(r.ExpiresIn)
+	default:
+		key.ExpiresAt, badExpiry = parseTime("expires_at", r.ExpiresAt)
 	}
-	return key, err
+	return key, cmp.Or(
+		checkName("name", r.Name),
+		checkNewAccount(r.Account),
+		checkEnvironment(r.Environment),
+		badScopes,
+		checkIdempotencyKey(r.IdempotencyKey),
+		badExpiry)
+}
+
+// given is the error of a field that may be left out.
+func given(field string, err error) error {
+	if field == "" {
+		return nil
+	}
+	return err
 }
 
 var errEnvironment = &InvalidError{"environment", "must be production or sandbox"}
