@@ -88,14 +88,11 @@ func Plan(ctx context.Context, url string) (from int32, pending []Migration, err
 		return 0, nil, err
 	}
 	defer end()
-	tx, err := conn.BeginTx(ctx, pgx.TxOptions{AccessMode: pgx.ReadOnly})
+	err = pgx.BeginTxFunc(ctx, conn, pgx.TxOptions{AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) (err error) {
+		from, err = schemaVersion(ctx, tx)
+		return err
+	})
 	if err != nil {
-		return 0, nil, failedAs(errNotOwner, "plan migrations", err)
-	}
-	if from, err = schemaVersion(ctx, tx); err != nil {
-		return 0, nil, failedAs(errNotOwner, "plan migrations", err)
-	}
-	if err = tx.Rollback(ctx); err != nil {
 		return 0, nil, failedAs(errNotOwner, "plan migrations", err)
 	}
 	all, err := known(ctx)
