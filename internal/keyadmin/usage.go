@@ -48,8 +48,8 @@ type UsageDay struct {
 }
 
 const (
-	defaultUsageRange = 30 * 24 * time.Hour
-	maxUsageRange     = 366 * 24 * time.Hour
+	defaultUsageRange = 30 * day
+	maxUsageRange     = 366 * day
 )
 
 // Usage returns what a key was used for from the hour that contains from to the last that begins before to, both as RFC 3339 has

@@ -28,7 +28,7 @@ const (
 	minLifetime = time.Microsecond
 
 	// maxLifetime is ten years: longer is a typing mistake, and "never" can be said.
-	maxLifetime = 3650 * 24 * time.Hour
+	maxLifetime = 3650 * day
 )
 
 // validate returns the key that the request asks for, without what is random.
