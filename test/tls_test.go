@@ -12,8 +12,10 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/devenv/redistest"
 	"github.com/rekall-ai/gateway/test/eventually"
+	"github.com/rekall-ai/gateway/test/process"
 )
 
 // tlsPostgres is a server that speaks TLS as localhost, and takes connections without TLS as well: one that fell back to
@@ -121,6 +123,51 @@ func TestPostgresThatCannotBeVerifiedIsNotAskedAndTheLogSaysWhy(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestFilesThatDatabaseURLsNameAreReadForEachConnection: an authority or a password is replaced while gateways run.
+func TestFilesThatDatabaseURLsNameAreReadForEachConnection(t *testing.T) {
+	t.Parallel()
+	ca, next := newAuthority(t), newAuthority(t)
+	server := tlsPostgres(t, ca)
+	r := newRigOn(t, server.URL())
+	pgtest.Exec(t, server.URL(), `create user edge superuser password 'former'`)
+	passwords := ca.save("passwords", []byte("*:*:*:edge:former"))
+	database := mustParse(t, verifiedURL(t, server, "localhost", ca)+"&passfile="+url.QueryEscape(passwords))
+	database.User = url.User("edge")
+	g := r.prepare(standardSite, "refresh 20s")
+	g.run(database.String())
+	g.waitReady()
+
+	data := dataDirectory(t, server)
+	certificate, key := next.issue("localhost")
+	process.Write(t, filepath.Join(data, "server.crt"), string(certificate))
+	process.Write(t, filepath.Join(data, "server.key"), string(key))
+	process.Write(t, ca.file, process.Read(t, next.file))
+	process.Write(t, passwords, "*:*:*:edge:next")
+	pgtest.Exec(t, server.URL(), `alter user edge password 'next'`)
+	pgtest.Exec(t, server.URL(), `select pg_reload_conf()`)
+	eventually.True(t, "the server has the other authority's certificate", func() bool {
+		return pgtest.TryExec(verifiedURL(t, server, "localhost", next), `select`) == nil
+	})
+	pgtest.Exec(t, server.URL(), `select pg_terminate_backend(pid) from pg_stat_activity where usename = 'edge'`)
+
+	created := r.key("production", "memories:read")
+	eventually.True(t, "the gateway asks Postgres again", func() bool { return g.ask(created) == "" })
+	g.wantWoken(server.URL())
+}
+
+func dataDirectory(t *testing.T, server *devenv.Postgres) (path string) {
+	t.Helper()
+	conn, err := pgx.Connect(t.Context(), server.URL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close(t.Context()) }()
+	if err := conn.QueryRow(t.Context(), `show data_directory`).Scan(&path); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }
 
 func mustParse(t *testing.T, raw string) *url.URL {

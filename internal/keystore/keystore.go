@@ -84,6 +84,7 @@ func Open(url string, options Options) (*Store, error) {
 	// what is spelt otherwise than Postgres reports it before each transaction.
 	params["client_encoding"], params["datestyle"] = cmp.Or(params["client_encoding"], "UTF8"), cmp.Or(params["datestyle"], "ISO, MDY")
 	boundCleanup(config)
+	config.BeforeConnect = readFilesAnew(url)
 	if options.Asked != nil {
 		config.ConnConfig.Tracer = asked(options.Asked)
 	}
@@ -107,6 +108,18 @@ func planOnce(ctx context.Context, conn *pgx.Conn) error {
 	// Not parameters of the connection's start, which PgBouncer refuses.
 	_, err := conn.Exec(ctx, "set plan_cache_mode = force_generic_plan; set jit = off; set enable_seqscan = off; set enable_memoize = off")
 	return err
+}
+
+// readFilesAnew has each connection use the certificates and the password file that the URL names as they are then: they are replaced
+// while a gateway runs, and a reload of the same URL goes on with the same store. While one cannot be read, such as a half-written one,
+// what was read at first is used.
+func readFilesAnew(url string) func(context.Context, *pgx.ConnConfig) error {
+	return func(_ context.Context, conn *pgx.ConnConfig) error {
+		if anew, err := pgx.ParseConfig(url); err == nil {
+			conn.Password, conn.TLSConfig, conn.Fallbacks = cmp.Or(anew.Password, conn.Password), anew.TLSConfig, anew.Fallbacks
+		}
+		return nil
+	}
 }
 
 // asked is called for each connection that is asked for, even if none is free.

@@ -51,7 +51,11 @@ func listenError(ctx context.Context, err error) error {
 func (s *Store) startListening(ctx context.Context) (*pgx.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, listenTimeout)
 	defer cancel()
-	conn, err := pgx.ConnectConfig(ctx, s.pool.Config().ConnConfig)
+	pool := s.pool.Config()
+	if err := pool.BeforeConnect(ctx, pool.ConnConfig); err != nil {
+		return nil, err
+	}
+	conn, err := pgx.ConnectConfig(ctx, pool.ConnConfig)
 	if err != nil {
 		return nil, err
 	}
