@@ -28,3 +28,6 @@ func ReportDrops(c *Counter) func(error) {
 	d := new(drops)
 	return func(err error) { d.report(c, err) }
 }
+
+// SetFlushTimeout sets the time of the next try of a batch.
+func SetFlushTimeout(c *Counter, d time.Duration) { c.timeout = d }

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/binary"
+	"errors"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -23,7 +24,8 @@ const (
 	// flushGap is the least time between two flushes, so that a storm of new keys does not become a storm of flushes.
 	flushGap = time.Second
 
-	flushTimeout = 5 * time.Second
+	// flushTimeout is for the first try of a batch, so that connections on which nothing answers are soon given up.
+	flushTimeout, maxFlushTimeout = 5 * time.Second, time.Minute
 
 	// stopTimeout bounds the last flush, so that a gateway stops though Postgres does not answer.
 	stopTimeout = 5 * time.Second
@@ -149,10 +151,20 @@ func (c *Counter) nextBatch() keystore.UsageFlush {
 	return flush
 }
 
+// sendBatch gives a batch that timed out twice as long the next time: one that takes longer each time would never be flushed, nor
+// anything after it. Rows of which Postgres must keep every version, for a transaction that lasts for hours, take that long.
 func (c *Counter) sendBatch(ctx context.Context, batch keystore.UsageFlush) error {
-	ctx, cancel := context.WithTimeout(ctx, flushTimeout)
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	return c.store.FlushUsage(ctx, batch)
+	startedAt := time.Now()
+	err := c.store.FlushUsage(ctx, batch)
+	switch {
+	case err == nil:
+		c.timeout = min(max(flushTimeout, 2*time.Since(startedAt)), maxFlushTimeout)
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		c.timeout = min(2*c.timeout, maxFlushTimeout)
+	}
+	return err
 }
 
 func requests(k *keystore.KeyCounts) uint64 {

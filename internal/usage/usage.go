@@ -58,6 +58,7 @@ type Counter struct {
 	// Of the flush loop.
 	taken    []taken // to be flushed, sorted; the first batch may have been applied already
 	sequence int64   // of the next flush
+	timeout  time.Duration
 
 	thresholds map[string]threshold // of the spike check
 
@@ -92,7 +93,7 @@ func New(store Store, cfg Config) *Counter {
 	if cfg.MaxBuffered == 0 {
 		cfg.MaxBuffered = defaultMaxBuffered
 	}
-	c := &Counter{cfg: cfg, store: store, wake: make(chan struct{}, 1), sequence: 1, failures: outage.Failures{Logger: cfg.Logger}}
+	c := &Counter{cfg: cfg, store: store, wake: make(chan struct{}, 1), sequence: 1, timeout: flushTimeout, failures: outage.Failures{Logger: cfg.Logger}}
 	for i := range c.shards {
 		c.shards[i].index = make(map[uint64]int32)
 	}

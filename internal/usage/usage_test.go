@@ -355,6 +355,24 @@ func TestFlushWhoseAnswerIsLostIsCountedOnce(t *testing.T) {
 	}
 }
 
+func TestBatchThatTakesLongerThanItsTimeIsFlushed(t *testing.T) {
+	database := pgtest.Migrated(t)
+	store := pgtest.Store(t, database)
+	pgtest.Exec(t, database, `create function slowly() returns trigger language plpgsql as $$ begin perform pg_sleep(0.2); return null; end $$;
+create trigger slowly before insert on rekall.usage for each statement execute function slowly()`)
+	c, _ := newCounter(store, 0)
+	usage.SetFlushTimeout(c, 100*time.Millisecond)
+	record := newRecords(1)[0]
+	c.Count(record, apikey.Allowed, noon)
+	if err := usage.Flush(c, t.Context()); err == nil {
+		t.Fatal("the first try was in time")
+	}
+	eventually.True(t, "the counts are flushed", func() bool { return usage.Flush(c, t.Context()) == nil })
+	if n := total(t, store, record)["allowed"]; n != 1 {
+		t.Errorf("%d requests", n)
+	}
+}
+
 func TestOutageLosesNoCountAndIsLoggedOnce(t *testing.T) {
 	server := pgtest.Server(t)
 	pgtest.Migrate(t, server.URL())

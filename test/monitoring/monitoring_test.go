@@ -359,7 +359,7 @@ func TestCommandsOfTheRunbookWorkForAnAdministrator(t *testing.T) {
 			}
 		}
 	}
-	if shown < 2 {
+	if shown < 3 {
 		t.Errorf("%d blocks show transactions", shown)
 	}
 }
