@@ -38,6 +38,7 @@ func (c *Counter) doChores(ctx context.Context) {
 	doing := slices.Repeat([]outage.Kind{{
 		Begins: "usage chore failed; it is tried again", Over: "usage chore works again", Level: zap.WarnLevel,
 	}}, len(chores))
+	undone := make([]bool, len(chores)) // whether this edge had its last turn in vain
 	for {
 		select {
 		case <-ticker.C:
@@ -45,21 +46,24 @@ func (c *Counter) doChores(ctx context.Context) {
 			return
 		}
 		for i, chore := range chores {
-			if err := c.doChore(ctx, chore); ctx.Err() == nil {
-				c.failures.Note(&doing[i], err, zap.String("chore", chore.name))
+			mine, err := c.doChore(ctx, chore)
+			if ctx.Err() != nil || err == nil && !mine && undone[i] { // to be told that it is not its turn shows nothing
+				continue
 			}
+			undone[i] = err != nil && (mine || undone[i])
+			c.failures.Note(&doing[i], err, zap.String("chore", chore.name))
 		}
 	}
 }
 
-func (c *Counter) doChore(ctx context.Context, chore chore) error {
+// doChore also reports whether it was this edge's turn.
+func (c *Counter) doChore(ctx context.Context, chore chore) (mine bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, choreTimeout)
 	defer cancel()
-	mine, err := c.store.ClaimChore(ctx, chore.name, chore.period)
-	if err != nil || !mine {
-		return err
+	if mine, err = c.store.ClaimChore(ctx, chore.name, chore.period); err != nil || !mine {
+		return false, err
 	}
-	return chore.do(ctx)
+	return true, chore.do(ctx)
 }
 
 // forget removes counts that are past their retention, in batches that hold no lock for long.

@@ -262,26 +262,61 @@ func (s *choreless) ClaimChore(context.Context, string, time.Duration) (bool, er
 	return false, nil
 }
 
+// choreful has its turn at each chore once in its period, and fails to do it while it is told to.
+type choreful struct {
+	usage.Store
+	fails   atomic.Bool
+	claimed map[string]time.Time
+}
+
+func (s *choreful) ClaimChore(_ context.Context, name string, period time.Duration) (bool, error) {
+	if time.Since(s.claimed[name]) < period {
+		return false, nil
+	}
+	s.claimed[name] = time.Now()
+	return true, nil
+}
+
+func (s *choreful) done() error {
+	if s.fails.Load() {
+		return errLost
+	}
+	return nil
+}
+
+func (s *choreful) BusyKeys(context.Context, int64, func(keystore.HourTotal)) error { return s.done() }
+
+func (s *choreful) ForgetUsage(context.Context, time.Duration, int) (int64, error) {
+	return 0, s.done()
+}
+
 func TestFailureOfAChoreIsLoggedOnceWhenItBeginsAndOnceWhenItEnds(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		store := new(choreless)
-		store.refuses.Store(true)
-		c, logs := newCounter(store, 0)
-		ctx, stop := context.WithCancel(t.Context())
-		var running sync.WaitGroup
-		running.Go(func() { c.Run(ctx) })
-		<-time.After(5 * time.Minute)
-		store.refuses.Store(false)
-		<-time.After(5 * time.Minute)
-		stop()
-		running.Wait()
-		const chores = 2
-		for _, line := range []string{"usage chore failed; it is tried again", "usage chore works again"} {
-			if n := logs.FilterMessage(line).Len(); n != chores {
-				t.Errorf("%q is logged %d times, want once for each of %d chores", line, n, chores)
-			}
-		}
-	})
+	idle, busy := new(choreless), &choreful{claimed: map[string]time.Time{}}
+	for name, tc := range map[string]struct {
+		store usage.Store
+		fails *atomic.Bool
+	}{"its turn cannot be asked for": {idle, &idle.refuses}, "it cannot be done": {busy, &busy.fails}} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				tc.fails.Store(true)
+				c, logs := newCounter(tc.store, 0)
+				ctx, stop := context.WithCancel(t.Context())
+				var running sync.WaitGroup
+				running.Go(func() { c.Run(ctx) })
+				<-time.After(2 * time.Hour)
+				tc.fails.Store(false)
+				<-time.After(2 * time.Hour)
+				stop()
+				running.Wait()
+				const chores = 2
+				for _, line := range []string{"usage chore failed; it is tried again", "usage chore works again"} {
+					if n := logs.FilterMessage(line).Len(); n != chores {
+						t.Errorf("%q is logged %d times, want once for each of %d chores", line, n, chores)
+					}
+				}
+			})
+		})
+	}
 }
 
 // lossy applies flushes and loses some of the answers.
