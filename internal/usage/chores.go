@@ -2,6 +2,7 @@ package usage
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"time"
 
@@ -15,18 +16,26 @@ type chore struct {
 	name   string
 	period time.Duration
 	do     func(context.Context) error
+
+	undone bool // this edge had its last turn in vain
+	more   bool // its last turn was too short
 }
+
+// errMore says that a turn was too short for all there was to do.
+var errMore = errors.New("more is left to do")
 
 const (
 	choreTimeout = 30 * time.Second
 
 	forgetBatch = 10_000 // rows removed in one statement
+
+	forgetTurn = choreTimeout / 2 // removing them, then the other chores may be due
 )
 
 func (c *Counter) chores() []chore {
 	return []chore{
-		{"find spikes", time.Minute, c.findSpikes},
-		{"forget usage", time.Hour, c.forget},
+		{name: "find spikes", period: time.Minute, do: c.findSpikes},
+		{name: "forget usage", period: time.Hour, do: c.forget},
 	}
 }
 
@@ -38,40 +47,49 @@ func (c *Counter) doChores(ctx context.Context) {
 	doing := slices.Repeat([]outage.Kind{{
 		Begins: "usage chore failed; it is tried again", Over: "usage chore works again", Level: zap.WarnLevel,
 	}}, len(chores))
-	undone := make([]bool, len(chores)) // whether this edge had its last turn in vain
 	for {
 		select {
 		case <-ticker.C:
 		case <-ctx.Done():
 			return
 		}
-		for i, chore := range chores {
+		for i := range chores {
+			chore := &chores[i]
 			mine, err := c.doChore(ctx, chore)
-			if ctx.Err() != nil || err == nil && !mine && undone[i] { // to be told that it is not its turn shows nothing
+			if chore.more = errors.Is(err, errMore); chore.more {
+				err = nil
+			}
+			if ctx.Err() != nil || err == nil && !mine && chore.undone { // to be told that it is not its turn shows nothing
 				continue
 			}
-			undone[i] = err != nil && (mine || undone[i])
+			chore.undone = err != nil && (mine || chore.undone)
 			c.failures.Note(&doing[i], err, zap.String("chore", chore.name))
 		}
 	}
 }
 
-// doChore also reports whether it was this edge's turn.
-func (c *Counter) doChore(ctx context.Context, chore chore) (mine bool, err error) {
+// doChore also reports whether it was this edge's turn, which it is again where the last one was too short.
+func (c *Counter) doChore(ctx context.Context, chore *chore) (mine bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, choreTimeout)
 	defer cancel()
-	if mine, err = c.store.ClaimChore(ctx, chore.name, chore.period); err != nil || !mine {
+	period := chore.period
+	if chore.more {
+		period = 0
+	}
+	if mine, err = c.store.ClaimChore(ctx, chore.name, period); err != nil || !mine {
 		return false, err
 	}
 	return true, chore.do(ctx)
 }
 
-// forget removes counts that are past their retention, in batches that hold no lock for long.
+// forget removes counts that are past their retention, in batches that hold no lock for long. What has come together while that failed, or
+// is past a retention that was shortened, takes many turns.
 func (c *Counter) forget(ctx context.Context) error {
-	for {
+	for startedAt := time.Now(); time.Since(startedAt) < forgetTurn; {
 		n, err := c.store.ForgetUsage(ctx, c.cfg.Retention, forgetBatch)
 		if err != nil || n < forgetBatch {
 			return err
 		}
 	}
+	return errMore
 }

@@ -267,6 +267,7 @@ type choreful struct {
 	usage.Store
 	fails   atomic.Bool
 	claimed map[string]time.Time
+	old     int // batches of counts that are past their retention; each takes a second to remove
 }
 
 func (s *choreful) ClaimChore(_ context.Context, name string, period time.Duration) (bool, error) {
@@ -286,8 +287,34 @@ func (s *choreful) done() error {
 
 func (s *choreful) BusyKeys(context.Context, int64, func(keystore.HourTotal)) error { return s.done() }
 
-func (s *choreful) ForgetUsage(context.Context, time.Duration, int) (int64, error) {
-	return 0, s.done()
+func (s *choreful) ForgetUsage(ctx context.Context, _ time.Duration, limit int) (int64, error) {
+	if s.old == 0 {
+		return 0, s.done()
+	}
+	select {
+	case <-time.After(time.Second):
+		s.old--
+		return int64(limit), s.done()
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
+}
+
+// TestManyCountsPastTheirRetentionAreForgottenWithinHours: else more might come than go.
+func TestManyCountsPastTheirRetentionAreForgottenWithinHours(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &choreful{claimed: map[string]time.Time{}, old: 3000}
+		c, logs := newCounter(store, 0)
+		ctx, stop := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		running.Go(func() { c.Run(ctx) })
+		<-time.After(3 * time.Hour)
+		stop()
+		running.Wait()
+		if store.old > 0 || logs.Len() > 0 {
+			t.Errorf("%d batches are left; log: %v", store.old, logs.All())
+		}
+	})
 }
 
 func TestFailureOfAChoreIsLoggedOnceWhenItBeginsAndOnceWhenItEnds(t *testing.T) {
