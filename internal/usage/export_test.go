@@ -16,6 +16,13 @@ var (
 // Threshold is what an hour is judged by.
 var Threshold = spikeThreshold
 
+// EndThresholds has a threshold be learned anew for each key.
+func EndThresholds(c *Counter) {
+	for id, t := range c.thresholds {
+		c.thresholds[id] = threshold{requests: t.requests}
+	}
+}
+
 // FillThresholds leaves no room for the threshold of another key.
 func FillThresholds(c *Counter) {
 	for n := 0; len(c.thresholds) < maxThresholds; n++ {

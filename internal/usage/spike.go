@@ -92,10 +92,9 @@ func (c *Counter) findSpikes(ctx context.Context) error {
 		}
 	}
 	err := c.store.BusyKeys(ctx, spikeMinCount, func(total keystore.HourTotal) {
-		switch t, ok := c.thresholds[total.KeyID]; {
-		case ok && total.Hour.Before(t.until):
+		if total.Hour.Before(c.thresholds[total.KeyID].until) {
 			judge(total)
-		case len(unknown) < maxHistories:
+		} else if len(unknown) < maxHistories {
 			unknown = append(unknown, total)
 		}
 	})

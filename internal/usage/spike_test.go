@@ -2,6 +2,7 @@ package usage_test
 
 import (
 	"context"
+	"errors"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
+	"github.com/rekall-ai/gateway/internal/keystore"
 	"github.com/rekall-ai/gateway/internal/usage"
 )
 
@@ -196,5 +198,111 @@ func TestCountsOfNoFullHourThatAnEdgeMadeUpEndNoOtherEdge(t *testing.T) {
 	c, _ := newCounter(pgtest.Store(t, databaseURL), 0)
 	if err := usage.FindSpikes(c, t.Context()); err != nil {
 		t.Error(err)
+	}
+}
+
+// overtaken is a store in which another edge is the first to tell of each spike.
+type overtaken struct{ *keystore.Store }
+
+func (s overtaken) AddSpike(ctx context.Context, spike keystore.Spike) (bool, error) {
+	if _, err := s.Store.AddSpike(ctx, spike); err != nil {
+		return false, err
+	}
+	return s.Store.AddSpike(ctx, spike)
+}
+
+func TestSpikeIsToldAtTheFirstLookUnlessAnotherEdgeIsFaster(t *testing.T) {
+	databaseURL := pgtest.Migrated(t)
+	store := pgtest.Store(t, databaseURL)
+	now := time.Now() // the hour may end meanwhile, but not twice
+	for told, store := range []usage.Store{overtaken{store}, store} {
+		record := newRecords(1)[0]
+		past(t, databaseURL, record, now, 1000, 400)
+		c, logs := newCounter(store, 0)
+		for range 2001 {
+			c.Count(record, apikey.Allowed, now)
+		}
+		flush(t, c)
+		if err := usage.FindSpikes(c, t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if lines, counted := logs.FilterMessageSnippet("usage spike").Len(), c.Status().Spikes; lines != told || counted != uint64(told) {
+			t.Errorf("%T: %d lines and %d counted, want %d", store, lines, counted, told)
+		}
+	}
+}
+
+// TestThresholdThatHasEndedIsLearnedAnew: what was much two weeks ago may be little now, and the reverse.
+func TestThresholdThatHasEndedIsLearnedAnew(t *testing.T) {
+	databaseURL := pgtest.Migrated(t)
+	record := newRecords(1)[0]
+	now := time.Now() // the hour may end meanwhile, but not twice
+	past(t, databaseURL, record, now, 1000, 400)
+	c, _ := newCounter(pgtest.Store(t, databaseURL), 0)
+	for range 500 {
+		c.Count(record, apikey.Allowed, now)
+	}
+	flush(t, c)
+	for _, step := range []struct {
+		before func()
+		spikes uint64
+	}{
+		{func() {}, 0},
+		{func() { pgtest.Exec(t, databaseURL, "update rekall.usage set count = 100 where count = 1000") }, 0},
+		{func() { usage.EndThresholds(c) }, 1},
+	} {
+		step.before()
+		if err := usage.FindSpikes(c, t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := c.Status().Spikes; got != step.spikes {
+			t.Errorf("%d spikes, want %d", got, step.spikes)
+		}
+	}
+}
+
+// failing is a store of which one statement fails.
+type failing struct {
+	*keystore.Store
+	what string
+}
+
+var errDown = errors.New("database is away")
+
+func (s failing) fails(what string, err error) error {
+	if what == s.what {
+		return errDown
+	}
+	return err
+}
+
+func (s failing) BusyKeys(ctx context.Context, floor int64, each func(keystore.HourTotal)) error {
+	return s.fails("BusyKeys", s.Store.BusyKeys(ctx, floor, each))
+}
+
+func (s failing) UsageHistory(ctx context.Context, ids []string, before time.Time, window time.Duration, each func(keystore.HourTotal)) error {
+	return s.fails("UsageHistory", s.Store.UsageHistory(ctx, ids, before, window, each))
+}
+
+func (s failing) AddSpike(ctx context.Context, spike keystore.Spike) (bool, error) {
+	news, err := s.Store.AddSpike(ctx, spike)
+	return news, s.fails("AddSpike", err)
+}
+
+func TestLookForSpikesThatFailsSaysSo(t *testing.T) {
+	databaseURL := pgtest.Migrated(t)
+	store := pgtest.Store(t, databaseURL)
+	now := time.Now()
+	for _, what := range []string{"BusyKeys", "UsageHistory", "AddSpike"} {
+		record := newRecords(1)[0]
+		past(t, databaseURL, record, now, 1000, 400)
+		c, _ := newCounter(failing{store, what}, 0)
+		for range 2001 {
+			c.Count(record, apikey.Allowed, now)
+		}
+		flush(t, c)
+		if err := usage.FindSpikes(c, t.Context()); !errors.Is(err, errDown) {
+			t.Errorf("%s: %v", what, err)
+		}
 	}
 }

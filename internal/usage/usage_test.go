@@ -249,17 +249,64 @@ func TestCountsDuringFlushesAddUp(t *testing.T) {
 	}
 }
 
-// choreless refuses chores while it is told to, and nobody else's turn comes.
+// choreless refuses chores while it is told to, and else whoever asks has his turn at the one named.
 type choreless struct {
 	usage.Store
-	refuses atomic.Bool
+	refuses    atomic.Bool
+	turn       string
+	looks      int // for spikes
+	forgetting atomic.Int64
+	ended      bool
 }
 
-func (s *choreless) ClaimChore(context.Context, string, time.Duration) (bool, error) {
+func (s *choreless) ClaimChore(_ context.Context, name string, _ time.Duration) (bool, error) {
 	if s.refuses.Load() {
 		return false, errLost
 	}
-	return false, nil
+	return name == s.turn, nil
+}
+
+func (s *choreless) BusyKeys(context.Context, int64, func(keystore.HourTotal)) error {
+	s.looks++
+	return nil
+}
+
+// ForgetUsage takes until it is told to end, and then a moment.
+func (s *choreless) ForgetUsage(ctx context.Context, _ time.Duration, _ int) (int64, error) {
+	s.forgetting.Add(1)
+	<-ctx.Done()
+	<-time.After(time.Second)
+	s.ended = true
+	return 0, ctx.Err()
+}
+
+func TestEdgeDoesTheChoreWhoseTurnItIs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &choreless{turn: "find spikes"}
+		c, _ := newCounter(store, 0)
+		stop := run(t, c)
+		<-time.After(time.Minute + time.Second)
+		stop()
+		if store.looks != 4 || store.forgetting.Load() != 0 {
+			t.Errorf("it looked for spikes %d times and forgot %d times", store.looks, store.forgetting.Load())
+		}
+	})
+}
+
+// TestStopWaitsForTheChoreInHandAndTellsOfNoFailure: what it works with is closed after that.
+func TestStopWaitsForTheChoreInHandAndTellsOfNoFailure(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &choreless{turn: "forget usage"}
+		c, logs := newCounter(store, 0)
+		stop := run(t, c)
+		<-time.After(20 * time.Second)
+		if store.forgetting.Load() != 1 {
+			t.Fatal("no chore is in hand: the test shows nothing")
+		}
+		if stop(); !store.ended || logs.Len() != 0 {
+			t.Errorf("the chore has ended: %v; logged %v", store.ended, logs.All())
+		}
+	})
 }
 
 // choreful has its turn at each chore once in its period, and fails to do it while it is told to.
@@ -540,15 +587,15 @@ func TestFurtherUsesWaitForTheInterval(t *testing.T) {
 
 func TestStopFlushesWhatIsLeft(t *testing.T) {
 	store := pgtest.Store(t, pgtest.Migrated(t))
-	c, _ := newCounter(store, 0)
+	c, logs := newCounter(store, 0)
 	stop := run(t, c)
 	record := newRecords(1)[0]
 	for range 1000 {
 		c.Count(record, apikey.Allowed, noon)
 	}
 	stop()
-	if n := total(t, store, record)["allowed"]; n != 1000 {
-		t.Errorf("%d of 1000 are counted", n)
+	if n := total(t, store, record)["allowed"]; n != 1000 || logs.Len() != 0 {
+		t.Errorf("%d of 1000 are counted, and the log says %v", n, logs.All())
 	}
 }
 
