@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -357,8 +358,13 @@ type lostStore struct {
 	asked []time.Time
 }
 
-func (s *lostStore) Listen(context.Context, func()) error {
-	s.asked = append(s.asked, time.Now())
+// listens is the attempt at which a lostStore listens before it loses its listener.
+const listens = 8
+
+func (s *lostStore) Listen(_ context.Context, wake func()) error {
+	if s.asked = append(s.asked, time.Now()); len(s.asked) == listens {
+		wake()
+	}
 	return errors.New("connection refused")
 }
 
@@ -388,6 +394,14 @@ func TestListenersOfAFleetDoNotComeBackInStep(t *testing.T) {
 				if n > len(fleet)/4 { // 5 are expected of the first attempts, and fewer of each later one
 					t.Errorf("attempt %d: %d of %d within 5 ms", attempt, n, len(fleet))
 				}
+			}
+		}
+		for _, s := range fleet {
+			if gap := s.asked[listens-1].Sub(s.asked[listens-2]); gap < listenRetryMax/2 {
+				t.Errorf("the eighth attempt came %v after the seventh", gap)
+			}
+			if gap := s.asked[listens].Sub(s.asked[listens-1]); gap > 2*listenRetryMin {
+				t.Errorf("an attempt came %v after a listener that was lost", gap)
 			}
 		}
 	})
@@ -553,12 +567,26 @@ func TestLogTellsOfTheShortestDistrust(t *testing.T) {
 		var watching sync.WaitGroup
 		watching.Go(func() { c.watch(ctx) })
 		<-time.After(bound + time.Millisecond)
+		c.failures.Keep(errors.New("before")) // the sync that succeeds
+		<-time.After(time.Millisecond)
 		synced()
 		<-time.After(time.Second)
-		stop()
-		watching.Wait()
 		if n := lines.Len(); n != 2 {
 			t.Errorf("%d lines, want one when trust ended and one when it came back: %v", n, lines.All())
+		}
+		<-time.After(bound)
+		synced()
+		<-time.After(time.Millisecond)
+		c.failures.Keep(errors.New("since"))
+		<-time.After(bound)
+		stop()
+		watching.Wait()
+		var why []any
+		for _, line := range lines.FilterMessageSnippet("not trusted").All() {
+			why = append(why, line.ContextMap()["error"])
+		}
+		if !slices.Equal(why, []any{nil, nil, "since"}) {
+			t.Errorf("trust ended for the reasons %v, want only that of a failure since the last good sync", why)
 		}
 	})
 }
@@ -584,7 +612,7 @@ func TestWatchCutsRequestsInTime(t *testing.T) {
 		"the key expires":               {0, 0, 10*time.Second + time.Millisecond, apikey.Expired, 10*time.Second + time.Millisecond, 10*time.Second + 250*time.Millisecond},
 		"the key data becomes too old":  {0, 0, time.Hour, apikey.Unavailable, bound - 500*time.Millisecond, bound},
 		"the key was asked for after":   {0, 100 * time.Millisecond, time.Hour, apikey.Unavailable, bound - 400*time.Millisecond, bound + 100*time.Millisecond},
-		"it became too old in one leap": {bound, 0, time.Hour, apikey.Unavailable, 0, 1500 * time.Millisecond},
+		"it became too old in one leap": {bound, 0, time.Hour, apikey.Unavailable, leapGrace, 1500 * time.Millisecond},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

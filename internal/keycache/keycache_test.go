@@ -481,6 +481,30 @@ func TestRowFromAnotherServerThanTheFeedsIsNotBelieved(t *testing.T) {
 	}
 }
 
+// TestRowFromAnotherServerThanTheFeedsIsNotCarriedOver: keys that are found often are read anew when the feed starts over, and a pooler may
+// lead elsewhere.
+func TestRowFromAnotherServerThanTheFeedsIsNotCarriedOver(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	store := &hookedStore{Store: db.store}
+	c := newCache(t, store, nil)
+	tick(t, c)
+	key := db.create(t)
+	for _, carried := range []bool{true, false} {
+		c.slot(&key.digest).Store(newEntry(apikey.Record{Digest: key.digest}, c.state.Load().epoch))
+		older := *c.state.Load()
+		older.server.StartedAt--
+		older.superseded = make(chan struct{})
+		c.state.Store(&older)
+		if !carried {
+			store.change = func(snap *keystore.Snapshot) { snap.Server.SystemID++ }
+		}
+		tick(t, c)
+		if c.Cached(key.digest) != carried {
+			t.Errorf("in memory after the feed has started over: %v, want %v", !carried, carried)
+		}
+	}
+}
+
 func TestStandbyIsRefused(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	store := &hookedStore{Store: db.store, change: func(s *keystore.Snapshot) { s.Server.InRecovery = true }}

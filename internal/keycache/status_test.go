@@ -22,8 +22,12 @@ func TestDelayOfARevocationIsToldOnceAndOnlyOfKeysInMemory(t *testing.T) {
 	c := newCache(t, db.store, func(cfg *Config) {
 		cfg.Revoked = func(delay time.Duration) { delays = append(delays, delay) }
 	})
-	tick(t, c)
 	held, other, renamed := db.create(t), db.create(t), db.create(t)
+	neighbour := testKey{"key_0000000000000000000000", renamed.digest} // in the same place of memory
+	neighbour.digest[31]++
+	db.exec(t, `insert into rekall.api_keys (id, account, name, environment, key_hash, scopes) values ($1, 'a', 'n', 'production', $2, '{}')`,
+		neighbour.id, neighbour.digest[:])
+	tick(t, c)
 	want(t, c, held.digest, apikey.Allowed)
 	want(t, c, renamed.digest, apikey.Allowed)
 	c.known.Wait()
@@ -50,6 +54,11 @@ func TestDelayOfARevocationIsToldOnceAndOnlyOfKeysInMemory(t *testing.T) {
 	tick(t, c)
 	if len(delays) != 2 {
 		t.Errorf("delays %v, want that of the key that the feed brought too", delays)
+	}
+	db.revoke(t, neighbour)
+	tick(t, c)
+	if len(delays) != 2 {
+		t.Errorf("delays %v, though another key was in the place of the one revoked", delays)
 	}
 }
 
@@ -91,6 +100,13 @@ func TestCanaryIsMeasuredOnceHoweverOftenTheFeedBringsIt(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	c := newCache(t, db.store, nil)
 	tick(t, c)
+	other := db.create(t)
+	tick(t, c)
+	db.revoke(t, other)
+	tick(t, c)
+	if delay := c.Status().Canary; delay != 0 {
+		t.Errorf("a key that is no canary is measured as one: %s", delay)
+	}
 	canary, err := db.store.CreateCanary(t.Context())
 	if err != nil {
 		t.Fatal(err)
