@@ -7,6 +7,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/ratelimit"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // TestResetIsNeverToldTooEarly: who comes back at that second would be refused again.
@@ -31,4 +32,21 @@ func TestBackendTellsNoLimitsOfAKeyThatHasNone(t *testing.T) {
 	if x.setLimitHeaders(h); len(h) > 0 {
 		t.Errorf("headers %v", h)
 	}
+}
+
+func TestEdgeHoldsKeysToItsPartOfTheirLimitsWhileTheStoreDoesNotAnswer(t *testing.T) {
+	database := migrated(t)
+	newRuntimeOn(t, database)
+	rt := newRuntimeWith(t, settings{database: database, rateLimitStore: "redis://127.0.0.1:1"})
+	rt.startLimiter()
+	limit := ratelimit.Limit{PerMinute: 4, Burst: 101} // 100 at once
+	eventually.Within(t, 30*time.Second, "the edge knows of the other and lets half through", func() bool {
+		allowed := 0
+		for key := apikey.Hash(apikey.RandomText(22)); allowed <= limit.Burst; allowed++ {
+			if _, verdict := rt.limiter.Acquire(t.Context(), key, limit); !verdict.Allowed {
+				break
+			}
+		}
+		return allowed == 50
+	})
 }

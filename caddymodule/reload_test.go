@@ -337,6 +337,37 @@ func TestStreamFromBeforeAReloadOfCacheSizeHoldsNeitherKeysNorFilterInMemory(t *
 	before.close()
 }
 
+// TestRuntimeThatEndsWaitsForTheGoodbyesOfRequestsThatItCuts: their clients would take a stream that is cut for one that is complete. It does
+// not wait for one that never ends.
+func TestRuntimeThatEndsWaitsForTheGoodbyesOfRequestsThatItCuts(t *testing.T) {
+	database, store := openStore(t)
+	for _, ends := range []bool{true, false} {
+		rt := newRuntimeOn(t, database)
+		request := newRequestOn(t, rt, store)
+		said := make(chan struct{})
+		if ends {
+			go func() {
+				defer close(said)
+				<-request.cut
+				<-time.After(cutGrace / 10)
+				rt.cache.Untrack(&request.flight)
+			}()
+		}
+		rt.close()
+		select {
+		case <-request.cut:
+		default:
+			t.Error("the runtime has ended, and its request goes on")
+		}
+		if left := rt.cache.InFlight(); ends && left != 0 {
+			t.Error("the runtime has ended before its request")
+		}
+		if ends {
+			<-said
+		}
+	}
+}
+
 // TestAppStartsWithoutAnHTTPAppAndAddsNone: Caddy would range over a map that changes.
 func TestAppStartsWithoutAnHTTPAppAndAddsNone(t *testing.T) {
 	run(t, migrated(t), filepath.Join(t.TempDir(), "log"))

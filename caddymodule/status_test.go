@@ -72,10 +72,15 @@ func documentedFields(t *testing.T) []string {
 // newRuntimeOn returns a running runtime that has synced and reported itself.
 func newRuntimeOn(t *testing.T, database string) *runtime {
 	t.Helper()
-	rt, err := newRuntime(settings{
-		database: database, refresh: 50 * time.Millisecond, listen: true, maxStaleness: 30 * time.Second, cacheSize: 100,
-		edgeName: "eu-1", edgeRegion: "eu", usageFlush: time.Second, usageRetention: 24 * time.Hour,
-	})
+	return newRuntimeWith(t, settings{database: database})
+}
+
+// newRuntimeWith returns a runtime of the settings given; the others are a test's.
+func newRuntimeWith(t *testing.T, s settings) *runtime {
+	t.Helper()
+	s.refresh, s.listen, s.maxStaleness, s.cacheSize = 50*time.Millisecond, true, 30*time.Second, 100
+	s.edgeName, s.edgeRegion, s.usageFlush, s.usageRetention = "eu-1", "eu", time.Second, 24*time.Hour
+	rt, err := newRuntime(s)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,6 +3,7 @@ package ratelimit
 import (
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -242,6 +243,38 @@ func TestNothingIsForgottenWhenABucketIsGivenBackInTheMiddleOfARequest(t *testin
 	requests.Wait()
 	close(stop)
 	sweeping.Wait()
+}
+
+// TestBucketIsNotGivenBackUnderARequestThatHasJustBegun: another bucket of the key would let as many requests run once more. The request
+// of a key without a rate changes nothing but the number of those that run.
+func TestBucketIsNotGivenBackUnderARequestThatHasJustBegun(t *testing.T) {
+	l, limit := New(), Limit{Concurrent: 1}
+	var buckets [200_000]Bucket
+	var at [2]atomic.Int64 // the bucket that either side has come to
+	abreast := func(side, i int) {
+		for at[side].Store(int64(i)); at[1-side].Load() < int64(i); {
+			runtime.Gosched()
+		}
+	}
+	var gone [len(buckets)]bool
+	var sweeping sync.WaitGroup
+	sweeping.Go(func() {
+		for i := range buckets {
+			abreast(0, i)
+			gone[i] = buckets[i].giveBack(1)
+		}
+	})
+	var held [len(buckets)]bool
+	for i := range buckets {
+		abreast(1, i)
+		_, held[i] = l.acquire(t.Context(), &buckets[i], limit)
+	}
+	sweeping.Wait()
+	for i := range buckets {
+		if gone[i] && held[i] {
+			t.Fatalf("bucket %d was given back under its request", i)
+		}
+	}
 }
 
 func TestNoPlaceIsHeldByARequestThatHasEnded(t *testing.T) {
