@@ -55,7 +55,7 @@ func (a *Addresses) Suspect(address netip.Addr) bool {
 	set.mu.Lock()
 	defer set.mu.Unlock()
 	entry := set.find(id)
-	return entry != nil && (entry.pending > 0 || now-entry.emptyAt < int64(suspectFor))
+	return entry != nil && now-entry.emptyAt < int64(suspectFor)
 }
 
 // Begin tells whether a request of a suspect address may have a key looked up. If so, End must follow when that is over. Until then it

@@ -1,6 +1,7 @@
 package ratelimit
 
 import (
+	"context"
 	"fmt"
 	"math/rand/v2"
 	"runtime"
@@ -204,9 +205,19 @@ func TestIdleBucketsAreGivenBackAndBusyOnesAreNot(t *testing.T) {
 		if l.giveBackIdle(); l.size() != 1000 {
 			t.Errorf("%d buckets, want all while they remember something", l.size())
 		}
-		<-time.After(2 * time.Second) // of the clock that synctest fakes
-		if l.giveBackIdle(); l.size() != 1 {
+		ctx, stop := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		running.Go(func() { l.Run(ctx) })
+		<-time.After(burstWindow + time.Second) // of the clock that synctest fakes
+		stop()
+		running.Wait()
+		if l.size() != 1 {
 			t.Errorf("%d buckets, want only that of the stream", l.size())
+		}
+		for i := range l.shards {
+			if s := &l.shards[i]; s.most != len(s.buckets) {
+				t.Errorf("a map that had %d buckets is held for %d", s.most, len(s.buckets))
+			}
 		}
 	})
 }

@@ -405,6 +405,26 @@ func TestNoRequestCallsRedis(t *testing.T) {
 	}
 }
 
+// TestEachKeyIsSettledOnceHoweverManyThereAre: what is settled twice is paid for twice.
+func TestEachKeyIsSettledOnceHoweverManyThereAre(t *testing.T) {
+	l, _ := newShared(t, redistest.Server(t, devenv.RedisOptions{}).URL(), 1)
+	l.store.probe(t.Context())
+	asked := 0
+	for _, keys := range []int{1, 2*maxBatch + 1} { // after the first, Redis has the script
+		before := l.store.commands.Load()
+		for range keys {
+			l.Acquire(t.Context(), digest(asked), tiers[0])
+			asked++
+		}
+		if !l.store.settle(t.Context(), l.store.follow()) {
+			t.Error("the exchange has failed")
+		}
+		if n := l.store.commands.Load() - before; keys > 1 && n != uint64(keys) {
+			t.Errorf("%d settlements of %d keys", n, keys)
+		}
+	}
+}
+
 func TestRedisIsAskedFarLessOftenThanAKeyThatIsOverItsLimit(t *testing.T) {
 	server := redistest.Server(t, devenv.RedisOptions{})
 	e := startEdges(t, server.URL(), 1)[0]
