@@ -101,11 +101,8 @@ func (s *frameScanner) scan(p []byte) {
 	}
 }
 
-// headerLength is the length of the header as far as its first bytes tell.
+// headerLength is the length of the header once its first two bytes are there. Before, it is some number above one.
 func (s *frameScanner) headerLength() int {
-	if s.have < 2 {
-		return 2
-	}
 	n := 2
 	switch s.header[1] & 0x7f {
 	case 126:

@@ -1,8 +1,14 @@
 package caddymodule
 
 import (
+	"bytes"
+	"net"
 	"slices"
 	"testing"
+	"time"
+
+	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/keycache"
 )
 
 // TestWebSocketStandsBetweenTwoFramesAtTheirEndsOnly, for each form of a frame's length, however its bytes arrive: a goodbye in the
@@ -33,6 +39,57 @@ func TestWebSocketStandsBetweenTwoFramesAtTheirEndsOnly(t *testing.T) {
 			if at += n; s.between() != ends[at] {
 				t.Fatalf("in pieces of %d: after %d bytes it is between two frames: %v", piece, at, s.between())
 			}
+		}
+	}
+}
+
+// written is the client's side of a connection that takes all that is written.
+type written struct {
+	net.Conn
+	bytes  bytes.Buffer
+	closed int
+}
+
+func (w *written) Write(p []byte) (int, error)      { return w.bytes.Write(p) }
+func (w *written) SetWriteDeadline(time.Time) error { return nil }
+
+func (w *written) Close() error {
+	w.closed++
+	return nil
+}
+
+func TestWebSocketIsToldWhyItEndsOnceAndOnlyWhereItsKeyHasEnded(t *testing.T) {
+	for name, tc := range map[string]struct {
+		cut     *keycache.Cut
+		blocked bool   // in a write to a client that does not read
+		before  []byte // what the backend has sent
+		goodbye string
+	}{
+		"the backend closes it": {nil, false, nil, ""},
+		"the key is revoked":    {&keycache.Cut{Outcome: apikey.Revoked}, false, []byte{0x81, 1, 'x'}, "\x88\x11\x03\xf0API_KEY_REVOKED"},
+		"the key expires":       {&keycache.Cut{Outcome: apikey.Expired}, false, nil, "\x88\x11\x03\xf0API_KEY_EXPIRED"},
+		"nobody can tell":       {&keycache.Cut{Outcome: apikey.Unavailable}, false, nil, "\x88\x12\x03\xf5AUTH_UNAVAILABLE"},
+		"in the midst of one":   {&keycache.Cut{Outcome: apikey.Revoked}, false, []byte{0x81, 2, 'x'}, ""},
+		"the backend said it":   {&keycache.Cut{Outcome: apikey.Revoked}, false, []byte{0x88, 0}, ""},
+		"the client reads not":  {&keycache.Cut{Outcome: apikey.Revoked}, true, nil, ""},
+	} {
+		client := new(written)
+		c := &webSocketConn{Conn: client, exchange: new(exchange)}
+		c.exchange.cutBy.Store(tc.cut)
+		if n, err := c.Write(tc.before); n != len(tc.before) || err != nil {
+			t.Fatal(n, err)
+		}
+		if tc.blocked {
+			c.mu.Lock()
+		}
+		for range 2 { // the proxy closes both directions
+			_ = c.Close()
+		}
+		if got, want := client.bytes.String(), string(tc.before)+tc.goodbye; got != want || client.closed != 2 {
+			t.Errorf("%s: written %q and closed %d times, want %q", name, got, client.closed, want)
+		}
+		if !tc.blocked && !c.mu.TryLock() {
+			t.Errorf("%s: a write would wait for ever", name)
 		}
 	}
 }
