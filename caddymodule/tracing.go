@@ -23,7 +23,7 @@ func find(ctx context.Context, request trace.Span, cache keySource, d apikey.Dig
 	}
 	startedAt := time.Now()
 	found, err := cache.Find(ctx, d)
-	if err != nil || found.Source != keycache.Memory { // which only the answer tells
+	if found.Source != keycache.Memory { // which only the answer tells, an error's too
 		traceLookup(ctx, request, startedAt, found, err)
 	}
 	return found, err
