@@ -823,6 +823,22 @@ func TestRequestInFlightThatCannotBeVerifiedIsCutAtTheBoundHoweverOftenTheFeedSt
 	}
 }
 
+// TestRequestInFlightIsVouchedForByTheLastStateThatFollowedItsKey: else a stream of an hour would be cut when Postgres restarts, before its
+// row was read again.
+func TestRequestInFlightIsVouchedForByTheLastStateThatFollowedItsKey(t *testing.T) {
+	var c Cache
+	began := time.Now()
+	last := began.Add(time.Hour)
+	long, late := Flight{vouchedAt: began}, Flight{vouchedAt: last.Add(time.Second)}
+	c.flight.add(&long)
+	c.flight.add(&late)
+	c.flight.doubt(last)
+	c.flight.doubt(last.Add(time.Minute)) // of a state that started over, and did not follow it
+	if !long.vouchedAt.Equal(last) || !late.vouchedAt.Equal(last.Add(time.Second)) {
+		t.Errorf("vouched for at %v and %v, want %v and a second later", long.vouchedAt, late.vouchedAt, last)
+	}
+}
+
 func TestRequestInFlightThatWasVerifiedAfterTheFeedStartedOverGoesOn(t *testing.T) {
 	db := newDatabase(t, pgtest.URL(t))
 	store := &hookedStore{Store: db.store}
@@ -993,7 +1009,7 @@ func TestRequestIsNotLetGoOnDataThatHasBecomeTooOldSinceItWasFound(t *testing.T)
 	}
 }
 
-func TestFlightsAreCountedInEveryOrderOfEnding(t *testing.T) {
+func TestFlightsAreCountedAndFoundInEveryOrderOfEnding(t *testing.T) {
 	var c Cache
 	var fs [5]Flight
 	for _, order := range [][]int{{0, 1, 2, 3, 4}, {4, 3, 2, 1, 0}, {2, 0, 4, 1, 3}} {
@@ -1005,6 +1021,13 @@ func TestFlightsAreCountedInEveryOrderOfEnding(t *testing.T) {
 			c.Untrack(&fs[i])
 			if n := c.InFlight(); n != len(fs)-ended-1 {
 				t.Fatalf("order %v: %d in flight after %d ended", order, n, ended+1)
+			}
+			var met []*Flight
+			c.flight.each(shardOf(&fs[0].digest), func(f *Flight) { met = append(met, f) })
+			for _, left := range order[ended+1:] {
+				if !slices.Contains(met, &fs[left]) {
+					t.Fatalf("order %v: request %d cannot be cut after %d ended", order, left, ended+1)
+				}
 			}
 		}
 	}

@@ -10,6 +10,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
+
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keystore"
@@ -182,6 +185,31 @@ func TestWarmCacheHoldsTheKeysThatAreTheLikeliestToBeUsed(t *testing.T) {
 		n := i + 1
 		if _, ok := c.known.Get(place(&d)); ok != (20 < n && n <= 30) {
 			t.Errorf("key %d: in memory %v", n, ok)
+		}
+	}
+}
+
+// TestCacheIsWarmedOnceEachTimeThatTheFeedStartsOver: the filter alone may have to be read again.
+func TestCacheIsWarmedOnceEachTimeThatTheFeedStartsOver(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	db.made(t, 10)
+	logged, lines := observer.New(zap.InfoLevel)
+	c := newCache(t, db.store, func(cfg *Config) {
+		cfg.Warm, cfg.Logger = 10, func() *zap.Logger { return zap.New(logged) }
+	})
+	warmed := uint64(0)
+	for _, want := range []int{1, 1, 2} {
+		if want == 2 {
+			old := *c.state.Load()
+			old.xmax, old.superseded = old.xmax+1000, make(chan struct{}) // transaction ids have gone back
+			c.state.Store(&old)
+		}
+		tick(t, c)
+		if err := c.fill(t.Context(), &warmed); err != nil {
+			t.Fatal(err)
+		}
+		if got := lines.FilterMessage("cache is warm").Len(); got != want {
+			t.Errorf("warmed %d times, want %d", got, want)
 		}
 	}
 }

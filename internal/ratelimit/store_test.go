@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/http/httptest"
@@ -385,6 +386,19 @@ func TestARequestWaitsForAnExchangeNoLongerThanItsClientDoes(t *testing.T) {
 	}
 }
 
+func TestARequestThatWaitsForAnExchangeLooksAgainWhenThatIsOver(t *testing.T) {
+	l, _ := newShared(t, redistest.Server(t, devenv.RedisOptions{}).URL(), 1)
+	l.store.probe(t.Context())
+	b, _ := l.Acquire(t.Context(), digest(1), tiers[0])
+	exchanged := b.lease.nextExchange()
+	l.store.settle(t.Context(), l.store.follow())
+	select {
+	case <-exchanged:
+	default:
+		t.Error("it waits on")
+	}
+}
+
 func TestNoRequestCallsRedis(t *testing.T) {
 	server := redistest.Server(t, devenv.RedisOptions{})
 	l, _ := newShared(t, server.URL(), 3)
@@ -658,6 +672,19 @@ func TestAnOutageOfHoursDoesNotPassForARedisThatWasEmptied(t *testing.T) {
 	}
 }
 
+// TestAnEdgeGoesOnWithoutARedisThatHangsBeforeAnExchangeIsOver: a request must not wait for all of exchangeTimeout.
+func TestAnEdgeGoesOnWithoutARedisThatHangsBeforeAnExchangeIsOver(t *testing.T) {
+	server := redistest.Server(t, devenv.RedisOptions{})
+	l, log := newShared(t, server.URL(), 1)
+	l.store.probe(t.Context())
+	server.Pause()
+	t.Cleanup(server.Resume)
+	l.Acquire(t.Context(), digest(1), tiers[0])
+	if l.store.settle(t.Context(), l.store.follow()) || log.lines(errSlow.Error()) != 1 {
+		t.Errorf("it began for another reason, or did not:\n%s", log)
+	}
+}
+
 func TestAnOutageIsLoggedOnceWhenItBeginsAndOnceWhenItEnds(t *testing.T) {
 	server := redistest.Server(t, devenv.RedisOptions{})
 	e := startEdges(t, server.URL(), 1)[0]
@@ -756,6 +783,23 @@ func load(e *edgeUnderTest) (stop func()) {
 }
 
 // TestLeasesOfKeysThatNoLongerComeAreDroppedThoughRedisAnswersProbes: they would be settled in vain at each probe, and be ever more.
+// TestCauseOfEachOutageIsLoggedThoughTheOneBeforeWasExplained: it begins with a timer that knows nothing.
+func TestCauseOfEachOutageIsLoggedThoughTheOneBeforeWasExplained(t *testing.T) {
+	l, log := newShared(t, redistest.Server(t, devenv.RedisOptions{}).URL(), 1)
+	l.store.probe(t.Context())
+	for outage := 1; outage <= 2; outage++ {
+		l.store.fall(errSlow)
+		l.store.explain(errors.New("NOAUTH Authentication required"))
+		if n := log.lines("rate limit store fails"); n != outage {
+			t.Errorf("the causes of %d outages are in %d lines:\n%s", outage, n, log)
+		}
+		eventually.True(t, "the outage is over", func() bool {
+			l.store.probe(t.Context())
+			return !l.Status().Fallback
+		})
+	}
+}
+
 func TestLeasesOfKeysThatNoLongerComeAreDroppedThoughRedisAnswersProbes(t *testing.T) {
 	server := redistest.Server(t, devenv.RedisOptions{})
 	l, log := newShared(t, server.URL(), 1)
