@@ -9,7 +9,7 @@ func mayAskOrigin(config any) bool {
 		switch object["handler"] {
 		case nil, "subroute", "headers", "request_body", "encode", "rewrite", "vars", "map", "error", "static_response", "log_append":
 		case "reverse_proxy":
-			if transport, ok := object["transport"].(map[string]any); !ok || transport["protocol"] != "rekall" {
+			if transport, _ := object["transport"].(map[string]any); transport["protocol"] != "rekall" {
 				return true
 			}
 		default:
