@@ -273,12 +273,16 @@ func TestMissesAreReadInBatches(t *testing.T) {
 	if n := store.lookups.Load(); n > requests/20 {
 		t.Errorf("%d lookups for %d keys", n, requests)
 	}
+	if most := store.most.Load(); most != lookupBatch {
+		t.Errorf("%d keys in one lookup, want %d at most", most, lookupBatch)
+	}
 }
 
 // hookedStore is the real store with a place to stand between an answer and its arrival.
 type hookedStore struct {
 	Store
 	lookups     atomic.Int64
+	most        atomic.Int64 // keys in one lookup
 	afterLookup func()
 	change      func(*keystore.Snapshot)
 	afterScan   func() // after the first hash of a scan has been read
@@ -289,6 +293,9 @@ type hookedStore struct {
 
 func (s *hookedStore) Lookup(ctx context.Context, digests []apikey.Digest) (keystore.Found, error) {
 	s.lookups.Add(1)
+	for most := s.most.Load(); int64(len(digests)) > most && !s.most.CompareAndSwap(most, int64(len(digests))); {
+		most = s.most.Load()
+	}
 	found, err := s.Store.Lookup(ctx, digests)
 	if s.afterLookup != nil {
 		s.afterLookup()

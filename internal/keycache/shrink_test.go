@@ -34,6 +34,7 @@ func TestCacheThatShrinksHoldsNothingAheadOfNeedAndFindsAndCutsAsEver(t *testing
 	ended := startFilling(t, c)
 	eventually.True(t, "all keys are read", func() bool { s := c.Status(); return s.FilterKeys == keys+2 && s.Keys > keys/2 })
 	stream := track(t, c, held)
+	c.slot(&held.digest).Store(newEntry(apikey.Record{Digest: held.digest}, c.state.Load().epoch)) // as if it was found often
 
 	finding, stop := context.WithCancel(t.Context())
 	var finders sync.WaitGroup

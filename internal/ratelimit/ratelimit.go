@@ -107,7 +107,7 @@ func (b *Bucket) giveBack(now int64) bool {
 		return false
 	}
 	if b.concurrent.Load() != 0 {
-		b.emptyAt.Store(emptyAt) // those who saw the mark wait for the shard's lock to make a new bucket
+		b.emptyAt.Store(emptyAt) // those who saw the mark look again, once the shard is unlocked
 		return false
 	}
 	return true
@@ -191,18 +191,18 @@ func (l *Limiter) peek(b *Bucket, limit Limit, now int64) Verdict {
 // Release says that a request that was allowed has ended.
 func (b *Bucket) Release() { b.concurrent.Add(-1) }
 
-// bucket returns the bucket of a key. One that was given back is replaced.
+// bucket returns the bucket of a key. None in the table was given back: it is marked and removed under one lock.
 func (l *Limiter) bucket(d apikey.Digest) *Bucket {
 	s := &l.shards[binary.LittleEndian.Uint16(d[:])%shards]
 	s.mu.RLock()
 	b := s.buckets[d]
 	s.mu.RUnlock()
-	if b != nil && b.emptyAt.Load() != givenBack {
+	if b != nil {
 		return b
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if b := s.buckets[d]; b != nil && b.emptyAt.Load() != givenBack {
+	if b := s.buckets[d]; b != nil {
 		return b
 	}
 	b = new(Bucket)

@@ -234,6 +234,69 @@ func TestAnEdgeThatEndsGivesBackWhatItHolds(t *testing.T) {
 	if n := spent(); n > 2 {
 		t.Errorf("%d are spent, want 1", n)
 	}
+	if err := edges[0].store.client.Ping(t.Context()).Err(); !errors.Is(err, redis.ErrClosed) {
+		t.Errorf("its connections are open: %v", err)
+	}
+}
+
+// TestAnEdgeThatEndsTellsWhatItLetThroughAheadOfRedis: the next one would have the bucket whole.
+func TestAnEdgeThatEndsTellsWhatItLetThroughAheadOfRedis(t *testing.T) {
+	server := redistest.Server(t, devenv.RedisOptions{})
+	l, _ := newShared(t, server.URL(), 1)
+	l.store.probe(t.Context())
+	limit := Limit{PerMinute: 1, Burst: 4000}
+	const ahead = 50
+	b := l.bucket(digest(1))
+	for range ahead {
+		l.Acquire(t.Context(), digest(1), limit)
+	}
+	if held := b.lease.held.Load(); held != -ahead {
+		t.Fatalf("it holds %d: the test shows nothing", held)
+	}
+	l.store.giveAllBack(t.Context())
+	if n := int64(stored(t, connect(t, server.URL()), b) / time.Duration(limit.interval())); n < ahead-1 {
+		t.Errorf("%d are spent, want %d", n, ahead)
+	}
+}
+
+// TestAnOutageBeginsWithWhatThisEdgesPartOfTheLimitRemembers: an edge that loses Redis has let requests through already.
+func TestAnOutageBeginsWithWhatThisEdgesPartOfTheLimitRemembers(t *testing.T) {
+	l, _ := newShared(t, "redis://127.0.0.1:1", 1)
+	limit := Limit{PerMinute: 1, Burst: 4000}
+	const before = 50
+	for range before {
+		l.Acquire(t.Context(), digest(1), limit)
+	}
+	l.store.fall(errSlow)
+	allowed := int64(0)
+	for ; allowed < limit.depth(); allowed++ {
+		if _, v := l.Acquire(t.Context(), digest(1), limit); !v.Allowed {
+			break
+		}
+	}
+	if want := limit.depth() - before; allowed > want+1 {
+		t.Errorf("%d pass in the outage, want %d", allowed, want)
+	}
+}
+
+// TestBucketWhoseLeaseIsNotOverIsNotGivenBack: what it holds or owes would be nobody's.
+func TestBucketWhoseLeaseIsNotOverIsNotGivenBack(t *testing.T) {
+	l, _ := newShared(t, "redis://127.0.0.1:1", 1)
+	for what, change := range map[string]func(*lease){
+		"it holds requests": func(l *lease) { l.held.Store(1) },
+		"it owes requests":  func(l *lease) { l.held.Store(-1) },
+		"it is followed":    func(l *lease) { l.low.Store(0) },
+		"it asks":           func(l *lease) { l.asked.Store(true) },
+	} {
+		b := l.bucket(apikey.Hash(what))
+		change(b.lease)
+		if b.giveBack(1) {
+			t.Errorf("%s, and is given back", what)
+		}
+	}
+	if !l.bucket(digest(1)).giveBack(1) {
+		t.Error("one that is over is not given back")
+	}
 }
 
 // stored is how long a bucket in Redis takes to drain; below 0: it has drained.
@@ -783,6 +846,18 @@ func load(e *edgeUnderTest) (stop func()) {
 }
 
 // TestLeasesOfKeysThatNoLongerComeAreDroppedThoughRedisAnswersProbes: they would be settled in vain at each probe, and be ever more.
+func TestLeasesOfKeysThatNoLongerComeAreDroppedInAnOutage(t *testing.T) {
+	l, _ := newShared(t, "redis://127.0.0.1:1", 1)
+	for n := range 50 {
+		l.Acquire(t.Context(), digest(n), Limit{PerMinute: 6000, Burst: 6000})
+	}
+	l.store.follow()
+	eventually.True(t, "no lease is followed", func() bool { // when what the key has used is forgotten
+		l.store.probe(t.Context())
+		return len(l.store.followed) == 0
+	})
+}
+
 // TestCauseOfEachOutageIsLoggedThoughTheOneBeforeWasExplained: it begins with a timer that knows nothing.
 func TestCauseOfEachOutageIsLoggedThoughTheOneBeforeWasExplained(t *testing.T) {
 	l, log := newShared(t, redistest.Server(t, devenv.RedisOptions{}).URL(), 1)
