@@ -3,6 +3,7 @@ package keystore_test
 import (
 	"context"
 	"errors"
+	"runtime/debug"
 	"slices"
 	"testing"
 	"time"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // patience is how long a test waits for what should come at once.
@@ -150,6 +152,28 @@ func TestListenReportsAServerThatIsAway(t *testing.T) {
 	if err := store.Listen(t.Context(), func() { t.Error("woke") }); err == nil {
 		t.Error("no error")
 	}
+}
+
+// TestListenThatIsRefusedLeavesNoConnection: a standby refuses it, and an edge tries again every few seconds.
+func TestListenThatIsRefusedLeavesNoConnection(t *testing.T) {
+	primary := pgtest.Server(t)
+	standby, err := primary.StartStandby(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = standby.Stop(context.Background()) })
+	store := open(t, standby.URL(), keystore.Options{})
+	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // which would close what nobody has any longer
+	if err := store.Listen(t.Context(), func() { t.Error("woke") }); err == nil {
+		t.Error("a standby listens: the test shows nothing")
+	}
+	conn := connect(t, standby.URL())
+	eventually.True(t, "the connection is closed", func() (closed bool) {
+		if err := conn.QueryRow(t.Context(), `select not exists (select from pg_stat_activity where query = 'listen rekall_keys')`).Scan(&closed); err != nil {
+			t.Fatal(err)
+		}
+		return closed
+	})
 }
 
 func TestOnlySecurityChangesNotify(t *testing.T) {
