@@ -118,8 +118,13 @@ func TestIncidentSwitchRevokesTheSelectionAndNothingElse(t *testing.T) {
 			lines := 0
 			page, err := admin.Audit(t.Context(), operator, keyadmin.AuditRequest{Action: string(keyadmin.KeyRevoked)})
 			for _, e := range page.Entries {
-				if e.Details["selection"] != nil {
-					lines++
+				told, ok := e.Details["selection"].(map[string]any)
+				if !ok {
+					continue
+				}
+				lines++
+				if n, ok := told["hashes"]; ok != (selection.Hashes != nil) || ok && n != float64(len(selection.Hashes)) {
+					t.Errorf("the audit tells of %v hashes, want %d", n, len(selection.Hashes))
 				}
 			}
 			if err != nil || lines != int(count) {

@@ -121,7 +121,7 @@ func TestOneBadLineImportsNothingAndIsNamedWithoutBeingQuoted(t *testing.T) {
 		for _, field := range []string{"account", "name"} {
 			line := strings.Replace(`{"hash":"`+strings.Repeat("ab", 32)+`","account":"acme","name":"Backend","environment":"production","scopes":["memories:read"]}`,
 				`"`+field+`":"`, `"`+field+`":"`+broken, 1)
-			_, err := importText(t, admin, line, keyadmin.ImportOptions{Format: "jsonl"})
+			_, err := importText(t, admin, line, keyadmin.ImportOptions{Format: "jsonl", PlainKeys: true})
 			var bad *keyadmin.ImportError
 			if !errors.As(err, &bad) || bad.Lines[0].Field != field {
 				t.Errorf("%q: %v", line, err)
@@ -149,6 +149,22 @@ func TestImportOfNothingIsAnError(t *testing.T) {
 			if done, err := importText(t, admin, text, keyadmin.ImportOptions{Format: format}); !errors.As(err, &bad) || bad.Total != 1 {
 				t.Errorf("%s %q: %+v, %v", format, text, done, err)
 			}
+		}
+	}
+}
+
+func TestLineWithAKeyMustNotContradictIt(t *testing.T) {
+	admin, _, _ := newAdmin(t)
+	key := apikey.Generate(apikey.Production)
+	for _, test := range []struct{ fields, want string }{
+		{fmt.Sprintf(`"key":%q,"hash":"%064d"`, key, 0), "hash must be left out"},
+		{fmt.Sprintf(`"key":%q,"environment":"sandbox"`, key), "environment contradicts the prefix"},
+		{fmt.Sprintf(`"key":%q`, key[:len(key)-1]), "key is not a key"},
+	} {
+		line := `{"account":"acme","name":"Old","scopes":"memories:read",` + test.fields + "}\n"
+		_, err := importText(t, admin, line, keyadmin.ImportOptions{Format: "jsonl", PlainKeys: true})
+		if err == nil || !strings.Contains(err.Error(), test.want) || apikey.ContainsKey(err.Error()) {
+			t.Errorf("got %v, want %s", err, test.want)
 		}
 	}
 }

@@ -86,6 +86,55 @@ func TestRefusedRequestDoesNotUseUpItsIdempotencyKey(t *testing.T) {
 	}
 }
 
+func TestIdempotencyKeyThatIsNoneIsRefused(t *testing.T) {
+	admin, _, _ := newAdmin(t)
+	old := create(t, admin, request())
+	for _, key := range []string{strings.Repeat("x", 256), "a b", "a\n", "d\u00e9ploiement", apikey.Generate(apikey.Production)} {
+		r := request()
+		r.IdempotencyKey = key
+		_, _, created := admin.Create(t.Context(), operator, r)
+		_, _, rotated := admin.Rotate(t.Context(), operator, old.ID, keyadmin.RotateRequest{IdempotencyKey: key})
+		for _, err := range []error{created, rotated} {
+			var invalid *keyadmin.InvalidError
+			if !errors.As(err, &invalid) || invalid.Field != "Idempotency-Key" {
+				t.Errorf("%d characters: %v", len(key), err)
+			}
+		}
+	}
+	r := request()
+	r.IdempotencyKey = strings.Repeat("~", 255)
+	create(t, admin, r)
+}
+
+// TestKeyThatIsRevokedIsNotExpiring: nobody has to do anything about it.
+func TestKeyThatIsRevokedIsNotExpiring(t *testing.T) {
+	admin, _, _ := newAdmin(t)
+	r := request()
+	r.ExpiresIn, r.ExpiresAt = "1h", ""
+	key := create(t, admin, r)
+	if !key.Expiring {
+		t.Error("a key that ends within the hour is not expiring")
+	}
+	if _, err := admin.Revoke(t.Context(), operator, key.ID); err != nil {
+		t.Fatal(err)
+	}
+	if get(t, admin, key.ID).Expiring {
+		t.Error("it is revoked, and expiring")
+	}
+}
+
+// TestOperatorWithALongNameIsTold: the audit takes 200 characters.
+func TestOperatorWithALongNameIsTold(t *testing.T) {
+	admin, _, _ := newAdmin(t)
+	key, _, err := admin.Create(t.Context(), keyadmin.Operator(strings.Repeat("\u00f6", 300)), request())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := "cli:" + strings.Repeat("\u00f6", 200); key.CreatedBy == nil || *key.CreatedBy != want {
+		t.Errorf("created by %v, want %s", key.CreatedBy, want)
+	}
+}
+
 func TestExpiryIsAMomentOrADuration(t *testing.T) {
 	admin, _, _ := newAdmin(t)
 	r := request()
