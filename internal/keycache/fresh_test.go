@@ -641,6 +641,52 @@ func TestWatchCutsRequestsInTime(t *testing.T) {
 	}
 }
 
+// TestEachLeapLeavesTimeForOneSync: the second as much as the first.
+func TestEachLeapLeavesTimeForOneSync(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const bound = 30 * time.Second
+		logged, lines := observer.New(zap.WarnLevel)
+		c := &Cache{wake: make(chan struct{}, 1), cfg: Config{
+			Refresh: time.Second, MaxStaleness: bound, Logger: func() *zap.Logger { return zap.New(logged) },
+		}}
+		var request cutAt
+		f := Flight{request: &request}
+		c.flight.add(&f)
+		vouched := func(age time.Duration) {
+			s := newState()
+			s.syncedAt = time.Now().Add(-age)
+			s.readAt, s.gotAt, s.pgNow = s.syncedAt, s.syncedAt, s.syncedAt
+			c.flight.each(shardOf(&f.digest), func(f *Flight) { f.vouchedAt = s.syncedAt })
+			c.state.Store(s)
+		}
+		vouched(0)
+		ctx, stop := context.WithCancel(t.Context())
+		var watching sync.WaitGroup
+		watching.Go(func() { c.watch(ctx) })
+		for leap := range 2 {
+			vouched(bound)
+			<-time.After(leapGrace - time.Millisecond)
+			if len(c.wake) == 0 {
+				t.Errorf("leap %d: no sync is asked for", leap)
+			}
+			vouched(0)
+			<-time.After(leapGrace)
+		}
+		stop()
+		watching.Wait()
+		if !request.at.IsZero() {
+			t.Errorf("it was cut as %v", request.why)
+		}
+		last := time.Now()
+		if c.logLeap(last, last.Add(time.Second+leapNoticed), time.Second); lines.FilterMessage("process stood still").Len() != 0 {
+			t.Error("a look that is a little late is told of")
+		}
+		if c.logLeap(last, last.Add(time.Second+leapNoticed+1), time.Second); lines.FilterMessage("process stood still").Len() != 1 {
+			t.Error("the log does not say that the process stood still")
+		}
+	})
+}
+
 // track puts a request with the key in flight and returns the context that the cache cancels.
 func track(t *testing.T, c *Cache, key testKey) context.Context {
 	t.Helper()

@@ -173,6 +173,23 @@ func TestStandbyWhoseReplayALongReadCanStopIsWarnedOf(t *testing.T) {
 	}
 }
 
+// TestProofOfAbsenceOnAStandbyAsksForAReport: it proves nothing without one that came later, and the next may be seconds away.
+func TestProofOfAbsenceOnAStandbyAsksForAReport(t *testing.T) {
+	for _, standby := range []bool{true, false} {
+		reports := 0
+		c := newCache(t, nil, func(cfg *Config) {
+			cfg.Refresh, cfg.Report = time.Hour, func() { reports++ }
+			if standby {
+				cfg.Sent = func(uint64) (keystore.Report, bool) { return keystore.Report{}, false }
+			}
+		})
+		c.unknown.want()
+		if c.awaitSync(t.Context(), time.Now(), 0); (reports == 1) != standby {
+			t.Errorf("a standby is read: %v, and %d reports are asked for", standby, reports)
+		}
+	}
+}
+
 func TestFirstReportOnItsWayToAStandbyIsNoFaultInTheLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for within, logged := range map[time.Duration]int{time.Second: 0, 2 * firstReportWithin: 2} { // the beginning and the end

@@ -1,6 +1,7 @@
 package keycache
 
 import (
+	"context"
 	"errors"
 	"slices"
 	"strings"
@@ -92,6 +93,15 @@ func TestDelayOfARevocationEndsWhenTheEdgeTrustedNothing(t *testing.T) {
 	}
 	if got := c.Status(); got.Canary.Round(time.Second) != 10*time.Second || time.Since(got.CanaryAt) > time.Minute {
 		t.Errorf("the canary stayed allowed for %s, told at %s", got.Canary, got.CanaryAt)
+	}
+}
+
+func TestFirstSyncThatHasNotFailedYetIsWaitedForNoLongerThanTheCallerDoes(t *testing.T) {
+	c := newCache(t, nil, nil)
+	ctx, leave := context.WithCancel(t.Context())
+	leave()
+	if err := c.AwaitFirstSync(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v, want %v", err, context.Canceled)
 	}
 }
 
