@@ -121,7 +121,7 @@ func TestOneBadLineImportsNothingAndIsNamedWithoutBeingQuoted(t *testing.T) {
 		for _, field := range []string{"account", "name"} {
 			line := strings.Replace(`{"hash":"`+strings.Repeat("ab", 32)+`","account":"acme","name":"Backend","environment":"production","scopes":["memories:read"]}`,
 				`"`+field+`":"`, `"`+field+`":"`+broken, 1)
-			_, err := importText(t, admin, line, keyadmin.ImportOptions{Format: "jsonl", PlainKeys: true})
+			_, err := importText(t, admin, line, keyadmin.ImportOptions{Format: "jsonl"})
 			var bad *keyadmin.ImportError
 			if !errors.As(err, &bad) || bad.Lines[0].Field != field {
 				t.Errorf("%q: %v", line, err)
