@@ -20,6 +20,7 @@ type keyData struct {
 	Key      keyadmin.Key
 	Limits   keyadmin.Limits
 	Marks    []mark
+	Known    bool // whether the usage could be read
 	Usage    keyadmin.Usage
 	Range    string
 	Chart    chart
@@ -55,6 +56,7 @@ const movingWithin = 2 * time.Hour
 // rotation is how the traffic moves from a key to its successor.
 type rotation struct {
 	Old, New           keyadmin.Key
+	Known              bool      // whether the counts could be read
 	Since              time.Time // of the counts
 	OldCount, NewCount int64
 	Share              int64 // of the successor, in percent
@@ -97,15 +99,13 @@ func (d *Dashboard) showKeyPage(v *visit, status int, newName, problem string) e
 		return err
 	}
 	data.Limits = limits.Effective
-	if err := d.addUsage(v, &data); err != nil {
-		return err
-	}
+	d.addUsage(v, &data)
 	history, err := d.Admin.Audit(ctx, v.actor, keyadmin.AuditRequest{KeyID: key.ID, Limit: pageSize})
 	if err != nil {
 		return err
 	}
 	data.History, data.Earlier = history.Entries, history.NextCursor != ""
-	if data.Rotation, err = d.rotationOf(ctx, v.actor, key); err != nil {
+	if data.Rotation, err = d.rotationOf(v, key, data.Known); err != nil {
 		return err
 	}
 	if data.Edges, err = d.edgesOf(ctx, key); err != nil {
@@ -160,7 +160,7 @@ func (k keyData) notice(done string) string {
 }
 
 // addUsage adds what the key was used for in the range that was asked for, and its marks.
-func (d *Dashboard) addUsage(v *visit, data *keyData) error {
+func (d *Dashboard) addUsage(v *visit, data *keyData) {
 	since, draw := func(now time.Time) time.Time { return now.AddDate(0, 0, -7) }, hourly
 	data.Range = v.r.URL.Query().Get("range")
 	switch data.Range {
@@ -171,50 +171,36 @@ func (d *Dashboard) addUsage(v *visit, data *keyData) error {
 	default:
 		data.Range = "7d"
 	}
-	usage, err := v.usage(data.Key.ID, since)
-	if err != nil {
-		return err
+	usage, known := v.usage(since, data.Key.ID)[data.Key.ID]
+	if known {
+		data.Known, data.Usage, data.Chart, data.Reasons = true, usage, draw(usage, wide), reasons(usage.Total.DeniedByReason)
 	}
-	data.Usage, data.Chart, data.Reasons = usage, draw(usage, wide), reasons(usage.Total.DeniedByReason)
-	if data.Range == "24h" {
-		if usage, err = v.usage(data.Key.ID, weekStart); err != nil {
-			return err
-		}
+	if known && data.Range == "24h" {
+		usage = v.usage(weekStart, data.Key.ID)[data.Key.ID]
 	}
 	data.Marks = marks(data.Key, usage)
-	return nil
 }
 
-// usage is what one key was used for.
-func (v *visit) usage(id string, since func(now time.Time) time.Time) (keyadmin.Usage, error) {
-	all, err := v.Admin.UsageSince(v.r.Context(), v.actor, []string{id}, since)
-	usage, ok := all[id]
-	if err == nil && !ok {
-		err = keyadmin.ErrNotFound
-	}
-	return usage, err
-}
-
-// rotationOf is the rotation that a key is the old key of; nil: none, or one of its keys has ended.
-func (d *Dashboard) rotationOf(ctx context.Context, actor keyadmin.Actor, old keyadmin.Key) (*rotation, error) {
+// rotationOf is the rotation that a key is the old key of; nil: none, or one of its keys has ended. known is whether usage can be read.
+func (d *Dashboard) rotationOf(v *visit, old keyadmin.Key, known bool) (*rotation, error) {
 	if old.Successor == nil || old.Status != keyadmin.Active {
 		return nil, nil
 	}
-	successor, err := d.Admin.Get(ctx, actor, *old.Successor)
+	successor, err := d.Admin.Get(v.r.Context(), v.actor, *old.Successor)
 	if err != nil || successor.Status != keyadmin.Active {
 		return nil, err
 	}
-	usage, err := d.Admin.UsageSince(ctx, actor, []string{old.ID, successor.ID}, func(now time.Time) time.Time {
-		if recent := now.Add(-movingWithin); recent.After(successor.CreatedAt) {
-			return recent
-		}
-		return successor.CreatedAt
-	})
-	if err != nil {
-		return nil, err
+	var usage map[string]keyadmin.Usage
+	if known {
+		usage = v.usage(func(now time.Time) time.Time {
+			if recent := now.Add(-movingWithin); recent.After(successor.CreatedAt) {
+				return recent
+			}
+			return successor.CreatedAt
+		}, old.ID, successor.ID)
 	}
 	r := &rotation{
-		Old: old, New: successor, Since: usage[old.ID].From, OldCount: usage[old.ID].Total.Allowed, NewCount: usage[successor.ID].Total.Allowed,
+		Old: old, New: successor, Known: len(usage) == 2, Since: usage[old.ID].From, OldCount: usage[old.ID].Total.Allowed, NewCount: usage[successor.ID].Total.Allowed,
 	}
 	if sum := r.OldCount + r.NewCount; sum > 0 {
 		r.Share = r.NewCount * 100 / sum

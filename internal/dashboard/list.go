@@ -128,7 +128,11 @@ func (d *Dashboard) list(v *visit) error {
 	if next != "" {
 		data.Next = data.query(next)
 	}
-	usage := v.lastWeek(keys)
+	ids := make([]string, 0, len(keys))
+	for _, key := range keys {
+		ids = append(ids, key.ID)
+	}
+	usage := v.usage(weekStart, ids...)
 	for _, key := range keys {
 		data.Rows = append(data.Rows, newRow(key, usage))
 	}
@@ -182,15 +186,12 @@ func sortedPage(keys []keyadmin.Key, order func(keyadmin.Key) string, cursor str
 	return keys[:pageSize], placeOf(keys[pageSize-1]).cursor(), nil
 }
 
-// lastWeek is what keys were used for, by their ids. The list is worth more than its sparklines: it does not fail with them.
-func (v *visit) lastWeek(keys []keyadmin.Key) map[string]keyadmin.Usage {
+// usage is what keys were used for, by their ids; empty: it cannot be read. Keys are worth more than that: a page of theirs, with which they
+// are revoked, does not fail with it.
+func (v *visit) usage(since func(now time.Time) time.Time, ids ...string) map[string]keyadmin.Usage {
 	ctx, cancel := context.WithTimeout(v.r.Context(), keyadmin.AnswerWithin/2)
 	defer cancel()
-	ids := make([]string, 0, len(keys))
-	for _, key := range keys {
-		ids = append(ids, key.ID)
-	}
-	usage, err := v.Admin.UsageSince(ctx, v.actor, ids, weekStart)
+	usage, err := v.Admin.UsageSince(ctx, v.actor, ids, since)
 	if err != nil && !errors.Is(err, context.Canceled) && !errors.Is(err, keyadmin.ErrCrowded) { // both are the visitor's doing
 		v.Logger.Warn("the dashboard cannot read usage", zap.String("error", apikey.Redact(err.Error())))
 	}

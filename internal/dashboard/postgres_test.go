@@ -3,6 +3,7 @@ package dashboard_test
 import (
 	"fmt"
 	"net/http"
+	"net/url"
 	"strings"
 	"testing"
 
@@ -32,9 +33,16 @@ func TestListAsksPostgresTheSameNumberOfTimesForOneKeyAndForTwentyFive(t *testin
 	}
 }
 
-func TestListIsShownThoughUsageCannotBeRead(t *testing.T) {
+// TestKeysAreShownThoughUsageCannotBeRead: whoever sees a key can revoke it.
+func TestKeysAreShownThoughUsageCannotBeRead(t *testing.T) {
 	r := newRig(t)
-	r.key("acme", "Backend", false)
+	key, old := r.key("acme", "Backend", false), r.key("acme", "Old", false)
+	b := r.browser("ann@acme")
+	b.do("/"+old.ID+"/rotate", url.Values{"overlap": {"1d"}}).want(t, http.StatusCreated)
+	b.do("/"+key.ID, nil).want(t, http.StatusOK, "No requests in this time")
+	b.do("/"+old.ID, nil).want(t, http.StatusOK, "Neither key was used")
 	pgtest.Exec(t, r.database, "alter table rekall.spikes rename to gone")
-	r.browser("ann@acme").do("", nil).want(t, http.StatusOK, "Backend", "Not known now")
+	b.do("", nil).want(t, http.StatusOK, "Backend", "Not known now")
+	b.do("/"+key.ID, nil).want(t, http.StatusOK, "Usage cannot be read right now", "/revoke")
+	b.do("/"+old.ID+"?range=24h", nil).want(t, http.StatusOK, "Usage cannot be read right now", "Nobody can tell now", "/rotate/undo")
 }
