@@ -11,39 +11,53 @@ import (
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
-// TestRequestsOfOneActorLeaveOthersTheirTurn: whoever has stolen a key must not keep its owner from revoking it, nor anybody else.
+// TestRequestsOfOneActorLeaveOthersTheirTurn: whoever has stolen a key must not keep its owner from revoking it, nor, with others that were
+// made with it, those of other accounts from revoking theirs.
 func TestRequestsOfOneActorLeaveOthersTheirTurn(t *testing.T) {
 	admin, store, databaseURL := newAdmin(t)
 	r := request()
 	r.ManageKeys = true
-	stolen, good := create(t, admin, r), create(t, admin, r)
-	owners := []keyadmin.Actor{managing(t, store, good), must(keyadmin.Person("ann", "other")), must(keyadmin.Person("bob", "acme"))}
-	for name, actor := range map[string]keyadmin.Actor{"key": managing(t, store, stolen), "person": must(keyadmin.Person("ann", "acme"))} {
+	stolen, made, good := create(t, admin, r), create(t, admin, r), create(t, admin, r)
+	thief, owner := managing(t, store, stolen), managing(t, store, good)
+	ann, bob, stranger := must(keyadmin.Person("ann", "acme")), must(keyadmin.Person("bob", "acme")), must(keyadmin.Person("ann", "other"))
+	for name, tc := range map[string]struct {
+		flooding, others []keyadmin.Actor
+		asking           int // at once
+	}{
+		"a key":                 {[]keyadmin.Actor{thief}, []keyadmin.Actor{owner, bob, stranger}, 2},
+		"a person":              {[]keyadmin.Actor{ann}, []keyadmin.Actor{owner, bob, stranger}, 2},
+		"a key and one it made": {[]keyadmin.Actor{thief, managing(t, store, made)}, []keyadmin.Actor{stranger}, 3},
+	} {
 		t.Run(name, func(t *testing.T) {
 			other := hold(t, databaseURL, stolen.ID)
 			flood, stop := context.WithCancel(context.Background())
 			defer stop()
 			var requests sync.WaitGroup
 			for n := range 10 {
-				requests.Go(func() { _, _ = admin.Rename(flood, actor, stolen.ID, fmt.Sprint(name, n)) })
+				for _, actor := range tc.flooding {
+					requests.Go(func() { _, _ = admin.Rename(flood, actor, stolen.ID, fmt.Sprint(name, n)) })
+				}
 			}
-			pgtest.AwaitBlocked(t, databaseURL, 2)
-			for _, owner := range owners {
+			pgtest.AwaitBlocked(t, databaseURL, tc.asking)
+			for _, actor := range tc.others {
 				ctx, cancel := context.WithTimeout(t.Context(), keyadmin.AnswerWithin)
-				if _, err := admin.List(ctx, owner, keyadmin.ListRequest{WithTotal: true}); err != nil {
-					t.Errorf("%s: %v", owner, err)
+				if _, err := admin.List(ctx, actor, keyadmin.ListRequest{WithTotal: true}); err != nil {
+					t.Errorf("%s: %v", actor, err)
 				}
 				cancel()
 			}
 			late, cancel := context.WithCancel(t.Context())
 			cancel()
-			if _, err := admin.Get(late, actor, stolen.ID); !errors.Is(err, keyadmin.ErrCrowded) {
+			if _, err := admin.Get(late, tc.flooding[0], stolen.ID); !errors.Is(err, keyadmin.ErrCrowded) {
 				t.Errorf("one that has no more time to wait for its turn: %v", err)
+			}
+			if _, err := admin.Get(late, stranger, stolen.ID); err == nil || errors.Is(err, keyadmin.ErrCrowded) {
+				t.Errorf("one that has no more time, and nobody of its own before it: %v", err)
 			}
 			stop()
 			requests.Wait()
 			other.release()
-			if _, err := admin.Rename(t.Context(), actor, stolen.ID, "Renamed by "+name); err != nil {
+			if _, err := admin.Rename(t.Context(), tc.flooding[0], stolen.ID, "Renamed by "+name); err != nil {
 				t.Errorf("after the flood: %v", err)
 			}
 		})
