@@ -4,6 +4,7 @@ import (
 	"maps"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -262,7 +263,43 @@ func TestPostgresThatHangsIsAnswered503(t *testing.T) {
 	r.call("GET", path, person("ann@acme"), "").keys(t)
 	server.Pause()
 	defer server.Resume()
-	r.call("GET", path, person("ann@acme"), "").refused(t, http.StatusServiceUnavailable, "SERVICE_UNAVAILABLE", "")
+	var answers [3]reply
+	var asking sync.WaitGroup
+	for i := range answers {
+		asking.Go(func() { answers[i] = r.ask("GET", path, person("ann@acme"), "") })
+	}
+	asking.Wait()
+	crowded := 0 // who waited for the others alone, which tells nothing of Postgres
+	for _, answer := range answers {
+		answer.refused(t, http.StatusServiceUnavailable, "SERVICE_UNAVAILABLE", "")
+		if answer.Header.Get("Retry-After") == "" {
+			t.Error("no Retry-After")
+		}
+		if strings.Contains(answer.body, "Requests of yours") {
+			crowded++
+		}
+	}
+	if failed := r.failed.Load(); crowded != 1 || failed != 2 {
+		t.Errorf("%d of 3 requests were crowded, and %d failed", crowded, failed)
+	}
+}
+
+func TestAccountThatMayMakeOrRenameNoMoreKeysIsTold(t *testing.T) {
+	r := newRig(t)
+	pgtest.Exec(t, r.database, `insert into rekall.api_keys (id, account, name, environment, key_hash, scopes, created_by)
+		select 'key_' || lpad(n::text, 22, '0'), 'acme', 'n', 'sandbox', sha256(n::text::bytea), '{}', 'user:ann' from generate_series(1, $1::int) n`, keysPerDay)
+	pgtest.Exec(t, r.database, `insert into rekall.audit (actor, action, account)
+		select 'user:ann', 'key.renamed', 'acme' from generate_series(1, $1::int)`, keysPerDay)
+	for _, test := range [][4]string{
+		{"POST", path, `{"name": "a", "scopes": ["hives:read"], "environment": "sandbox"}`, "has made as many API keys"},
+		{"PATCH", path + "/key_0000000000000000000001", `{"name": "Other"}`, "has renamed API keys as often"},
+	} {
+		answer := r.call(test[0], test[1], person("ann@acme"), test[2])
+		answer.refused(t, http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDED", "")
+		if answer.Header.Get("Retry-After") == "" || !strings.Contains(answer.body, test[3]) {
+			t.Errorf("%s: Retry-After %q, %s", test[0], answer.Header.Get("Retry-After"), answer.body)
+		}
+	}
 }
 
 // A key that ended a moment ago may still be found at an edge that has not heard of it. It changes nothing, and is told what it is:

@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/getkin/kin-openapi/openapi3"
@@ -43,9 +44,13 @@ type rig struct {
 	server   *httptest.Server
 	document routers.Router
 	log      *bytes.Buffer
+	failed   atomic.Int64    // requests that could not be carried out
 	actorIs  *keyadmin.Actor // whoever asks; nil: whom the request names
 	actorErr error           // why nobody may ask
 }
+
+// keysPerDay is what an account may make in a rig.
+const keysPerDay = 1000
 
 func newRig(t *testing.T) *rig {
 	t.Helper()
@@ -59,7 +64,12 @@ func newRigOn(t *testing.T, database string, gitHub *keysapi.GitHub) *rig {
 	r := &rig{t: t, database: database, store: store, admin: keyadmin.New(store), document: document(t), log: new(bytes.Buffer)}
 	logger := zap.New(zapcore.NewCore(zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig()), zapcore.Lock(zapcore.AddSync(r.log)), zap.DebugLevel))
 	r.server = httptest.NewServer(keysapi.New(keysapi.Config{
-		Admin: r.admin, Actor: r.actor, GitHub: gitHub, Logger: logger,
+		Admin: r.admin.Limited(keysPerDay), Actor: r.actor, GitHub: gitHub, Logger: logger,
+		Answered: func(_ *http.Request, err error) {
+			if err != nil {
+				r.failed.Add(1)
+			}
+		},
 		Client: func(r *http.Request) netip.Addr {
 			address, _ := netip.ParseAddr(r.Header.Get("X-Client"))
 			return address
