@@ -126,7 +126,7 @@ func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 }
 
 // takesOneValue is what is said of an option without a value, or with several.
-const takesOneValue = "%s takes one value; a {$VARIABLE} that is not set is none"
+const takesOneValue = "%s takes one value: write exactly one, and see that each {$VARIABLE} in it is set"
 
 // takesMatcher is what is said of a directive with something else before its block.
 const takesMatcher = "%s takes a matcher, which is * or begins with / or @, and nothing else beside its block"
@@ -204,7 +204,7 @@ func parseGateway(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 			segment.Next()
 			if beside := segment.RemainingArgs(); len(beside) > 0 {
 				directive := strings.Join(beside, " ")
-				if strings.Contains(beside[0], ":") { // it is an address
+				if strings.ContainsAny(beside[0], ":./") { // it is an address: no directive's name has one of them
 					directive = "reverse_proxy " + directive
 				}
 				return nil, h.Errf("%s takes a block and nothing beside it: put '%s' into its block", option, directive)

@@ -132,6 +132,8 @@ type visit struct {
 	w     http.ResponseWriter
 	r     *http.Request
 	actor keyadmin.Actor
+
+	usageUntil time.Time // when reading usage is given up: a page has time for that once
 }
 
 // page answers a visit, or returns why it cannot, with nothing written.
@@ -204,7 +206,7 @@ var (
 	errTooMany     = refusal(http.StatusTooManyRequests, "This account has made as many keys as it may in 24 hours. Use those that it has, or ask the operator for more.")
 	errRenamed     = refusal(http.StatusTooManyRequests, "This account has renamed keys as often as it may in 24 hours. Leave their names, or ask the operator for more.")
 	errForbidden   = refusal(http.StatusForbidden, "You may not manage these keys.")
-	errCrowded     = refusal(http.StatusServiceUnavailable, "Requests of yours that came before this one took too long. Try again shortly, with fewer at a time.")
+	errCrowded     = refusal(http.StatusServiceUnavailable, "Requests of yours or of your account that came before this one took too long. Try again shortly, with fewer at a time.")
 	errUnavailable = refusal(http.StatusServiceUnavailable, "Keys cannot be managed right now. Try again shortly.")
 )
 

@@ -13,8 +13,6 @@ import (
 	"strings"
 	"time"
 
-	"go.uber.org/zap"
-
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
@@ -189,11 +187,14 @@ func sortedPage(keys []keyadmin.Key, order func(keyadmin.Key) string, cursor str
 // usage is what keys were used for, by their ids; empty: it cannot be read. Keys are worth more than that: a page of theirs, with which they
 // are revoked, does not fail with it.
 func (v *visit) usage(since func(now time.Time) time.Time, ids ...string) map[string]keyadmin.Usage {
-	ctx, cancel := context.WithTimeout(v.r.Context(), keyadmin.AnswerWithin/2)
+	if v.usageUntil.IsZero() {
+		v.usageUntil = time.Now().Add(keyadmin.AnswerWithin / 2)
+	}
+	ctx, cancel := context.WithDeadline(v.r.Context(), v.usageUntil)
 	defer cancel()
 	usage, err := v.Admin.UsageSince(ctx, v.actor, ids, since)
-	if err != nil && !errors.Is(err, context.Canceled) && !errors.Is(err, keyadmin.ErrCrowded) { // both are the visitor's doing
-		v.Logger.Warn("the dashboard cannot read usage", zap.String("error", apikey.Redact(err.Error())))
+	if !errors.Is(err, context.Canceled) && !errors.Is(err, keyadmin.ErrCrowded) { // both are the visitor's doing
+		v.State.noteUsage(v.Logger, err)
 	}
 	return usage
 }

@@ -44,5 +44,12 @@ func TestKeysAreShownThoughUsageCannotBeRead(t *testing.T) {
 	pgtest.Exec(t, r.database, "alter table rekall.spikes rename to gone")
 	b.do("", nil).want(t, http.StatusOK, "Backend", "Not known now")
 	b.do("/"+key.ID, nil).want(t, http.StatusOK, "Usage cannot be read right now", "/revoke")
-	b.do("/"+old.ID+"?range=24h", nil).want(t, http.StatusOK, "Usage cannot be read right now", "Nobody can tell now", "/rotate/undo")
+	b.do("/"+old.ID+"?range=24h", nil).want(t, http.StatusOK, "Usage cannot be read right now", "/rotate/undo")
+	pgtest.Exec(t, r.database, "alter table rekall.gone rename to spikes")
+	b.do("/"+old.ID, nil).want(t, http.StatusOK, "Neither key was used")
+	for _, line := range []string{"cannot read usage", "can read usage again"} {
+		if n := strings.Count(r.log.String(), line); n != 1 {
+			t.Errorf("%d lines %q", n, line)
+		}
+	}
 }

@@ -217,7 +217,7 @@ func (v *visit) showSignIn(status int, data signInData) {
 	}
 }
 
-// comeBack is the page that a visitor asked for, or where the form stands that they sent: for a sandbox key, none for a production key.
+// comeBack is the page that a visitor asked for, or that has the form which they sent: that of a new key with the environment chosen in it.
 func (v *visit) comeBack() string {
 	path, query := v.r.URL.EscapedPath(), v.r.URL.RawQuery
 	if v.r.Method == http.MethodPost {

@@ -7,7 +7,10 @@ import (
 	"sync"
 	"time"
 
+	"go.uber.org/zap"
+
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/internal/outage"
 )
 
 const (
@@ -27,13 +30,16 @@ type State struct {
 	cancel   context.CancelFunc
 	running  sync.WaitGroup
 
-	mu      sync.Mutex
-	watches map[string]*watch
+	mu           sync.Mutex
+	watches      map[string]*watch
+	readingUsage outage.Kind
 }
 
 // NewState returns a State, to be closed.
 func NewState(admin *keyadmin.Admin) *State {
-	s := &State{admin: admin, watches: map[string]*watch{}}
+	s := &State{admin: admin, watches: map[string]*watch{}, readingUsage: outage.Kind{
+		Begins: "the dashboard cannot read usage", Over: "the dashboard can read usage again", Level: zap.WarnLevel,
+	}}
 	s.sessions = sessions{now: time.Now, byID: map[[sha256.Size]byte]*session{}, ofKey: map[string]map[[sha256.Size]byte]*session{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
@@ -43,6 +49,14 @@ func NewState(admin *keyadmin.Admin) *State {
 func (s *State) Close() {
 	s.cancel()
 	s.running.Wait()
+}
+
+// noteUsage takes how reading usage has ended. A live page does so every second.
+func (s *State) noteUsage(logger *zap.Logger, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	failures := outage.Failures{Logger: func() *zap.Logger { return logger }}
+	failures.Note(&s.readingUsage, err)
 }
 
 // watch is what the edges have said of one revocation so far.

@@ -100,7 +100,7 @@ var (
 	errRenamedTooOften = apierror.New(http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDED",
 		"This account has renamed API keys as often as it may in 24 hours. Leave their names, or ask the operator for more.")
 	errCrowded = apierror.New(http.StatusServiceUnavailable, "SERVICE_UNAVAILABLE",
-		"Requests of yours that came before this one took too long. Try again shortly, with fewer at a time.")
+		"Requests of yours or of your account that came before this one took too long. Try again shortly, with fewer at a time.")
 	errUnavailable = apierror.New(http.StatusServiceUnavailable, "SERVICE_UNAVAILABLE",
 		"API keys cannot be managed right now. Try again shortly.")
 )

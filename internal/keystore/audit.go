@@ -37,8 +37,8 @@ values ($1, $2, nullif($3, ''), nullif($4, ''), nullif($5, ''), $6::jsonb)`,
 		entry.Actor, entry.Action, entry.KeyID, entry.Account, entry.Environment, string(text))
 }
 
-// RenamedFor is FullFor for renaming keys, whose lines in the audit are never deleted. Nobody waits for others: those who rename at the
-// same moment may go beyond limit together, once in 24 hours.
+// RenamedFor is FullFor for renaming keys, whose lines in the audit are never deleted. It looks at the account's newest lines only, ten times
+// limit. Nobody waits for others: those who rename at the same moment may go beyond limit together, once in 24 hours.
 func (t *Tx) RenamedFor(ctx context.Context, account string, limit int) (wait time.Duration, err error) {
 	err = t.tx.QueryRow(ctx, `
 select at + interval '24 hours' - statement_timestamp() from (

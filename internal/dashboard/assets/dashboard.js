@@ -7,7 +7,7 @@ for (const form of document.querySelectorAll("form[data-once]")) {
     if (form.dataset.sent) event.preventDefault();
     else if (!event.submitter?.name) form.dataset.sent = "yes";
   });
-  // Unless that was stopped: then nothing else would come.
+  // A navigation that was stopped brings no page: the form can be sent again.
   window.navigation?.addEventListener("navigateerror", () => delete form.dataset.sent);
 }
 
@@ -88,7 +88,7 @@ const poll = () => {
       if (part.dataset.news && part.dataset.news !== said) news.textContent = part.dataset.news;
     }
     if (next && !next.body.dataset.live) return;
-    const seldom = document.hidden || performance.now() > 90000; // a rotation lasts for days, the end of a key a minute
+    const seldom = document.hidden || performance.now() > 90000; // a revocation is confirmed within a minute, a rotation lasts for days
     setTimeout(poll, seldom ? 10000 : 1000);
   };
   request.send();
