@@ -12,6 +12,20 @@ import (
 	"github.com/redis/go-redis/v9/maintnotifications"
 )
 
+// nameOf is Lua for the name of the data: empty if it has none, false or nil if it is not one that edges give. Whoever has Redis's password
+// may have written any other, such as one with a space: a bucket that bore it would be taken for a whole one, for ever. Or one of
+// megabytes, which nobody may read.
+const nameOf = `
+local function nameOf(data)
+	local length = redis.call('HSTRLEN', data, 'name')
+	if length == 0 then
+		return ''
+	end
+	return length == 26 and string.match(redis.call('HGET', data, 'name'), '^[A-Z2-7]+$')
+end
+local misnamed = redis.error_reply('MISNAMED the data of redis had a name that no edge has given it')
+`
+
 // exchangeScript settles with the bucket of one key and leases from it: GCRA in microseconds of Redis's own clock, the only one that
 // all edges share. What was spent counts whatever the bucket holds; more is leased only from what it has left.
 //
@@ -19,8 +33,12 @@ import (
 // that. Where the data has another name than this edge knows, Redis was emptied, or has come back with older data: nothing is leased of a
 // bucket that is whole because it was forgotten. A bucket bears the name of the data that it belongs to: one from before is forgotten, since
 // edges tell all of what they let through.
-var exchangeScript = redis.NewScript(`
-if redis.call('HGET', KEYS[2], 'name') ~= ARGV[5] then
+var exchangeScript = redis.NewScript(nameOf + `
+local current = nameOf(KEYS[2])
+if not current then
+	return misnamed
+end
+if current ~= ARGV[5] then
 	return redis.error_reply('EMPTIED redis was emptied')
 end
 local time = redis.call('TIME')
@@ -103,12 +121,23 @@ const (
 	dataFor = 24 * time.Hour    // each probe prolongs it; longer than outages, after which it must not seem that Redis was emptied
 )
 
-// renameScript gives data that has a name another one, unless another edge has done so, and returns what it is.
-var renameScript = redis.NewScript(`
-if redis.call('HGET', KEYS[1], 'name') == ARGV[1] then
-	redis.call('HSET', KEYS[1], 'name', ARGV[2])
+// probeScript counts a probe and returns the name of the data and how many probes it has seen. It gives a new name to data that has none,
+// that has seen fewer probes than the edge knows of, or that somebody else has named, which is a failure all the same. That is one step
+// for Redis: of edges that probe at once, the first names the data for all.
+var probeScript = redis.NewScript(nameOf + `
+local name = nameOf(KEYS[1])
+if name == '' or not name then
+	redis.call('HSET', KEYS[1], 'name', ARGV[1])
 end
-return redis.call('HGET', KEYS[1], 'name')
+if not name then
+	return misnamed
+end
+local probes = redis.call('HINCRBY', KEYS[1], 'probes', ARGV[4])
+redis.call('EXPIRE', KEYS[1], ARGV[5])
+if name == ARGV[2] and probes < tonumber(ARGV[3]) then
+	redis.call('HSET', KEYS[1], 'name', ARGV[1])
+end
+return {redis.call('HGET', KEYS[1], 'name'), probes}
 `)
 
 // nameOfData returns a name that Redis keeps as long as it keeps the buckets, and gives it one if it has none: it is new, or was
@@ -116,27 +145,16 @@ return redis.call('HGET', KEYS[1], 'name')
 // now and then: it is told of all keys as if it had been emptied, so it gets another name. An edge that is new, or does without Redis,
 // reads the number and adds nothing: it would hide from the others that theirs are missing.
 func (s *store) nameOfData(ctx context.Context) (string, error) {
-	const doing = "ask redis for the name of its data"
-	pipe := s.client.Pipeline()
-	pipe.HSetNX(ctx, dataKey, "name", rand.Text())
-	current := pipe.HGet(ctx, dataKey, "name")
 	var one int64
 	if s.data != "" && !s.fallback.Load() {
 		one = 1
 	}
-	probes := pipe.HIncrBy(ctx, dataKey, "probes", one)
-	pipe.Expire(ctx, dataKey, dataFor)
-	if _, err := pipe.Exec(ctx); err != nil {
-		return "", fmt.Errorf("%s: %w", doing, err)
+	answer, err := probeScript.Run(ctx, s.client, []string{dataKey}, rand.Text(), s.data, s.probes+one, one, int(dataFor.Seconds())).Slice()
+	if err != nil {
+		return "", fmt.Errorf("ask redis for the name of its data: %w", err)
 	}
-	name := current.Val()
-	if name == s.data && probes.Val() < s.probes+one {
-		var err error
-		if name, err = renameScript.Run(ctx, s.client, []string{dataKey}, name, rand.Text()).Text(); err != nil {
-			return "", fmt.Errorf("%s: %w", doing, err)
-		}
-	}
-	s.probes = probes.Val()
+	name, _ := answer[0].(string)
+	s.probes, _ = answer[1].(int64)
 	return name, nil
 }
 

@@ -396,7 +396,7 @@ func (s *store) probe(ctx context.Context) {
 	for _, l := range s.followed {
 		l.due = 0
 	}
-	// It may answer probes alone, such as to a user who may not run the script, and there may be nothing to settle.
+	// It may answer probes alone, such as to a user who may not write buckets, and there may be nothing to settle.
 	if !s.exchange(ctx, []settlement{trial()}) || !s.settle(ctx, s.followed) {
 		s.forget()
 		return

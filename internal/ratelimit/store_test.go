@@ -738,6 +738,85 @@ func TestAnEdgeThatIsNewDoesNotHideFromTheOthersThatRedisHasOlderData(t *testing
 	}
 }
 
+// TestNameThatNoEdgeGaveTheDataIsReplacedAndLiftsNoLimit plays somebody who has, or had, Redis's password.
+func TestNameThatNoEdgeGaveTheDataIsReplacedAndLiftsNoLimit(t *testing.T) {
+	const edges = 2
+	limit, d := Limit{PerMinute: 6, Burst: 76}, digest(1)
+	for what, name := range map[string]string{
+		"a space":                        "x y",
+		"a space, and as long as a name": strings.Repeat("x ", 13),
+		"megabytes":                      strings.Repeat("A", 8<<20),
+		"empty":                          "",
+	} {
+		t.Run(what, func(t *testing.T) {
+			server := redistest.Server(t, devenv.RedisOptions{})
+			client := connect(t, server.URL())
+			var all [edges]*edgeUnderTest
+			for i := range all {
+				l, log := newShared(t, server.URL(), edges)
+				all[i] = &edgeUnderTest{Limiter: l, log: log}
+				l.store.probe(t.Context())
+			}
+			use := func() (allowed int64) { // in turns: an edge remembers no more than its part of the burst
+				for range limit.depth() {
+					for _, e := range all {
+						if e.ask(d, limit).Allowed {
+							allowed++
+						}
+						settle(t, e.store)
+					}
+				}
+				return allowed
+			}
+			use()
+			sent := func() int64 {
+				_, text, _ := strings.Cut(client.Info(t.Context(), "stats").Val(), "total_net_output_bytes:")
+				text, _, _ = strings.Cut(text, "\r")
+				n, err := strconv.ParseInt(text, 10, 64)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return n
+			}
+			before := sent()
+			if err := client.HSet(t.Context(), dataKey, "name", name).Err(); err != nil {
+				t.Fatal(err)
+			}
+			probe := func() {
+				var probing sync.WaitGroup
+				for _, e := range all {
+					probing.Go(func() { e.store.probe(t.Context()) })
+				}
+				probing.Wait()
+			}
+			probe()
+			misnamed := 0
+			for i, e := range all {
+				if !e.Status().Fallback || e.log.lines(begins) != 1 {
+					t.Errorf("edge %d does not go on by its part of the limits, or does not say so once:\n%s", i, e.log)
+				}
+				misnamed += e.log.lines("MISNAMED the data of redis had a name that no edge has given it")
+			}
+			if name != "" && misnamed != 1 {
+				t.Errorf("%d edges say that the name is nobody's, want the one that replaces it", misnamed)
+			}
+			eventually.True(t, "the fallback ends", func() bool {
+				probe()
+				return !all[0].Status().Fallback && !all[1].Status().Fallback
+			})
+			if n := sent() - before; n > 1<<20 {
+				t.Errorf("Redis has sent %d bytes, want that the name is not read", n)
+			}
+			if one, other := all[0].store.data, all[1].store.data; one == name || one != other || one != client.HGet(t.Context(), dataKey, "name").Val() {
+				t.Errorf("the data is %.40q to one edge, and %.40q to the other", one, other)
+			}
+			if n := use(); n > limit.depth()/2 {
+				t.Errorf("%d more requests were let through, of a key that has had its burst of %d", n, limit.depth())
+			}
+		})
+	}
+}
+
 func TestAnOutageOfHoursDoesNotPassForARedisThatWasEmptied(t *testing.T) {
 	server := redistest.Server(t, devenv.RedisOptions{})
 	l, _ := newShared(t, server.URL(), 1)
@@ -803,11 +882,11 @@ func TestCauseOfAnOutageIsLoggedThoughALessTellingErrorCameBefore(t *testing.T) 
 		}
 		wantCause(t, e, "NOAUTH")
 	})
-	t.Run("connection lost to a Redis that answers probes and does not run the script", func(t *testing.T) {
+	t.Run("connection lost to a Redis that answers probes and no exchange", func(t *testing.T) {
 		server := redistest.Server(t, devenv.RedisOptions{})
 		e, client := startEdges(t, server.URL(), 1)[0], connect(t, server.URL())
 		eventually.True(t, "it is connected", func() bool { return e.store.connected.Load() })
-		forbidScripts(t, client)
+		forbidBuckets(t, client)
 		if err := client.ClientKillByFilter(t.Context(), "TYPE", "normal", "SKIPME", "yes").Err(); err != nil {
 			t.Fatal(err)
 		}
@@ -827,17 +906,17 @@ func TestCauseOfAnOutageIsLoggedThoughALessTellingErrorCameBefore(t *testing.T) 
 	})
 }
 
-// forbidScripts leaves the edge what a probe needs.
-func forbidScripts(t *testing.T, client *redis.Client) {
+// forbidBuckets leaves the edge what a probe needs.
+func forbidBuckets(t *testing.T, client *redis.Client) {
 	t.Helper()
-	if err := client.Do(t.Context(), "acl", "setuser", "default", "-evalsha", "-eval", "-script").Err(); err != nil {
+	if err := client.Do(t.Context(), "acl", "setuser", "default", "resetkeys", "~"+dataKey).Err(); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func allowScripts(t *testing.T, client *redis.Client) {
+func allowBuckets(t *testing.T, client *redis.Client) {
 	t.Helper()
-	if err := client.Do(t.Context(), "acl", "setuser", "default", "+@all").Err(); err != nil {
+	if err := client.Do(t.Context(), "acl", "setuser", "default", "allkeys").Err(); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -897,7 +976,7 @@ func TestLeasesOfKeysThatNoLongerComeAreDroppedThoughRedisAnswersProbes(t *testi
 	l, log := newShared(t, server.URL(), 1)
 	e, client := &edgeUnderTest{Limiter: l, log: log}, connect(t, server.URL())
 	l.store.probe(t.Context())
-	forbidScripts(t, client)
+	forbidBuckets(t, client)
 	limit := Limit{PerMinute: 6000, Burst: 6000}
 	for i := range 50 {
 		e.ask(digest(i), limit)
@@ -914,7 +993,7 @@ func TestLeasesOfKeysThatNoLongerComeAreDroppedThoughRedisAnswersProbes(t *testi
 	if !l.Status().Fallback || log.lines("\n") != 1 {
 		t.Errorf("with nothing to settle, the fallback is said to end and to begin:\n%s", log)
 	}
-	allowScripts(t, client)
+	allowBuckets(t, client)
 	eventually.True(t, "the fallback ends", func() bool {
 		l.store.probe(t.Context())
 		return !l.Status().Fallback
