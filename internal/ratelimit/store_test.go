@@ -941,7 +941,6 @@ func load(e *edgeUnderTest) (stop func()) {
 	}
 }
 
-// TestLeasesOfKeysThatNoLongerComeAreDroppedThoughRedisAnswersProbes: they would be settled in vain at each probe, and be ever more.
 func TestLeasesOfKeysThatNoLongerComeAreDroppedInAnOutage(t *testing.T) {
 	l, _ := newShared(t, "redis://127.0.0.1:1", 1)
 	for n := range 50 {
@@ -971,6 +970,7 @@ func TestCauseOfEachOutageIsLoggedThoughTheOneBeforeWasExplained(t *testing.T) {
 	}
 }
 
+// TestLeasesOfKeysThatNoLongerComeAreDroppedThoughRedisAnswersProbes: they would be settled in vain at each probe, and be ever more.
 func TestLeasesOfKeysThatNoLongerComeAreDroppedThoughRedisAnswersProbes(t *testing.T) {
 	server := redistest.Server(t, devenv.RedisOptions{})
 	l, log := newShared(t, server.URL(), 1)
