@@ -349,7 +349,12 @@ func TestRuntimeThatEndsWaitsForTheGoodbyesOfRequestsThatItCuts(t *testing.T) {
 			go func() {
 				defer close(said)
 				<-request.cut
-				<-time.After(cutGrace / 10)
+				rt.running.Wait() // as close does
+				for range 3 {     // close would have ended by then
+					if _, err := rt.store.CountEdges(t.Context()); err != nil {
+						t.Errorf("the runtime has released what it had opened before its request has ended: %v", err)
+					}
+				}
 				rt.cache.Untrack(&request.flight)
 			}()
 		}
