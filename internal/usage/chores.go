@@ -56,8 +56,10 @@ func (c *Counter) doChores(ctx context.Context) {
 		for i := range chores {
 			chore := &chores[i]
 			mine, err := c.doChore(ctx, chore)
-			if chore.more = errors.Is(err, errMore); chore.more {
-				err = nil
+			if mine { // else the connection was lost, say, and there is as much left as before
+				if chore.more = errors.Is(err, errMore); chore.more {
+					err = nil
+				}
 			}
 			if ctx.Err() != nil || err == nil && !mine && chore.undone { // to be told that it is not its turn shows nothing
 				continue

@@ -56,9 +56,9 @@ type Counter struct {
 	flushed, flushErrors, dropped, spikes atomic.Uint64
 
 	// Of the flush loop.
-	taken    []taken // to be flushed, sorted; the first batch may have been applied already
-	sequence int64   // of the next flush
-	timeout  time.Duration
+	taken    []taken       // to be flushed, sorted; the first batch may have been applied already
+	sequence int64         // of the next flush
+	timeout  time.Duration // of the next try of a batch
 
 	thresholds map[string]threshold // of the spike check
 

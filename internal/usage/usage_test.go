@@ -315,9 +315,14 @@ type choreful struct {
 	fails   atomic.Bool
 	claimed map[string]time.Time
 	old     int // batches of counts that are past their retention; each takes a second to remove
+	asked   int // for a turn
+	loses   int // the connection each so many times that it is asked for a turn; 0: never
 }
 
 func (s *choreful) ClaimChore(_ context.Context, name string, period time.Duration) (bool, error) {
+	if s.asked++; s.loses > 0 && s.asked%s.loses == 0 {
+		return false, errLost
+	}
 	if time.Since(s.claimed[name]) < period {
 		return false, nil
 	}
@@ -349,19 +354,23 @@ func (s *choreful) ForgetUsage(ctx context.Context, _ time.Duration, limit int) 
 
 // TestManyCountsPastTheirRetentionAreForgottenWithinHours: else more might come than go.
 func TestManyCountsPastTheirRetentionAreForgottenWithinHours(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		store := &choreful{claimed: map[string]time.Time{}, old: 3000}
-		c, logs := newCounter(store, 0)
-		ctx, stop := context.WithCancel(t.Context())
-		var running sync.WaitGroup
-		running.Go(func() { c.Run(ctx) })
-		<-time.After(3 * time.Hour)
-		stop()
-		running.Wait()
-		if store.old > 0 || logs.Len() > 0 {
-			t.Errorf("%d batches are left; log: %v", store.old, logs.All())
-		}
-	})
+	for name, loses := range map[string]int{"without a failure": 0, "though connections are lost between turns": 5} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				store := &choreful{claimed: map[string]time.Time{}, old: 3000, loses: loses}
+				c, logs := newCounter(store, 0)
+				ctx, stop := context.WithCancel(t.Context())
+				var running sync.WaitGroup
+				running.Go(func() { c.Run(ctx) })
+				<-time.After(3 * time.Hour)
+				stop()
+				running.Wait()
+				if store.old > 0 || loses == 0 && logs.Len() > 0 {
+					t.Errorf("%d batches are left; log: %v", store.old, logs.All())
+				}
+			})
+		})
+	}
 }
 
 func TestFailureOfAChoreIsLoggedOnceWhenItBeginsAndOnceWhenItEnds(t *testing.T) {
