@@ -125,7 +125,11 @@ func (l *Link) copy(to, from net.Conn) {
 func (l *Link) Stall() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.passing = make(chan struct{})
+	select {
+	case <-l.passing:
+		l.passing = make(chan struct{})
+	default: // stalled already: bytes wait for this one
+	}
 }
 
 // Refuse ends all connections and takes no new ones, until Resume or Heal.
