@@ -2,6 +2,7 @@ package keystore
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -109,6 +110,14 @@ type SeenEdge struct {
 	Applied                         bool          // whether it has applied the transaction that was asked about
 }
 
+// maxEdges bounds what is read of rows that an edge which was taken over has made up. Many more than these would exhaust the memory of
+// whoever manages keys.
+const maxEdges = 10_000
+
+// ErrTooManyEdges says that there are more rows of edges than are read.
+var ErrTooManyEdges = errors.New("table rekall.edges has more than 10000 rows, which can hardly be edges: lock the database user out that " +
+	"has written them, and remove them (see \"After a break-in at an edge\" in SECURITY.md)")
+
 // Edges returns all edges, which of them have applied this server's transaction xid (0: none is asked about), and the server.
 func (s *Store) Edges(ctx context.Context, xid uint64) (edges []SeenEdge, server Server, err error) {
 	// One transaction is on one server, even behind a pooler.
@@ -117,13 +126,18 @@ func (s *Store) Edges(ctx context.Context, xid uint64) (edges []SeenEdge, server
 			return err
 		}
 		rows, _ := tx.Query(ctx, `
-select instance, name, region, version, max_staleness, synced_at, seen_at, age, `+liveEdge+`,
-	coalesce(pg_visible_in_snapshot($1::xid8, applied) and applied_on = $2, false)
-from `+agedEdges+` order by name, instance`, xid, server.String()) // CollectRows returns its error
+select * from (
+	select instance, name, region, version, max_staleness, synced_at, seen_at, age, `+liveEdge+`,
+		coalesce(pg_visible_in_snapshot($1::xid8, applied) and applied_on = $2, false)
+	from `+agedEdges+` limit $3
+) first order by name, instance`, xid, server.String(), maxEdges+1) // CollectRows returns its error
 		edges, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (e SeenEdge, err error) {
 			err = row.Scan(&e.Instance, &e.Name, &e.Region, &e.Version, &e.MaxStaleness, &e.SyncedAt, &e.SeenAt, &e.Age, &e.Live, &e.Applied)
 			return e, err
 		})
+		if len(edges) > maxEdges {
+			return ErrTooManyEdges
+		}
 		return err
 	})
 	if err != nil {

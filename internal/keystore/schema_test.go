@@ -238,3 +238,20 @@ func TestMigrationClearsWhatNoFlushWouldComeThroughWith(t *testing.T) {
 		t.Errorf("%+v, %v", edges, err)
 	}
 }
+
+// TestRowsOfEdgesAreReadUpToABound: an edge that was taken over may make up as many as it likes.
+func TestRowsOfEdgesAreReadUpToABound(t *testing.T) {
+	databaseURL := pgtest.Migrated(t)
+	store, conn := open(t, databaseURL, keystore.Options{}), connect(t, databaseURL)
+	const most = 10_000
+	exec(t, conn, `insert into rekall.edges (instance, name, region, version, max_staleness, started_at, beat)
+		select lpad(n::text, 22, '0'), 'edge', '', '', '30s', now(), 1 from generate_series(1, $1::int) n`, most)
+	if edges, _, err := store.Edges(t.Context(), 0); err != nil || len(edges) != most || edges[0].Instance > edges[1].Instance {
+		t.Errorf("%d edges, %v", len(edges), err)
+	}
+	exec(t, conn, `insert into rekall.edges select lpad('0', 22, 'x'), name, region, version, max_staleness, started_at, seen_at, beat
+		from rekall.edges limit 1`)
+	if edges, _, err := store.Edges(t.Context(), 0); !errors.Is(err, keystore.ErrTooManyEdges) || len(edges) != 0 {
+		t.Errorf("%d edges, %v, want %v", len(edges), err, keystore.ErrTooManyEdges)
+	}
+}
