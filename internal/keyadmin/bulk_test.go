@@ -1,6 +1,7 @@
 package keyadmin_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -8,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/jackc/pgx/v5"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
@@ -65,6 +68,47 @@ func TestRevocationIsNotConfirmedByAnotherServer(t *testing.T) {
 	if err := after.WaitRevoked(t.Context(), key.ID, none); err != nil {
 		t.Errorf("a key that is revoked there: %v", err)
 	}
+}
+
+// TestWaitThatCannotAskTheEdgesEndsAndSaysThatTheRevocationIsInForce plays an edge that was taken over.
+func TestWaitThatCannotAskTheEdgesEndsAndSaysThatTheRevocationIsInForce(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	key := create(t, admin, request())
+	revocation, err := admin.RevokeMany(t.Context(), operator, keyadmin.Selection{Account: key.Account}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	none := func(keyadmin.Confirmation) {}
+	waits := map[string]func(context.Context) error{
+		"of one":  func(ctx context.Context) error { return admin.WaitRevoked(ctx, key.ID, none) },
+		"of many": func(ctx context.Context) error { return admin.Wait(ctx, revocation, none) },
+	}
+	want := func(why error) {
+		t.Helper()
+		for of, wait := range waits {
+			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+			defer cancel()
+			err := wait(ctx)
+			if ctx.Err() != nil || !errors.Is(err, why) || !strings.HasSuffix(err.Error(), ". Every edge refuses what is revoked within 60 seconds") {
+				t.Errorf("the wait for a revocation %s ends with %v, and the test with %v", of, err, ctx.Err())
+			}
+		}
+	}
+	pgtest.Exec(t, databaseURL, `insert into rekall.edges (instance, name, region, version, max_staleness, started_at, beat)
+		select lpad(n::text, 22, '0'), 'forged', '', '', '59s', now(), 1 from generate_series(1, 10001) n`)
+	want(keystore.ErrTooManyEdges)
+	keyadmin.WaitFor(t, time.Second)
+	pgtest.Exec(t, databaseURL, `delete from rekall.edges where instance like '%1'`)
+	want(context.DeadlineExceeded) // of edges that never confirm it
+	conn, err := pgx.Connect(t.Context(), databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close(context.Background()) }()
+	if _, err := conn.Exec(t.Context(), `begin; lock table rekall.edges`); err != nil {
+		t.Fatal(err)
+	}
+	want(context.DeadlineExceeded)
 }
 
 func revokedNames(t *testing.T, admin *keyadmin.Admin, keys map[string]keyadmin.Key) string {

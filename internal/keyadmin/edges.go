@@ -89,8 +89,18 @@ type Revocation struct {
 var errOtherServer = errors.New("database has become another server, or was restarted, since the keys were revoked: revoke them again, " +
 	"which changes nothing if the revocation was not lost")
 
+// waitFor bounds a wait though Postgres hangs: by then every edge refuses what is revoked.
+var waitFor = time.Minute
+
+// stillInForce says of a revocation that the edges cannot be asked about what holds without them.
+func stillInForce(err error) error {
+	return fmt.Errorf("%w. Every edge refuses what is revoked within 60 seconds", err)
+}
+
 // WaitRevoked is Wait for one revoked key.
 func (a *Admin) WaitRevoked(ctx context.Context, id string, progress func(Confirmation)) error {
+	ctx, cancel := context.WithTimeout(ctx, waitFor)
+	defer cancel()
 	revocation := Revocation{Count: 1}
 	err := a.store.Change(ctx, func(tx *keystore.Tx) error {
 		row, err := tx.Get(ctx, keystore.Everything(), id)
@@ -114,11 +124,13 @@ func (a *Admin) WaitRevoked(ctx context.Context, id string, progress func(Confir
 // max_staleness has passed since. progress is called once for each edge. It ends within 60 seconds, or with ctx; and with an error if
 // the database becomes another server.
 func (a *Admin) Wait(ctx context.Context, revocation Revocation, progress func(Confirmation)) error {
+	ctx, cancel := context.WithTimeout(ctx, waitFor)
+	defer cancel()
 	done := make(map[string]bool)
 	for began := time.Now(); ; {
 		seen, server, err := a.store.Edges(ctx, revocation.xid)
 		if err != nil {
-			return err
+			return stillInForce(err)
 		}
 		if server.String() != revocation.server.String() {
 			return errOtherServer
@@ -150,7 +162,7 @@ func (a *Admin) Wait(ctx context.Context, revocation Revocation, progress func(C
 		select {
 		case <-time.After(poll):
 		case <-ctx.Done():
-			return ctx.Err()
+			return stillInForce(ctx.Err())
 		}
 	}
 }
