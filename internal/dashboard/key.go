@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"go.uber.org/zap"
+
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
@@ -108,9 +110,7 @@ func (d *Dashboard) showKeyPage(v *visit, status int, newName, problem string) e
 	if data.Rotation, err = d.rotationOf(v, key, data.Known); err != nil {
 		return err
 	}
-	if data.Edges, err = d.edgesOf(ctx, key); err != nil {
-		return err
-	}
+	data.Edges = d.edgesOf(ctx, key)
 	done := v.r.URL.Query().Get("done")
 	page := layout{Title: key.Name, Notice: data.notice(done)}
 	if problem != "" {
@@ -226,31 +226,37 @@ func (d *Dashboard) heir(ctx context.Context, actor keyadmin.Actor, history []ke
 	return &key, nil
 }
 
-// edgesOf is how far a revocation has come; nil: the key is not revoked, or was so long ago that every edge refuses it.
-func (d *Dashboard) edgesOf(ctx context.Context, key keyadmin.Key) (*edges, error) {
+// edgesOf is how far a revocation has come; nil: the key is not revoked, or was so long ago that every edge refuses it. Where the edges
+// cannot be asked it says what holds all the same.
+func (d *Dashboard) edgesOf(ctx context.Context, key keyadmin.Key) *edges {
 	if key.RevokedAt == nil {
-		return nil, nil
+		return nil
 	}
 	if time.Since(*key.RevokedAt) < watchFor {
 		d.State.watchRevocation(key.ID, false)
 	}
 	confirmed, done, watched := d.State.seen(key.ID)
 	if !watched && time.Since(*key.RevokedAt) >= watchFor {
-		return nil, nil
+		return nil
 	}
 	e := &edges{Confirmed: confirmed, Watched: watched, Done: done}
 	e.All = !slices.ContainsFunc(confirmed, func(c keyadmin.Confirmation) bool { return !c.Confirmed })
 	if done || !watched {
-		return e, nil
+		return e
 	}
+	ctx, cancel := context.WithTimeout(ctx, keyadmin.AnswerWithin/4)
+	defer cancel()
 	all, err := d.Admin.Edges(ctx)
 	if err != nil {
-		return nil, err
+		if !errors.Is(err, context.Canceled) { // by the visitor
+			d.Logger.Warn("the dashboard cannot list edges", zap.String("error", apikey.Redact(err.Error())))
+		}
+		return new(edges)
 	}
 	e.Waiting = slices.DeleteFunc(all, func(edge keyadmin.Edge) bool {
 		return slices.ContainsFunc(confirmed, func(c keyadmin.Confirmation) bool { return c.Instance == edge.Instance })
 	})
-	return e, nil
+	return e
 }
 
 func (d *Dashboard) rename(v *visit) error {

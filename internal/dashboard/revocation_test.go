@@ -113,6 +113,17 @@ func TestRevocationIsWatchedAgainAfterPostgresWasAway(t *testing.T) {
 	b.awaitPage(key.ID, "Waiting for the edges")
 }
 
+// TestRevokedKeyIsShownThoughTheEdgesCannotBeAsked: whoever revokes a key then is told that it is in force.
+func TestRevokedKeyIsShownThoughTheEdgesCannotBeAsked(t *testing.T) {
+	r := newRig(t)
+	key := r.key("acme", "Key", false)
+	pgtest.Exec(t, r.database, `insert into rekall.edges (instance, name, region, version, max_staleness, started_at, beat)
+		select lpad(n::text, 22, '0'), 'forged', '', '', '59s', now(), 1 from generate_series(1, 10001) n`)
+	b := r.browser("ann@acme")
+	b.revoke(key)
+	b.do("/"+key.ID, nil).want(t, http.StatusOK, "Every edge refuses it within 60 seconds.", "data-live")
+}
+
 func TestRevocationsAreWatchedHoweverManyCameBefore(t *testing.T) {
 	r := newRig(t)
 	b := r.browser("ann@acme")
