@@ -253,9 +253,11 @@ func (d *Dashboard) edgesOf(ctx context.Context, key keyadmin.Key) *edges {
 		}
 		return new(edges)
 	}
-	e.Waiting = slices.DeleteFunc(all, func(edge keyadmin.Edge) bool {
-		return slices.ContainsFunc(confirmed, func(c keyadmin.Confirmation) bool { return c.Instance == edge.Instance })
-	})
+	has := make(map[string]bool, len(confirmed))
+	for _, c := range confirmed {
+		has[c.Instance] = true
+	}
+	e.Waiting = slices.DeleteFunc(all, func(edge keyadmin.Edge) bool { return has[edge.Instance] })
 	return e
 }
 
