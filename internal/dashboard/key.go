@@ -11,8 +11,6 @@ import (
 	"strings"
 	"time"
 
-	"go.uber.org/zap"
-
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
@@ -247,10 +245,8 @@ func (d *Dashboard) edgesOf(ctx context.Context, key keyadmin.Key) *edges {
 	ctx, cancel := context.WithTimeout(ctx, keyadmin.AnswerWithin/4)
 	defer cancel()
 	all, err := d.Admin.Edges(ctx)
+	d.State.note(&d.State.listingEdges, d.Logger, err)
 	if err != nil {
-		if !errors.Is(err, context.Canceled) { // by the visitor
-			d.Logger.Warn("the dashboard cannot list edges", zap.String("error", apikey.Redact(err.Error())))
-		}
 		return new(edges)
 	}
 	has := make(map[string]bool, len(confirmed))

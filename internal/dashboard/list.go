@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/base64"
-	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -193,9 +192,7 @@ func (v *visit) usage(since func(now time.Time) time.Time, ids ...string) map[st
 	ctx, cancel := context.WithDeadline(v.r.Context(), v.usageUntil)
 	defer cancel()
 	usage, err := v.Admin.UsageSince(ctx, v.actor, ids, since)
-	if !errors.Is(err, context.Canceled) && !errors.Is(err, keyadmin.ErrCrowded) { // both are the visitor's doing
-		v.State.noteUsage(v.Logger, err)
-	}
+	v.State.note(&v.State.readingUsage, v.Logger, err)
 	return usage
 }
 

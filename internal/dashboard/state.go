@@ -3,6 +3,7 @@ package dashboard
 import (
 	"context"
 	"crypto/sha256"
+	"errors"
 	"slices"
 	"sync"
 	"time"
@@ -33,13 +34,14 @@ type State struct {
 	mu           sync.Mutex
 	watches      map[string]*watch
 	readingUsage outage.Kind
+	listingEdges outage.Kind
 }
 
 // NewState returns a State, to be closed.
 func NewState(admin *keyadmin.Admin) *State {
-	s := &State{admin: admin, watches: map[string]*watch{}, readingUsage: outage.Kind{
-		Begins: "the dashboard cannot read usage", Over: "the dashboard can read usage again", Level: zap.WarnLevel,
-	}}
+	s := &State{admin: admin, watches: map[string]*watch{}}
+	s.readingUsage = outage.Kind{Begins: "the dashboard cannot read usage", Over: "the dashboard can read usage again", Level: zap.WarnLevel}
+	s.listingEdges = outage.Kind{Begins: "the dashboard cannot list edges", Over: "the dashboard can list edges again", Level: zap.WarnLevel}
 	s.sessions = sessions{now: time.Now, byID: map[[sha256.Size]byte]*session{}, ofKey: map[string]map[[sha256.Size]byte]*session{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
@@ -51,12 +53,16 @@ func (s *State) Close() {
 	s.running.Wait()
 }
 
-// noteUsage takes how reading usage has ended. A live page does so every second.
-func (s *State) noteUsage(logger *zap.Logger, err error) {
+// note takes how something has ended that a page does not fail with, and that a live one does every second. What ended through its visitor
+// tells nothing.
+func (s *State) note(what *outage.Kind, logger *zap.Logger, err error) {
+	if errors.Is(err, context.Canceled) || errors.Is(err, keyadmin.ErrCrowded) {
+		return
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	failures := outage.Failures{Logger: func() *zap.Logger { return logger }}
-	failures.Note(&s.readingUsage, err)
+	failures.Note(what, err)
 }
 
 // watch is what the edges have said of one revocation so far.
