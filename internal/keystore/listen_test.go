@@ -176,6 +176,59 @@ func TestListenThatIsRefusedLeavesNoConnection(t *testing.T) {
 	})
 }
 
+// TestRevocationIsCommittedThoughAnotherUserHasFilledTheQueueOfNotifications: any user of the database can, and what notifies would fail
+// at its commit. Before PostgreSQL 17 the queue has 8 GB, and is not filled here.
+func TestRevocationIsCommittedThoughAnotherUserHasFilledTheQueueOfNotifications(t *testing.T) {
+	server := pgtest.Server(t)
+	var small bool
+	if err := connect(t, server.URL()).QueryRow(t.Context(), `select current_setting('server_version_num')::int >= 170000`).Scan(&small); err != nil {
+		t.Fatal(err)
+	}
+	if small {
+		pgtest.Exec(t, server.URL(), `alter system set max_notify_queue_pages = 64`)
+		server.Kill()
+		if err := server.Restart(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pgtest.Migrate(t, server.URL())
+	store, conn := open(t, server.URL(), keystore.Options{}), connect(t, server.URL())
+	l := listen(t, store)
+	receive(t, "wake after LISTEN", l.wakes)
+	revoke := func() {
+		t.Helper()
+		key, start := insert(t, store), snapshot(t, store, "")
+		if _, _, err := store.Revoke(t.Context(), keystore.Everything(), key.ID); err != nil {
+			t.Fatal(err)
+		}
+		if !revokedIn(snapshot(t, store, start.Text), key) {
+			t.Error("the feed has no revocation")
+		}
+	}
+	if small {
+		idle := connect(t, server.URL())
+		exec(t, idle, `listen other`)
+		exec(t, idle, `begin`)
+		var err error
+		for n := 0; n < 1000 && err == nil; n++ {
+			_, err = conn.Exec(t.Context(), `select pg_notify('other', repeat('x', 7000))`)
+		}
+		if sqlState(err) != programLimitExceeded {
+			t.Fatalf("the queue is not full: %v", err)
+		}
+		revoke()
+		exec(t, idle, `commit`) // which takes from the queue
+		eventually.True(t, "the queue has room", func() (room bool) {
+			if err := conn.QueryRow(t.Context(), `select pg_notification_queue_usage() < 0.5`).Scan(&room); err != nil {
+				t.Fatal(err)
+			}
+			return room
+		})
+	}
+	revoke()
+	receive(t, "wake after a revocation", l.wakes)
+}
+
 func TestOnlySecurityChangesNotify(t *testing.T) {
 	databaseURL := database(t)
 	store := open(t, databaseURL, keystore.Options{})

@@ -66,8 +66,9 @@ func TestSuperuserCannotReviveMoveOrRemoveAKey(t *testing.T) {
 }
 
 const (
-	checkViolation   = "23514"
-	notNullViolation = "23502"
+	checkViolation       = "23514"
+	notNullViolation     = "23502"
+	programLimitExceeded = "54000"
 )
 
 func TestChecksHoldWhatTheGatewayAssumes(t *testing.T) {
