@@ -247,12 +247,19 @@ insert into rekall.spikes (key_id, hour, threshold) values ($1, $2, $3) on confl
 // silentEdge is how long an edge that has not flushed may yet repeat its last flush.
 const silentEdge = 7 * 24 * time.Hour
 
-// ForgetUsage removes up to limit rows of counts older than retention, and what belongs to them, but for when the keys were
-// used last. It returns how many rows of counts it removed: with fewer than limit, nothing is left to do.
+// ForgetUsage removes up to limit rows of counts older than retention, up to as many of each kind that belongs to them, but not when the
+// keys were used last. It returns how many rows it removed of the kind of which there were most: with fewer than limit, nothing is left
+// to do.
 func (s *Store) ForgetUsage(ctx context.Context, retention time.Duration, limit int) (removed int64, err error) {
 	err = s.scanAlone(ctx, []any{&removed}, `
-with spikes as (delete from rekall.spikes where hour < now() - $1::interval),
-	flushes as (delete from rekall.usage_flushes where flushed_at < now() - $3::interval),
+with spikes as (
+		delete from rekall.spikes where ctid = any(array(
+			select ctid from rekall.spikes where hour < now() - $1::interval limit $2))
+		returning 1),
+	flushes as (
+		delete from rekall.usage_flushes where ctid = any(array(
+			select ctid from rekall.usage_flushes where flushed_at < now() - $3::interval limit $2))
+		returning 1),
 	gone as (
 		delete from rekall.usage where ctid = any(array(
 			select ctid from rekall.usage where hour < now() - $1::interval limit $2))
@@ -261,7 +268,7 @@ with spikes as (delete from rekall.spikes where hour < now() - $1::interval),
 		update rekall.last_used l set last_used_at = g.used_at
 		from (select key_id, max(used_at) as used_at from gone group by key_id) g
 		where l.key_id = g.key_id and l.last_used_at < g.used_at)
-select count(*) from gone`, retention, limit, silentEdge)
+select greatest((select count(*) from gone), (select count(*) from spikes), (select count(*) from flushes))`, retention, limit, silentEdge)
 	if err != nil {
 		return 0, failedAtEdge("forget usage", err)
 	}

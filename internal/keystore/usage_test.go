@@ -231,6 +231,33 @@ func TestForgetRemovesWhatIsPastItsRetentionAndKeepsTheLastUse(t *testing.T) {
 	}
 }
 
+// TestForgetRemovesNoMoreOfAnyKindAtATimeThanItIsTold: an edge may have made up millions, and no turn would ever come to its end.
+func TestForgetRemovesNoMoreOfAnyKindAtATimeThanItIsTold(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{})
+	conn := connect(t, databaseURL)
+	for _, sql := range []string{
+		`insert into rekall.usage (key_id, hour, outcome, count) select 'key_0123456789abcdefABCDEF', '2000-01-01 00:00Z'::timestamptz + n * interval '1 hour', 'revoked', 1
+			from generate_series(1, 5) n`,
+		`insert into rekall.spikes (key_id, hour, threshold) select 'key_0123456789abcdefABCDEF', '2000-01-01 00:00Z'::timestamptz + n * interval '1 hour', 1
+			from generate_series(1, 5) n`,
+		`insert into rekall.usage_flushes (instance, sequence, flushed_at) select lpad(n::text, 22, '0'), 1, '2000-01-01 00:00Z' from generate_series(1, 5) n`,
+	} {
+		table := strings.Fields(sql)[2]
+		exec(t, conn, sql)
+		for _, want := range []struct{ removed, left int }{{2, 3}, {2, 1}, {1, 0}} {
+			removed, err := store.ForgetUsage(t.Context(), time.Hour, 2)
+			var left int
+			if err := errors.Join(err, conn.QueryRow(t.Context(), `select count(*) from `+table).Scan(&left)); err != nil {
+				t.Fatal(err)
+			}
+			if int(removed) != want.removed || left != want.left {
+				t.Errorf("%s: %d removed, %d left, want %+v", table, removed, left, want)
+			}
+		}
+	}
+}
+
 // Of the uses in an hour only the first changes the row that outlives the counts.
 func TestLastUseIsExactAndOutlivesItsCounts(t *testing.T) {
 	databaseURL := database(t)
