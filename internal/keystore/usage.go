@@ -204,7 +204,7 @@ type HourTotal struct {
 func (s *Store) BusyKeys(ctx context.Context, floor int64, each func(HourTotal)) error {
 	rows, _ := s.pool.Query(ctx, `
 select u.key_id, u.hour, least(sum(u.count), `+maxCount+`)::bigint from rekall.usage u
-where u.hour >= date_trunc('hour', now() - interval '5 minutes', 'UTC')
+where u.hour >= date_trunc('hour', now() - interval '5 minutes', 'UTC') and u.hour <= now() -- later ones, an edge made up
 	and not exists (select from rekall.spikes s where s.key_id = u.key_id and s.hour = u.hour)
 group by u.key_id, u.hour having sum(u.count) >= $1`, floor) // ForEachRow returns its error
 	var total HourTotal

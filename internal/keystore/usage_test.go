@@ -387,6 +387,7 @@ func TestBusyKeysAreThoseOfTheHourInUTC(t *testing.T) {
 		edge := instance()
 		mustFlush(t, store, flushOf(edge, 1, now, keys...))
 		mustFlush(t, store, flushOf(edge, 2, now.Add(-2*time.Hour), counts(old, 500, 0, 0)))
+		mustFlush(t, store, flushOf(edge, 3, time.Date(9998, 1, 1, 0, 0, 0, 0, time.UTC), counts(old, 500, 0, 0))) // an edge made it up
 		if _, err := store.AddSpike(t.Context(), keystore.Spike{KeyID: known, Hour: now, Threshold: 1}); err != nil {
 			t.Fatal(err)
 		}
