@@ -16,7 +16,8 @@ type Record struct {
 	Limits      LimitsRef
 }
 
-// Outcome is the result of a decision: a closed set, which is also the label of rekall_decisions_total.
+// Outcome is the result of a decision: a closed set, which is also the label of rekall_decisions_total. A check of rekall.usage lists them:
+// one that is added needs a migration that adds it there.
 type Outcome uint8
 
 // The outcomes. Only Allowed lets a request pass; the zero value does not.

@@ -138,7 +138,7 @@ func TestCountsThatAnEdgeMadeUpAddUpToNoNegativeNumber(t *testing.T) {
 	key := create(t, admin, request())
 	pgtest.Exec(t, databaseURL, `insert into rekall.usage (key_id, hour, outcome, count)
 		select $1, hour, outcome, 9223372036854775807 from generate_series('2026-01-01 00:00Z', '2026-12-31 23:00Z', interval '1 hour') hour,
-			unnest(array['allowed', 'revoked', 'expired', 'insufficient', 'mismatch', 'rate_limited']) outcome`, key.ID)
+			unnest(array['allowed', 'revoked', 'expired', 'scope_insufficient', 'environment_mismatch', 'rate_limited']) outcome`, key.ID)
 	got, err := admin.Usage(t.Context(), operator, key.ID, "2026-01-01T00:00:00Z", "2027-01-01T00:00:00Z")
 	if err != nil || len(got.Hourly) != 365*24 {
 		t.Fatalf("%d hours, %v", len(got.Hourly), err)

@@ -153,9 +153,9 @@ func TestWhatEdgesWriteDoesNotFailForWaitingWhateverIsolationIsTheDefault(t *tes
 			do     func(context.Context) error
 		}{
 			{
-				"flush usage", ``, `insert into rekall.usage (key_id, hour, outcome, count) values ('key', '2026-03-01 12:00Z', 'revoked', 1)`,
+				"flush usage", ``, `insert into rekall.usage (key_id, hour, outcome, count) values ('key_0123456789abcdefABCDEF', '2026-03-01 12:00Z', 'revoked', 1)`,
 				func(ctx context.Context) error {
-					return store.FlushUsage(ctx, flushOf(instance, 1, anHour, counts("key", 0, 1, 0)))
+					return store.FlushUsage(ctx, flushOf(instance, 1, anHour, counts("key_0123456789abcdefABCDEF", 0, 1, 0)))
 				},
 			},
 			{
@@ -163,13 +163,13 @@ func TestWhatEdgesWriteDoesNotFailForWaitingWhateverIsolationIsTheDefault(t *tes
 				func(ctx context.Context) error { return second(store.ClaimChore(ctx, "chore", time.Minute)) },
 			},
 			{
-				"add a spike", ``, `insert into rekall.spikes (key_id, hour, threshold) values ('key', '2026-03-01 12:00Z', 1)`,
+				"add a spike", ``, `insert into rekall.spikes (key_id, hour, threshold) values ('key_0123456789abcdefABCDEF', '2026-03-01 12:00Z', 1)`,
 				func(ctx context.Context) error {
-					return second(store.AddSpike(ctx, keystore.Spike{KeyID: "key", Hour: anHour, Threshold: 1}))
+					return second(store.AddSpike(ctx, keystore.Spike{KeyID: "key_0123456789abcdefABCDEF", Hour: anHour, Threshold: 1}))
 				},
 			},
 			{
-				"forget usage", `insert into rekall.usage (key_id, hour, outcome, count) values ('key', '2000-01-01', 'revoked', 1)`,
+				"forget usage", `insert into rekall.usage (key_id, hour, outcome, count) values ('key_0123456789abcdefABCDEF', '2000-01-01', 'revoked', 1)`,
 				`delete from rekall.usage`,
 				func(ctx context.Context) error { return second(store.ForgetUsage(ctx, time.Hour, 1)) },
 			},

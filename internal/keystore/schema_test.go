@@ -179,9 +179,17 @@ func TestWhatAnEdgeWritesCanBeReadWhereverKeysAreManaged(t *testing.T) {
 		}
 	}
 	for _, sql := range []string{
-		"insert into rekall.spikes (key_id, hour, threshold) values ('k', 'infinity', 1)",
+		"insert into rekall.spikes (key_id, hour, threshold) values ('key_0123456789abcdefABCDEF', 'infinity', 1)",
 		`update rekall.usage set outcome = E'allowed\n'`,
 		"update rekall.usage set outcome = 'Allowed'",
+		"update rekall.usage set outcome = 'made_up'",
+		"update rekall.usage set hour = hour + interval '1 microsecond'",
+		"insert into rekall.spikes (key_id, hour, threshold) values ('key_0123456789abcdefABCDEF', '2026-03-01 12:30Z', 1)",
+		"insert into rekall.spikes (key_id, hour, threshold) values ('key_0123456789abcdefABCDE_', '2026-03-01 12:00Z', 1)",
+		"update rekall.usage set key_id = repeat('k', 200000)",
+		"update rekall.usage set key_id = 'id__0123456789abcdefABCDEF'",
+		"update rekall.last_used set key_id = repeat('k', 200000)",
+		`update rekall.last_used set key_id = E'key_0123456789abcdefABCDE\n'`,
 		`update rekall.edges set name = E'a\x1b[2J'`,
 		`update rekall.edges set region = E'a\u0085'`,
 		`update rekall.edges set version = E'\n'`,
@@ -194,15 +202,16 @@ func TestWhatAnEdgeWritesCanBeReadWhereverKeysAreManaged(t *testing.T) {
 	}
 }
 
-func TestMigrationClearsWhatNoFlushWouldComeThroughWith(t *testing.T) {
-	databaseURL := pgtest.URL(t)
+// migratedBefore brings an empty database to the schema before a migration, whose number has three digits.
+func migratedBefore(t *testing.T, databaseURL, number string) {
+	t.Helper()
 	earlier := fstest.MapFS{}
 	files, err := fs.Glob(keystore.Migrations, "migrations/*.sql")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, name := range files {
-		if name < "migrations/013" {
+		if name < "migrations/"+number {
 			text, err := fs.ReadFile(keystore.Migrations, name)
 			if err != nil {
 				t.Fatal(err)
@@ -217,6 +226,11 @@ func TestMigrationClearsWhatNoFlushWouldComeThroughWith(t *testing.T) {
 	if err := migrating.Close(t.Context()); err != nil { // which releases the lock
 		t.Fatal(err)
 	}
+}
+
+func TestMigrationClearsWhatNoFlushWouldComeThroughWith(t *testing.T) {
+	databaseURL := pgtest.URL(t)
+	migratedBefore(t, databaseURL, "013")
 	store := open(t, databaseURL, keystore.Options{})
 	key := insert(t, store)
 	conn := connect(t, databaseURL)
@@ -255,4 +269,35 @@ func TestRowsOfEdgesAreReadUpToABound(t *testing.T) {
 	if edges, _, err := store.Edges(t.Context(), 0); !errors.Is(err, keystore.ErrTooManyEdges) || len(edges) != 0 {
 		t.Errorf("%d edges, %v, want %v", len(edges), err, keystore.ErrTooManyEdges)
 	}
+}
+
+// TestMigrationLeavesNothingThatKeepsEdgesFromForgetting: last uses are changed then, and a check would refuse that of one that was made up.
+func TestMigrationLeavesNothingThatKeepsEdgesFromForgetting(t *testing.T) {
+	databaseURL := pgtest.URL(t)
+	migratedBefore(t, databaseURL, "016")
+	store, conn := open(t, databaseURL, keystore.Options{}), connect(t, databaseURL)
+	madeUp := func() {
+		t.Helper()
+		exec(t, conn, `insert into rekall.usage (key_id, hour, outcome, count, used_at) values ('k', '2026-03-01 12:00:01Z', 'allowed', 1, now())`)
+		exec(t, conn, `insert into rekall.last_used (key_id, first_used_at, last_used_at) values ('k', '2026-03-01 12:00Z', '2026-03-01 12:00Z')`)
+	}
+	forget := func(when string) {
+		t.Helper()
+		if n, err := store.ForgetUsage(t.Context(), time.Hour, 10); err != nil || n != 1 {
+			t.Errorf("%s: %d removed, %v", when, n, err)
+		}
+	}
+	madeUp()
+	pgtest.Migrate(t, databaseURL)
+	var left int
+	if err := conn.QueryRow(t.Context(), `select count(*) from rekall.last_used`).Scan(&left); err != nil || left != 0 {
+		t.Errorf("%d last uses that were made up are left, %v", left, err) // which earlier gateways would change
+	}
+	forget("written before")
+
+	exec(t, conn, `alter table rekall.usage drop constraint usage_key_id_check, drop constraint usage_full_hour_check`)
+	exec(t, conn, `alter table rekall.last_used drop constraint last_used_key_id_check`)
+	madeUp()
+	exec(t, conn, `alter table rekall.last_used add constraint last_used_key_id_check check (key_id ~ '^key_[0-9A-Za-z]{22}$') not valid`)
+	forget("written meanwhile")
 }

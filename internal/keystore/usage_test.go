@@ -56,6 +56,19 @@ func usageOf(t testing.TB, store *keystore.Store, id string) keystore.KeyUsage {
 
 func instance() string { return apikey.RandomText(22) }
 
+// TestEveryOutcomeCanBeCounted: rekall.usage has a list of them of its own.
+func TestEveryOutcomeCanBeCounted(t *testing.T) {
+	store := open(t, database(t), keystore.Options{})
+	key := counts(newKey().ID, 1, 1, 0)
+	for outcome := range key.Counts {
+		key.Counts[outcome] = 1
+	}
+	mustFlush(t, store, flushOf(instance(), 1, anHour, key))
+	if got := usageOf(t, store, key.KeyID); len(got.Hours) != int(apikey.OutcomeCount) {
+		t.Errorf("%+v", got.Hours)
+	}
+}
+
 func TestFlushesOfAllEdgesAddUpByHourAndOutcome(t *testing.T) {
 	store := open(t, database(t), keystore.Options{})
 	id, other := newKey().ID, newKey().ID
@@ -355,6 +368,8 @@ func TestNoCountThatAnotherEdgeWroteMakesAFlushFail(t *testing.T) {
 func TestHistoryHasAnHourOnceHoweverManyCountsAnEdgeMadeUpInIt(t *testing.T) {
 	databaseURL := database(t)
 	id, now := newKey().ID, time.Now().UTC().Truncate(time.Hour)
+	// What was written before there was the check is there yet.
+	exec(t, connect(t, databaseURL), `alter table rekall.usage drop constraint usage_full_hour_check`)
 	exec(t, connect(t, databaseURL), `insert into rekall.usage
 		select $1, $2::timestamptz - n * interval '1 second', 'allowed', 2 from generate_series(1, 3600) n`, id, now)
 	var got []keystore.HourTotal

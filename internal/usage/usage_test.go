@@ -125,13 +125,13 @@ func TestAllUsagePastItsRetentionIsForgottenAtOnce(t *testing.T) {
 	store := pgtest.Store(t, database)
 	c, _ := newCounter(store, 0)
 	pgtest.Exec(t, database, `insert into rekall.usage (key_id, hour, outcome, count)
-		select 'key_of_old', date_trunc('hour', now() - interval '91 days') - n * interval '1 hour', 'allowed', 1 from generate_series(0, 10000) n`)
+		select 'key_aaaaaaaaaaaaaaaaaaaold', date_trunc('hour', now() - interval '91 days') - n * interval '1 hour', 'allowed', 1 from generate_series(0, 10000) n`)
 	pgtest.Exec(t, database, `insert into rekall.usage (key_id, hour, outcome, count)
-		values ('key_of_late', date_trunc('hour', now() - interval '89 days'), 'allowed', 1)`)
+		values ('key_aaaaaaaaaaaaaaaaaalate', date_trunc('hour', now() - interval '89 days'), 'allowed', 1)`)
 	if err := usage.Forget(c, t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	for id, hours := range map[string]int{"key_of_old": 0, "key_of_late": 1} {
+	for id, hours := range map[string]int{"key_aaaaaaaaaaaaaaaaaaaold": 0, "key_aaaaaaaaaaaaaaaaaalate": 1} {
 		used, err := store.Usage(t.Context(), id, time.Now().Add(-100*365*24*time.Hour), time.Now())
 		if err != nil || len(used.Hours) != hours {
 			t.Errorf("%s has %d hours left, %v", id, len(used.Hours), err)
