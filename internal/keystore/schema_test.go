@@ -2,6 +2,7 @@ package keystore_test
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"path"
 	"strings"
@@ -195,11 +196,16 @@ func TestWhatAnEdgeWritesCanBeReadWhereverKeysAreManaged(t *testing.T) {
 		`update rekall.edges set version = E'\n'`,
 		`update rekall.edges set applied_on = E'\n'`,
 		"update rekall.edges set max_staleness = '2 days'",
+		"update rekall.edges set max_staleness = '12 months -8640 hours 30 seconds'",
+		"update rekall.edges set max_staleness = '1 month -720 hours 30 seconds'",
+		"update rekall.edges set max_staleness = '1 day -24 hours 30 seconds'",
+		"update rekall.edges set applied = " + snapshotOf(9000),
 	} {
 		if err := pgtest.TryExec(databaseURL, sql); sqlState(err) != checkViolation {
 			t.Errorf("%s: %v", sql, err)
 		}
 	}
+	pgtest.Exec(t, databaseURL, "update rekall.edges set applied = "+snapshotOf(8000)) // as a busy server's
 }
 
 // migratedBefore brings an empty database to the schema before a migration, whose number has three digits.
@@ -226,6 +232,11 @@ func migratedBefore(t *testing.T, databaseURL, number string) {
 	if err := migrating.Close(t.Context()); err != nil { // which releases the lock
 		t.Fatal(err)
 	}
+}
+
+// snapshotOf is SQL for a snapshot that so many transactions were in progress in.
+func snapshotOf(transactions int) string {
+	return fmt.Sprintf(`(select ('1:1000000:' || string_agg(n::text, ',' order by n))::pg_snapshot from generate_series(1, %d) n)`, transactions)
 }
 
 func TestMigrationClearsWhatNoFlushWouldComeThroughWith(t *testing.T) {
@@ -300,4 +311,22 @@ func TestMigrationLeavesNothingThatKeepsEdgesFromForgetting(t *testing.T) {
 	madeUp()
 	exec(t, conn, `alter table rekall.last_used add constraint last_used_key_id_check check (key_id ~ '^key_[0-9A-Za-z]{22}$') not valid`)
 	forget("written meanwhile")
+}
+
+// TestMigrationLeavesNoEdgeOfWhichAReportThatLiesAheadCannotBeCorrected: it could be of none then.
+func TestMigrationLeavesNoEdgeOfWhichAReportThatLiesAheadCannotBeCorrected(t *testing.T) {
+	databaseURL := pgtest.URL(t)
+	migratedBefore(t, databaseURL, "016")
+	store := open(t, databaseURL, keystore.Options{})
+	pgtest.Exec(t, databaseURL, `insert into rekall.edges (instance, name, region, version, max_staleness, started_at, beat, seen_at, applied) values
+		(repeat('a', 22), 'huge', 'eu', 'v1', '30s', now(), 1, now() + interval '1 day', `+snapshotOf(100000)+`),
+		(repeat('b', 22), 'endless', 'eu', 'v1', '3600000 months -108000000 days 30 seconds', now(), 1, now() + interval '1 day', null),
+		(repeat('c', 22), 'good', 'eu', 'v1', '30s', now(), 1, now() + interval '1 day', null)`)
+	pgtest.Migrate(t, databaseURL)
+	if err := store.ForgetReplacedEdges(t.Context(), strings.Repeat("c", 22)); err != nil {
+		t.Error(err)
+	}
+	if edges, _, err := store.Edges(t.Context(), 0); err != nil || len(edges) != 1 || edges[0].Name != "good" || edges[0].Age < 0 {
+		t.Errorf("%+v, %v", edges, err)
+	}
 }

@@ -32,3 +32,26 @@ alter table rekall.spikes
 	add constraint spikes_key_id_check
 		check (left(key_id, 4) = 'key_' and char_length(key_id) = 26 and substr(key_id, 5) !~ '[^0-9A-Za-z]') not valid,
 	add constraint spikes_full_hour_check check (hour = date_bin('1 hour', hour, timestamptz 'epoch')) not valid;
+
+-- Each look of a revocation that waits reads every edge's snapshot: it has room for 8000 transactions in progress. An interval of
+-- months and days is compared as so many hours, and too long to be added to a time. What there is of either goes, and only once no more
+-- can come, or no report that lies ahead could be corrected (below). An edge whose row goes reports again.
+alter table rekall.edges
+	add constraint edges_applied_size check (pg_column_size(applied) <= 65536) not valid,
+	add constraint edges_max_staleness_time check (
+		extract(year from max_staleness) = 0 and extract(month from max_staleness) = 0 and extract(day from max_staleness) = 0) not valid;
+delete from rekall.edges where pg_column_size(applied) > 65536
+	or extract(year from max_staleness) <> 0 or extract(month from max_staleness) <> 0 or extract(day from max_staleness) <> 0;
+
+-- As before, but without a sum with what an edge has written, which may be out of range and fail for all. Every max_staleness is less
+-- than 60 s.
+create or replace function rekall.forget_replaced_edges(edge text) returns void
+	language sql security definer set search_path = pg_catalog, pg_temp as $$
+	update rekall.edges set seen_at = least(seen_at, clock_timestamp()),
+		synced_at = case when synced_at > clock_timestamp() then clock_timestamp() else synced_at end
+	where greatest(seen_at, synced_at) > clock_timestamp() + interval '60 seconds';
+	delete from rekall.edges former using rekall.edges own
+	where own.instance = edge and own.writer = session_user
+		and former.name = own.name and former.writer = session_user and former.instance <> own.instance
+		and clock_timestamp() - former.seen_at > former.max_staleness
+$$;
