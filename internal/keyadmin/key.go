@@ -36,6 +36,9 @@ type Key struct {
 	RevokedAt   *time.Time `json:"revoked_at"`   // null: not revoked
 	LastUsedAt  *time.Time `json:"last_used_at"` // null: not known to have been used
 
+	// LastUseUnknown: LastUsedAt is nil since it could not be read in time. JSON does not tell.
+	LastUseUnknown bool `json:"-"`
+
 	Predecessor *string `json:"predecessor"` // id of the key that this one replaces; null: none
 	Successor   *string `json:"successor"`   // id of the newest key that replaces this one; null: none
 

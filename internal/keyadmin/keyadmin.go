@@ -148,6 +148,9 @@ func (a *Admin) Create(ctx context.Context, actor Actor, request CreateRequest) 
 	if err != nil {
 		return Key{}, false, handed.unless(err)
 	}
+	if replayed {
+		a.addLastUse(ctx, actor, &created)
+	}
 	return created, replayed, nil
 }
 
@@ -266,6 +269,19 @@ func notFound(err error, id string) error {
 
 // Get returns a key. The error wraps ErrNotFound if there is none with that id.
 func (a *Admin) Get(ctx context.Context, actor Actor, id string) (Key, error) {
+	return a.get(ctx, actor, id, a.store.GetUsed)
+}
+
+// Look is Get for whoever may want to revoke the key: where the last use cannot be read soon, it returns the key without.
+func (a *Admin) Look(ctx context.Context, actor Actor, id string) (Key, error) {
+	key, err := a.get(ctx, actor, id, a.store.Get)
+	if err == nil {
+		a.addLastUse(ctx, actor, &key)
+	}
+	return key, err
+}
+
+func (a *Admin) get(ctx context.Context, actor Actor, id string, read func(context.Context, keystore.Reach, string) (keystore.Row, error)) (Key, error) {
 	if err := checkID(id); err != nil {
 		return Key{}, err
 	}
@@ -274,11 +290,35 @@ func (a *Admin) Get(ctx context.Context, actor Actor, id string) (Key, error) {
 		return Key{}, err
 	}
 	defer end()
-	row, err := a.store.Get(ctx, actor.reach(), id)
+	row, err := read(ctx, actor.reach(), id)
 	if err != nil {
 		return Key{}, notFound(err, id)
 	}
 	return fromRow(row), nil
+}
+
+// lastUseWithin bounds how long the last use is waited for where it may be left out.
+const lastUseWithin = time.Second
+
+// addLastUse adds to a key that was read without it when it was used last. Whoever has taken an edge over can lock the tables that this
+// is in, so it is never part of a transaction that changes a key.
+func (a *Admin) addLastUse(ctx context.Context, actor Actor, key *Key) {
+	ctx, cancel := context.WithTimeout(ctx, lastUseWithin)
+	defer cancel()
+	key.LastUseUnknown = true
+	end, err := a.turn(ctx, actor)
+	if err != nil {
+		return
+	}
+	defer end()
+	used, err := a.store.LastUsed(ctx, []string{key.ID})
+	if err != nil {
+		return
+	}
+	key.LastUseUnknown = false
+	if at, ok := used[key.ID]; ok {
+		key.LastUsedAt = utc(&at.LastUsedAt)
+	}
 }
 
 // Rename gives a key another name. The error wraps ErrNotFound, or is an *InvalidError or a *TooManyError.
@@ -321,7 +361,7 @@ func (a *Admin) Revoke(ctx context.Context, actor Actor, id string) (Key, error)
 	return key, err
 }
 
-// changeOne is change for one key, which it returns as it is afterwards.
+// changeOne is change for one key, which it returns as it is afterwards, as Look does.
 func (a *Admin) changeOne(ctx context.Context, actor Actor, id string, do func(*keystore.Tx, Actor) (keystore.Row, error)) (Key, error) {
 	if err := checkID(id); err != nil {
 		return Key{}, err
@@ -334,5 +374,7 @@ func (a *Admin) changeOne(ctx context.Context, actor Actor, id string, do func(*
 	if err != nil {
 		return Key{}, notFound(err, id)
 	}
-	return fromRow(row), nil
+	key := fromRow(row)
+	a.addLastUse(ctx, actor, &key)
+	return key, nil
 }

@@ -113,6 +113,9 @@ func (a *Admin) Rotate(ctx context.Context, actor Actor, id string, request Rota
 	if err != nil {
 		return Key{}, false, handed.unless(notFound(err, id))
 	}
+	if replayed {
+		a.addLastUse(ctx, actor, &successor)
+	}
 	return successor, replayed, nil
 }
 

@@ -215,3 +215,24 @@ func TestManagingKeyGrantsOnlyWhatItHasInPostgresNow(t *testing.T) {
 		}
 	}
 }
+
+// TestKeysAreRevokedThoughAnEdgeThatWasTakenOverLocksItsTables, by whoever may.
+func TestKeysAreRevokedThoughAnEdgeThatWasTakenOverLocksItsTables(t *testing.T) {
+	admin, store, databaseURL := newAdmin(t)
+	r := request()
+	r.ManageKeys = true
+	manager, used, other := create(t, admin, r), create(t, admin, request()), create(t, admin, request())
+	as := managing(t, store, manager)
+	pgtest.LockAsEdge(t, databaseURL)
+	for _, revocation := range []struct {
+		by keyadmin.Actor
+		id string
+	}{{operator, other.ID}, {as, used.ID}, {as, manager.ID}} {
+		ctx, cancel := context.WithTimeout(t.Context(), keyadmin.AnswerWithin)
+		key, err := admin.Revoke(ctx, revocation.by, revocation.id)
+		cancel()
+		if err != nil || key.Status != keyadmin.Revoked || !key.LastUseUnknown {
+			t.Errorf("by %s: %+v, %v", revocation.by, key, err)
+		}
+	}
+}

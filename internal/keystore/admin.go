@@ -48,7 +48,7 @@ type Row struct {
 	CreatedAt   time.Time
 	ExpiresAt   *time.Time // nil: never
 	RevokedAt   *time.Time // nil: not revoked
-	LastUsedAt  *time.Time // nil: not known to have been used
+	LastUsedAt  *time.Time // nil: not known to have been used, or not read
 
 	Predecessor       string         // the key that this one replaces; empty: none
 	Successor         string         // the key that replaces this one, or was the newest to do so; empty: none
@@ -60,24 +60,32 @@ type Row struct {
 	Now       time.Time // the moment of the statement, by which the key is expired or not
 }
 
-// rowColumns are what scanRow receives, of a table named k. In a transaction, now() is from before it waited for the key: one that
-// has ended meanwhile would pass for one that lives. Likewise a successor's created_at may be before that of an earlier one.
-const rowColumns = `k.id, k.account, k.name, k.environment, coalesce(k.hint, ''), k.scopes, k.manage_keys, coalesce(k.created_by, ''),
-	k.created_at, k.expires_at, k.revoked_at, (select ` + lastUse + ` from rekall.last_used l where l.key_id = k.id),
-	coalesce(k.predecessor, ''),
+// keyRowColumns are what scanRow receives, of a table named k, before the last use. In a transaction, now() is from before it waited for
+// the key: one that has ended meanwhile would pass for one that lives. Likewise a successor's created_at may be before that of an earlier one.
+const keyRowColumns = `k.id, k.account, k.name, k.environment, coalesce(k.hint, ''), k.scopes, k.manage_keys, coalesce(k.created_by, ''),
+	k.created_at, k.expires_at, k.revoked_at, coalesce(k.predecessor, ''),
 	coalesce((select s.id from rekall.api_keys s where s.predecessor = k.id
 		order by s.revoked_at is null desc, s.created_at desc limit 1), ''),
 	k.overlap_on_first_use, k.grace_started_at, k.prior_expires_at, k.change_xid, statement_timestamp()`
 
+const (
+	// rowColumns leave the last use out. An edge's role can lock the tables that it is in: no change to a key may wait for them, or
+	// whoever has taken an edge over could keep its keys from being revoked.
+	rowColumns = keyRowColumns + `, null::timestamptz`
+
+	// usedRowColumns have all that scanRow receives.
+	usedRowColumns = keyRowColumns + `, (select ` + lastUse + ` from rekall.last_used l where l.key_id = k.id)`
+)
+
 func scanRow(row pgx.CollectableRow) (Row, error) {
 	var r Row
 	err := row.Scan(&r.ID, &r.Account, &r.Name, &r.Environment, &r.Hint, &r.Scopes, &r.ManageKeys, &r.CreatedBy,
-		&r.CreatedAt, &r.ExpiresAt, &r.RevokedAt, &r.LastUsedAt, &r.Predecessor, &r.Successor,
-		&r.OverlapOnFirstUse, &r.GraceStartedAt, &r.PriorExpiresAt, &r.ChangeXid, &r.Now)
+		&r.CreatedAt, &r.ExpiresAt, &r.RevokedAt, &r.Predecessor, &r.Successor,
+		&r.OverlapOnFirstUse, &r.GraceStartedAt, &r.PriorExpiresAt, &r.ChangeXid, &r.Now, &r.LastUsedAt)
 	return r, err
 }
 
-// readRow runs a statement that returns rowColumns of at most one key.
+// readRow runs a statement that returns rowColumns or usedRowColumns of at most one key.
 func readRow(ctx context.Context, db querier, doing, sql string, args ...any) (Row, error) {
 	rows, _ := db.Query(ctx, sql, args...) // CollectExactlyOneRow returns its error
 	row, err := pgx.CollectExactlyOneRow(rows, scanRow)
@@ -144,9 +152,14 @@ order by created_at desc, id desc offset $2::bigint - 1 limit 1`, account, limit
 	return wait, nil
 }
 
-// Get returns a key, or an error that wraps ErrNoRow.
+// Get returns a key without its last use, or an error that wraps ErrNoRow.
 func (r Reader) Get(ctx context.Context, reach Reach, id string) (Row, error) {
 	return readRow(ctx, r.db, "get key", `select `+rowColumns+` from rekall.api_keys k where `+oneKey, reach.args(id)...)
+}
+
+// GetUsed is Get with the last use.
+func (s *Store) GetUsed(ctx context.Context, reach Reach, id string) (Row, error) {
+	return readRow(ctx, s.pool, "get key", `select `+usedRowColumns+` from rekall.api_keys k where `+oneKey, reach.args(id)...)
 }
 
 // Lock is Get, and keeps others from changing the key until the transaction ends. It reads the key once it has it: a statement
@@ -160,7 +173,7 @@ func (t *Tx) Lock(ctx context.Context, reach Reach, id string) (Row, error) {
 
 // Find returns the key with this digest, or an error that wraps ErrNoRow.
 func (r Reader) Find(ctx context.Context, reach Reach, digest apikey.Digest) (Row, error) {
-	return readRow(ctx, r.db, "find key", `select `+rowColumns+` from rekall.api_keys k
+	return readRow(ctx, r.db, "find key", `select `+usedRowColumns+` from rekall.api_keys k
 where k.key_hash = $1 and ($2::boolean or k.account = $3) and ($4 = '' or k.environment = $4)`, digest[:], reach.all, reach.account, reach.environment)
 }
 

@@ -90,7 +90,7 @@ func TestUndoneRotationAndFirstUseThatDeadlockAreBothDone(t *testing.T) {
 	if err := errors.Join(err, <-flushed); err != nil {
 		t.Fatal(err)
 	}
-	row, err := store.Get(t.Context(), keystore.Everything(), next)
+	row, err := store.GetUsed(t.Context(), keystore.Everything(), next)
 	if err != nil || row.RevokedAt == nil || row.Predecessor != "" || row.LastUsedAt == nil {
 		t.Errorf("%+v, %v", row, err)
 	}

@@ -70,7 +70,7 @@ func (s *Store) ListDue(ctx context.Context, reach Reach, createdBefore time.Tim
 	q.add("k.revoked_at is null and (k.expires_at is null or k.expires_at > now())")
 	q.add("not (" + hasSuccessor + ") and not (" + isAwaited + ")")
 	q.args = append(q.args, limit)
-	rows, _ := s.pool.Query(ctx, `select `+rowColumns+` from rekall.api_keys k where `+q.where()+`
+	rows, _ := s.pool.Query(ctx, `select `+usedRowColumns+` from rekall.api_keys k where `+q.where()+`
 order by k.created_at, k.id limit `+placeholder(len(q.args)), q.args...) // CollectRows returns its error
 	due, err := pgx.CollectRows(rows, scanRow)
 	if err != nil {

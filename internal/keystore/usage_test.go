@@ -288,7 +288,7 @@ func TestLastUseIsExactAndOutlivesItsCounts(t *testing.T) {
 		if got := usageOf(t, store, key.ID); got.FirstUsedAt != first || got.LastUsedAt != last {
 			t.Errorf("%s: used from %v to %v, want from %v to %v", when, got.FirstUsedAt, got.LastUsedAt, first, last)
 		}
-		if row, err := store.Get(t.Context(), keystore.Everything(), key.ID); err != nil || row.LastUsedAt == nil || !row.LastUsedAt.Equal(last) {
+		if row, err := store.GetUsed(t.Context(), keystore.Everything(), key.ID); err != nil || row.LastUsedAt == nil || !row.LastUsedAt.Equal(last) {
 			t.Errorf("%s: %+v, %v", when, row, err)
 		}
 	}

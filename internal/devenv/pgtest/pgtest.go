@@ -180,6 +180,24 @@ select count(*) = $1 from pg_stat_activity where datname = current_database() an
 	})
 }
 
+// LockAsEdge has the edge's role lock all tables that it can, in a transaction that stays idle until the test ends.
+func LockAsEdge(t testing.TB, databaseURL string) {
+	t.Helper()
+	role := Role(t, databaseURL)
+	if _, _, err := keystore.MigrateAndGrant(t.Context(), databaseURL, keystore.Roles{Edge: role}); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := pgx.Connect(t.Context(), Login(t, databaseURL, role))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close(context.WithoutCancel(t.Context())) })
+	if _, err := conn.Exec(t.Context(), `begin; lock table rekall.usage, rekall.last_used, rekall.usage_flushes, rekall.spikes,
+		rekall.usage_chores, rekall.signing_keys, rekall.edges in access exclusive mode`); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // Role returns a name for a role. If it exists when the test ends, it is removed, with its rights in the database.
 func Role(t testing.TB, databaseURL string) string {
 	t.Helper()
