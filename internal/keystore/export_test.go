@@ -15,7 +15,7 @@ const (
 )
 
 var (
-	SnapshotSQL = snapshotSQL
+	FeedSQL = feedSQL
 
 	MigrateTo  = migrateTo
 	TakeTurn   = takeTurn

@@ -142,12 +142,16 @@ func xmaxOf(snapshot string) uint64 {
 // more, so have all together. The order and the lateral joins keep Postgres, which cannot know that there is
 // next to nothing to read, from reading all there is. What belongs to the whole reading stands in one row: repeated in each, it
 // would be most of what is sent.
-var snapshotSQL = `
+//
+// beat is read from where edges report only for who asks for it: the role of one that was taken over can lock that table, and
+// all others would be without news.
+func snapshotSQL(beat string) string {
+	return `
 with s as materialized (
 	select pg_snapshot_xmin(pg_current_snapshot()) as xmin, pg_snapshot_xmax(pg_current_snapshot()) as xmax,
 		case when pg_is_in_recovery() then format('%s:%s:', pg_snapshot_xmin(pg_current_snapshot()), pg_snapshot_xmin(pg_current_snapshot()))
 			else pg_current_snapshot()::text end as snapshot,
-		coalesce((select beat from rekall.edges where instance = $2), 0) as beat, clock_timestamp() as now,
+		` + beat + ` as beat, clock_timestamp() as now,
 		current_setting('hot_standby_feedback')::boolean as feedback,` + serverColumns + `,
 		(select json_agg(t) from rekall.tiers t) as tiers
 ), unread as materialized (
@@ -166,21 +170,28 @@ select row_to_json(s)::text` + strings.Repeat(", null", len(new(recordRow).targe
 union all
 (select null, ` + recordColumns + `
 from unread u
-cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where ` + stampedUnread("k") + `) k` + limitsOfSome + ` limit $3)
+cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where ` + stampedUnread("k") + `) k` + limitsOfSome + ` limit $2)
 union all
 (select null, ` + recordColumns + `
 from unread u
 cross join lateral (select c.account from rekall.account_limits c where ` + stampedUnread("c") + `) c
-cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where k.account = c.account and k.environment = 'production' limit $3) k` + limitsOfSome + ` limit $3)
+cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where k.account = c.account and k.environment = 'production' limit $2) k` + limitsOfSome + ` limit $2)
 union all
 (select null, ` + recordColumns + `
 from unread u
 cross join lateral (select c.key_id from rekall.key_limits c where ` + stampedUnread("c") + `) c
-cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where k.id = c.key_id limit 1) k` + limitsOfSome + ` limit $3)`
+cross join lateral (select ` + keyColumns + ` from rekall.api_keys k where k.id = c.key_id limit 1) k` + limitsOfSome + ` limit $2)`
+}
+
+// The statement without and with the beat of the edge $3.
+var (
+	feedSQL    = snapshotSQL(`0`)
+	standbySQL = snapshotSQL(`coalesce((select beat from rekall.edges where instance = $3), 0)`)
+)
 
 // stampedUnread is the condition that a row of a table was stamped by one of the unread transactions u, in this cluster.
 func stampedUnread(table string) string {
-	return strings.ReplaceAll(`t.change_xid between u.first and u.last order by t.change_xid limit $3`, "t.", table+".")
+	return strings.ReplaceAll(`t.change_xid between u.first and u.last order by t.change_xid limit $2`, "t.", table+".")
 }
 
 // snapshotHeader is what a Snapshot has once, besides its changes.
@@ -203,7 +214,11 @@ func (s *Store) Snapshot(ctx context.Context, since string, limit int) (Snapshot
 		header pgtype.DriverBytes // of one row
 		key    recordRow          // of the others
 	)
-	rows, _ := s.pool.Query(ctx, snapshotSQL, since, s.instance, limit+1) // ForEachRow returns its error
+	sql, args := feedSQL, []any{since, limit + 1}
+	if s.instance != "" {
+		sql, args = standbySQL, append(args, s.instance)
+	}
+	rows, _ := s.pool.Query(ctx, sql, args...) // ForEachRow returns its error
 	_, err := pgx.ForEachRow(rows, append([]any{&header}, key.targets()...), func() error {
 		if header != nil {
 			return snap.begin(header)

@@ -364,12 +364,30 @@ func TestMoreChangesThanCanBeReadInTimeAreSaidNotRead(t *testing.T) {
 	}
 }
 
+// TestFeedBringsARevocationThoughAnEdgeThatWasTakenOverLocksItsTables to all that read no standby.
+func TestFeedBringsARevocationThoughAnEdgeThatWasTakenOverLocksItsTables(t *testing.T) {
+	databaseURL := database(t)
+	store := open(t, databaseURL, keystore.Options{PlanOnce: true})
+	key := insert(t, store)
+	start := snapshot(t, store, "")
+	pgtest.LockAsEdge(t, databaseURL)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if _, revoked, err := store.Revoke(ctx, keystore.Everything(), key.ID); err != nil || !revoked {
+		t.Fatal(revoked, err)
+	}
+	snap, err := store.Snapshot(ctx, start.Text, keystore.MaxChanges)
+	if err != nil || len(snap.Changes) != 1 || snap.Changes[0].Validity(snap.Now) != apikey.Revoked {
+		t.Errorf("%+v, %v", snap.Changes, err)
+	}
+}
+
 // explain returns the plan of a reading of the feed, with what happened when it was run if options are "(analyze)".
 func explain(t *testing.T, conn *pgx.Conn, options string, since string) string {
 	t.Helper()
-	exec(t, conn, "prepare feed (text, text, bigint) as "+keystore.SnapshotSQL)
+	exec(t, conn, "prepare feed (text, bigint) as "+keystore.FeedSQL)
 	defer exec(t, conn, "deallocate feed")
-	rows, _ := conn.Query(t.Context(), fmt.Sprintf("explain %s execute feed ('%s', '', %d)", options, since, keystore.MaxChanges+1))
+	rows, _ := conn.Query(t.Context(), fmt.Sprintf("explain %s execute feed ('%s', %d)", options, since, keystore.MaxChanges+1))
 	lines, err := pgx.CollectRows(rows, pgx.RowTo[string])
 	if err != nil {
 		t.Fatal(err)
