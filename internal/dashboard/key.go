@@ -89,7 +89,7 @@ func (d *Dashboard) key(v *visit) error { return d.showKeyPage(v, http.StatusOK,
 
 func (d *Dashboard) showKeyPage(v *visit, status int, newName, problem string) error {
 	ctx := v.r.Context()
-	key, err := d.Admin.Get(ctx, v.actor, v.r.PathValue("id"))
+	key, err := d.Admin.Look(ctx, v.actor, v.r.PathValue("id"))
 	if err != nil {
 		return err
 	}
@@ -139,7 +139,7 @@ func (k keyData) notice(done string) string {
 		"undone":  {undone && k.Rotation == nil, "The rotation is undone. The successor is revoked, and this key has its old expiry again."},
 		"revoked": {k.Key.Status == keyadmin.Revoked, "The key is revoked, for good."},
 		"existing": {
-			k.Key.LastUsedAt == nil,
+			k.Key.LastUsedAt == nil && !k.Key.LastUseUnknown,
 			"That form was sent before: the key exists already, and was shown then. If you did not copy it, revoke it and create another.",
 		},
 		"rotated": {k.Rotation != nil, "This key is being rotated already. Its successor was shown when it was made."},
@@ -169,6 +169,10 @@ func (d *Dashboard) addUsage(v *visit, data *keyData) {
 	default:
 		data.Range = "7d"
 	}
+	if data.Key.LastUseUnknown { // nor can the rest be read, in what is left of the time
+		data.Marks = marks(data.Key, keyadmin.Usage{})
+		return
+	}
 	usage, known := v.usage(since, data.Key.ID)[data.Key.ID]
 	if known {
 		data.Known, data.Usage, data.Chart, data.Reasons = true, usage, draw(usage, wide), reasons(usage.Total.DeniedByReason)
@@ -184,7 +188,7 @@ func (d *Dashboard) rotationOf(v *visit, old keyadmin.Key, known bool) (*rotatio
 	if old.Successor == nil || old.Status != keyadmin.Active {
 		return nil, nil
 	}
-	successor, err := d.Admin.Get(v.r.Context(), v.actor, *old.Successor)
+	successor, err := d.Admin.Look(v.r.Context(), v.actor, *old.Successor)
 	if err != nil || successor.Status != keyadmin.Active {
 		return nil, err
 	}
@@ -213,11 +217,11 @@ func (d *Dashboard) rotationOf(v *visit, old keyadmin.Key, known bool) (*rotatio
 func (d *Dashboard) heir(ctx context.Context, actor keyadmin.Actor, history []keyadmin.AuditEntry) (*keyadmin.Key, error) {
 	undone := slices.IndexFunc(history, func(e keyadmin.AuditEntry) bool { return e.Action == keyadmin.KeyRotationUndone })
 	id, _ := history[undone].Details["successor"].(string)
-	withdrawn, err := d.Admin.Get(ctx, actor, id)
+	withdrawn, err := d.Admin.Look(ctx, actor, id)
 	if err != nil || withdrawn.Successor == nil {
 		return nil, err
 	}
-	key, err := d.Admin.Get(ctx, actor, *withdrawn.Successor)
+	key, err := d.Admin.Look(ctx, actor, *withdrawn.Successor)
 	if err != nil || key.Status != keyadmin.Active {
 		return nil, err
 	}
@@ -284,7 +288,7 @@ type changeData struct {
 }
 
 func (d *Dashboard) changeForm(v *visit) (changeData, error) {
-	key, err := d.Admin.Get(v.r.Context(), v.actor, v.r.PathValue("id"))
+	key, err := d.Admin.Look(v.r.Context(), v.actor, v.r.PathValue("id"))
 	return changeData{Key: key, Self: key.ID != "" && key.ID == v.actor.KeyID()}, err
 }
 

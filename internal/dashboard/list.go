@@ -228,7 +228,7 @@ func marks(key keyadmin.Key, usage keyadmin.Usage) []mark {
 	if slices.ContainsFunc(usage.Hourly, func(hour keyadmin.UsageHour) bool { return hour.Spike && !hour.Hour.Before(week) }) {
 		marks = append(marks, mark{"alert", "Spike", "Far more requests than usual in the last 7 days"})
 	}
-	if key.LastUsedAt == nil && usage.FirstUsedAt == nil {
+	if key.LastUsedAt == nil && !key.LastUseUnknown && usage.FirstUsedAt == nil {
 		marks = append(marks, mark{"quiet", "Never used", "No request was allowed with this key so far"})
 	}
 	return slices.Clip(marks)

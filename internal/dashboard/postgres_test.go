@@ -53,3 +53,15 @@ func TestKeysAreShownThoughUsageCannotBeRead(t *testing.T) {
 		}
 	}
 }
+
+// TestKeyIsRevokedThoughAnEdgeThatWasTakenOverLocksItsTables: whoever has the key may be whoever has the edge.
+func TestKeyIsRevokedThoughAnEdgeThatWasTakenOverLocksItsTables(t *testing.T) {
+	r := newRig(t)
+	key := r.key("acme", "Backend", false)
+	b := r.browser("ann@acme")
+	pgtest.LockAsEdge(t, r.database)
+	b.do("/"+key.ID, nil).want(t, http.StatusOK, "Not known now", "Usage cannot be read right now", "/revoke")
+	b.do("/"+key.ID+"/revoke", nil).want(t, http.StatusOK, "Not known now")
+	b.revoke(key)
+	b.do("/"+key.ID+"?done=revoked", nil).want(t, http.StatusOK, "The key is revoked, for good.", "Every edge refuses it within 60 seconds.")
+}
