@@ -83,3 +83,31 @@ func TestManualNamesEachExitCode(t *testing.T) {
 		}
 	}
 }
+
+// TestRevokeSaysThatTheKeyIsRevokedThoughAnEdgeThatWasTakenOverLocksItsTables, whether or not it was to wait for the edges.
+func TestRevokeSaysThatTheKeyIsRevokedThoughAnEdgeThatWasTakenOverLocksItsTables(t *testing.T) {
+	databaseURL := pgtest.Migrated(t)
+	t.Setenv(keystore.DatabaseVariable, databaseURL)
+	admin := keyadmin.New(pgtest.Store(t, databaseURL))
+	var ids []string
+	for range 2 {
+		key, _, err := admin.Create(t.Context(), keyadmin.Operator("test"), keyadmin.CreateRequest{
+			Name: "Backend", Account: "acme", Environment: "sandbox", Scopes: []string{"memories:read"},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := admin.Rotate(t.Context(), keyadmin.Operator("test"), key.ID, keyadmin.RotateRequest{}); err != nil {
+			t.Fatal(err)
+		}
+		ids = append(ids, key.ID)
+	}
+	pgtest.LockAsEdge(t, databaseURL)
+	if output, err := try(t, "keys", "revoke", ids[0]); err != nil || !strings.Contains(output, "Revoked "+ids[0]) || !strings.Contains(output, "lives on. To revoke") {
+		t.Errorf("%s%v", output, err)
+	}
+	if output, err := try(t, "keys", "revoke", ids[1], "--wait"); err == nil || !strings.HasPrefix(output, "Revoked "+ids[1]) ||
+		!strings.Contains(output, "is revoked, but the edges could not be watched: database did not list the edges") {
+		t.Errorf("%s%v", output, err)
+	}
+}

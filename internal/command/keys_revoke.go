@@ -69,6 +69,9 @@ func revokeKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 			fmt.Fprintf(w, "Revoked %s. Every edge refuses it within 60 seconds.\n%s", key.ID, successorThatLives(ctx, key, admin))
 		})
 	}
+	if !already { // whoever interrupts the wait must know
+		fmt.Fprintf(cmd.ErrOrStderr(), "Revoked %s. Waiting for the edges.\n", key.ID)
+	}
 	confirmations, err := watch(cmd, func(progress func(keyadmin.Confirmation)) error {
 		return admin.WaitRevoked(ctx, key.ID, func(c keyadmin.Confirmation) {
 			if already { // the edge may have reported it long before its last report
@@ -97,7 +100,7 @@ func successorThatLives(ctx context.Context, key keyadmin.Key, admin *keyadmin.A
 	if key.Successor == nil {
 		return ""
 	}
-	successor, err := admin.Get(ctx, operator(), *key.Successor)
+	successor, err := admin.Look(ctx, operator(), *key.Successor)
 	switch {
 	case err != nil:
 		return fmt.Sprintf("Whether %s, the successor of %s, lives on could not be seen: %v\n", *key.Successor, key.ID, err)
@@ -166,6 +169,7 @@ func revokeMany(ctx context.Context, cmd *cobra.Command, admin *keyadmin.Admin) 
 			fmt.Fprintf(w, "Revoked %s. Every edge refuses what is revoked within 60 seconds.\n", keys)
 		})
 	}
+	fmt.Fprintf(cmd.ErrOrStderr(), "Revoked %s. Waiting for the edges.\n", keys)
 	result.Edges, err = watch(cmd, func(progress func(keyadmin.Confirmation)) error { return admin.Wait(ctx, revocation, progress) })
 	if err != nil {
 		return fmt.Errorf("%s revoked, but the edges could not be watched: %w", keys, err)

@@ -120,15 +120,20 @@ func (a *Admin) WaitRevoked(ctx context.Context, id string, progress func(Confir
 	return a.Wait(ctx, revocation, progress)
 }
 
+// edgesWithin bounds one look at the edges: whoever has taken one over can lock their table.
+const edgesWithin = 5 * time.Second
+
+var errEdgesLate = errors.New("database did not list the edges within 5 seconds: look who locks rekall.edges")
+
 // Wait waits until every edge that knew the keys may no longer allow them: it has confirmed the revocation, or its
 // max_staleness has passed since. progress is called once for each edge. It ends within 60 seconds, or with ctx; and with an error if
-// the database becomes another server.
+// the edges cannot be read, or the database becomes another server.
 func (a *Admin) Wait(ctx context.Context, revocation Revocation, progress func(Confirmation)) error {
 	ctx, cancel := context.WithTimeout(ctx, waitFor)
 	defer cancel()
 	done := make(map[string]bool)
 	for began := time.Now(); ; {
-		seen, server, err := a.store.Edges(ctx, revocation.xid)
+		seen, server, err := a.look(ctx, revocation.xid)
 		if err != nil {
 			return stillInForce(err)
 		}
@@ -165,4 +170,14 @@ func (a *Admin) Wait(ctx context.Context, revocation Revocation, progress func(C
 			return stillInForce(ctx.Err())
 		}
 	}
+}
+
+func (a *Admin) look(ctx context.Context, xid uint64) ([]keystore.SeenEdge, keystore.Server, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, edgesWithin, errEdgesLate)
+	defer cancel()
+	seen, server, err := a.store.Edges(ctx, xid)
+	if err != nil && errors.Is(context.Cause(ctx), errEdgesLate) {
+		err = errEdgesLate
+	}
+	return seen, server, err
 }
