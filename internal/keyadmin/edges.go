@@ -34,7 +34,7 @@ type Edge struct {
 
 // Edges lists the edges that are running, and those that went silent a short while ago.
 func (a *Admin) Edges(ctx context.Context) ([]Edge, error) {
-	seen, _, err := a.store.Edges(ctx, 0)
+	seen, _, err := a.look(ctx, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -172,10 +172,14 @@ func (a *Admin) Wait(ctx context.Context, revocation Revocation, progress func(C
 	}
 }
 
-func (a *Admin) look(ctx context.Context, xid uint64) ([]keystore.SeenEdge, keystore.Server, error) {
+func (a *Admin) look(ctx context.Context, xid uint64) (seen []keystore.SeenEdge, server keystore.Server, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, edgesWithin, errEdgesLate)
 	defer cancel()
-	seen, server, err := a.store.Edges(ctx, xid)
+	end, err := a.turnToRead(ctx, Actor{})
+	if err == nil {
+		defer end()
+		seen, server, err = a.store.Edges(ctx, xid)
+	}
 	if err != nil && errors.Is(context.Cause(ctx), errEdgesLate) {
 		err = errEdgesLate
 	}

@@ -269,23 +269,26 @@ func notFound(err error, id string) error {
 
 // Get returns a key. The error wraps ErrNotFound if there is none with that id.
 func (a *Admin) Get(ctx context.Context, actor Actor, id string) (Key, error) {
-	return a.get(ctx, actor, id, a.store.GetUsed)
+	return a.get(ctx, actor, id, a.turnToRead, a.store.GetUsed)
 }
 
 // Look is Get for whoever may want to revoke the key: where the last use cannot be read soon, it returns the key without.
 func (a *Admin) Look(ctx context.Context, actor Actor, id string) (Key, error) {
-	key, err := a.get(ctx, actor, id, a.store.Get)
+	key, err := a.get(ctx, actor, id, a.turn, a.store.Get)
 	if err == nil {
 		a.addLastUse(ctx, actor, &key)
 	}
 	return key, err
 }
 
-func (a *Admin) get(ctx context.Context, actor Actor, id string, read func(context.Context, keystore.Reach, string) (keystore.Row, error)) (Key, error) {
+func (a *Admin) get(
+	ctx context.Context, actor Actor, id string, turn func(context.Context, Actor) (func(), error),
+	read func(context.Context, keystore.Reach, string) (keystore.Row, error),
+) (Key, error) {
 	if err := checkID(id); err != nil {
 		return Key{}, err
 	}
-	end, err := a.turn(ctx, actor)
+	end, err := turn(ctx, actor)
 	if err != nil {
 		return Key{}, err
 	}
@@ -306,7 +309,7 @@ func (a *Admin) addLastUse(ctx context.Context, actor Actor, key *Key) {
 	ctx, cancel := context.WithTimeout(ctx, lastUseWithin)
 	defer cancel()
 	key.LastUseUnknown = true
-	end, err := a.turn(ctx, actor)
+	end, err := a.turnToRead(ctx, actor)
 	if err != nil {
 		return
 	}

@@ -43,7 +43,7 @@ func (a *Admin) List(ctx context.Context, actor Actor, request ListRequest) (Pag
 	if err != nil {
 		return Page{}, err
 	}
-	end, err := a.turn(ctx, actor)
+	end, err := a.turnToRead(ctx, actor)
 	if err != nil {
 		return Page{}, err
 	}

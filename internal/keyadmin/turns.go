@@ -13,6 +13,10 @@ const (
 	ofAccount = 3
 )
 
+// ofReaders is how many requests of all read at once what edges write: an edge's role can lock it, and they all wait. One connection is left
+// to whoever revokes a key.
+const ofReaders = 3
+
 // turns has the requests of each actor wait for each other, and not those of others for them: there are few connections, which are given
 // in the order in which they are asked for. Whoever holds one key could keep the owners of all others from revoking theirs, by requests
 // that queue for its row, say.
@@ -84,4 +88,18 @@ func (a *Admin) turn(ctx context.Context, actor Actor) (end func(), err error) {
 		return nil, err
 	}
 	return func() { endAll(); endOwn() }, nil
+}
+
+// turnToRead is turn for what edges write.
+func (a *Admin) turnToRead(ctx context.Context, actor Actor) (end func(), err error) {
+	endTurn, err := a.turn(ctx, actor)
+	if err != nil {
+		return nil, err
+	}
+	endReading, err := a.turns.take(ctx, "readers", ofReaders)
+	if err != nil {
+		endTurn()
+		return nil, fmt.Errorf("wait to read what edges write: %w", ctx.Err()) // which is not the actor's doing
+	}
+	return func() { endReading(); endTurn() }, nil
 }

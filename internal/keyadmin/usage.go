@@ -85,7 +85,7 @@ func (a *Admin) usage(ctx context.Context, actor Actor, id string, between func(
 	if err := checkID(id); err != nil {
 		return Usage{}, err
 	}
-	end, err := a.turn(ctx, actor)
+	end, err := a.turnToRead(ctx, actor)
 	if err != nil {
 		return Usage{}, err
 	}
@@ -124,7 +124,7 @@ func (a *Admin) UsageSince(ctx context.Context, actor Actor, ids []string, since
 	if len(ids) == 0 {
 		return usage, nil
 	}
-	end, err := a.turn(ctx, actor)
+	end, err := a.turnToRead(ctx, actor)
 	if err != nil {
 		return nil, err
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"testing"
 	"time"
 
@@ -234,5 +235,30 @@ func TestKeysAreRevokedThoughAnEdgeThatWasTakenOverLocksItsTables(t *testing.T) 
 		if err != nil || key.Status != keyadmin.Revoked || !key.LastUseUnknown {
 			t.Errorf("by %s: %+v, %v", revocation.by, key, err)
 		}
+	}
+}
+
+// TestWhoeverReadsWhatAnEdgeThatWasTakenOverHasLockedLeavesAConnection to those who revoke: all accounts wait for one lock.
+func TestWhoeverReadsWhatAnEdgeThatWasTakenOverHasLockedLeavesAConnection(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	revoked, key := create(t, admin, request()), create(t, admin, request())
+	if _, err := admin.Revoke(t.Context(), operator, revoked.ID); err != nil {
+		t.Fatal(err)
+	}
+	pgtest.LockAsEdge(t, databaseURL)
+	flood, stop := context.WithCancel(t.Context())
+	var requests sync.WaitGroup
+	defer requests.Wait()
+	defer stop()
+	for n := range 4 {
+		customer := must(keyadmin.Person("ann", fmt.Sprint("account", n)))
+		requests.Go(func() { _, _ = admin.List(flood, customer, keyadmin.ListRequest{}) })
+		requests.Go(func() { _ = admin.WaitRevoked(flood, revoked.ID, func(keyadmin.Confirmation) {}) })
+	}
+	pgtest.AwaitBlocked(t, databaseURL, 3)
+	ctx, cancel := context.WithTimeout(t.Context(), keyadmin.AnswerWithin)
+	defer cancel()
+	if _, err := admin.Revoke(ctx, must(keyadmin.Person("bob", "acme")), key.ID); err != nil {
+		t.Error(err)
 	}
 }
