@@ -140,6 +140,7 @@ func (d *Dashboard) list(v *visit) error {
 func (d *Dashboard) find(v *visit, data *listData, cursor string) (keys []keyadmin.Key, next string, err error) {
 	request := keyadmin.ListRequest{
 		Environment: data.Environment, Status: data.Status, Name: data.Search, Limit: pageSize, Cursor: cursor, WithTotal: true,
+		WithoutUse: data.Sort != "last-used", // whoever sees a key can revoke it
 	}
 	order := orders[data.Sort]
 	if order != nil {
@@ -208,10 +209,11 @@ func newRow(key keyadmin.Key, usage map[string]keyadmin.Usage) listRow {
 	row := listRow{Key: key}
 	used, known := usage[key.ID]
 	if known {
+		row.LastUsedAt, row.LastUseUnknown = used.LastUsedAt, false
 		spark := daily(used, sparkline)
 		row.Spark = &spark
 	}
-	row.Marks = marks(key, used)
+	row.Marks = marks(row.Key, used)
 	return row
 }
 

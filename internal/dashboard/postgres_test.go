@@ -60,6 +60,7 @@ func TestKeyIsRevokedThoughAnEdgeThatWasTakenOverLocksItsTables(t *testing.T) {
 	key := r.key("acme", "Backend", false)
 	b := r.browser("ann@acme")
 	pgtest.LockAsEdge(t, r.database)
+	b.do("", nil).want(t, http.StatusOK, key.ID, "Not known now")
 	b.do("/"+key.ID, nil).want(t, http.StatusOK, "Not known now", "Usage cannot be read right now", "/revoke")
 	b.do("/"+key.ID+"/revoke", nil).want(t, http.StatusOK, "Not known now")
 	b.revoke(key)

@@ -26,6 +26,7 @@ type ListRequest struct {
 	Limit       int    // 1 to 100; 0: 100
 	Cursor      string // NextCursor of the page before; empty: the first page
 	WithTotal   bool   // whether Page.Total is wanted
+	WithoutUse  bool   // whether LastUsedAt may be left out, as LastUseUnknown: nothing is read that an edge's role can lock
 }
 
 // Page is one page of a list, newest keys first.
@@ -43,7 +44,11 @@ func (a *Admin) List(ctx context.Context, actor Actor, request ListRequest) (Pag
 	if err != nil {
 		return Page{}, err
 	}
-	end, err := a.turnToRead(ctx, actor)
+	turn := a.turnToRead
+	if filter.WithoutUse = request.WithoutUse; filter.WithoutUse {
+		turn = a.turn
+	}
+	end, err := turn(ctx, actor)
 	if err != nil {
 		return Page{}, err
 	}
@@ -60,6 +65,9 @@ func (a *Admin) List(ctx context.Context, actor Actor, request ListRequest) (Pag
 		page.NextCursor = formatCursor(rows[limit-1])
 	}
 	page.Keys = fromRows(rows)
+	for i := range page.Keys {
+		page.Keys[i].LastUseUnknown = request.WithoutUse
+	}
 	if request.WithTotal && (request.Account != "" || actor.rank != operator) {
 		total, err := a.store.Count(ctx, reach, filter)
 		if err != nil {

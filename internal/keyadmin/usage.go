@@ -129,7 +129,7 @@ func (a *Admin) UsageSince(ctx context.Context, actor Actor, ids []string, since
 		return nil, err
 	}
 	defer end()
-	keys, err := a.store.List(ctx, actor.reach(), keystore.Filter{IDs: ids}, keystore.Position{}, len(ids))
+	keys, err := a.store.List(ctx, actor.reach(), keystore.Filter{IDs: ids, WithoutUse: true}, keystore.Position{}, len(ids))
 	if err != nil || len(keys) == 0 {
 		return usage, err
 	}

@@ -34,6 +34,7 @@ type Filter struct {
 	CreatedBy      string        // an actor; empty: any
 	State          State         // by Postgres's clock
 	ExpiringWithin time.Duration // what Expiring means
+	WithoutUse     bool          // the rows come without their last use
 	Name           string        // part of the name; beyond one account, its beginning. Upper and lower case are the same.
 }
 
@@ -45,7 +46,11 @@ func (s *Store) List(ctx context.Context, reach Reach, filter Filter, after Posi
 		q.add("(k.created_at, k.id) < (?, ?)", after.CreatedAt, after.ID)
 	}
 	q.args = append(q.args, limit)
-	rows, _ := s.pool.Query(ctx, `select `+usedRowColumns+` from rekall.api_keys k where `+q.where()+`
+	columns := usedRowColumns
+	if filter.WithoutUse {
+		columns = rowColumns
+	}
+	rows, _ := s.pool.Query(ctx, `select `+columns+` from rekall.api_keys k where `+q.where()+`
 order by k.created_at desc, k.id desc limit `+placeholder(len(q.args)), q.args...) // CollectRows returns its error
 	list, err := pgx.CollectRows(rows, scanRow)
 	if err != nil {
