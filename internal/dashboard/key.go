@@ -251,7 +251,7 @@ func (d *Dashboard) edgesOf(ctx context.Context, key keyadmin.Key) *edges {
 	all, err := d.Admin.Edges(ctx)
 	d.State.note(&d.State.listingEdges, d.Logger, err)
 	if err != nil {
-		return new(edges)
+		return &edges{Confirmed: confirmed}
 	}
 	has := make(map[string]bool, len(confirmed))
 	for _, c := range confirmed {

@@ -187,6 +187,9 @@ func sortedPage(keys []keyadmin.Key, order func(keyadmin.Key) string, cursor str
 // usage is what keys were used for, by their ids; empty: it cannot be read. Keys are worth more than that: a page of theirs, with which they
 // are revoked, does not fail with it.
 func (v *visit) usage(since func(now time.Time) time.Time, ids ...string) map[string]keyadmin.Usage {
+	if len(ids) == 0 {
+		return nil
+	}
 	if v.usageUntil.IsZero() {
 		v.usageUntil = time.Now().Add(keyadmin.AnswerWithin / 2)
 	}

@@ -10,6 +10,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/outage"
 )
@@ -53,6 +54,13 @@ func (s *State) Close() {
 	s.running.Wait()
 }
 
+// redacted is an error with no key in its text.
+type redacted struct{ error }
+
+func (e redacted) Error() string { return apikey.Redact(e.error.Error()) }
+
+func (e redacted) Unwrap() error { return e.error }
+
 // note takes how something has ended that a page does not fail with, and that a live one does every second. What ended through its visitor
 // tells nothing.
 func (s *State) note(what *outage.Kind, logger *zap.Logger, err error) {
@@ -62,6 +70,9 @@ func (s *State) note(what *outage.Kind, logger *zap.Logger, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	failures := outage.Failures{Logger: func() *zap.Logger { return logger }}
+	if err != nil {
+		err = redacted{err}
+	}
 	failures.Note(what, err)
 }
 

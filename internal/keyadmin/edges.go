@@ -123,20 +123,24 @@ func (a *Admin) WaitRevoked(ctx context.Context, id string, progress func(Confir
 // edgesWithin bounds one look at the edges: whoever has taken one over can lock their table.
 const edgesWithin = 5 * time.Second
 
-var errEdgesLate = errors.New("database did not list the edges within 5 seconds: look who locks rekall.edges")
+var errEdgesLate = errors.New("database did not list the edges within 5 seconds: see whether it answers, and who locks rekall.edges")
 
 // Wait waits until every edge that knew the keys may no longer allow them: it has confirmed the revocation, or its
 // max_staleness has passed since. progress is called once for each edge. It ends within 60 seconds, or with ctx; and with an error if
-// the edges cannot be read, or the database becomes another server.
+// the edges cannot be read at first, or the database becomes another server.
 func (a *Admin) Wait(ctx context.Context, revocation Revocation, progress func(Confirmation)) error {
 	ctx, cancel := context.WithTimeout(ctx, waitFor)
 	defer cancel()
-	done := make(map[string]bool)
+	done, looked := make(map[string]bool), false
 	for began := time.Now(); ; {
 		seen, server, err := a.look(ctx, revocation.xid)
+		if looked && errors.Is(err, errEdgesLate) && ctx.Err() == nil {
+			continue // a database that hangs for a while ends no wait that went well
+		}
 		if err != nil {
 			return stillInForce(err)
 		}
+		looked = true
 		if server.String() != revocation.server.String() {
 			return errOtherServer
 		}

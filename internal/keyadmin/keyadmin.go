@@ -57,8 +57,8 @@ var (
 	// ErrIdempotencyMismatch: the idempotency key came with another request before.
 	ErrIdempotencyMismatch = errors.New("idempotency key was used with another request: use a new one for each key")
 
-	// ErrCrowded: the actor's own requests left this one no time.
-	ErrCrowded = errors.New("actor has too many requests in flight")
+	// ErrCrowded: other requests of the actor, or of its account, left this one no time.
+	ErrCrowded = errors.New("actor or its account has too many requests in flight")
 )
 
 // TooManyError says that the account has made as many keys as it may in 24 hours, or renamed keys as often.
@@ -83,7 +83,7 @@ type Admin struct {
 
 // New returns an Admin. The store remains the caller's, to be closed.
 func New(store *keystore.Store) *Admin {
-	return &Admin{store: store, turns: &turns{of: map[string]*queue{}}}
+	return &Admin{store: store, turns: &turns{of: map[line]*queue{}}}
 }
 
 // Limited returns an Admin with which an account makes no more than so many keys in 24 hours, successors included, and renames keys no

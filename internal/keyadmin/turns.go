@@ -3,26 +3,38 @@ package keyadmin
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 )
 
-// How many requests of one actor, and of all in one account, ask the database at once. A store has four connections. Whoever has stolen a key
-// may make others with it, each with turns of its own: so each account leaves a connection to the others.
+// line is what requests wait in: of each kind one for each actor, or each account, or one for all.
+type line struct {
+	kind  lineKind
+	whose string
+}
+
+type lineKind uint8
+
 const (
-	ofActor   = 2
-	ofAccount = 3
+	ofActor lineKind = iota
+	ofAccount
+	readsOfActor
+	readsOfAccount
+	reads // of all
 )
 
-// ofReaders is how many requests of all read at once what edges write: an edge's role can lock it, and they all wait. One connection is left
-// to whoever revokes a key.
-const ofReaders = 3
+// places are how many requests of a line ask the database at once. A store has four connections, which are given in the order in which they
+// are asked for. Whoever holds a key could keep the owners of all others from revoking theirs, by requests that queue for its row,
+// say, and with others that it made those of other accounts.
+//
+// Reads are those of what edges write: an edge's role can lock it, and they all wait. They leave a place to change keys with to each actor
+// and each account, and a connection to all.
+var places = [...]int{ofActor: 2, ofAccount: 3, readsOfActor: 1, readsOfAccount: 2, reads: 3}
 
-// turns has the requests of each actor wait for each other, and not those of others for them: there are few connections, which are given
-// in the order in which they are asked for. Whoever holds one key could keep the owners of all others from revoking theirs, by requests
-// that queue for its row, say.
+// turns has the requests of each actor, and of each account, wait for each other, and not those of others for them.
 type turns struct {
 	mu sync.Mutex
-	of map[string]*queue // by actor and by account; of those who wait or ask now
+	of map[line]*queue // of those who wait or ask now
 }
 
 type queue struct {
@@ -30,10 +42,28 @@ type queue struct {
 	in     int // who hold a place or wait for one
 }
 
-// take waits for one of so many places of an actor or an account. The end must be told.
-func (t *turns) take(ctx context.Context, whose string, places int) (end func(), err error) {
-	q := t.join(whose, places)
-	end = func() { <-q.places; t.leave(whose, q) }
+// take waits for a place in each of the lines, whose end must be told. All take them in the same order.
+func (t *turns) take(ctx context.Context, lines ...line) (end func(), err error) {
+	var ends []func()
+	end = func() {
+		for _, end := range slices.Backward(ends) {
+			end()
+		}
+	}
+	for _, line := range lines {
+		endOne, err := t.takeOne(ctx, line)
+		if err != nil {
+			end()
+			return nil, err
+		}
+		ends = append(ends, endOne)
+	}
+	return end, nil
+}
+
+func (t *turns) takeOne(ctx context.Context, l line) (end func(), err error) {
+	q := t.join(l)
+	end = func() { <-q.places; t.leave(l, q) }
 	select {
 	case q.places <- struct{}{}: // even if ctx is done: nobody was in the way
 		return end, nil
@@ -43,63 +73,53 @@ func (t *turns) take(ctx context.Context, whose string, places int) (end func(),
 	case q.places <- struct{}{}:
 		return end, nil
 	case <-ctx.Done():
-		t.leave(whose, q)
-		return nil, fmt.Errorf("%w: %w", ErrCrowded, ctx.Err())
 	}
+	t.leave(l, q)
+	if l.kind == reads { // which is not the actor's doing
+		return nil, fmt.Errorf("wait to read what edges write: %w", ctx.Err())
+	}
+	return nil, fmt.Errorf("%w: %w", ErrCrowded, ctx.Err())
 }
 
-func (t *turns) join(whose string, places int) *queue {
+func (t *turns) join(l line) *queue {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	q := t.of[whose]
+	q := t.of[l]
 	if q == nil {
-		q = &queue{places: make(chan struct{}, places)}
-		t.of[whose] = q
+		q = &queue{places: make(chan struct{}, places[l.kind])}
+		t.of[l] = q
 	}
 	q.in++
 	return q
 }
 
-func (t *turns) leave(whose string, q *queue) {
+func (t *turns) leave(l line, q *queue) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if q.in--; q.in == 0 {
-		delete(t.of, whose)
+		delete(t.of, l)
 	}
 }
 
 // turn waits for a turn of those who come by the network. Operators have connections of their own.
 func (a *Admin) turn(ctx context.Context, actor Actor) (end func(), err error) {
-	own := actor.name
-	switch actor.rank {
-	case key:
-	case person: // whose name may be another's in another account
-		own = actor.account + "\n" + actor.name
-	case nobody, operator:
-		return func() {}, nil
-	}
-	endOwn, err := a.turns.take(ctx, own, ofActor)
-	if err != nil {
-		return nil, err
-	}
-	endAll, err := a.turns.take(ctx, "\n"+actor.account, ofAccount) // as no actor's begins
-	if err != nil {
-		endOwn()
-		return nil, err
-	}
-	return func() { endAll(); endOwn() }, nil
+	return a.turns.take(ctx, actor.lines(ofActor, ofAccount)...)
 }
 
 // turnToRead is turn for what edges write.
 func (a *Admin) turnToRead(ctx context.Context, actor Actor) (end func(), err error) {
-	endTurn, err := a.turn(ctx, actor)
-	if err != nil {
-		return nil, err
+	lines := append(actor.lines(readsOfActor, readsOfAccount), actor.lines(ofActor, ofAccount)...)
+	return a.turns.take(ctx, append(lines, line{kind: reads})...)
+}
+
+// lines are those that the actor's requests wait in, and all of its account; an operator's wait for nobody.
+func (a Actor) lines(own, all lineKind) []line {
+	switch a.rank {
+	case key:
+		return []line{{own, a.name}, {all, a.account}}
+	case person: // whose name may be another's in another account
+		return []line{{own, a.account + "\n" + a.name}, {all, a.account}}
+	case nobody, operator:
 	}
-	endReading, err := a.turns.take(ctx, "readers", ofReaders)
-	if err != nil {
-		endTurn()
-		return nil, fmt.Errorf("wait to read what edges write: %w", ctx.Err()) // which is not the actor's doing
-	}
-	return func() { endReading(); endTurn() }, nil
+	return nil
 }

@@ -262,3 +262,32 @@ func TestWhoeverReadsWhatAnEdgeThatWasTakenOverHasLockedLeavesAConnection(t *tes
 		t.Error(err)
 	}
 }
+
+// TestReadsThatWaitForALockLeaveTheirActorAndItsAccountATurnToRevoke, and another account one to read.
+func TestReadsThatWaitForALockLeaveTheirActorAndItsAccountATurnToRevoke(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	ann, bob, other := must(keyadmin.Person("ann", "acme")), must(keyadmin.Person("bob", "acme")), must(keyadmin.Person("ann", "other"))
+	keys := []keyadmin.Key{create(t, admin, request()), create(t, admin, request())}
+	pgtest.LockAsEdge(t, databaseURL)
+	flood, stop := context.WithCancel(t.Context())
+	var requests sync.WaitGroup
+	defer requests.Wait()
+	defer stop()
+	read := func(actor keyadmin.Actor) {
+		requests.Go(func() { _, _ = admin.List(flood, actor, keyadmin.ListRequest{}) })
+	}
+	for range 3 {
+		read(ann)
+		read(bob)
+	}
+	pgtest.AwaitBlocked(t, databaseURL, 2)
+	for i, actor := range []keyadmin.Actor{ann, bob} {
+		ctx, cancel := context.WithTimeout(t.Context(), keyadmin.AnswerWithin)
+		if _, err := admin.Revoke(ctx, actor, keys[i].ID); err != nil {
+			t.Errorf("%s: %v", actor, err)
+		}
+		cancel()
+	}
+	read(other)
+	pgtest.AwaitBlocked(t, databaseURL, 3)
+}

@@ -291,7 +291,7 @@ func TestEdgeOfAClockThatWasSetBackIsLiveNoLongerThanOthers(t *testing.T) {
 	own := report(t, edge, keystore.Edge{Name: "own"})
 	report(t, owner, keystore.Edge{Name: "synced", SyncedAt: time.Now()})
 	report(t, owner, keystore.Edge{Name: "never synced"})
-	pgtest.Exec(t, databaseURL, `update rekall.edges set seen_at = seen_at + interval '1 day', synced_at = synced_at + interval '1 day'`)
+	pgtest.Exec(t, databaseURL, `update rekall.edges set seen_at = seen_at + interval '45 seconds', synced_at = synced_at + interval '45 seconds'`)
 	// An edge made one up that is compared as 30 s and too long to be added. A check refuses it, on which the others do not rely.
 	pgtest.Exec(t, databaseURL, `alter table rekall.edges drop constraint edges_max_staleness_time`)
 	pgtest.Exec(t, databaseURL, `update rekall.edges set max_staleness = '3600000 months -108000000 days 30 seconds' where name = 'never synced'`)

@@ -1,7 +1,7 @@
 -- What a user of the database with an edge's rights can write or take is bounded: an edge that was taken over must not harm the others.
 
--- As before, but nothing fails for want of room in the queue: any user of the database can fill it, by a session that listens and stays in
--- a transaction, and then every commit that notifies fails. Edges that are not woken read the change at their next tick.
+-- As before, but without a notification while there is little room in the queue: any user of the database can fill it, by a session that
+-- listens and stays in a transaction, and then every commit that notifies fails. Edges that are not woken read the change at their next tick.
 create or replace function rekall.notify_key_change() returns trigger
 	language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
@@ -43,13 +43,12 @@ alter table rekall.edges
 delete from rekall.edges where pg_column_size(applied) > 65536
 	or extract(year from max_staleness) <> 0 or extract(month from max_staleness) <> 0 or extract(day from max_staleness) <> 0;
 
--- As before, but without a sum with what an edge has written, which may be out of range and fail for all. Every max_staleness is less
--- than 60 s.
+-- As before, but without a sum with what an edge has written, which may be out of range and fail for all: times apart are compared.
 create or replace function rekall.forget_replaced_edges(edge text) returns void
 	language sql security definer set search_path = pg_catalog, pg_temp as $$
 	update rekall.edges set seen_at = least(seen_at, clock_timestamp()),
 		synced_at = case when synced_at > clock_timestamp() then clock_timestamp() else synced_at end
-	where greatest(seen_at, synced_at) > clock_timestamp() + interval '60 seconds';
+	where greatest(seen_at, synced_at) - clock_timestamp() > max_staleness;
 	delete from rekall.edges former using rekall.edges own
 	where own.instance = edge and own.writer = session_user
 		and former.name = own.name and former.writer = session_user and former.instance <> own.instance
