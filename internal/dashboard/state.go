@@ -54,13 +54,6 @@ func (s *State) Close() {
 	s.running.Wait()
 }
 
-// redacted is an error with no key in its text.
-type redacted struct{ error }
-
-func (e redacted) Error() string { return apikey.Redact(e.error.Error()) }
-
-func (e redacted) Unwrap() error { return e.error }
-
 // note takes how something has ended that a page does not fail with, and that a live one does every second. What ended through its visitor
 // tells nothing.
 func (s *State) note(what *outage.Kind, logger *zap.Logger, err error) {
@@ -71,7 +64,7 @@ func (s *State) note(what *outage.Kind, logger *zap.Logger, err error) {
 	defer s.mu.Unlock()
 	failures := outage.Failures{Logger: func() *zap.Logger { return logger }}
 	if err != nil {
-		err = redacted{err}
+		err = errors.New(apikey.Redact(err.Error()))
 	}
 	failures.Note(what, err)
 }

@@ -312,7 +312,7 @@ func (a *Admin) RotateDue(ctx context.Context, actor Actor, request RotateDueReq
 	}
 	// The moment is fixed: successors that this run makes must not become due in it.
 	for after := (keystore.Position{}); ; {
-		due, err := a.store.ListDue(ctx, actor.within(request.Account), now.Add(-age), after, maxPage)
+		due, err := a.store.ListDue(ctx, actor.within(request.Account), now.Add(-age), after, maxPage, dryRun)
 		if err != nil || len(due) == 0 {
 			return count, err
 		}

@@ -50,8 +50,8 @@ func (t *turns) take(ctx context.Context, lines ...line) (end func(), err error)
 			end()
 		}
 	}
-	for _, line := range lines {
-		endOne, err := t.takeOne(ctx, line)
+	for _, l := range lines {
+		endOne, err := t.takeOne(ctx, l)
 		if err != nil {
 			end()
 			return nil, err

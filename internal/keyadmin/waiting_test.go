@@ -217,12 +217,13 @@ func TestManagingKeyGrantsOnlyWhatItHasInPostgresNow(t *testing.T) {
 	}
 }
 
-// TestKeysAreRevokedThoughAnEdgeThatWasTakenOverLocksItsTables, by whoever may.
-func TestKeysAreRevokedThoughAnEdgeThatWasTakenOverLocksItsTables(t *testing.T) {
+// TestKeysAreRevokedAndRotatedThoughAnEdgeThatWasTakenOverLocksItsTables, by whoever may.
+func TestKeysAreRevokedAndRotatedThoughAnEdgeThatWasTakenOverLocksItsTables(t *testing.T) {
 	admin, store, databaseURL := newAdmin(t)
 	r := request()
 	r.ManageKeys = true
 	manager, used, other := create(t, admin, r), create(t, admin, request()), create(t, admin, request())
+	create(t, admin, request()) // to be rotated
 	as := managing(t, store, manager)
 	pgtest.LockAsEdge(t, databaseURL)
 	for _, revocation := range []struct {
@@ -235,6 +236,12 @@ func TestKeysAreRevokedThoughAnEdgeThatWasTakenOverLocksItsTables(t *testing.T) 
 		if err != nil || key.Status != keyadmin.Revoked || !key.LastUseUnknown {
 			t.Errorf("by %s: %+v, %v", revocation.by, key, err)
 		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), keyadmin.AnswerWithin)
+	defer cancel()
+	due := keyadmin.RotateDueRequest{OlderThan: "1us", Overlap: keyadmin.Overlap{For: time.Hour}}
+	if n, err := admin.RotateDue(ctx, operator, due, false, func(keyadmin.Key) error { return nil }); n != 1 || err != nil {
+		t.Errorf("%d keys rotated, %v", n, err)
 	}
 }
 

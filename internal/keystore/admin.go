@@ -77,6 +77,14 @@ const (
 	usedRowColumns = keyRowColumns + `, (select ` + lastUse + ` from rekall.last_used l where l.key_id = k.id)`
 )
 
+// rowColumnsWith are rowColumns, or usedRowColumns where the last use is wanted.
+func rowColumnsWith(use bool) string {
+	if use {
+		return usedRowColumns
+	}
+	return rowColumns
+}
+
 func scanRow(row pgx.CollectableRow) (Row, error) {
 	var r Row
 	err := row.Scan(&r.ID, &r.Account, &r.Name, &r.Environment, &r.Hint, &r.Scopes, &r.ManageKeys, &r.CreatedBy,

@@ -143,8 +143,8 @@ func xmaxOf(snapshot string) uint64 {
 // next to nothing to read, from reading all there is. What belongs to the whole reading stands in one row: repeated in each, it
 // would be most of what is sent.
 //
-// beat is read from where edges report only for who asks for it: the role of one that was taken over can lock that table, and
-// all others would be without news.
+// Only a feed from a standby asks for the beat, from the table in which edges report: the role of one that was taken over can lock it,
+// and all others would be without news.
 func snapshotSQL(beat string) string {
 	return `
 with s as materialized (

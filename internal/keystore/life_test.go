@@ -143,7 +143,7 @@ func TestNoListReadsTheWholeTable(t *testing.T) {
 		}
 		scans("count by " + name)
 	}
-	if _, err := store.ListDue(t.Context(), keystore.Everything(), time.Now().Add(-49000*time.Minute), keystore.Position{}, 100); err != nil {
+	if _, err := store.ListDue(t.Context(), keystore.Everything(), time.Now().Add(-49000*time.Minute), keystore.Position{}, 100, true); err != nil {
 		t.Error(err)
 	}
 	scans("keys that are due")

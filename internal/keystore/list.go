@@ -46,11 +46,7 @@ func (s *Store) List(ctx context.Context, reach Reach, filter Filter, after Posi
 		q.add("(k.created_at, k.id) < (?, ?)", after.CreatedAt, after.ID)
 	}
 	q.args = append(q.args, limit)
-	columns := usedRowColumns
-	if filter.WithoutUse {
-		columns = rowColumns
-	}
-	rows, _ := s.pool.Query(ctx, `select `+columns+` from rekall.api_keys k where `+q.where()+`
+	rows, _ := s.pool.Query(ctx, `select `+rowColumnsWith(!filter.WithoutUse)+` from rekall.api_keys k where `+q.where()+`
 order by k.created_at desc, k.id desc limit `+placeholder(len(q.args)), q.args...) // CollectRows returns its error
 	list, err := pgx.CollectRows(rows, scanRow)
 	if err != nil {

@@ -61,8 +61,9 @@ func (t *Tx) holds(ctx context.Context, doing, condition, id string) (holds bool
 }
 
 // ListDue returns up to limit keys that follow a position, oldest first: those that were created before a moment, have not
-// ended, have no successor that has not ended, and whose first use no predecessor awaits.
-func (s *Store) ListDue(ctx context.Context, reach Reach, createdBefore time.Time, after Position, limit int) ([]Row, error) {
+// ended, have no successor that has not ended, and whose first use no predecessor awaits. They come with their last use if that is
+// wanted.
+func (s *Store) ListDue(ctx context.Context, reach Reach, createdBefore time.Time, after Position, limit int, withUse bool) ([]Row, error) {
 	q := new(conditions)
 	q.reach(reach)
 	q.add("k.created_at < ?", createdBefore)
@@ -70,7 +71,7 @@ func (s *Store) ListDue(ctx context.Context, reach Reach, createdBefore time.Tim
 	q.add("k.revoked_at is null and (k.expires_at is null or k.expires_at > now())")
 	q.add("not (" + hasSuccessor + ") and not (" + isAwaited + ")")
 	q.args = append(q.args, limit)
-	rows, _ := s.pool.Query(ctx, `select `+usedRowColumns+` from rekall.api_keys k where `+q.where()+`
+	rows, _ := s.pool.Query(ctx, `select `+rowColumnsWith(withUse)+` from rekall.api_keys k where `+q.where()+`
 order by k.created_at, k.id limit `+placeholder(len(q.args)), q.args...) // CollectRows returns its error
 	due, err := pgx.CollectRows(rows, scanRow)
 	if err != nil {
