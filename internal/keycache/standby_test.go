@@ -486,4 +486,23 @@ func TestWhatIsReadOfAStandbyIsConfirmedAsOfTheReportThatItHas(t *testing.T) {
 	if behind := now.Sub(c.Applied().At); behind < lag {
 		t.Errorf("confirmed as of %v ago, want %v at least", behind, lag)
 	}
+	if told := c.Status().Lag; told < lag {
+		t.Errorf("the standby is said to be %v behind, want %v at least", told, lag)
+	}
+}
+
+func TestStandbyWithAReportThatWasSentWhileItWasReadIsNotSaidToBeAhead(t *testing.T) {
+	for _, standby := range []bool{true, false} {
+		db := new(twoStandbys)
+		c := newCache(t, db, func(cfg *Config) {
+			if standby {
+				cfg.Sent = func(uint64) (keystore.Report, bool) { return keystore.Report{SentAt: time.Now()}, true }
+			}
+		})
+		db.snap = keystore.Snapshot{Server: keystore.Server{InRecovery: standby}, Beat: 1, Now: time.Now(), Text: "5:5:", Xmin: 5, Xmax: 5}
+		tick(t, c)
+		if lag := c.Status().Lag; lag < 0 || lag != 0 && !standby {
+			t.Errorf("a standby: %v; %v behind", standby, lag)
+		}
+	}
 }

@@ -97,7 +97,10 @@ func (c *Cache) Status() Status {
 	if s.syncedAt.IsZero() {
 		st.Age = clock.Age(c.madeAt, now) // an edge that never synced is no younger than one that did
 	} else {
-		st.Age, st.Lag, st.Fresh = clock.Age(s.syncedAt, now), clock.Age(s.syncedAt, s.readAt), s.fresh(now, c.cfg.MaxStaleness)
+		st.Age, st.Fresh = clock.Age(s.syncedAt, now), s.fresh(now, c.cfg.MaxStaleness)
+		if c.cfg.Sent != nil { // the report that was read may have been sent while the sync was under way
+			st.Lag = clock.Age(s.syncedAt, s.gotAt)
+		}
 	}
 	return st
 }
