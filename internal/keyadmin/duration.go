@@ -65,10 +65,17 @@ func parseISO(s string) (time.Duration, error) {
 	return sum, nil
 }
 
-// FormatDuration writes a duration so that ParseDuration reads it: in days if they are whole.
+// FormatDuration writes a duration as people do, and so that ParseDuration reads it: 90d if it is whole days, else 2h or 1h30m.
 func FormatDuration(d time.Duration) string {
 	if d > 0 && d%day == 0 {
 		return strconv.FormatInt(int64(d/day), 10) + "d"
 	}
-	return d.String()
+	text := d.String() // which ends in 0m0s or 0s if it is whole hours or minutes
+	if strings.HasSuffix(text, "m0s") {
+		text = strings.TrimSuffix(text, "0s")
+	}
+	if strings.HasSuffix(text, "h0m") {
+		text = strings.TrimSuffix(text, "0m")
+	}
+	return text
 }

@@ -28,6 +28,15 @@ func TestParseDurationReadsWhatPeopleWrite(t *testing.T) {
 	}
 }
 
+func TestDurationsAreShownAsPeopleWriteThem(t *testing.T) {
+	for _, s := range []string{"90d", "2h", "36h", "1h30m", "10m", "100h0m1s", "1h0m30s", "30s", "10s", "1m30s", "0s", "1.5s", "500ms", "20h", "14d"} {
+		d, err := keyadmin.ParseDuration(s)
+		if got := keyadmin.FormatDuration(d); err != nil || got != s {
+			t.Errorf("%s is shown as %s, %v", s, got, err)
+		}
+	}
+}
+
 func FuzzParseDuration(f *testing.F) {
 	for _, s := range []string{"90d", "2w", "1h30m", "106751d", "106752d", "-1h", "9223372036854775807w", "1.5h", ""} {
 		f.Add(s)
@@ -43,7 +52,10 @@ func FuzzParseDuration(f *testing.F) {
 		if d < 0 {
 			t.Errorf("%q overflows to %v", s, d)
 		}
-		// Go's way of writing it is read as the same, and whole days come back.
+		// Both ways of writing it are read as the same, and whole days come back.
+		if again, err := keyadmin.ParseDuration(keyadmin.FormatDuration(d)); err != nil || again != d {
+			t.Errorf("%q is shown as %s, which is read as %v, %v", s, keyadmin.FormatDuration(d), again, err)
+		}
 		if again, err := keyadmin.ParseDuration(d.String()); err != nil || again != d {
 			t.Errorf("%q is %v, which is read as %v, %v", s, d, again, err)
 		}

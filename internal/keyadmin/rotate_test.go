@@ -431,7 +431,7 @@ func TestFirstUseOfTheSuccessorStartsTheGracePeriodOnce(t *testing.T) {
 	admin, _, databaseURL := newAdmin(t)
 	old := create(t, admin, request())
 	next := rotate(t, admin, old.ID, keyadmin.Overlap{For: time.Hour, OnFirstUse: true})
-	if *next.OverlapOnFirstUse != "1h0m0s" || !get(t, admin, old.ID).ExpiresAt.Equal(*old.ExpiresAt) {
+	if *next.OverlapOnFirstUse != "1h" || !get(t, admin, old.ID).ExpiresAt.Equal(*old.ExpiresAt) {
 		t.Errorf("before: old %+v, next %+v", get(t, admin, old.ID), next)
 	}
 	firstUse(t, databaseURL, old.ID)
