@@ -82,7 +82,7 @@ func flagNames(cmd *cobra.Command, err error) error {
 	return fmt.Errorf("%s %s", name(invalid.Field), fieldPattern.ReplaceAllStringFunc(invalid.Reason, name))
 }
 
-var fieldPattern = regexp.MustCompile(`[a-z]+(_[a-z]+)+`)
+var fieldPattern = regexp.MustCompile(`[a-z]+(_[a-z]+)+|\buntil\b`)
 
 // arguments is cobra.ExactArgs with an error that says what each argument is.
 func arguments(each ...string) cobra.PositionalArgs {

@@ -118,7 +118,7 @@ func (r AuditRequest) validate() (filter keystore.AuditFilter, limit int, err er
 		given(r.KeyID, checkText("key_id", r.KeyID)),
 		given(r.Actor, checkActor("actor", r.Actor)),
 		given(r.Action, checkAction(r.Action)),
-		badSince, badUntil, given(r.Cursor, badCursor), badLimit)
+		badSince, badUntil, checkRange("since", filter.Since, "until", filter.Until), given(r.Cursor, badCursor), badLimit)
 }
 
 func checkAction(action string) error {

@@ -83,7 +83,7 @@ func (s Selection) validate() (keystore.Selection, error) {
 	return selected, cmp.Or(
 		given(s.Account, checkAccount(s.Account)),
 		given(s.CreatedBy, checkActor("created_by", s.CreatedBy)),
-		badAfter, badBefore)
+		badAfter, badBefore, checkRange("created_after", selected.CreatedAfter, "created_before", selected.CreatedBefore))
 }
 
 // details are what the audit says of a selection.

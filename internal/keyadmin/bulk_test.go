@@ -180,7 +180,10 @@ func TestIncidentSwitchRevokesTheSelectionAndNothingElse(t *testing.T) {
 
 func TestEmptySelectionIsRefused(t *testing.T) {
 	admin, _, _, keys := fixture(t)
-	for _, selection := range []keyadmin.Selection{{}, {CreatedAfter: "yesterday"}, {CreatedBefore: "1"}, {Account: "a\n"}, {Account: keystore.CanaryAccount}} {
+	for _, selection := range []keyadmin.Selection{
+		{}, {CreatedAfter: "yesterday"}, {CreatedBefore: "1"}, {Account: "a\n"}, {Account: keystore.CanaryAccount},
+		{CreatedAfter: "2020-01-01T00:00:00Z", CreatedBefore: "2020-01-01T00:00:00Z"},
+	} {
 		var invalid *keyadmin.InvalidError
 		if _, err := admin.RevokeMany(t.Context(), operator, selection, false); !errors.As(err, &invalid) {
 			t.Errorf("%+v: %v", selection, err)

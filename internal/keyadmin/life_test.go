@@ -288,6 +288,7 @@ func TestAuditTellsTheWholeLifeNewestFirst(t *testing.T) {
 	for _, r := range []keyadmin.AuditRequest{
 		{Since: "x"}, {Until: "x"}, {Cursor: "x"}, {Cursor: "0"}, {Limit: 101}, {KeyID: "a\n"}, {Actor: apikey.Generate(apikey.Sandbox)},
 		{Actor: "bob"}, {Actor: "key:bob"}, {Actor: "cli:"}, {Action: "key.foo"},
+		{Since: "2001-01-01T00:00:00Z", Until: "2001-01-01T00:00:00Z"}, {Since: "2001-01-01T00:00:00Z", Until: "2001-01-01T00:30:00+01:00"},
 	} {
 		var invalid *keyadmin.InvalidError
 		if _, err := admin.Audit(t.Context(), operator, r); !errors.As(err, &invalid) || apikey.ContainsKey(err.Error()) {

@@ -124,6 +124,14 @@ func parseTime(field, s string) (*time.Time, error) {
 	return &t, nil
 }
 
+// checkRange refuses a time in which nothing lies: that would look as if nothing had happened.
+func checkRange(fromField string, from *time.Time, toField string, to *time.Time) error {
+	if from != nil && to != nil && !from.Before(*to) {
+		return &InvalidError{fromField, "must be before " + toField}
+	}
+	return nil
+}
+
 // checkYear refuses a time that JSON or the database cannot tell: an offset may lie between it and another year.
 func checkYear(field string, t time.Time) error {
 	if t.Before(time.Unix(0, 0)) || t.Year() > 9998 {

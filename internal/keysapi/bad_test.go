@@ -162,6 +162,8 @@ func TestBadInputIsRefusedWithTheFieldNamedAndNothingChanged(t *testing.T) {
 		{"GET", one + "/audit?until=", "", plain, unacceptable, "until"},
 		{"GET", path + "/audit?since=yesterday", "", plain, unacceptable, "since"},
 		{"GET", path + "/audit?until=tomorrow", "", plain, unacceptable, "until"},
+		{"GET", path + "/audit?since=2020-01-02T00:00:00Z&until=2020-01-01T00:00:00Z", "", plain, unacceptable, "since"},
+		{"GET", one + "/audit?since=2020-01-01T00:00:00Z&until=2020-01-01T00:00:00Z", "", plain, unacceptable, "since"},
 		{"GET", path + "/audit?cursor=-1", "", plain, unacceptable, "cursor"},
 		{"GET", path + "/audit?limit=0", "", plain, unacceptable, "limit"},
 		{"GET", one + "/audit?key_id=x", "", plain, invalid, "key_id"},
