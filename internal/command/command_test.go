@@ -72,6 +72,44 @@ func TestCommandsReachAPostgresThatIsFarAway(t *testing.T) {
 	run(t, "edges", "list", "--database", database)
 }
 
+// TestATimeThatEndsBeforeItBeginsIsRefused: nothing lies in it, which would look as if nothing had happened.
+func TestATimeThatEndsBeforeItBeginsIsRefused(t *testing.T) {
+	t.Setenv(keystore.DatabaseVariable, pgtest.Migrated(t))
+	const early, late = "2020-01-01T00:00:00Z", "2020-01-02T00:00:00Z"
+	for _, test := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"audit", "--since", late, "--until", early}, "Error: --since must be before --until\n"},
+		{[]string{"revoke", "--created-after", late, "--created-before", early}, "Error: --created-after must be before --created-before\n"},
+	} {
+		if output, err := try(t, "keys", test.args...); command.ExitCode(err) != 1 || output != test.want {
+			t.Errorf("%s: %v %s", test.args, err, output)
+		}
+	}
+}
+
+// TestColumnsStandUnderEachOtherWhateverNamesAreWrittenIn: some characters take two places of a terminal's line, and others none.
+func TestColumnsStandUnderEachOtherWhateverNamesAreWrittenIn(t *testing.T) {
+	t.Setenv(keystore.DatabaseVariable, pgtest.Migrated(t))
+	places := map[string]int{
+		"Production Backend": 18, "本番環境": 8, "バックエンド　二": 16, "ﾃｽﾄ": 3, "ＡＢ": 4, "한국어": 6, "\u1112\u1161\u11ab": 2, "🚀 Launch": 9, "Cafe\u0301": 4,
+		"नमस्ते": 4, "سلام": 4, "Überraschung": 12,
+	}
+	for name := range places {
+		run(t, "keys", "create", "--name", name, "--account", "acme", "--scopes", "hives:read", "--environment", "sandbox")
+	}
+	output, err := try(t, "keys", "list")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, n := range places {
+		if want := "  " + name + strings.Repeat(" ", 18-n) + "  acme  "; !strings.Contains(output, want) {
+			t.Errorf("no %q in\n%s", want, output)
+		}
+	}
+}
+
 func TestManualNamesEachExitCode(t *testing.T) {
 	manual, err := os.ReadFile("README.md")
 	if err != nil {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"text/tabwriter"
 
 	"github.com/spf13/cobra"
 
@@ -34,11 +33,11 @@ func listEdges(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyad
 		return err
 	}
 	return show(cmd, edges, func(w io.Writer) {
-		table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(table, "NAME\tREGION\tVERSION\tSTATUS\tLAST SYNC\tAGE")
+		var t table
+		t.line("NAME", "REGION", "VERSION", "STATUS", "LAST SYNC", "AGE")
 		for _, e := range edges {
-			fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%.1fs\n", e.Name, e.Region, e.Version, e.Status, moment(e.LastSyncAt, "never"), e.AgeSeconds)
+			t.line(e.Name, e.Region, e.Version, e.Status, moment(e.LastSyncAt, "never"), fmt.Sprintf("%.1fs", e.AgeSeconds))
 		}
-		_ = table.Flush()
+		t.print(w)
 	})
 }

@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -145,13 +144,13 @@ func pages[T any](limit int, next func(cursor string) (page []T, nextCursor stri
 }
 
 func keyTable(w io.Writer, keys []keyadmin.Key) {
-	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(table, "ID\tNAME\tACCOUNT\tKEY\tSTATUS\tEXPIRES\tLAST USED\tREPLACED BY\tSCOPES")
+	var t table
+	t.line("ID", "NAME", "ACCOUNT", "KEY", "STATUS", "EXPIRES", "LAST USED", "REPLACED BY", "SCOPES")
 	for _, k := range keys {
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", k.ID, k.Name, k.Account, k.Masked, k.Status,
+		t.line(k.ID, k.Name, k.Account, k.Masked, k.Status,
 			moment(k.ExpiresAt, "never"), moment(k.LastUsedAt, "-"), orDash(k.Successor), permissions(k))
 	}
-	_ = table.Flush()
+	t.print(w)
 }
 
 func moment(t *time.Time, none string) string {
@@ -188,25 +187,24 @@ func showKey(ctx context.Context, cmd *cobra.Command, args []string, admin *keya
 }
 
 func describe(w io.Writer, key keyadmin.Key) {
-	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	line := func(name, value string) { fmt.Fprintf(table, "%s\t%s\n", name, value) }
-	line("ID", key.ID)
-	line("Name", key.Name)
-	line("Account", key.Account)
-	line("Environment", key.Environment)
-	line("Key", key.Masked)
-	line("Status", string(key.Status))
-	line("Scopes", permissions(key))
-	line("Created", key.CreatedAt.Format(time.RFC3339)+" by "+orDash(key.CreatedBy))
-	line("Expires", moment(key.ExpiresAt, "never"))
-	line("Revoked", moment(key.RevokedAt, "-"))
-	line("Last used", moment(key.LastUsedAt, "-"))
-	line("Replaces", orDash(key.Predecessor))
-	line("Replaced by", orDash(key.Successor))
+	var t table
+	t.line("ID", key.ID)
+	t.line("Name", key.Name)
+	t.line("Account", key.Account)
+	t.line("Environment", key.Environment)
+	t.line("Key", key.Masked)
+	t.line("Status", key.Status)
+	t.line("Scopes", permissions(key))
+	t.line("Created", key.CreatedAt.Format(time.RFC3339)+" by "+orDash(key.CreatedBy))
+	t.line("Expires", moment(key.ExpiresAt, "never"))
+	t.line("Revoked", moment(key.RevokedAt, "-"))
+	t.line("Last used", moment(key.LastUsedAt, "-"))
+	t.line("Replaces", orDash(key.Predecessor))
+	t.line("Replaced by", orDash(key.Successor))
 	if key.OverlapOnFirstUse != nil {
-		line("First use", "is awaited; the key that it replaces lives "+*key.OverlapOnFirstUse+" from then")
+		t.line("First use", "is awaited; the key that it replaces lives "+*key.OverlapOnFirstUse+" from then")
 	}
-	_ = table.Flush()
+	t.print(w)
 }
 
 func keysRenameCommand() *cobra.Command {
@@ -260,12 +258,12 @@ func showAudit(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyad
 		return err
 	}
 	return show(cmd, entries, func(w io.Writer) {
-		table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(table, "AT\tACTOR\tACTION\tACCOUNT\tKEY\tDETAILS")
+		var t table
+		t.line("AT", "ACTOR", "ACTION", "ACCOUNT", "KEY", "DETAILS")
 		for _, e := range entries {
-			fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", e.At.Format(time.RFC3339), e.Actor, e.Action, orDash(e.Account), orDash(e.KeyID), oneLine(e.Details))
+			t.line(e.At.Format(time.RFC3339), e.Actor, e.Action, orDash(e.Account), orDash(e.KeyID), oneLine(e.Details))
 		}
-		_ = table.Flush()
+		t.print(w)
 	})
 }
 

@@ -7,7 +7,6 @@ import (
 	"io"
 	"slices"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -50,23 +49,23 @@ func usageFlagNames(err error) error {
 
 func printUsage(w io.Writer, u keyadmin.Usage, hourly bool) {
 	fmt.Fprintf(w, "Last used: %s\n\n", moment(u.LastUsedAt, "never"))
-	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	var t table
 	if hourly {
-		fmt.Fprintln(table, "HOUR\tALLOWED\tDENIED\tREASONS\tSPIKE")
+		t.line("HOUR", "ALLOWED", "DENIED", "REASONS", "SPIKE")
 		for _, h := range u.Hourly {
-			printCounts(table, h.Hour.Format(time.RFC3339), h.UsageCounts, h.Spike)
+			t.counts(h.Hour.Format(time.RFC3339), h.UsageCounts, h.Spike)
 		}
 	} else {
-		fmt.Fprintln(table, "DAY\tALLOWED\tDENIED\tREASONS\tSPIKE")
+		t.line("DAY", "ALLOWED", "DENIED", "REASONS", "SPIKE")
 		for _, d := range u.Daily {
-			printCounts(table, d.Date, d.UsageCounts, d.Spike)
+			t.counts(d.Date, d.UsageCounts, d.Spike)
 		}
 	}
-	printCounts(table, "total", u.Total, false)
-	_ = table.Flush()
+	t.counts("total", u.Total, false)
+	t.print(w)
 }
 
-func printCounts(w io.Writer, when string, c keyadmin.UsageCounts, spike bool) {
+func (t *table) counts(when string, c keyadmin.UsageCounts, spike bool) {
 	reasons := make([]string, 0, len(c.DeniedByReason))
 	for reason, n := range c.DeniedByReason {
 		reasons = append(reasons, fmt.Sprintf("%s=%d", reason, n))
@@ -76,5 +75,5 @@ func printCounts(w io.Writer, when string, c keyadmin.UsageCounts, spike bool) {
 	if spike {
 		mark = "spike"
 	}
-	fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%s\n", when, c.Allowed, c.Denied, strings.Join(reasons, " "), mark)
+	t.line(when, c.Allowed, c.Denied, strings.Join(reasons, " "), mark)
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"strconv"
-	"text/tabwriter"
 
 	"github.com/spf13/cobra"
 
@@ -67,12 +66,12 @@ func showLimits(ctx context.Context, cmd *cobra.Command, _ []string, admin *keya
 		return err
 	}
 	return show(cmd, tiers, func(w io.Writer) {
-		table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(table, "TIER\tREQUESTS PER MINUTE\tBURST IN 15s\tCONCURRENT REQUESTS")
-		for _, t := range tiers {
-			fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", t.Tier, limitText(t.PerMinute), limitText(t.Burst), limitText(t.Concurrent))
+		var t table
+		t.line("TIER", "REQUESTS PER MINUTE", "BURST IN 15s", "CONCURRENT REQUESTS")
+		for _, tier := range tiers {
+			t.line(tier.Tier, limitText(tier.PerMinute), limitText(tier.Burst), limitText(tier.Concurrent))
 		}
-		_ = table.Flush()
+		t.print(w)
 	})
 }
 
