@@ -3,6 +3,7 @@ package apierror_test
 import (
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"testing"
 	"time"
 
@@ -51,6 +52,20 @@ func TestWhatIsToldOfOneRequestIsNotToldToTheNext(t *testing.T) {
 	_ = apierror.InsufficientScope(apikey.AllScopes)
 	if after := written(apierror.Of(apikey.RateLimited)); !cmp.Equal(before.Header(), after.Header()) || before.Body.String() != after.Body.String() {
 		t.Errorf("then %v %s", after.Header(), after.Body)
+	}
+}
+
+// TestTextsAreWrittenAsTheyAre: who reads an answer in a terminal is not to decode it. No browser takes it for a page.
+func TestTextsAreWrittenAsTheyAre(t *testing.T) {
+	for _, e := range []*apierror.Error{
+		apierror.New(http.StatusBadRequest, "INVALID_REQUEST", "There is no field <a> & b."),
+		apierror.New(http.StatusBadRequest, "INVALID_REQUEST", "There is no field.").With(map[string]any{"field": "<a> & b"}),
+	} {
+		w := written(e)
+		if !strings.Contains(w.Body.String(), "<a> & b") || w.Header().Get("Content-Type") != "application/json" ||
+			w.Header().Get("X-Content-Type-Options") != "nosniff" {
+			t.Errorf("%v %s", w.Header(), w.Body)
+		}
 	}
 }
 

@@ -165,7 +165,7 @@ func interruptible(ctx context.Context, input io.Reader) io.Reader {
 func show(cmd *cobra.Command, result any, text func(io.Writer)) error {
 	out := bufio.NewWriter(cmd.OutOrStdout())
 	if is(cmd, "json") {
-		encoder := json.NewEncoder(out)
+		encoder := jsonEncoder(out)
 		encoder.SetIndent("", "  ")
 		if err := encoder.Encode(result); err != nil {
 			return fmt.Errorf("print the result: %w", err)
@@ -177,4 +177,11 @@ func show(cmd *cobra.Command, result any, text func(io.Writer)) error {
 		return fmt.Errorf("print the result: %w", err)
 	}
 	return nil
+}
+
+// jsonEncoder prints texts as they are, "<" too: no browser reads them.
+func jsonEncoder(w io.Writer) *json.Encoder {
+	encoder := json.NewEncoder(w)
+	encoder.SetEscapeHTML(false)
+	return encoder
 }

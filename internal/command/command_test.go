@@ -89,6 +89,20 @@ func TestATimeThatEndsBeforeItBeginsIsRefused(t *testing.T) {
 	}
 }
 
+// TestTextsArePrintedAsTheyAre, in JSON too: it is read in a terminal, and by no browser.
+func TestTextsArePrintedAsTheyAre(t *testing.T) {
+	t.Setenv(keystore.DatabaseVariable, pgtest.Migrated(t))
+	const name = "A <b> & c"
+	run(t, "keys", "create", "--name", name, "--scopes", "hives:read", "--environment", "sandbox")
+	for _, args := range [][]string{
+		{"list"}, {"list", "--json"}, {"audit"}, {"audit", "--json"}, {"rotate", "--older-than", "0s", "--json"}, {"rotate", "--older-than", "0s"},
+	} {
+		if output, err := try(t, "keys", args...); err != nil || !strings.Contains(output, name) {
+			t.Errorf("%s: %v %s", args, err, output)
+		}
+	}
+}
+
 // TestColumnsStandUnderEachOtherWhateverNamesAreWrittenIn: some characters take two places of a terminal's line, and others none.
 func TestColumnsStandUnderEachOtherWhateverNamesAreWrittenIn(t *testing.T) {
 	t.Setenv(keystore.DatabaseVariable, pgtest.Migrated(t))

@@ -2,7 +2,6 @@ package command
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -362,9 +361,9 @@ func readHidden(ctx context.Context, cmd *cobra.Command) ([]byte, error) {
 
 // oneLine writes the details of an entry of the audit.
 func oneLine(details map[string]any) string {
-	text, err := json.Marshal(details)
-	if err != nil || string(text) == "{}" {
+	var text strings.Builder
+	if err := jsonEncoder(&text).Encode(details); err != nil || text.String() == "{}\n" {
 		return "-"
 	}
-	return string(text)
+	return strings.TrimSuffix(text.String(), "\n")
 }

@@ -2,7 +2,6 @@ package command
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -104,7 +103,7 @@ func rotateDue(ctx context.Context, cmd *cobra.Command, admin *keyadmin.Admin, o
 		var err error
 		switch {
 		case asJSON:
-			err = json.NewEncoder(out).Encode(key)
+			err = jsonEncoder(out).Encode(key)
 		case dryRun:
 			_, err = fmt.Fprintf(out, "%s  %s  %s  created %s\n", key.ID, key.Account, key.Name, moment(&key.CreatedAt, ""))
 		default:

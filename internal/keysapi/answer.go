@@ -2,7 +2,6 @@ package keysapi
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"net/http"
 	"strconv"
@@ -54,7 +53,7 @@ func page(items any, nextCursor string, total *int64) answer {
 func (a answer) write(w http.ResponseWriter) {
 	body := a.raw
 	if body == nil {
-		body = encode(a.body)
+		body = apierror.Encode(a.body) // texts, numbers, times and what was JSON in the database
 	}
 	if a.location != "" {
 		w.Header().Set("Location", a.location)
@@ -69,14 +68,6 @@ func (a answer) write(w http.ResponseWriter) {
 	h.Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(a.status)
 	_, _ = w.Write(body) // the client may be gone
-}
-
-func encode(body any) []byte {
-	text, err := json.Marshal(body)
-	if err != nil {
-		panic(err) // texts, numbers, times and what was JSON in the database always encode
-	}
-	return append(text, '\n')
 }
 
 var (

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/url"
 	"os"
 	"slices"
 	"strings"
@@ -59,6 +60,23 @@ func TestKeyIsCreatedShownOnceRenamedRotatedAndRevoked(t *testing.T) {
 	for _, answer := range []reply{r.call("GET", path, ann, ""), r.call("GET", one+"/audit", ann, ""), r.call("GET", path+"/audit", ann, "")} {
 		if apikey.ContainsKey(answer.body) {
 			t.Errorf("a key is shown again: %s", answer.body)
+		}
+	}
+}
+
+// TestTextsAreWrittenAsTheyAre: to a browser no answer is a page, as the rig checks of each.
+func TestTextsAreWrittenAsTheyAre(t *testing.T) {
+	r := newRig(t)
+	ann := person("ann@acme")
+	key := r.call("POST", path, ann, `{"name": "A <b> & c", "scopes": ["hives:read"], "environment": "sandbox"}`)
+	id := key.object(t, http.StatusCreated).ID
+	for _, answer := range []reply{
+		key, r.call("GET", path, ann, ""), r.call("GET", path+"/"+id, ann, ""), r.call("GET", path+"/audit", ann, ""),
+		r.bad("PATCH", path+"/"+id, ann, `{"A <b> & c": ""}`), r.bad("GET", path+"?"+url.QueryEscape("A <b> & c")+"=1", ann, ""),
+	} {
+		if !strings.Contains(answer.body, "A <b> & c") || answer.Header.Get("Content-Type") != "application/json" ||
+			answer.Header.Get("X-Content-Type-Options") != "nosniff" {
+			t.Errorf("%v %s", answer.Header, answer.body)
 		}
 	}
 }

@@ -242,8 +242,8 @@ func (r reply) refused(t *testing.T, status int, code, field string) {
 	if e.Error.Status != status || e.Error.Message == "" || e.Error.RequestID == "" || e.Error.RequestID != r.Header.Get("X-Request-Id") {
 		t.Errorf("envelope %s does not fit status %d and X-Request-Id %q", r.body, r.StatusCode, r.Header.Get("X-Request-Id"))
 	}
-	if r.Header.Get("Cache-Control") != "no-store" || apikey.ContainsKey(r.body) {
-		t.Errorf("may be stored, or shows a key: %v %s", r.Header, r.body)
+	if r.Header.Get("Cache-Control") != "no-store" || r.Header.Get("X-Content-Type-Options") != "nosniff" || apikey.ContainsKey(r.body) {
+		t.Errorf("may be stored, or taken for a page, or shows a key: %v %s", r.Header, r.body)
 	}
 }
 
