@@ -93,7 +93,58 @@ var quickChoices = map[string]func(name string) bool{
 }
 
 func (d *Dashboard) newKey(v *visit) error {
+	if form := d.State.sessions.draft(d.sessionID(v.r)); form != nil && v.r.URL.RawQuery == draftQuery {
+		return v.newKeyAgain(form)
+	}
 	return v.showForm(http.StatusOK, createData{Environment: v.selection().Environment, Expiry: "90d", Once: apikey.RandomText(32)}, nil)
+}
+
+// draftQuery asks for the form that was filled in when a session ended. What it had stands in the next session: a link could have been
+// filled in by somebody else.
+const draftQuery = "draft=1"
+
+// maxDraft is far more than anybody fills in, in bytes: each session may keep as much.
+const maxDraft = 4 << 10
+
+// draftOf is what a form of a new key has in it, to be filled in again; nil: it is none. A key that was typed into it is forgotten.
+func draftOf(form url.Values) url.Values {
+	if !form.Has("account") || !form.Has("once") {
+		return nil
+	}
+	draft, size := url.Values{}, 0
+	for _, field := range []string{"account", "once", "name", "environment", "scope", "manage_keys", "expiry", "date"} {
+		for _, value := range form[field] {
+			draft.Add(field, apikey.Redact(value))
+			size += len(field) + len(value)
+		}
+	}
+	if size > maxDraft {
+		return nil
+	}
+	return draft
+}
+
+// newKeyAgain shows a form that was sent when its visitor's session had ended. It makes no key until they send it themselves.
+func (v *visit) newKeyAgain(form url.Values) error {
+	data := filledIn(form)
+	if !v.actor.Manages(data.Environment) {
+		data.Environment = apikey.Sandbox.String()
+	}
+	if form.Get("account") != v.actor.Account() {
+		data.Problem = anotherAccount
+	}
+	return v.showForm(http.StatusOK, data, form["scope"])
+}
+
+const anotherAccount = "You are signed in for another account than when you opened this form, so no key was made. " +
+	"Look at the account above, and send it again."
+
+// filledIn is a form as it was sent, but for its scopes.
+func filledIn(form url.Values) createData {
+	return createData{
+		Name: strings.TrimSpace(form.Get("name")), Environment: form.Get("environment"), ManageKeys: form.Get("manage_keys") != "",
+		Expiry: form.Get("expiry"), Date: form.Get("date"), Once: form.Get("once"),
+	}
 }
 
 func (v *visit) showForm(status int, data createData, scopes []string) error {
@@ -128,16 +179,13 @@ func (d *Dashboard) create(v *visit) error {
 	if err != nil {
 		return err
 	}
-	data := createData{
-		Name: strings.TrimSpace(form.Get("name")), Environment: form.Get("environment"), ManageKeys: form.Get("manage_keys") != "",
-		Expiry: form.Get("expiry"), Date: form.Get("date"), Once: form.Get("once"),
-	}
+	data := filledIn(form)
 	if !form.Has("account") { // as in one that an earlier version made
 		return errForm
 	}
 	// Somebody signed in for another account since, in another tab.
 	if form.Get("account") != v.actor.Account() {
-		data.Problem = "You are signed in for another account than when you opened this form, so no key was made. Look at the account above, and send it again."
+		data.Problem = anotherAccount
 		return v.showForm(http.StatusUnprocessableEntity, data, form["scope"])
 	}
 	// Without JavaScript, the quick choices are buttons that send the form to have it filled in.

@@ -216,6 +216,9 @@ func (v *visit) fail(err error) {
 		data := signInData{Next: v.comeBack()}
 		if v.r.Method == http.MethodPost {
 			data.Problem = "Your session has ended, so nothing was changed. Sign in, and do it again."
+			if data.Draft = v.draft(); data.Draft != nil {
+				data.Problem = "Your session has ended, so nothing was changed. Sign in, and send the form again: it is filled in as you left it."
+			}
 		}
 		v.showSignIn(http.StatusUnauthorized, data)
 		return

@@ -459,6 +459,126 @@ func TestFormSentAfterTheSessionEndedSaysThatNothingWasChanged(t *testing.T) {
 	}
 }
 
+// field finds the value of a form's input by its name; empty: there is none.
+func (r reply) field(name string) string {
+	if found := regexp.MustCompile(`<input[^>]* name="` + name + `" value="([^"]*)"`).FindStringSubmatch(r.body); found != nil {
+		return html.UnescapeString(found[1])
+	}
+	return ""
+}
+
+// hidden are the hidden inputs of a page's form.
+func (r reply) hidden() url.Values {
+	form := url.Values{}
+	for _, found := range regexp.MustCompile(`<input type="hidden" name="([^"]+)" value="([^"]*)">`).FindAllStringSubmatch(r.body, -1) {
+		form.Add(found[1], html.UnescapeString(found[2]))
+	}
+	return form
+}
+
+func TestFormOfANewKeyThatIsSentAfterTheSessionEndedComesBackFilledInAndMakesNoKeyByItself(t *testing.T) {
+	r := newRig(t)
+	now := time.Now()
+	r.state.SetClock(func() time.Time { return now })
+	manager := r.key("acme", "Manager", true)
+	b := r.browser("")
+	b.do("/sign-in", url.Values{"key": {manager.Key.Reveal()}}).want(t, http.StatusSeeOther)
+	now = now.Add(31 * time.Minute)
+
+	form := createForm(`A "new" <b>key</b> & 鍵`)
+	form["environment"], form["manage_keys"], form["expiry"], form["date"] = []string{"sandbox"}, []string{"yes"}, []string{"date"}, []string{"2031-02-03"}
+	page := b.do("/new", form)
+	page.want(t, http.StatusUnauthorized, "Your session has ended, so nothing was changed.", "it is filled in as you left it")
+	again := page.hidden()
+	again.Set("key", apikey.Generate(apikey.Production))
+	page = b.do("/sign-in", again)
+	page.want(t, http.StatusUnauthorized, "This API key is not valid.") // and once more
+	again = page.hidden()
+	again.Set("key", manager.Key.Reveal())
+	answer := b.do("/sign-in", again)
+	answer.want(t, http.StatusSeeOther)
+	at := strings.TrimPrefix(answer.Header.Get("Location"), dashboard.Root)
+	if at != "/new?draft=1" {
+		t.Fatalf("signing in leads to %s", at)
+	}
+	for range 2 { // it may be loaded again
+		page = b.do(at, nil)
+		page.want(t, http.StatusOK, `value="sandbox" checked`, `value="memories:read" checked`, `value="hives:write" checked`, `name="manage_keys" value="yes" checked`,
+			`name="expiry" value="date" checked`, `name="date" value="2031-02-03"`)
+		if page.field("name") != form.Get("name") || page.field("once") != form.Get("once") || strings.Contains(page.body, `value="memories:write" checked`) {
+			t.Errorf("the form came back as %s", page.body)
+		}
+	}
+	keys := func() int {
+		list, err := r.admin.List(t.Context(), operator, keyadmin.ListRequest{Account: "acme"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(list.Keys)
+	}
+	if n := keys(); n != 1 {
+		t.Errorf("there are %d keys before the form was sent again", n)
+	}
+	b.do("/new", form).want(t, http.StatusCreated)
+	if n := keys(); n != 2 {
+		t.Errorf("there are %d keys then", n)
+	}
+	// Nobody else has it, nor is it in the way of the next new key.
+	if page := b.do("/new", nil); page.field("name") != "" {
+		t.Errorf("an empty form has the name %q", page.field("name"))
+	}
+	other := r.browser("")
+	other.do("/sign-in", url.Values{"key": {manager.Key.Reveal()}}).want(t, http.StatusSeeOther)
+	if page := other.do(at, nil); page.field("name") != "" {
+		t.Errorf("another session has the name %q", page.field("name"))
+	}
+}
+
+func TestFormOfANewKeyThatComesBackHasNoKeyInItAndNoMoreThanAnybodyFillsIn(t *testing.T) {
+	r := newRig(t)
+	b, manager := r.browser(""), r.key("acme", "Manager", true)
+	form := createForm(manager.Key.Reveal())
+	page := b.do("/new", form)
+	page.want(t, http.StatusUnauthorized, "it is filled in as you left it")
+	if apikey.ContainsKey(page.body) {
+		t.Error("the key that was typed into the form stands in the page")
+	}
+	again := page.hidden()
+	again.Set("key", manager.Key.Reveal())
+	again.Set("name", manager.Key.Reveal())
+	b.do("/sign-in", again).want(t, http.StatusSeeOther)
+	if page := b.do("/new?draft=1", nil); apikey.ContainsKey(page.body) || page.field("name") != "rk_…" {
+		t.Errorf("name %q", apikey.Redact(page.field("name")))
+	}
+	b = r.browser("")
+	form.Set("name", strings.Repeat("a", 4<<10))
+	page = b.do("/new", form)
+	page.want(t, http.StatusUnauthorized, "Your session has ended, so nothing was changed. Sign in, and do it again.")
+	if page.hidden().Has("once") {
+		t.Errorf("the page has a form of %d bytes", len(page.body))
+	}
+}
+
+// TestFormOfANewKeyThatComesBackForAnotherAccountSaysSo, and offers no more than the key that signed in may give.
+func TestFormOfANewKeyThatComesBackForAnotherAccountSaysSo(t *testing.T) {
+	r := newRig(t)
+	b := r.browser("")
+	other, _, err := r.admin.Create(t.Context(), operator, keyadmin.CreateRequest{
+		Name: "Manager", Account: "globex", Environment: "sandbox", Scopes: []string{"memories:read"}, ManageKeys: true,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	again := b.do("/new", createForm("New")).hidden()
+	again.Set("key", other.Key.Reveal())
+	b.do("/sign-in", again).want(t, http.StatusSeeOther)
+	page := b.do("/new?draft=1", nil)
+	page.want(t, http.StatusOK, "You are signed in for another account", `value="sandbox" checked`, `value="memories:read" checked`)
+	if strings.Contains(page.body, `value="hives:write" checked`) || page.hidden().Get("account") != "globex" {
+		t.Errorf("it is a form of %s", page.hidden().Get("account"))
+	}
+}
+
 func TestSigningInLeadsToNoOtherSite(t *testing.T) {
 	r := newRig(t)
 	key := r.key("acme", "Manager", true)

@@ -6,7 +6,7 @@ import "time"
 func (s *State) SetClock(now func() time.Time) { s.sessions.now = now }
 
 // SignIn begins a session.
-func (s *State) SignIn(keyID string) (id string) { return s.sessions.begin(keyID) }
+func (s *State) SignIn(keyID string) (id string) { return s.sessions.begin(keyID, nil) }
 
 // SignedIn reports whether a session goes on.
 func (s *State) SignedIn(id string) bool {

@@ -33,10 +33,10 @@ const pollHeader = "X-Rekall-Poll"
 
 var errSignedOut = errors.New("signed out")
 
-// sessions are those who signed in with a key. The cookie is random and says nothing; here stand only its hash and the id of
-// the key, so neither a cookie nor this memory can be turned into a key. They live in this process: who is sent to another,
-// or comes back after a restart, signs in again. An encrypted cookie would serve several processes, but needs a secret that
-// they share and that rotates, and could be neither ended by signing out nor be counted.
+// sessions are those who signed in with a key. The cookie is random and says nothing; here stand only its hash, the id of the key and
+// perhaps a form that was sent before, so neither a cookie nor this memory can be turned into a key. They live in this process: who is
+// sent to another, or comes back after a restart, signs in again. An encrypted cookie would serve several processes, but needs a secret
+// that they share and that rotates, and could be neither ended by signing out nor be counted.
 type sessions struct {
 	now func() time.Time
 
@@ -48,6 +48,7 @@ type sessions struct {
 type session struct {
 	keyID          string
 	began, lastUse time.Time
+	draft          url.Values // of a new key, sent when the session before had ended; nil: none
 }
 
 func (s *session) ended(now time.Time) bool {
@@ -55,7 +56,7 @@ func (s *session) ended(now time.Time) bool {
 }
 
 // begin signs the holder of a key in and returns the session's id.
-func (s *sessions) begin(keyID string) string {
+func (s *sessions) begin(keyID string, draft url.Values) string {
 	id, now := rand.Text(), s.now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -64,7 +65,7 @@ func (s *sessions) begin(keyID string) string {
 	} else if len(s.byID) >= maxSessions {
 		s.makeRoom(now)
 	}
-	hash, began := sha256.Sum256([]byte(id)), &session{keyID, now, now}
+	hash, began := sha256.Sum256([]byte(id)), &session{keyID, now, now, draft}
 	if s.ofKey[keyID] == nil {
 		s.ofKey[keyID] = map[[sha256.Size]byte]*session{}
 	}
@@ -120,6 +121,16 @@ func (s *sessions) end(id string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.remove(sha256.Sum256([]byte(id)))
+}
+
+// draft returns the form that a session was begun with; nil: none.
+func (s *sessions) draft(id string) url.Values {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if session := s.byID[sha256.Sum256([]byte(id))]; session != nil {
+		return session.draft
+	}
+	return nil
 }
 
 // keyID returns the key that a session was begun with. The session is used, unless it is polled.
@@ -209,12 +220,21 @@ func (d *Dashboard) toList(v *visit) error { return v.redirect(Root, "") }
 type signInData struct {
 	Problem string
 	Next    string // where to go then, from here
+	Draft   url.Values
 }
 
 func (v *visit) showSignIn(status int, data signInData) {
 	if err := v.show(status, "sign-in", layout{Title: "Sign in", Data: data}); err != nil {
 		http.Error(v.w, "Sign in.", status)
 	}
+}
+
+// draft is the form of a new key that a visitor has sent; nil: they sent another.
+func (v *visit) draft() url.Values {
+	if v.r.URL.Path != Root+"/new" || v.r.ParseForm() != nil {
+		return nil
+	}
+	return draftOf(v.r.PostForm)
 }
 
 // comeBack is the page that a visitor asked for, or that has the form which they sent: that of a new key with the environment chosen in it.
@@ -249,7 +269,10 @@ func (d *Dashboard) signIn(w http.ResponseWriter, r *http.Request) {
 		v.fail(errForm)
 		return
 	}
-	next := local(r.PostForm.Get("next"))
+	next, draft := local(r.PostForm.Get("next")), draftOf(r.PostForm)
+	if draft != nil {
+		next = Root + "/new?" + draftQuery
+	}
 	actor, err := d.SignIn(r, r.PostForm.Get("key"))
 	var (
 		answer    *apierror.Error
@@ -258,15 +281,15 @@ func (d *Dashboard) signIn(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case errors.As(err, &answer):
 		answer.SetRetryAfter(w.Header())
-		v.showSignIn(answer.Status, signInData{answer.Message, next})
+		v.showSignIn(answer.Status, signInData{answer.Message, next, draft})
 	case errors.As(err, &forbidden):
 		const problem = "This key is good, but may not manage keys. Use one that was created with “manage keys”."
-		v.showSignIn(http.StatusForbidden, signInData{problem, next})
+		v.showSignIn(http.StatusForbidden, signInData{problem, next, draft})
 	case err != nil:
 		v.fail(err)
 	default:
 		d.State.sessions.end(d.sessionID(r))
-		d.setCookie(w, r, d.State.sessions.begin(actor.KeyID()), int(maxSession.Seconds()))
+		d.setCookie(w, r, d.State.sessions.begin(actor.KeyID(), draft), int(maxSession.Seconds()))
 		_ = v.redirect(next, "")
 	}
 }
