@@ -23,7 +23,8 @@ var guides = []string{"../caddymodule/README.md", "../caddymodule/ERRORS.md", ".
 func TestConfigurationsInTheDocumentsAreValid(t *testing.T) {
 	t.Parallel()
 	for _, doc := range []struct{ page, language, adapter string }{
-		{"../README.md", "caddyfile", "caddyfile"}, {"../caddymodule/CONFIGURATION.md", "json", ""}, {guides[0], "caddyfile", "caddyfile"},
+		{"../README.md", "caddyfile", "caddyfile"}, {"../caddymodule/CONFIGURATION.md", "json", ""},
+		{"../caddymodule/CONFIGURATION.md", "caddyfile", "caddyfile"}, {guides[0], "caddyfile", "caddyfile"},
 		{guides[2], "caddyfile", "caddyfile"}, {identityTokenManual, "caddyfile", "caddyfile"},
 	} {
 		for _, config := range blocksOf(t, doc.page, doc.language) {
@@ -43,6 +44,43 @@ func validate(t *testing.T, adapter, config string) (output string, err error) {
 	cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL=postgres://nobody@127.0.0.1:1/none", "HOME="+t.TempDir())
 	text, err := cmd.CombinedOutput()
 	return string(text), err
+}
+
+// TestPagesOfTheSiteThatTheGuideNamesCanUseTheAPIAndNothingWithoutAKeyReachesABackend: the guide answers what browsers ask without a key.
+func TestPagesOfTheSiteThatTheGuideNamesCanUseTheAPIAndNothingWithoutAKeyReachesABackend(t *testing.T) {
+	t.Parallel()
+	const site = "https://app.example.com"
+	r := newRig(t)
+	g := r.start(strings.NewReplacer("api.rekall.ai {", "http://:PORT {\nbind 127.0.0.1", "prod-1:8080", "PRODUCTION", "sandbox:8080", "SANDBOX").
+		Replace(blocksOf(t, "../caddymodule/CONFIGURATION.md", "caddyfile")[0]))
+	key := r.key("production", "memories:read")
+	preflight := http.Header{"Origin": {site}, "Access-Control-Request-Method": {"PUT"}, "Access-Control-Request-Headers": {"authorization"}}
+	without := func(name string) http.Header { h := preflight.Clone(); h.Del(name); return h }
+	other := preflight.Clone()
+	other.Set("Origin", "https://example.com")
+	for _, path := range []string{"/v1/memories/1", "/", "/v1/../x", "/v1/memories?api_key=" + key.Key.Reveal()} {
+		answer := g.do("OPTIONS", path, preflight)
+		if h := answer.Header; answer.StatusCode != http.StatusNoContent || answer.body != "" || h.Get("Access-Control-Allow-Origin") != site ||
+			!strings.Contains(h.Get("Access-Control-Allow-Methods"), "PUT") || !strings.Contains(h.Get("Access-Control-Allow-Headers"), "Authorization") {
+			t.Errorf("%s: %d %v %q", apikey.Redact(path), answer.StatusCode, h, answer.body)
+		}
+	}
+	for _, header := range []http.Header{without("Origin"), without("Access-Control-Request-Method"), other} {
+		g.do("OPTIONS", "/v1/memories", header).wantCode(t, http.StatusUnauthorized, "API_KEY_MISSING")
+	}
+	for _, method := range []string{"GET", "POST", "HEAD"} {
+		if answer := g.do(method, "/v1/memories", preflight); answer.StatusCode != http.StatusUnauthorized || answer.Header.Get("Access-Control-Allow-Origin") != site {
+			t.Errorf("%s without a key: %d %v", method, answer.StatusCode, answer.Header)
+		}
+	}
+	answer := g.do("GET", "/v1/memories", http.Header{"Origin": {site}, "Authorization": {"Bearer " + key.Key.Reveal()}})
+	answer.wantCode(t, http.StatusOK, "")
+	if got := answer.Header["Access-Control-Allow-Origin"]; len(got) != 1 || got[0] != site {
+		t.Errorf("a good answer may be read by %q", got)
+	}
+	if production, sandbox := r.production.Requests(), r.sandbox.Requests(); production != 1 || sandbox != 0 {
+		t.Errorf("%d and %d requests reached backends, want the one with a key", production, sandbox)
+	}
 }
 
 func TestForwardedKeyCannotBeWrittenIntoTheLogs(t *testing.T) {
