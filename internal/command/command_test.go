@@ -124,6 +124,21 @@ func TestColumnsStandUnderEachOtherWhateverNamesAreWrittenIn(t *testing.T) {
 	}
 }
 
+// TestNothingIsSaidInWords: a table that is empty looks like an answer that was cut off.
+func TestNothingIsSaidInWords(t *testing.T) {
+	t.Setenv(keystore.DatabaseVariable, pgtest.Migrated(t))
+	for _, test := range []struct{ args, want string }{
+		{"keys list", "No keys. Make one with 'rekall-gateway keys create'.\n"}, {"keys list --account acme", "No key matches.\n"},
+		{"keys audit", "No entries.\n"}, {"keys audit --account acme", "No entry matches.\n"}, {"keys audit --json", "[]\n"},
+		{"edges list", "No edge reports to this database.\n"}, {"edges list --json", "[]\n"},
+	} {
+		args := strings.Fields(test.args)
+		if output, err := try(t, args[0], args[1:]...); err != nil || output != test.want {
+			t.Errorf("%s: %v %s", test.args, err, output)
+		}
+	}
+}
+
 func TestManualNamesEachExitCode(t *testing.T) {
 	manual, err := os.ReadFile("README.md")
 	if err != nil {

@@ -33,6 +33,10 @@ func listEdges(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyad
 		return err
 	}
 	return show(cmd, edges, func(w io.Writer) {
+		if len(edges) == 0 {
+			fmt.Fprintln(w, "No edge reports to this database.")
+			return
+		}
 		var t table
 		t.line("NAME", "REGION", "VERSION", "STATUS", "LAST SYNC", "AGE")
 		for _, e := range edges {

@@ -239,6 +239,7 @@ func showAudit(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyad
 		Account: text(cmd, "account"), KeyID: text(cmd, "key-id"), Actor: text(cmd, "actor"), Action: text(cmd, "action"),
 		Since: text(cmd, "since"), Until: text(cmd, "until"),
 	}
+	filtered := request != keyadmin.AuditRequest{}
 	limit, err := limitFlag(cmd)
 	if err != nil {
 		return err
@@ -257,6 +258,14 @@ func showAudit(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyad
 		return err
 	}
 	return show(cmd, entries, func(w io.Writer) {
+		if len(entries) == 0 {
+			if filtered {
+				fmt.Fprintln(w, "No entry matches.")
+			} else {
+				fmt.Fprintln(w, "No entries.")
+			}
+			return
+		}
 		var t table
 		t.line("AT", "ACTOR", "ACTION", "ACCOUNT", "KEY", "DETAILS")
 		for _, e := range entries {

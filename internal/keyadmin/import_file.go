@@ -98,6 +98,9 @@ type csvReader struct {
 func newCSVReader(file io.Reader, plainKeys bool) (*csvReader, error) {
 	r := csv.NewReader(file)
 	header, err := r.Read()
+	if _, malformed := errors.AsType[*csv.ParseError](err); err != nil && !malformed && !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("read the file: %w", err)
+	}
 	if err != nil {
 		return nil, &ImportError{[]BadLine{{1, "", "must name the columns, with commas in between"}}, 1}
 	}

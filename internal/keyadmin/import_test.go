@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"testing/iotest"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
@@ -24,6 +25,18 @@ func csvLine(key string, rest string) string {
 }
 
 const goodRest = `acme,Old Backend,production,memories:read memories:write,false,2020-01-02T03:04:05Z,2039-01-01T00:00:00Z,a1B2`
+
+// TestFileThatCannotBeReadIsNotSaidToBeBad: who is told that its first line is wrong looks for what is not there.
+func TestFileThatCannotBeReadIsNotSaidToBeBad(t *testing.T) {
+	admin, _, _ := newAdmin(t)
+	for _, format := range []string{"csv", "jsonl"} {
+		_, err := admin.Import(t.Context(), operator, iotest.ErrReader(errors.New("is a directory")), keyadmin.ImportOptions{Format: format})
+		var bad *keyadmin.ImportError
+		if err == nil || !strings.Contains(err.Error(), "is a directory") || errors.As(err, &bad) {
+			t.Errorf("%s: %v", format, err)
+		}
+	}
+}
 
 func TestImportedKeyWorksAsTheFileSays(t *testing.T) {
 	admin, store, databaseURL := newAdmin(t)

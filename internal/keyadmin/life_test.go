@@ -285,6 +285,10 @@ func TestAuditTellsTheWholeLifeNewestFirst(t *testing.T) {
 			t.Errorf("%+v: %s, want %s", test.request, got, test.want)
 		}
 	}
+	var unnamed *keyadmin.InvalidError
+	if _, err := admin.Audit(t.Context(), operator, keyadmin.AuditRequest{Actor: "cli"}); !errors.As(err, &unnamed) || !strings.HasPrefix(unnamed.Reason, "must be key:<id>") {
+		t.Errorf("an actor without a name: %v", err)
+	}
 	for _, r := range []keyadmin.AuditRequest{
 		{Since: "x"}, {Until: "x"}, {Cursor: "x"}, {Cursor: "0"}, {Limit: 101}, {KeyID: "a\n"}, {Actor: apikey.Generate(apikey.Sandbox)},
 		{Actor: "bob"}, {Actor: "key:bob"}, {Actor: "cli:"}, {Action: "key.foo"},

@@ -229,7 +229,7 @@ func checkActor(field, s string) error {
 	switch {
 	case apikey.ContainsKey(s):
 		return &InvalidError{field, "must not contain an API key"}
-	case !slices.Contains(actorKinds, kind):
+	case !slices.Contains(actorKinds, kind) || name == "":
 		return &InvalidError{field, "must be key:<id>, user:<name>, cli:<user>, leak:<source> or system:<what>"}
 	case kind == "key" && !idPattern.MatchString(name):
 		return &InvalidError{field, "must be key: and the id of a key, which is key_ and 22 letters or digits"}
