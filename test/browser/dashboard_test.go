@@ -29,6 +29,7 @@ func TestDashboard(t *testing.T) {
 		for name, walk := range map[string]func(*testing.T){
 			"a key is created, copied and never shown again":   createAndCopy,
 			"a form that was stopped can be sent again":        stopAndSend,
+			"a form outlives its session":                      formOutlivesSession,
 			"a key is used, rotated and revoked at every edge": useRotateRevoke,
 			"a live page is no use of its session":             livePage,
 			"a live page keeps the focus and what is typed":    livePageInUse,
@@ -74,6 +75,31 @@ func stopAndSend(t *testing.T) {
 	})
 	b.click("button[@id='generate']", "Generate")
 	b.secret()
+}
+
+func formOutlivesSession(t *testing.T) {
+	manager := key(t, "lunch", "Manager", true)
+	for _, withoutScripts := range []bool{false, true} {
+		b := newTab(t)
+		b.run(emulation.SetScriptExecutionDisabled(withoutScripts))
+		b.signIn(manager)
+		b.open("/new")
+		b.fill("#name", "After lunch")
+		b.check(`input[value="hives:write"]`)
+		b.check(`input[value="30d"]`)
+		b.run(network.ClearBrowserCookies())
+		b.click("button[@id='generate']", "Generate")
+		b.see("p", "it is filled in as you left it")
+		b.fill("#key", manager.Key.Reveal())
+		b.click("button", "Sign in")
+		b.see("h1", "Create New Key")
+		b.run(chromedp.WaitReady(`#name[value="After lunch"]`, chromedp.ByQuery), chromedp.WaitReady(`input[value="hives:write"]:checked`, chromedp.ByQuery),
+			chromedp.WaitReady(`input[value="30d"]:checked`, chromedp.ByQuery))
+		b.click("button[@id='generate']", "Generate")
+		if secret := b.secret(); call(t, "GET", "/v1/hives", secret) != 403 || call(t, "POST", "/v1/hives", secret) != 200 {
+			t.Error("the key does not do what it was made for")
+		}
+	}
 }
 
 func createAndCopy(t *testing.T) {
