@@ -257,7 +257,8 @@ func TestWrongUseOfACommandIsToldInItsOwnWords(t *testing.T) {
 			t.Errorf("%s: %d %s%s", args, code, stdout, stderr)
 		}
 	}
-	if stdout, _, _ := cli(t, "", "keys", "create", "--help"); !strings.Contains(stdout, "  rekall-gateway keys create --name <name>") || strings.Contains(stdout, " caddy ") {
+	if stdout, _, _ := cli(t, "", "keys", "create", "--help"); !strings.Contains(stdout, "  rekall-gateway keys create --name <name>") ||
+		strings.Contains(stdout, " caddy ") || strings.Contains(stdout, "caddyserver.com") {
 		t.Errorf("help: %s", stdout)
 	}
 	if stdout, _, _ := cli(t, "", "--help"); !strings.Contains(stdout, "Rekall's API-key gateway") {

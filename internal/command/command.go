@@ -52,6 +52,7 @@ func All() []Command {
 func (c Command) SetUp(cmd *cobra.Command) {
 	cmd.Args = cobra.ArbitraryArgs // checked below: of an error of cobra's Args the process would not end with its exit code
 	cmd.SetFlagErrorFunc(flagError)
+	cmd.SetHelpTemplate(new(cobra.Command).HelpTemplate()) // the server's may lead to its own manual, which has none of these
 	cmd.RunE = run(func(ctx context.Context, cmd *cobra.Command, args []string) error {
 		if err := noArgs(cmd, args); err != nil {
 			return err

@@ -139,6 +139,25 @@ func TestNothingIsSaidInWords(t *testing.T) {
 	}
 }
 
+// TestHelpLeadsToNoManualThatDoesNotHaveTheCommand: the server's says where its own is.
+func TestHelpLeadsToNoManualThatDoesNotHaveTheCommand(t *testing.T) {
+	server := &cobra.Command{Use: "server"}
+	server.SetHelpTemplate(server.HelpTemplate() + "the server's manual")
+	for _, c := range command.All() {
+		cmd := &cobra.Command{Use: c.Name, Short: c.Short}
+		c.SetUp(cmd)
+		server.AddCommand(cmd)
+	}
+	for _, args := range [][]string{{"keys", "--help"}, {"keys", "audit", "--help"}, {"migrate", "--help"}} {
+		var output bytes.Buffer
+		server.SetArgs(args)
+		server.SetOut(&output)
+		if err := server.Execute(); err != nil || !strings.Contains(output.String(), "Usage:") || strings.Contains(output.String(), "the server's manual") {
+			t.Errorf("%s: %v %s", args, err, output.String())
+		}
+	}
+}
+
 func TestManualNamesEachExitCode(t *testing.T) {
 	manual, err := os.ReadFile("README.md")
 	if err != nil {
