@@ -158,6 +158,27 @@ func TestHelpLeadsToNoManualThatDoesNotHaveTheCommand(t *testing.T) {
 	}
 }
 
+// TestShowDoesNotSayOfAKeyThatHasEndedThatItLives: a successor that was not used yet may outlive the key that it replaces.
+func TestShowDoesNotSayOfAKeyThatHasEndedThatItLives(t *testing.T) {
+	databaseURL := pgtest.Migrated(t)
+	t.Setenv(keystore.DatabaseVariable, databaseURL)
+	admin, operator := keyadmin.New(pgtest.Store(t, databaseURL)), keyadmin.Operator("test")
+	old, _, err := admin.Create(t.Context(), operator, keyadmin.CreateRequest{
+		Name: "Backend", Account: "acme", Environment: "sandbox", Scopes: []string{"memories:read"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	next, _, err := admin.Rotate(t.Context(), operator, old.ID, keyadmin.RotateRequest{Overlap: keyadmin.Overlap{For: 2 * time.Hour, OnFirstUse: true}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	run(t, "keys", "revoke", old.ID)
+	if output, err := try(t, "keys", "show", next.ID); err != nil || !strings.Contains(output, "the key that it replaces, if it has not ended, lives 2h from then") {
+		t.Errorf("%v %s", err, output)
+	}
+}
+
 func TestManualNamesEachExitCode(t *testing.T) {
 	manual, err := os.ReadFile("README.md")
 	if err != nil {

@@ -201,7 +201,7 @@ func describe(w io.Writer, key keyadmin.Key) {
 	t.line("Replaces", orDash(key.Predecessor))
 	t.line("Replaced by", orDash(key.Successor))
 	if key.OverlapOnFirstUse != nil {
-		t.line("First use", "is awaited; the key that it replaces lives "+*key.OverlapOnFirstUse+" from then")
+		t.line("First use", "is awaited; the key that it replaces, if it has not ended, lives "+*key.OverlapOnFirstUse+" from then")
 	}
 	t.print(w)
 }
