@@ -179,6 +179,23 @@ func TestShowDoesNotSayOfAKeyThatHasEndedThatItLives(t *testing.T) {
 	}
 }
 
+// TestEachScopeThatIsGivenIsGrantedOrRefused: a list with lines must not make a key of the first of them.
+func TestEachScopeThatIsGivenIsGrantedOrRefused(t *testing.T) {
+	t.Setenv(keystore.DatabaseVariable, pgtest.Migrated(t))
+	create := []string{"create", "--name", "Backend", "--environment", "sandbox"}
+	for _, scopes := range []string{"hives:read\nhives:write", "hives:read\r\nhives:write", "hives:read,", `"hives:read"`, `"hives:read`, "hives:read hives:write", "\n", ""} {
+		if output, err := try(t, "keys", append(create, "--scopes", scopes)...); err == nil || !strings.Contains(output, "Error: --scopes ") ||
+			strings.Count(output, "\n") != 1 {
+			t.Errorf("%q: %v %s", scopes, err, output)
+		}
+	}
+	for _, flags := range [][]string{{"--scopes", "hives:read, hives:write\n"}, {"--scopes", "hives:read", "--scopes=hives:write"}} {
+		if output, err := try(t, "keys", append(create, flags...)...); err != nil || !strings.Contains(output, "(sandbox, hives:read hives:write)") {
+			t.Errorf("%q: %v %s", flags, err, apikey.Redact(output))
+		}
+	}
+}
+
 func TestManualNamesEachExitCode(t *testing.T) {
 	manual, err := os.ReadFile("README.md")
 	if err != nil {

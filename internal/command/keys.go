@@ -42,7 +42,7 @@ func keysCreateCommand() *cobra.Command {
 		Args:    noArgs,
 	}, createKey)
 	cmd.Flags().String("name", "", "Name of the key, for people")
-	cmd.Flags().StringSlice("scopes", nil, "Scopes, separated by commas: "+strings.Join(apikey.ScopeNames(), ", "))
+	cmd.Flags().StringArray("scopes", nil, "The key's `scopes`, separated by commas: "+strings.Join(apikey.ScopeNames(), ", "))
 	cmd.Flags().String("environment", "", "production or sandbox")
 	cmd.Flags().String("account", "default", "Account that owns the key")
 	cmd.Flags().String("expires-in", "", "How long the key lives, e.g. 90d, 2w, 12h or P90D (default: for ever)")
@@ -58,9 +58,12 @@ func createKey(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyad
 	if err := NotEmpty(cmd, "expires-in", "expires-at"); err != nil {
 		return err
 	}
-	scopes, _ := cmd.Flags().GetStringSlice("scopes")
-	for i, scope := range scopes {
-		scopes[i] = strings.TrimSpace(scope) // such as those after a comma, as in a file to import
+	var scopes []string
+	lists, _ := cmd.Flags().GetStringArray("scopes") // a StringSlice would take the first line of each, and pass over the others
+	for _, list := range lists {
+		for scope := range strings.SplitSeq(list, ",") {
+			scopes = append(scopes, strings.TrimSpace(scope)) // of spaces after a comma, as in a file to import
+		}
 	}
 	shown := false // else there is none, whatever became of the transaction
 	_, _, err := admin.Create(ctx, operator(), keyadmin.CreateRequest{
