@@ -1,9 +1,11 @@
 package test
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -15,6 +17,9 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/dashboard"
@@ -404,6 +409,97 @@ func TestKeyThatWasPastedWithBlanksAroundItSignsIn(t *testing.T) {
 	if answer.StatusCode != http.StatusSeeOther || len(answer.Cookies()) == 0 {
 		t.Errorf("answered %d with %d cookies", answer.StatusCode, len(answer.Cookies()))
 	}
+}
+
+// TestAnswersOfKeyManagementThatNobodyReadsAreFew: each is held in memory until its client reads it, or for a minute.
+func TestAnswersOfKeyManagementThatNobodyReadsAreFew(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	g := r.start(managedSite)
+	manager, others := r.manager("acme"), r.manager("globex")
+	for range 20 { // so that the shortest answer is longer than what a stream has a buffer for
+		g.manage("POST", keysPath, bearer(manager), `{"name": "`+strings.Repeat("<", 200)+`", "scopes": ["memories:read"]}`, http.StatusCreated)
+	}
+	form := url.Values{"key": {manager.Key.Reveal()}}.Encode()
+	signedIn := do(t, "POST", g.http+dashboard.Root+"/sign-in", http.Header{"Content-Type": {"application/x-www-form-urlencoded"}}, strings.NewReader(form))
+	authorization := [2]string{"authorization", "Bearer " + manager.Key.Reveal()}
+	session := [2]string{"cookie", signedIn.Cookies()[0].Name + "=" + signedIn.Cookies()[0].Value}
+	for _, tc := range []struct {
+		paths []string
+		as    [2]string
+	}{
+		{[]string{keysPath, keysPath + "/audit"}, authorization},
+		{[]string{dashboard.Root, dashboard.Root + "/" + manager.ID}, session},
+	} {
+		const requests, held = 20, 4
+		answers := g.leaveUnread(t, requests, tc.paths, tc.as)
+		for range held {
+			if status := <-answers; status != "200" {
+				t.Errorf("%s: one of the first is answered %s", tc.paths[0], status)
+			}
+		}
+		// Whose client does not read can still revoke, and nobody else's requests wait.
+		revoked := r.key("production", "memories:read")
+		g.manage("DELETE", keysPath+"/"+revoked.ID, bearer(manager), "", http.StatusOK)
+		g.manage("GET", keysPath, bearer(others), "", http.StatusOK)
+		if page := g.do("GET", dashboard.Root+"/"+manager.ID+"/revoke", http.Header{"Cookie": {session[1]}}); page.StatusCode != http.StatusOK {
+			t.Errorf("%s: the page to revoke with is %d", tc.paths[0], page.StatusCode)
+		}
+		for range requests - held {
+			if status := <-answers; status != "503" {
+				t.Errorf("%s: one of the rest is answered %s", tc.paths[0], status)
+			}
+		}
+	}
+	g.manage("GET", keysPath, bearer(manager), "", http.StatusOK) // once their connection is closed
+}
+
+// leaveUnread sends requests over one connection of HTTP/2 and reads no body. It returns the statuses as they come, and closes the
+// connection after the last.
+func (g *gateway) leaveUnread(t *testing.T, requests int, paths []string, as [2]string) <-chan string {
+	t.Helper()
+	address := strings.TrimPrefix(g.http, "http://")
+	conn, err := net.Dial("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	if _, err := io.WriteString(conn, http2.ClientPreface); err != nil {
+		t.Fatal(err)
+	}
+	framer := http2.NewFramer(conn, conn)
+	framer.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+	if err := framer.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0}); err != nil {
+		t.Fatal(err)
+	}
+	var block bytes.Buffer
+	encoder := hpack.NewEncoder(&block)
+	for n := range requests {
+		block.Reset()
+		for _, f := range [][2]string{{":method", "GET"}, {":scheme", "http"}, {":authority", address}, {":path", paths[n%len(paths)]}, as} {
+			_ = encoder.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]}) // a buffer never fails
+		}
+		request := http2.HeadersFrameParam{StreamID: uint32(2*n + 1), BlockFragment: block.Bytes(), EndHeaders: true, EndStream: true}
+		if err := framer.WriteHeaders(request); err != nil {
+			t.Fatal(err)
+		}
+	}
+	answers := make(chan string, requests)
+	go func() {
+		defer func() { _ = conn.Close() }()
+		defer close(answers)
+		for seen := 0; seen < requests; {
+			frame, err := framer.ReadFrame()
+			if err != nil {
+				return
+			}
+			if headers, ok := frame.(*http2.MetaHeadersFrame); ok {
+				answers <- headers.PseudoValue("status")
+				seen++
+			}
+		}
+	}()
+	return answers
 }
 
 func TestPeopleWhomCaddyHasAuthenticatedManageTheKeysOfTheirAccount(t *testing.T) {

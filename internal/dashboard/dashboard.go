@@ -67,11 +67,11 @@ func New(config Config) *Dashboard {
 	mux := http.NewServeMux()
 	const key = Root + "/{id}"
 	for pattern, page := range map[string]page{
-		"GET " + Root:                    d.list,
+		"GET " + Root:                    long(d.list),
 		"GET " + Root + "/new":           d.newKey,
 		"POST " + Root + "/new":          d.create,
-		"GET " + key:                     d.key,
-		"POST " + key + "/rename":        d.rename,
+		"GET " + key:                     long(d.key),
+		"POST " + key + "/rename":        long(d.rename),
 		"GET " + key + "/rotate":         d.rotateForm,
 		"POST " + key + "/rotate":        d.rotate,
 		"GET " + key + "/rotate/undo":    d.undoForm,
@@ -138,6 +138,18 @@ type visit struct {
 
 // page answers a visit, or returns why it cannot, with nothing written.
 type page func(*visit) error
+
+// long has a page that may be long wait for its turn, which ends when the browser has it.
+func long(do page) page {
+	return func(v *visit) error {
+		end, err := v.Admin.TurnToShow(v.r.Context(), v.actor)
+		if err != nil {
+			return err
+		}
+		defer end()
+		return do(v)
+	}
+}
 
 // signedIn is a page for those who may manage keys. All others get the sign-in form, whatever the page.
 type signedIn struct {

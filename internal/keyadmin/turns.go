@@ -21,6 +21,10 @@ const (
 	readsOfActor
 	readsOfAccount
 	reads // of all
+	answersOfActor
+	answersOfAccount
+	pagesOfActor
+	pagesOfAccount
 )
 
 // places are how many requests of a line ask the database at once. A store has four connections, which are given in the order in which they
@@ -29,7 +33,13 @@ const (
 //
 // Reads are those of what edges write: an edge's role can lock it, and they all wait. They leave a place to change keys with to each actor
 // and each account, and a connection to all.
-var places = [...]int{ofActor: 2, ofAccount: 3, readsOfActor: 1, readsOfAccount: 2, reads: 3}
+//
+// Answers are the long ones of the API, and pages those of the dashboard: a client that does not read has them held in memory. Changes of
+// keys make none, and whoever crowds the API out keeps nobody from seeing on the dashboard what to revoke.
+var places = [...]int{
+	ofActor: 2, ofAccount: 3, readsOfActor: 1, readsOfAccount: 2, reads: 3,
+	answersOfActor: 4, answersOfAccount: 8, pagesOfActor: 4, pagesOfAccount: 8,
+}
 
 // turns has the requests of each actor, and of each account, wait for each other, and not those of others for them.
 type turns struct {
@@ -110,6 +120,17 @@ func (a *Admin) turn(ctx context.Context, actor Actor) (end func(), err error) {
 func (a *Admin) turnToRead(ctx context.Context, actor Actor) (end func(), err error) {
 	lines := append(actor.lines(readsOfActor, readsOfAccount), actor.lines(ofActor, ofAccount)...)
 	return a.turns.take(ctx, append(lines, line{kind: reads})...)
+}
+
+// TurnToAnswer waits for a turn to make a long answer, whose end must be told once its client has read it. It comes before turns at the
+// database.
+func (a *Admin) TurnToAnswer(ctx context.Context, actor Actor) (end func(), err error) {
+	return a.turns.take(ctx, actor.lines(answersOfActor, answersOfAccount)...)
+}
+
+// TurnToShow is TurnToAnswer for a page.
+func (a *Admin) TurnToShow(ctx context.Context, actor Actor) (end func(), err error) {
+	return a.turns.take(ctx, actor.lines(pagesOfActor, pagesOfAccount)...)
 }
 
 // lines are those that the actor's requests wait in, and all of its account; an operator's wait for nobody.

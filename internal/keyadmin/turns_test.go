@@ -63,3 +63,43 @@ func TestRequestsOfOneActorLeaveOthersTheirTurn(t *testing.T) {
 		})
 	}
 }
+
+// TestAnswersThatNobodyReadsLeaveOthersTheirTurn, and their own actor one to revoke.
+func TestAnswersThatNobodyReadsLeaveOthersTheirTurn(t *testing.T) {
+	admin, _, _ := newAdmin(t)
+	ann, bob, carl := must(keyadmin.Person("ann", "acme")), must(keyadmin.Person("bob", "acme")), must(keyadmin.Person("carl", "acme"))
+	stranger := must(keyadmin.Person("ann", "other"))
+	late, cancel := context.WithCancel(t.Context())
+	cancel()
+	for name, turn := range map[string]func(context.Context, keyadmin.Actor) (func(), error){"answers": admin.TurnToAnswer, "pages": admin.TurnToShow} {
+		var ends []func()
+		take := func(actor keyadmin.Actor, free bool) {
+			t.Helper()
+			end, err := turn(late, actor)
+			switch {
+			case err == nil:
+				ends = append(ends, end)
+			case !errors.Is(err, keyadmin.ErrCrowded):
+				t.Error(err)
+			}
+			if free != (err == nil) {
+				t.Errorf("%s of %s: %v", name, actor, err)
+			}
+		}
+		for _, actor := range []keyadmin.Actor{ann, bob} {
+			for range 4 {
+				take(actor, true)
+			}
+			take(actor, false)
+		}
+		take(carl, false)
+		take(stranger, true)
+		if _, err := admin.Revoke(t.Context(), ann, create(t, admin, request()).ID); err != nil {
+			t.Error(err)
+		}
+		for _, end := range ends {
+			end()
+		}
+		take(carl, true)
+	}
+}

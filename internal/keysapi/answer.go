@@ -23,6 +23,7 @@ type answer struct {
 	raw      []byte // in place of body
 	location string // of what was made; empty: none
 	replayed bool
+	sent     func() // to be called when it is; nil: nobody waits for that
 }
 
 // resourceBody is the envelope of one object, and collectionBody that of many (REKALL.md, "Answers").

@@ -82,16 +82,16 @@ type endpoint func(*http.Request) (answer, error)
 func (a *API) routes() map[string]map[string]endpoint {
 	const key = Root + "/{id}"
 	routes := map[string]map[string]endpoint{
-		Root:                   {"GET": a.managed(a.list), "POST": a.managed(a.create)},
-		Root + "/audit":        {"GET": a.managed(a.audit)},
+		Root:                   {"GET": a.managed(a.long(a.list)), "POST": a.managed(a.create)},
+		Root + "/audit":        {"GET": a.managed(a.long(a.audit))},
 		Root + "/leaked":       {"POST": a.leaked},
 		Root + "/openapi.json": {"GET": describe},
 		key:                    {"GET": a.managed(a.get), "PATCH": a.managed(a.rename), "DELETE": a.managed(a.revoke)},
 		key + "/revoke":        {"POST": a.managed(a.revoke)},
 		key + "/rotate":        {"POST": a.managed(a.rotate)},
 		key + "/rotate/undo":   {"POST": a.managed(a.undoRotation)},
-		key + "/usage":         {"GET": a.managed(a.usage)},
-		key + "/audit":         {"GET": a.managed(a.auditOfKey)},
+		key + "/usage":         {"GET": a.managed(a.long(a.usage))},
+		key + "/audit":         {"GET": a.managed(a.long(a.auditOfKey))},
 	}
 	if a.GitHub != nil {
 		routes[Root+"/leaked/github"] = map[string]endpoint{"POST": a.leakedOnGitHub}
@@ -99,14 +99,36 @@ func (a *API) routes() map[string]map[string]endpoint {
 	return routes
 }
 
+// managing answers a request of somebody who may manage keys.
+type managing func(*http.Request, keyadmin.Actor) (answer, error)
+
 // managed is an endpoint for those who may manage keys. Who asks is known before anything of the request is read.
-func (a *API) managed(do func(*http.Request, keyadmin.Actor) (answer, error)) endpoint {
+func (a *API) managed(do managing) endpoint {
 	return func(r *http.Request) (answer, error) {
 		actor, err := a.Actor(r)
 		if err != nil {
 			return answer{}, err
 		}
 		return do(r, actor)
+	}
+}
+
+// long has an answer that may be long wait for its turn, which ends when it is sent.
+func (a *API) long(do managing) managing {
+	return func(r *http.Request, actor keyadmin.Actor) (made answer, err error) {
+		end, err := a.Admin.TurnToAnswer(r.Context(), actor)
+		if err != nil {
+			return answer{}, err
+		}
+		defer func() {
+			if made.sent == nil { // which whoever sends it tells
+				end()
+			}
+		}()
+		if made, err = do(r, actor); err == nil {
+			made.sent = end
+		}
+		return made, err
 	}
 }
 
@@ -145,6 +167,9 @@ func (res resource) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		res.api.refuse(w, r, err)
 		return
+	}
+	if answer.sent != nil {
+		defer answer.sent()
 	}
 	res.api.answered(r, nil)
 	answer.write(w)
