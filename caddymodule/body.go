@@ -50,6 +50,8 @@ var (
 	bodyInvalid  = apierror.New(http.StatusBadRequest, "BODY_INVALID", "The request body could not be read to its end.")
 	bodyTooLarge = apierror.New(http.StatusRequestEntityTooLarge, "BODY_TOO_LARGE", "The request body is larger than this address takes.")
 
+	headersInvalid = apierror.New(http.StatusBadRequest, "HEADERS_INVALID",
+		"Something in the request cannot be passed on in a header. Send it without line breaks and other control characters.")
 	headersTooLarge = apierror.New(http.StatusRequestHeaderFieldsTooLarge, "HEADERS_TOO_LARGE",
 		"The request's headers are larger than this address takes.")
 )

@@ -18,6 +18,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 	"go.uber.org/zap"
+	"golang.org/x/net/http/httpguts"
 
 	"github.com/rekall-ai/gateway/internal/apierror"
 	"github.com/rekall-ai/gateway/internal/apikey"
@@ -33,7 +34,7 @@ func init() { caddy.RegisterModule(Transport{}) }
 // of "http".
 //
 // What a client can bring about does not count against the backend in passive health checks, and is not tried again: how an
-// upgrade fails, or a request whose body is being passed on. That a backend cannot be dialled, or does not answer in time once
+// upgrade fails, a header that cannot be sent, or a request whose body is being passed on. That a backend cannot be dialled, or does not answer in time once
 // it has the whole request (response_header_timeout), counts always. The proxy's unhealthy_latency and unhealthy_request_count
 // do count slow uploads and streams of clients: leave them out.
 //
@@ -191,6 +192,8 @@ func (p *pass) excuse(r *http.Request, err error) error {
 	switch {
 	case strings.Contains(err.Error(), "larger than peer's advertised limit"): // net/http exports no error to compare with
 		failed.answer = headersTooLarge
+	case unsendable(r):
+		failed.answer = headersInvalid
 	case tooLarge(err): // a limit in the block, between the client's body and the proxy
 		failed.answer = bodyTooLarge
 	case late && !errors.Is(err, os.ErrDeadlineExceeded): // no deadline of a connection: the backend had all that it waits for
@@ -199,6 +202,18 @@ func (p *pass) excuse(r *http.Request, err error) error {
 		return err
 	}
 	return p.fail(failed)
+}
+
+// unsendable reports whether net/http refuses to send a request, whichever the backend. What a client writes comes into headers by
+// placeholders, such as a line break with {query.tenant} in header_up.
+func unsendable(r *http.Request) bool {
+	for name, values := range r.Header {
+		if !httpguts.ValidHeaderFieldName(name) || slices.ContainsFunc(values, func(v string) bool { return !httpguts.ValidHeaderFieldValue(v) }) {
+			return true
+		}
+	}
+	host, err := httpguts.PunycodeHostPort(r.Host)
+	return err != nil || !httpguts.ValidHostHeader(host)
 }
 
 // fail keeps the first error that the client's request made, for the answer.

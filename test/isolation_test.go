@@ -615,6 +615,24 @@ func TestBodyBeyondALimitInABlockIsTheClients(t *testing.T) {
 	}
 }
 
+// TestRequestThatCannotBeSentDoesNotCountAgainstTheBackend: by placeholders, header_up makes headers of what clients write.
+func TestRequestThatCannotBeSentDoesNotCountAgainstTheBackend(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	key := bearer(r.key("production", "memories:read"))
+	for _, versions := range []string{"1.1", "h2c"} {
+		g := r.start("http://:PORT {\nbind 127.0.0.1\n" + block("reverse_proxy PRODUCTION {\n header_up X-Tenant {query.tenant}\n header_up Host {query.host}\n"+
+			" fail_duration 1h\n max_fails 1\n transport http {\n versions "+versions+"\n}\n}", "respond 418") + "}\n")
+		for _, query := range []string{"?host=x&tenant=a%0Ab", "?host=xn--%C3%BC"} {
+			g.do("GET", "/v1/memories"+query, key).wantCode(t, http.StatusBadRequest, "HEADERS_INVALID")
+			g.do("GET", "/v1/memories?host=x", key).wantCode(t, http.StatusOK, "")
+		}
+		if n := g.series(t, `rekall_upstream_errors_total{environment="production",reason="unavailable"}`); n != 0 {
+			t.Errorf("%v errors of the backend are counted", n)
+		}
+	}
+}
+
 // TestNothingAroundTheGatewaySeesTheKeyOrTheTokenThatBackendsGet: pages for errors may come from anywhere.
 func TestNothingAroundTheGatewaySeesTheKeyOrTheTokenThatBackendsGet(t *testing.T) {
 	t.Parallel()
