@@ -167,6 +167,10 @@ func (t *Transport) roundTrip(r *http.Request, p *pass) (*http.Response, error) 
 		sent = r.WithContext(r.Context())
 	}
 	res, err := t.HTTPTransport.RoundTrip(sent)
+	if err == nil && !final(r, res) {
+		_ = res.Body.Close()
+		err = errNotFinal
+	}
 	if err != nil {
 		return nil, p.excuse(r, err)
 	}
@@ -174,6 +178,18 @@ func (t *Transport) roundTrip(r *http.Request, p *pass) (*http.Response, error) 
 		r.Header, r.TLS = nil, nil
 	}
 	return res, nil
+}
+
+var errNotFinal = errors.New("the backend gave no final answer: a status below 200, or a switch to a protocol that nobody asked for")
+
+// final reports whether an answer can be passed on. Of a status below 100 or a switch of protocols, the proxy and net/http make a panic, or an
+// empty 200: the client would take what failed for done.
+func final(r *http.Request, res *http.Response) bool {
+	if res.StatusCode == http.StatusSwitchingProtocols {
+		_, switched := res.Body.(io.ReadWriteCloser)
+		return switched && strings.EqualFold(r.Header.Get("Upgrade"), res.Header.Get("Upgrade"))
+	}
+	return res.StatusCode >= http.StatusOK
 }
 
 // excuse returns the error as the client's if it may be: then it does not count against the backend. A client can send a body so

@@ -288,3 +288,48 @@ func TestBackendThatCannotBeDialledIsAtFaultForAWebSocketToo(t *testing.T) {
 		t.Errorf("error %v, of the client: %v", err, p.failed.Load())
 	}
 }
+
+// TestAnswerThatIsNotFinalIsAFailureOfItsBackend: net/http gives what it cannot read as one to its caller, of whom the client would get an
+// empty 200.
+func TestAnswerThatIsNotFinalIsAFailureOfItsBackend(t *testing.T) {
+	const webSocket = "Connection: Upgrade\r\nUpgrade: websocket\r\n"
+	for _, tc := range []struct {
+		answer, upgrade string
+		passes          bool
+	}{
+		{"000 None\r\n", "", false},
+		{"099 None\r\n", "", false},
+		{"101 Switching Protocols\r\n", "", false},
+		{"101 Switching Protocols\r\n" + webSocket, "", false},
+		{"101 Switching Protocols\r\n", "websocket", false},
+		{"101 Switching Protocols\r\nUpgrade: websocket\r\n", "websocket", false},
+		{"101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n", "websocket", false},
+		{"101 Switching Protocols\r\n" + webSocket, "WebSocket", true},
+		{"103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\n", "", true},
+	} {
+		backend := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			conn, _, err := http.NewResponseController(w).Hijack()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			_, _ = io.WriteString(conn, "HTTP/1.1 "+tc.answer+"\r\n")
+			_ = conn.Close()
+		}))
+		transport := provisioned(t, new(Transport))
+		p := &pass{Context: context.WithValue(t.Context(), caddyhttp.VarsCtxKey, map[string]any{}), environment: apikey.Production}
+		r := httptest.NewRequestWithContext(p, http.MethodGet, backend.URL+"/v1/memories", nil)
+		if tc.upgrade != "" {
+			r.Header.Set("Connection", "Upgrade")
+			r.Header.Set("Upgrade", tc.upgrade)
+		}
+		answer, err := transport.RoundTrip(r)
+		if (err == nil) != tc.passes {
+			t.Errorf("%q to a request to upgrade to %q: %v, %v", tc.answer, tc.upgrade, answer, err)
+		}
+		if err == nil {
+			_ = answer.Body.Close()
+		}
+		backend.Close()
+	}
+}
