@@ -34,7 +34,7 @@ func init() { caddy.RegisterModule(Transport{}) }
 // of "http".
 //
 // What a client can bring about does not count against the backend in passive health checks, and is not tried again: how an
-// upgrade fails, a header that cannot be sent, or a request whose body is being passed on. That a backend cannot be dialled, or does not answer in time once
+// upgrade fails, a header that cannot be sent or is longer than most servers take, or a request whose body is being passed on. That a backend cannot be dialled, or does not answer in time once
 // it has the whole request (response_header_timeout), counts always. The proxy's unhealthy_latency and unhealthy_request_count
 // do count slow uploads and streams of clients: leave them out.
 //
@@ -156,7 +156,7 @@ func (t *Transport) roundTrip(r *http.Request, p *pass) (*http.Response, error) 
 		delete(r.Header, "Connection")
 		delete(r.Header, "Upgrade")
 	}
-	if (t.cannotUpgrade || t.http2 && r.URL.Scheme == "https") && beyondHTTP2(r) {
+	if (t.cannotUpgrade || t.http2 && r.URL.Scheme == "https") && beyondMost(r) {
 		if r.Body != nil {
 			_ = r.Body.Close()
 		}
@@ -214,6 +214,8 @@ func (p *pass) excuse(r *http.Request, err error) error {
 		failed.answer = bodyTooLarge
 	case late && !errors.Is(err, os.ErrDeadlineExceeded): // no deadline of a connection: the backend had all that it waits for
 		return err
+	case beyondMost(r): // the backend may have hung up in the midst of them
+		failed.answer = headersTooLarge
 	case r.Header["Upgrade"] == nil && !p.begun.Load(): // a backend that speaks only HTTP/2 fails at an upgrade
 		return err
 	}
@@ -238,8 +240,8 @@ func (p *pass) fail(failed *clientError) error {
 	return failed
 }
 
-// Limits of a request's headers over HTTP/2, where many requests share a connection. Backends announce none, but beyond theirs
-// nginx and HAProxy end the connection with all requests on it, and Node resets the stream. These are the least of the defaults of
+// Limits of a request's headers beyond which most servers break off. Over HTTP/2 many requests share a connection. Backends announce none,
+// but beyond theirs nginx and HAProxy end the connection with all requests on it, and Node resets the stream. These are the least of the defaults of
 // nginx's large_client_header_buffers, HAProxy's tune.bufsize less tune.maxrewrite and its tune.http.maxhdr, and Node's
 // maxHeaderListPairs, with some room.
 const (
@@ -250,8 +252,8 @@ const (
 
 var errBeyondHTTP2 = errors.New("headers are beyond what backends take over HTTP/2")
 
-// beyondHTTP2 reports whether a request has more in its headers, of which its method, scheme, host and target are part.
-func beyondHTTP2(r *http.Request) bool {
+// beyondMost reports whether a request has more in its headers, of which its method, scheme, host and target are part.
+func beyondMost(r *http.Request) bool {
 	target := len(r.URL.EscapedPath()) + len("?") + len(r.URL.RawQuery)
 	fields, total, longest := 4, target+max(len(r.Host), len(r.URL.Host)), target
 	for name, values := range r.Header {

@@ -593,6 +593,42 @@ backend back
 	g.do("GET", "/v1/memories", within).wantCode(t, http.StatusOK, "")
 }
 
+// TestHeadersForWhichABackendHangsUpDoNotCountAgainstIt: servers take 8 or 16 KiB of them, and Caddy a MiB. What a server answers before it
+// hangs up is lost if the rest is still being written.
+func TestHeadersForWhichABackendHangsUpDoNotCountAgainstIt(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	backend := &http.Server{ReadHeaderTimeout: time.Minute, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("X-A") == "" {
+			_, _ = io.WriteString(w, "{}")
+			return
+		}
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		_ = conn.(*net.TCPConn).SetLinger(0)
+		_ = conn.Close()
+	})}
+	go func() { _ = backend.Serve(listener) }()
+	t.Cleanup(func() { _ = backend.Close() })
+	g := r.start("http://:PORT {\nbind 127.0.0.1\n" + block("reverse_proxy "+listener.Addr().String()+" {\n fail_duration 1h\n max_fails 1\n}", "respond 418") + "}\n")
+	key := bearer(r.key("production", "memories:read"))
+	long := key.Clone()
+	long.Set("X-A", strings.Repeat("a", 20_000))
+	g.do("GET", "/v1/memories", long).wantCode(t, http.StatusRequestHeaderFieldsTooLarge, "HEADERS_TOO_LARGE")
+	g.do("GET", "/v1/memories", key).wantCode(t, http.StatusOK, "")
+	short := key.Clone()
+	short.Set("X-A", "a")
+	g.do("GET", "/v1/memories", short).wantCode(t, http.StatusBadGateway, "UPSTREAM_UNAVAILABLE")
+	g.do("GET", "/v1/memories", key).wantCode(t, http.StatusBadGateway, "UPSTREAM_UNAVAILABLE") // it was the backend's doing
+}
+
 func TestBodyBeyondALimitInABlockIsTheClients(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
