@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -17,6 +18,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 	"go.uber.org/zap"
 	zaplog "go.uber.org/zap/zaptest/observer"
+	"golang.org/x/net/http2"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 )
@@ -331,5 +333,44 @@ func TestAnswerThatIsNotFinalIsAFailureOfItsBackend(t *testing.T) {
 			_ = answer.Body.Close()
 		}
 		backend.Close()
+	}
+}
+
+// TestLittleOfAnAnswerWaitsInMemoryForAClientThatDoesNotRead: over HTTP/2 the backend sends as much as it is let, whatever the client reads.
+func TestLittleOfAnAnswerWaitsInMemoryForAClientThatDoesNotRead(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = listener.Close() }()
+	windows := make(chan uint32, 1)
+	go func() {
+		defer close(windows)
+		conn, err := listener.Accept()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer func() { _ = conn.Close() }()
+		if _, err := io.ReadFull(conn, make([]byte, len(http2.ClientPreface))); err != nil {
+			t.Error(err)
+			return
+		}
+		frame, err := http2.NewFramer(conn, conn).ReadFrame()
+		settings, ok := frame.(*http2.SettingsFrame)
+		if !ok {
+			t.Errorf("the first frame is %v, %v", frame, err)
+			return
+		}
+		window, _ := settings.Value(http2.SettingInitialWindowSize)
+		windows <- window
+	}()
+	transport := provisioned(t, &Transport{HTTPTransport: reverseproxy.HTTPTransport{Versions: []string{"h2c"}}})
+	p := &pass{Context: context.WithValue(t.Context(), caddyhttp.VarsCtxKey, map[string]any{}), environment: apikey.Production}
+	go func() {
+		_, _ = transport.RoundTrip(httptest.NewRequestWithContext(p, http.MethodGet, "http://"+listener.Addr().String()+"/v1/memories", nil))
+	}()
+	if window := <-windows; window == 0 || window > 512<<10 {
+		t.Errorf("a backend may send %d bytes that nobody reads", window)
 	}
 }
