@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"time"
 
@@ -23,7 +24,7 @@ local function nameOf(data)
 	end
 	return length == 26 and string.match(redis.call('HGET', data, 'name'), '^[A-Z2-7]+$')
 end
-local misnamed = redis.error_reply('MISNAMED the data of redis had a name that no edge has given it')
+local foreign = redis.error_reply('FOREIGN the data of redis is not what edges write')
 `
 
 // exchangeScript settles with the bucket of one key and leases from it: GCRA in microseconds of Redis's own clock, the only one that
@@ -32,11 +33,11 @@ local misnamed = redis.error_reply('MISNAMED the data of redis had a name that n
 // A bucket that owes more than edges could have spent comes from a clock that was set back, or from other limits: it is cut to
 // that. Where the data has another name than this edge knows, Redis was emptied, or has come back with older data: nothing is leased of a
 // bucket that is whole because it was forgotten. A bucket bears the name of the data that it belongs to: one from before is forgotten, since
-// edges tell all of what they let through.
+// edges tell all of what they let through. So is one of another type, by which somebody would keep all edges from their leases.
 var exchangeScript = redis.NewScript(nameOf + `
 local current = nameOf(KEYS[2])
 if not current then
-	return misnamed
+	return foreign
 end
 if current ~= ARGV[5] then
 	return redis.error_reply('EMPTIED redis was emptied')
@@ -45,7 +46,8 @@ local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local interval, depth = tonumber(ARGV[1]), tonumber(ARGV[2])
 local spent, want = tonumber(ARGV[3]), tonumber(ARGV[4])
-local empty, name = string.match(redis.call('GET', KEYS[1]) or '', '^(%S+) (%S+)$')
+local bucket = redis.pcall('GET', KEYS[1])
+local empty, name = string.match(type(bucket) == 'string' and bucket or '', '^(%S+) (%S+)$')
 empty = math.min(name == ARGV[5] and tonumber(empty) or 0, now + (depth + ARGV[6]) * interval)
 empty = math.max(now, math.max(now, empty) + spent * interval)
 local left = math.max(0, math.floor((now + depth * interval - empty) / interval + 0.001))
@@ -122,19 +124,26 @@ const (
 )
 
 // probeScript counts a probe and returns the name of the data and how many probes it has seen. It gives a new name to data that has none,
-// that has seen fewer probes than the edge knows of, or that somebody else has named, which is a failure all the same. That is one step
-// for Redis: of edges that probe at once, the first names the data for all.
+// that has seen fewer probes than the edge knows of, or that somebody else has written, which goes, and is a failure all the same. That is
+// one step for Redis: of edges that probe at once, the first names the data for all.
 var probeScript = redis.NewScript(nameOf + `
-local name = nameOf(KEYS[1])
-if name == '' or not name then
+local function isOurs(data)
+	local kind = redis.call('TYPE', data).ok
+	if kind ~= 'hash' then
+		return kind == 'none'
+	end
+	local probes = redis.call('HSTRLEN', data, 'probes') < 16 and (redis.call('HGET', data, 'probes') or '0')
+	return nameOf(data) and probes and (probes == '0' or string.match(probes, '^[1-9]%d*$'))
+end
+if not isOurs(KEYS[1]) then
+	redis.call('UNLINK', KEYS[1])
 	redis.call('HSET', KEYS[1], 'name', ARGV[1])
+	return foreign
 end
-if not name then
-	return misnamed
-end
+local name = nameOf(KEYS[1])
 local probes = redis.call('HINCRBY', KEYS[1], 'probes', ARGV[4])
 redis.call('EXPIRE', KEYS[1], ARGV[5])
-if name == ARGV[2] and probes < tonumber(ARGV[3]) then
+if name == '' or name == ARGV[2] and probes < tonumber(ARGV[3]) then
 	redis.call('HSET', KEYS[1], 'name', ARGV[1])
 end
 return {redis.call('HGET', KEYS[1], 'name'), probes}
@@ -153,10 +162,18 @@ func (s *store) nameOfData(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("ask redis for the name of its data: %w", err)
 	}
-	name, _ := answer[0].(string)
-	s.probes, _ = answer[1].(int64)
-	return name, nil
+	if len(answer) == 2 {
+		name, _ := answer[0].(string)
+		if probes, ok := answer[1].(int64); ok && name != "" {
+			s.probes = probes
+			return name, nil
+		}
+	}
+	return "", fmt.Errorf("ask redis for the name of its data: %w", errNoAnswer)
 }
+
+// errNoAnswer says that what was asked was not Redis, or not ours.
+var errNoAnswer = errors.New("the answer is none that the script gives")
 
 // send runs the script for each settlement, in one round trip. Each has its answer, or the error, when it returns.
 func (s *store) send(ctx context.Context, batch []settlement) {
@@ -174,13 +191,16 @@ func (s *store) send(ctx context.Context, batch []settlement) {
 // answered returns what Redis has leased, what it has left and how long it takes until it has something again.
 func (b *settlement) answered() (leased, left int64, wait time.Duration, err error) {
 	numbers, err := b.answer.Int64Slice()
-	if err == nil && len(numbers) != 3 {
-		err = fmt.Errorf("%d numbers, want 3", len(numbers))
+	if err == nil && (len(numbers) != 3 || slices.Min(numbers) < 0 || numbers[0] > b.want || slices.Max(numbers) > mostAnswered) {
+		err = errNoAnswer
 	}
 	if err != nil {
 		return 0, 0, 0, fmt.Errorf("exchange leases: %w", err)
 	}
 	return numbers[0], numbers[1], time.Duration(numbers[2]) * time.Microsecond, nil
 }
+
+// mostAnswered keeps what is added to an answer, in nanoseconds too, from an overflow.
+const mostAnswered = 1 << 52
 
 func scriptMissing(err error) bool { return redis.HasErrorPrefix(err, "NOSCRIPT") }

@@ -1,6 +1,7 @@
 package ratelimit
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -8,7 +9,9 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
+	"net"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
@@ -795,7 +798,7 @@ func TestNameThatNoEdgeGaveTheDataIsReplacedAndLiftsNoLimit(t *testing.T) {
 				if !e.Status().Fallback || e.log.lines(begins) != 1 {
 					t.Errorf("edge %d does not go on by its part of the limits, or does not say so once:\n%s", i, e.log)
 				}
-				misnamed += e.log.lines("MISNAMED the data of redis had a name that no edge has given it")
+				misnamed += e.log.lines("FOREIGN the data of redis is not what edges write")
 			}
 			if name != "" && misnamed != 1 {
 				t.Errorf("%d edges say that the name is nobody's, want the one that replaces it", misnamed)
@@ -812,6 +815,174 @@ func TestNameThatNoEdgeGaveTheDataIsReplacedAndLiftsNoLimit(t *testing.T) {
 			}
 			if n := use(); n > limit.depth()/2 {
 				t.Errorf("%d more requests were let through, of a key that has had its burst of %d", n, limit.depth())
+			}
+		})
+	}
+}
+
+// TestWhatSomebodyHasWrittenIntoRedisIsReplaced plays one who has, or had, Redis's password: nobody need remove it by hand.
+func TestWhatSomebodyHasWrittenIntoRedisIsReplaced(t *testing.T) {
+	server := redistest.Server(t, devenv.RedisOptions{})
+	client := connect(t, server.URL())
+	var edges [2]*edgeUnderTest
+	for i := range edges {
+		l, log := newShared(t, server.URL(), len(edges))
+		edges[i] = &edgeUnderTest{Limiter: l, log: log}
+		l.store.probe(t.Context())
+	}
+	limit, d := Limit{PerMinute: 6, Burst: 76}, digest(1)
+	for range 4 {
+		edges[0].ask(d, limit)
+	}
+	settle(t, edges[0].store)
+	bucket, _ := edges[0].Acquire(t.Context(), d, limit)
+	for _, write := range [][]any{
+		{"hset", dataKey, "probes", "x"},
+		{"hset", dataKey, "probes", ""},
+		{"hset", dataKey, "probes", "007"},
+		{"hset", dataKey, "probes", "-1"},
+		{"hset", dataKey, "probes", "nan"},
+		{"hset", dataKey, "probes", "9223372036854775807"},
+		{"hset", dataKey, "probes", strings.Repeat("1", 8<<20)},
+		{"set", dataKey, "x"},
+		{"rpush", dataKey, "x"},
+		{"hset", bucket.lease.key, "x", "y"},
+		{"rpush", bucket.lease.key, "x"},
+		{"set", bucket.lease.key, "nan " + edges[0].store.data},
+		{"set", bucket.lease.key, "1e308 " + edges[0].store.data},
+	} {
+		if write[0] != "hset" || write[1] != dataKey {
+			client.Del(t.Context(), write[1].(string))
+		}
+		if err := client.Do(t.Context(), write...).Err(); err != nil {
+			t.Fatal(err)
+		}
+		eventually.True(t, fmt.Sprintf("Redis is shared through after %.60q", write), func() bool {
+			for _, e := range edges {
+				e.ask(d, limit)
+				e.store.probe(t.Context())
+				e.store.follow()
+				for _, l := range e.store.followed {
+					l.due = 0
+				}
+				if e.store.settle(t.Context(), e.store.followed); e.Status().Fallback {
+					return false
+				}
+			}
+			return edges[0].store.data == edges[1].store.data
+		})
+	}
+}
+
+// answers is a Redis that somebody else runs: it says to each script what it likes.
+func answers(t *testing.T, probe, exchange string) (url string) {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = listener.Close() })
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer func() { _ = conn.Close() }()
+				commands := bufio.NewReader(conn)
+				for {
+					command, err := readCommand(commands)
+					if err != nil {
+						return
+					}
+					answer := "-ERR unknown command\r\n"
+					switch {
+					case len(command) > 1 && command[1] == probeScript.Hash():
+						answer = probe
+					case len(command) > 1 && command[1] == exchangeScript.Hash():
+						answer = exchange
+					}
+					if _, err := conn.Write([]byte(answer)); err != nil {
+						return
+					}
+				}
+			}()
+		}
+	}()
+	return "redis://" + listener.Addr().String()
+}
+
+func readCommand(r *bufio.Reader) (command []string, err error) {
+	var n int
+	if _, err := fmt.Fscanf(r, "*%d\r\n", &n); err != nil {
+		return nil, err
+	}
+	for range n {
+		var size int
+		if _, err := fmt.Fscanf(r, "$%d\r\n", &size); err != nil {
+			return nil, err
+		}
+		text := make([]byte, size+2)
+		if _, err := io.ReadFull(r, text); err != nil {
+			return nil, err
+		}
+		command = append(command, string(text[:size]))
+	}
+	return command, nil
+}
+
+func TestAnswersThatNoScriptGivesAreAnOutage(t *testing.T) {
+	const (
+		name  = "$26\r\nABCDEFGHIJKLMNOPQRSTUVWXYZ\r\n"
+		probe = "*2\r\n" + name + ":1\r\n"
+		good  = "*3\r\n:1\r\n:2\r\n:0\r\n"
+	)
+	limit := Limit{PerMinute: 6, Burst: 76}
+	part := limit.depth() / 2
+	for what, of := range map[string]struct{ probe, exchange string }{
+		"an empty probe":                   {"*0\r\n", good},
+		"a probe of one":                   {"*1\r\n" + name, good},
+		"a probe of three":                 {"*3\r\n" + name + ":1\r\n:1\r\n", good},
+		"no name":                          {"*2\r\n$-1\r\n:1\r\n", good},
+		"an empty name":                    {"*2\r\n$0\r\n\r\n:1\r\n", good},
+		"a number as name":                 {"*2\r\n:1\r\n:1\r\n", good},
+		"no number of probes":              {"*2\r\n" + name + name, good},
+		"a number as probe":                {":1\r\n", good},
+		"a cluster's word on the probe":    {"-MOVED 1 127.0.0.1:1\r\n", good},
+		"an exchange of nothing":           {probe, "*0\r\n"},
+		"an exchange of two":               {probe, "*2\r\n:1\r\n:2\r\n"},
+		"an exchange of texts":             {probe, "*3\r\n$3\r\nnan\r\n$3\r\ninf\r\n$1\r\n0\r\n"},
+		"more leased than was asked for":   {probe, "*3\r\n:9000000000000000000\r\n:2\r\n:0\r\n"},
+		"less than nothing leased":         {probe, "*3\r\n:-9000000000000000000\r\n:2\r\n:0\r\n"},
+		"less than nothing left":           {probe, "*3\r\n:0\r\n:-9000000000000000000\r\n:0\r\n"},
+		"more left than there is":          {probe, "*3\r\n:0\r\n:9000000000000000000\r\n:0\r\n"},
+		"a wait that is over":              {probe, "*3\r\n:0\r\n:0\r\n:-1\r\n"},
+		"a wait for ever":                  {probe, "*3\r\n:0\r\n:0\r\n:9000000000000000000\r\n"},
+		"a cluster's word on the exchange": {probe, "-MOVED 1 127.0.0.1:1\r\n"},
+	} {
+		t.Run(what, func(t *testing.T) {
+			l, log := newShared(t, answers(t, of.probe, of.exchange), 2)
+			e, d := &edgeUnderTest{Limiter: l, log: log}, digest(1)
+			l.store.probe(t.Context())
+			e.ask(d, limit)
+			l.store.follow()
+			l.store.settle(t.Context(), l.store.followed)
+			if !l.Status().Fallback || log.lines(begins) != 1 {
+				t.Errorf("this edge does not go on by its part of the limits, or does not say so once:\n%s", log)
+			}
+			l.store.probe(t.Context())
+			if l.store.epoch.Load() > 2 {
+				t.Errorf("%d outages", l.store.epoch.Load())
+			}
+			allowed := int64(1)
+			for range 2 * limit.depth() {
+				if e.ask(d, limit).Allowed {
+					allowed++
+				}
+			}
+			if allowed > part+1 || allowed < part {
+				t.Errorf("%d requests were let through, want its part, %d", allowed, part)
 			}
 		})
 	}
