@@ -38,7 +38,7 @@ func (c *Cache) wantFill() {
 // all keys. Until that is done, or while it fails, keys are asked for one by one.
 func (c *Cache) keepFilled(ctx context.Context) {
 	warmed := uint64(0)
-	reading := outage.Kind{ // it is over with "filter of all keys is built"
+	reading := outage.Kind{ // it is over with "filter of all keys is built", or "cache is warm" if only that has failed
 		Begins: "reading all keys failed; keys that are not in memory are asked for one by one", Level: zap.WarnLevel,
 	}
 	for first := true; ; first = false {
@@ -69,14 +69,20 @@ func (c *Cache) fill(ctx context.Context, warmed *uint64) error {
 	c.loader.reserve(1)
 	defer c.loader.reserve(-1)
 	s := c.state.Load() // before anything is read: the feed brings what changes from here on
+	var warming error
 	if c.cfg.Warm > 0 && *warmed != s.origin {
-		if err := c.warm(ctx, s); err != nil {
-			return fmt.Errorf("warm cache: %w", err)
+		if warming = c.warm(ctx, s); warming == nil {
+			*warmed = s.origin
 		}
-		*warmed = s.origin
 	}
-	if err := c.buildFilter(ctx, s); err != nil {
-		return fmt.Errorf("build filter: %w", err)
+	// Whether or not that failed, as it does while somebody has locked the table of last uses: a flood is not to wait for it.
+	if f := c.unknown.filter.Load(); f == nil || f.origin != s.origin || f.full() {
+		if err := c.buildFilter(ctx, s); err != nil {
+			return fmt.Errorf("build filter: %w", err)
+		}
+	}
+	if warming != nil {
+		return fmt.Errorf("warm cache: %w", warming)
 	}
 	return nil
 }

@@ -352,6 +352,35 @@ func TestFailureToReadAllKeysIsLoggedOnceWhenItBeginsAndOnceWhenItEnds(t *testin
 	}
 }
 
+// TestFilterIsBuiltOnceThoughTheKeysUsedLastCannotBeRead as while an edge that was taken over has locked the table of last uses.
+func TestFilterIsBuiltOnceThoughTheKeysUsedLastCannotBeRead(t *testing.T) {
+	core, logs := observer.New(zap.InfoLevel)
+	db := newDatabase(t, pgtest.URL(t))
+	made := db.made(t, 20)
+	db.exec(t, `insert into rekall.last_used (key_id, first_used_at, last_used_at) select id, now(), now() from rekall.api_keys`)
+	lock := connect(t, db.url)
+	if _, err := lock.Exec(t.Context(), `begin; lock table rekall.last_used in access exclusive mode`); err != nil {
+		t.Fatal(err)
+	}
+	c := newCache(t, db.store, func(cfg *Config) {
+		cfg.Warm, cfg.Logger = len(made)/2, func() *zap.Logger { return zap.New(core) }
+	})
+	run(t, c)
+	eventually.True(t, "the filter is built", func() bool { return c.unknown.filter.Load() != nil })
+	failed := func() int { return logs.FilterMessageSnippet("reading all keys failed").Len() }
+	eventually.True(t, "the log says that not all keys could be read", func() bool { return failed() == 1 })
+	if _, err := lock.Exec(t.Context(), `rollback`); err != nil {
+		t.Fatal(err)
+	}
+	eventually.True(t, "the cache is warm", func() bool { return logs.FilterMessage("cache is warm").Len() == 1 })
+	if n := logs.FilterMessage("filter of all keys is built").Len(); n != 1 {
+		t.Errorf("the filter was built %d times, want once", n)
+	}
+	if failed() != 1 {
+		t.Errorf("the log says %d times that not all keys could be read, want once", failed())
+	}
+}
+
 // lostStore loses its listener at once, again and again, and notes when it was asked for another.
 type lostStore struct {
 	Store

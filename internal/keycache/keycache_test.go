@@ -788,7 +788,7 @@ func TestInterleavingIsNeverWrong(t *testing.T) {
 	})
 	wg.Go(func() { // builds filters
 		for ctx.Err() == nil {
-			if err := c.fill(context.Background(), new(uint64)); err != nil {
+			if err := c.buildFilter(context.Background(), c.state.Load()); err != nil {
 				t.Error(err)
 				return
 			}

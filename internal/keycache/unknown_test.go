@@ -229,7 +229,9 @@ func TestKeyCreatedWhileTheFilterIsBuiltAnewIsInTheOneInUseToo(t *testing.T) {
 		created = db.create(t)
 		tick(t, c)
 	}
-	fill(t, c)
+	if err := c.buildFilter(t.Context(), c.state.Load()); err != nil {
+		t.Fatal(err)
+	}
 	if c.unknown.filter.Load() == inUse {
 		t.Fatal("there is no other: the test shows nothing")
 	}

@@ -14,6 +14,10 @@ import (
 // scanTimeout bounds a scan, whatever statement_timeout a role has for its short statements: 10 million hashes take some 15 s.
 const scanTimeout = 5 * time.Minute
 
+// scanLockTimeout is how long a scan waits for a table that somebody has locked, as an edge that was taken over may, before it lets go
+// of its connection. It is tried again.
+const scanLockTimeout = 5 * time.Second
+
 // scanMemory is what a scan may take for each of its hash tables. One of a million keys used last takes twice that, which
 // Postgres 15 allows.
 const scanMemory = "'32MB'"
@@ -131,9 +135,9 @@ func (s *Store) scan(ctx context.Context, doing string, do func(pgx.Tx, Server) 
 	ctx, cancel := context.WithTimeout(ctx, scanTimeout)
 	defer cancel()
 	err := pgx.BeginTxFunc(ctx, s.pool, pgx.TxOptions{IsoLevel: pgx.ReadCommitted, AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
-		settings := fmt.Sprintf("set local statement_timeout = %d; set local work_mem = %s; set local plan_cache_mode = force_custom_plan; "+
-			"set local enable_seqscan = on",
-			scanTimeout.Milliseconds(), scanMemory)
+		settings := fmt.Sprintf("set local statement_timeout = %d; set local lock_timeout = %d; set local work_mem = %s; "+
+			"set local plan_cache_mode = force_custom_plan; set local enable_seqscan = on",
+			scanTimeout.Milliseconds(), scanLockTimeout.Milliseconds(), scanMemory)
 		if _, err := tx.Exec(ctx, settings); err != nil {
 			return err
 		}
