@@ -52,12 +52,12 @@ func (t Tier) String() string {
 	return tierNames[t]
 }
 
-// ParseTier is the inverse of String.
+// ParseTier is the inverse of String. With an error it returns Free.
 func ParseTier(name string) (Tier, error) {
 	if t := slices.Index(tierNames[:], name); t >= 0 {
 		return Tier(t), nil
 	}
-	return 0, fmt.Errorf("unknown tier %q: use free, pro, team, enterprise or sandbox", name)
+	return Free, fmt.Errorf("unknown tier %q: use free, pro, team, enterprise or sandbox", name)
 }
 
 // Tiers are the limits of each tier.

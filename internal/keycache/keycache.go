@@ -109,8 +109,9 @@ type Cache struct {
 	canaryAt atomic.Int64 // when that was measured, in nanoseconds since 1970
 
 	// Of sync only.
-	late       int  // readings of the feed in a row that timed out; maxLate at most
-	unreported bool // changes are published that no report was asked for, since what follows failed
+	late         int      // readings of the feed in a row that timed out; maxLate at most
+	unreported   bool     // changes are published that no report was asked for, since what follows failed
+	unknownTiers []string // as the log has it
 
 	// unverified are the keys that were in flight when the feed started over: changes to them may have been missed, so their rows must
 	// be read again. Of sync only.

@@ -3,6 +3,7 @@ package keycache
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -224,5 +225,40 @@ func TestKeysThatAreFoundOftenTakeNoMoreMemoryThanTheCacheMay(t *testing.T) {
 		if held > most || held < most/2 {
 			t.Errorf("room for %d keys: %d are kept for being found often, want at most %d", size, held, most)
 		}
+	}
+}
+
+func TestTierThatANewerVersionHasAddedKeepsNoRevocationFromAnEdge(t *testing.T) {
+	db := newDatabase(t, pgtest.URL(t))
+	core, logs := observer.New(zap.WarnLevel)
+	c := newCache(t, db.store, func(cfg *Config) {
+		cfg.Warm, cfg.Logger = 10, func() *zap.Logger { return zap.New(core) }
+	})
+	looked, changed, revoked := db.create(t), db.create(t), db.create(t)
+	tick(t, c)
+	for _, key := range []testKey{changed, revoked} {
+		want(t, c, key.digest, apikey.Allowed)
+	}
+	db.exec(t, `alter table rekall.tiers drop constraint tiers_name_check;
+		insert into rekall.tiers (name) values ('platinum'), ('gold');
+		insert into rekall.account_limits (account, tier) values ('test', 'gold')`)
+	db.revoke(t, revoked)
+	for range 2 {
+		tick(t, c)
+	}
+	want(t, c, revoked.digest, apikey.Revoked)
+	for _, key := range []testKey{looked, changed} {
+		want(t, c, key.digest, apikey.Allowed)
+		f, err := c.Find(t.Context(), key.digest)
+		if err != nil || f.Limits() != c.state.Load().tiers[apikey.Free] {
+			t.Errorf("it may use %+v, %v, want what the tier free may", f.Limits(), err)
+		}
+	}
+	fill(t, c)
+	if lines := logs.All(); len(lines) != 1 || fmt.Sprint(lines[0].ContextMap()["unknown"]) != "[gold platinum]" {
+		t.Errorf("the log says %v, want once which tiers are unknown", lines)
+	}
+	if _, err := db.store.Tiers(t.Context()); err != nil {
+		t.Error(err)
 	}
 }

@@ -180,6 +180,7 @@ func (c *Cache) follow(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	c.logUnknownTiers(r.Unknown)
 	over := r.anew || old.syncedAt.IsZero() || !old.sameServer(r.Snapshot) || r.Overrun
 	var changed []*entry
 	if over {
@@ -200,6 +201,15 @@ func (c *Cache) follow(ctx context.Context) error {
 		c.report()
 	}
 	return nil
+}
+
+// logUnknownTiers logs once that limits cannot be told, as while edges are upgraded.
+func (c *Cache) logUnknownTiers(names []string) {
+	if len(names) > 0 && !slices.Equal(names, c.unknownTiers) {
+		c.cfg.Logger().Warn("this version does not know all tiers; it holds keys of accounts with others to those of free until it is upgraded",
+			zap.Strings("unknown", names))
+	}
+	c.unknownTiers = names
 }
 
 func (c *Cache) report() {

@@ -73,7 +73,8 @@ type Snapshot struct {
 	Text    string           // a snapshot, as pg_snapshot, that saw no more than this: where to read on from
 	Changes []*apikey.Record // of the keys whose rows have changed, in no order
 	Tiers   apikey.Tiers
-	Overrun bool // there were more than the limit: Changes is of no use, and all that was read before may be out of date
+	Unknown []string // names of tiers that a newer version has added, sorted: to this one their accounts have the tier free
+	Overrun bool     // there were more than the limit: Changes is of no use, and all that was read before may be out of date
 
 	// Feedback is hot_standby_feedback: without it, a primary removes row versions that a long read needs here, and a standby's replay
 	// waits for the read, max_standby_streaming_delay long.
@@ -240,15 +241,15 @@ func (s *Store) Snapshot(ctx context.Context, since string, limit int) (Snapshot
 }
 
 // begin sets all but the changes.
-func (snap *Snapshot) begin(header []byte) (err error) {
+func (snap *Snapshot) begin(header []byte) error {
 	var r snapshotHeader
 	if err := json.Unmarshal(header, &r); err != nil {
 		return fmt.Errorf("decode snapshot: %w", err)
 	}
 	snap.Server, snap.Xmin, snap.Xmax, snap.Text, snap.Now, snap.Beat = r.server(), r.Xmin, r.Xmax, r.Snapshot, r.Now, r.Beat
 	snap.Feedback = r.Feedback
-	snap.Tiers, err = tiersOf(r.Tiers)
-	return err
+	snap.Tiers, snap.Unknown = tiersOf(r.Tiers)
+	return nil
 }
 
 // Found is the answer to a lookup, and the server that gave it.

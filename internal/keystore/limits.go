@@ -3,6 +3,7 @@ package keystore
 import (
 	"context"
 	"errors"
+	"slices"
 
 	"github.com/jackc/pgx/v5"
 
@@ -17,15 +18,18 @@ type tierRow struct {
 	Concurrent int `json:"concurrent_requests"`
 }
 
-func tiersOf(rows []tierRow) (tiers apikey.Tiers, err error) {
+// tiersOf also returns the names of tiers that a newer version has added.
+func tiersOf(rows []tierRow) (tiers apikey.Tiers, unknown []string) {
 	for _, row := range rows {
 		tier, err := apikey.ParseTier(row.Name)
 		if err != nil {
-			return tiers, err
+			unknown = append(unknown, row.Name)
+			continue
 		}
 		tiers[tier] = apikey.Limits{PerMinute: row.PerMinute, Burst: row.Burst, Concurrent: row.Concurrent}
 	}
-	return tiers, nil
+	slices.Sort(unknown)
+	return tiers, unknown
 }
 
 // AccountLimits are the tier of an account, and what its production keys may do in place of that.
@@ -50,7 +54,8 @@ func (r Reader) Tiers(ctx context.Context) (tiers apikey.Tiers, err error) {
 	if err != nil {
 		return tiers, failed("read tiers", err)
 	}
-	return tiersOf(all)
+	tiers, _ = tiersOf(all)
+	return tiers, nil
 }
 
 // AccountLimits returns the tier and the limits of an account; of one that nobody gave any, the tier free.

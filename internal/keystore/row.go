@@ -45,9 +45,7 @@ func (r *recordRow) record() (apikey.Record, error) {
 	record := apikey.Record{
 		ID: text[:len(r.id)], Account: text[len(r.id):], Environment: environment, Scopes: scopes, ManageKeys: r.manageKeys.Bool,
 	}
-	if err := r.limit(&record); err != nil {
-		return apikey.Record{}, err
-	}
+	r.limit(&record)
 	if copy(record.Digest[:], r.hash) != len(record.Digest) {
 		return apikey.Record{}, errors.New("stored hash is not a SHA-256")
 	}
@@ -60,20 +58,18 @@ func (r *recordRow) record() (apikey.Record, error) {
 	return record, nil
 }
 
-// limit sets the limits of a record whose environment is set.
-func (r *recordRow) limit(record *apikey.Record) (err error) {
+// limit sets the limits of a record whose environment is set. A tier that a newer version has added must not keep revocations from an
+// edge: what it allows is unknown there, so it counts as free.
+func (r *recordRow) limit(record *apikey.Record) {
 	tier := apikey.Free
 	switch {
 	case record.Environment == apikey.Sandbox:
 		tier = apikey.SandboxTier
 	case r.tier != nil:
-		if tier, err = apikey.ParseTier(string(r.tier)); err != nil {
-			return err
-		}
+		tier, _ = apikey.ParseTier(string(r.tier))
 	}
 	own := apikey.Limits{PerMinute: int(r.perMinute.Int32), Burst: int(r.burst.Int32), Concurrent: int(r.concurrent.Int32)}
 	record.Limits = apikey.RefLimits(tier, own)
-	return nil
 }
 
 func (r *recordRow) knownScopes() (apikey.Scopes, error) {
