@@ -31,9 +31,6 @@ const (
 	// would all write at the same moment.
 	wakeSpread = 50 * time.Millisecond
 
-	// forgetAfter is when the others drop an edge that went away without a word.
-	forgetAfter = 10 * time.Minute
-
 	// forgetEvery is the least time between two looks of an edge for such others. Each look reads the whole table: with
 	// every report of every edge, its cost would grow with the square of the fleet.
 	forgetEvery = time.Minute
@@ -241,7 +238,7 @@ func (r *Reporter) forget(ctx context.Context) {
 		return
 	}
 	r.forgetAt = time.Now().Add(r.forgetEvery + rand.N(r.forgetEvery))
-	_ = r.store.ForgetEdges(ctx, forgetAfter)
+	_ = r.store.ForgetEdges(ctx)
 }
 
 // countEdges counts the edges twice in the time after which one counts as fail-closed, and not at every report: the cost of

@@ -56,9 +56,9 @@ returning `+serverSQL+`, pg_current_snapshot()::text`,
 	return report, nil
 }
 
-// ForgetEdges removes the rows of edges that have not reported for so long.
-func (s *Store) ForgetEdges(ctx context.Context, silence time.Duration) error {
-	return s.execAtEdge(ctx, "forget edges", `delete from rekall.edges where seen_at < now() - $1::interval`, silence)
+// ForgetEdges removes the rows of edges that have not reported for ten minutes, except what somebody has locked.
+func (s *Store) ForgetEdges(ctx context.Context) error {
+	return s.execAtEdge(ctx, "forget edges", `select rekall.forget_edges()`)
 }
 
 // ForgetReplacedEdges removes the rows of edges with the name and the database user of this one, which has reported, that are

@@ -180,10 +180,6 @@ func TestWhatEdgesWriteDoesNotFailForWaitingWhateverIsolationIsTheDefault(t *tes
 				},
 			},
 			{
-				"forget edges", `delete from rekall.edges; ` + edge, `delete from rekall.edges`,
-				func(ctx context.Context) error { return store.ForgetEdges(ctx, time.Minute) },
-			},
-			{
 				"create a canary", `insert into rekall.api_keys (id, account, name, environment, key_hash, scopes, created_at, revoked_at)
 					values ('key_0123456789abcdefABCDEF', 'rekall:canary', 'Canary', 'sandbox', sha256(''), '{}', now() - interval '1 day', now() - interval '1 day')`,
 				`delete from rekall.api_keys`,

@@ -22,7 +22,8 @@ type grant struct {
 }
 
 // grants is all that the roles may do. Every table, sequence and function of the schema has a line, also those that
-// neither role needs. Rows of edges are guarded by policies besides, and revocations by triggers.
+// neither role needs. Rows of edges and signing_keys are guarded by policies besides, and revocations by triggers. Who may remove rows of a
+// table, or change all columns, may lock it against everybody.
 var grants = []grant{
 	{on: "schema rekall", edge: "usage", admin: "usage"},
 	{on: "table rekall.schema_version", edge: "select (version)"}, // for /rekall/status
@@ -50,11 +51,11 @@ var grants = []grant{
 		admin: "select, insert (key_id), update (requests_per_minute, burst, concurrent_requests)",
 	},
 	{on: "table rekall.usage", edge: "select, insert, update, delete", admin: "select"},
-	{on: "table rekall.last_used", edge: "select, insert, update", admin: "select"},
+	{on: "table rekall.last_used", edge: "select, insert, update (first_used_at, last_used_at)", admin: "select"},
 	{on: "table rekall.usage_flushes", edge: "select, insert, update, delete"},
 	{on: "table rekall.spikes", edge: "select, insert, delete", admin: "select"},
-	{on: "table rekall.usage_chores", edge: "select, insert, update"},
-	{on: "table rekall.signing_keys", edge: "select, insert, update, delete"},
+	{on: "table rekall.usage_chores", edge: "select, insert, update (claimed_at)"},
+	{on: "table rekall.signing_keys", edge: "select, insert (id, public_key, instance, expires_at), update (expires_at), delete"},
 	{
 		on: "table rekall.edges",
 		edge: "select (instance, max_staleness, synced_at, applied, applied_on, beat, seen_at), " +
@@ -65,6 +66,8 @@ var grants = []grant{
 	{on: "function rekall.create_canary()", edge: "execute"},
 	{on: "function rekall.revoke_canary(text)", edge: "execute"},
 	{on: "function rekall.forget_replaced_edges(text)", edge: "execute"},
+	{on: "function rekall.forget_edges()", edge: "execute"},
+	{on: "function rekall.forget_signing_keys()", edge: "execute"},
 	{on: "function rekall.stamp_api_key()"},
 	{on: "function rekall.stamp_new_api_key()"},
 	{on: "function rekall.refuse_removal()"},

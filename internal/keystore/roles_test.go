@@ -1,6 +1,7 @@
 package keystore_test
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"strings"
@@ -101,6 +102,11 @@ var edgeMayNot = []string{
 	`update rekall.edges set started_at = now()`,
 	`select name from rekall.edges`,
 	`select region from rekall.edges`,
+	`insert into rekall.signing_keys (id, public_key, instance, expires_at, writer)
+		values (repeat('a', 43), sha256(''), repeat('a', 22), now(), 'other')`,
+	`update rekall.signing_keys set writer = 'other'`,
+	`begin; lock table rekall.last_used in share mode`,
+	`begin; lock table rekall.usage_chores in share mode`,
 }
 
 var adminMayNot = []string{
@@ -221,6 +227,85 @@ func instances(t *testing.T, store *keystore.Store) []string {
 	return all
 }
 
+// TestEdgeThatLocksWhatItMayKeepsOthersFromNeitherSigningNorCounting: it was taken over, and leaves its transaction open.
+func TestEdgeThatLocksWhatItMayKeepsOthersFromNeitherSigningNorCounting(t *testing.T) {
+	databaseURL, roles := granted(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	owner, taken := open(t, databaseURL, keystore.Options{}), connect(t, pgtest.Login(t, databaseURL, roles.Edge))
+	edge := open(t, pgtest.Login(t, databaseURL, roles.Edge), keystore.Options{})
+	own := report(t, edge, keystore.Edge{Name: "north"})
+	former, gone, ahead := report(t, edge, keystore.Edge{Name: "north"}), report(t, owner, keystore.Edge{Name: "gone"}), report(t, owner, keystore.Edge{Name: "ahead"})
+	published, over := newSigningKey(), newSigningKey()
+	publish(t, edge, time.Hour, published)
+	publish(t, owner, time.Hour, over)
+	pgtest.Exec(t, databaseURL, `
+		update rekall.edges set seen_at = now() - interval '5 minutes' where instance = '`+former.Instance+`';
+		update rekall.edges set seen_at = now() - interval '11 minutes' where instance = '`+gone.Instance+`';
+		update rekall.edges set seen_at = now() + interval '11 minutes' where instance = '`+ahead.Instance+`';
+		update rekall.signing_keys set expires_at = now() where id = '`+over.ID+`'`)
+
+	exec(t, taken, `insert into rekall.signing_keys (id, public_key, instance, expires_at) values (repeat('a', 43), sha256(''), repeat('a', 22), now())`)
+	exec(t, taken, `insert into rekall.edges (instance, name, region, version, max_staleness, started_at, beat, seen_at)
+		select repeat(name, 22), name, '', '', '1 s', now(), 1, now() + seen::interval
+		from unnest(array['a', 'b'], array['1 day', '-1 day']) n (name, seen)`)
+	exec(t, taken, `begin`)
+	exec(t, taken, `select instance from rekall.edges for update`)
+	exec(t, taken, `select id from rekall.signing_keys for update`)
+
+	for what, do := range map[string]func() error{
+		"forget edges":          func() error { return edge.ForgetEdges(ctx) },
+		"forget replaced edges": func() error { return edge.ForgetReplacedEdges(ctx, own.Instance) },
+		"publish signing keys": func() error {
+			return edge.PublishSigningKeys(ctx, own.Instance, []keystore.SigningKey{published, newSigningKey()}, time.Hour)
+		},
+	} {
+		if err := do(); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if n, err := edge.CountEdges(ctx); err != nil || n.Live+n.FailClosed != 4 {
+		t.Errorf("edges %+v, %v", n, err)
+	}
+	left := instances(t, owner)
+	slices.Sort(left)
+	want := []string{strings.Repeat("a", 22), strings.Repeat("b", 22), own.Instance, ahead.Instance}
+	slices.Sort(want)
+	if diff := cmp.Diff(want, left); diff != "" {
+		t.Errorf("edges (-want +got)\n%s", diff)
+	}
+	var keys int
+	if err := connect(t, databaseURL).QueryRow(ctx, `select count(*) from rekall.signing_keys`).Scan(&keys); err != nil || keys != 3 {
+		t.Errorf("%d keys are left, %v, want the two of the edge and the one that is locked", keys, err)
+	}
+
+	exec(t, taken, `rollback`)
+	exec(t, taken, `update rekall.signing_keys set expires_at = now()`)
+	exec(t, taken, `delete from rekall.signing_keys`)
+	if left, err := edge.SigningKeys(ctx); err != nil || len(left) != 2 {
+		t.Errorf("%d keys are left, %v, want those of the other edge", len(left), err)
+	}
+}
+
+// TestKeyThatWasPublishedBeforeItHadAWriterIsRenewed while its edge runs on through an upgrade.
+func TestKeyThatWasPublishedBeforeItHadAWriterIsRenewed(t *testing.T) {
+	databaseURL, roles := granted(t)
+	edge := open(t, pgtest.Login(t, databaseURL, roles.Edge), keystore.Options{})
+	key := newSigningKey()
+	publish(t, edge, time.Hour, key)
+	pgtest.Exec(t, databaseURL, `update rekall.signing_keys set writer = null`)
+	publish(t, edge, time.Hour, key)
+	// As earlier versions publish.
+	pgtest.Exec(t, pgtest.Login(t, databaseURL, roles.Edge), `
+		with gone as (delete from rekall.signing_keys where expires_at <= now() and id <> all('{}'))
+		insert into rekall.signing_keys (id, public_key, instance, expires_at)
+		values (repeat('a', 43), sha256(''), repeat('a', 22), now() + interval '1 hour')
+		on conflict (id) do update set expires_at = excluded.expires_at`)
+	if keys, err := edge.SigningKeys(t.Context()); err != nil || len(keys) != 2 {
+		t.Errorf("%d keys, %v", len(keys), err)
+	}
+}
+
 func TestEdgeRevokesCanariesAndNoOtherKey(t *testing.T) {
 	databaseURL, roles := granted(t)
 	owner, ctx := open(t, databaseURL, keystore.Options{}), t.Context()
@@ -325,7 +410,8 @@ select proname::text, has_function_privilege($1, oid, 'execute') from pg_proc wh
 	if _, err := pgx.ForEachRow(rows, []any{&name, &granted}, func() error { may[name] = granted; return nil }); err != nil {
 		t.Fatal(err)
 	}
-	want := map[string]bool{"create_canary": false, "revoke_canary": false, "forget_replaced_edges": false, "key_first_used": false}
+	want := map[string]bool{"create_canary": false, "revoke_canary": false, "forget_replaced_edges": false, "key_first_used": false,
+		"forget_edges": false, "forget_signing_keys": false}
 	if diff := cmp.Diff(want, may); diff != "" {
 		t.Errorf("who may call them (-want +got)\n%s", diff)
 	}
@@ -361,7 +447,7 @@ func TestEdgesThatLogInAsDifferentUsersCannotTouchEachOthersRow(t *testing.T) {
 		t.Error(err)
 	}
 	e.Beat = 99
-	if err := south.ForgetEdges(ctx, time.Nanosecond); err != nil {
+	if err := south.ForgetEdges(ctx); err != nil {
 		t.Error(err)
 	}
 	if _, err := south.ReportEdge(ctx, e); sqlState(err) != insufficientPrivilege {
@@ -383,7 +469,7 @@ func TestEdgesThatLogInAsDifferentUsersCannotTouchEachOthersRow(t *testing.T) {
 	// Gone without a word for more than ten minutes: any edge may forget it.
 	pgtest.Exec(t, databaseURL, `update rekall.edges set seen_at = now() - interval '11 minutes'`)
 	report(t, south, keystore.Edge{Name: "south"})
-	if err := south.ForgetEdges(ctx, 10*time.Minute); err != nil {
+	if err := south.ForgetEdges(ctx); err != nil {
 		t.Error(err)
 	}
 	if seen, _, err := owner.Edges(ctx, 0); err != nil || len(seen) != 1 || seen[0].Name != "south" {

@@ -23,11 +23,15 @@ func (s *Store) PublishSigningKeys(ctx context.Context, instance string, keys []
 	for i := range keys {
 		ids[i], publicKeys[i] = keys[i].ID, keys[i].PublicKey[:]
 	}
-	return s.execAtEdge(ctx, "publish signing keys", `
-with gone as (delete from rekall.signing_keys where expires_at <= now() and id <> all($2::text[]))
+	err := s.execAtEdge(ctx, "publish signing keys", `
 insert into rekall.signing_keys (id, public_key, instance, expires_at)
 select id, public_key, $1, now() + $4::interval from unnest($2::text[], $3::bytea[]) as k (id, public_key)
 on conflict (id) do update set expires_at = excluded.expires_at`, instance, ids, publicKeys, lease)
+	if err != nil {
+		return err
+	}
+	_ = s.execAtEdge(ctx, "forget signing keys", `select rekall.forget_signing_keys()`) // else another edge does
+	return nil
 }
 
 // SigningKeys returns the published keys of all edges, oldest first.

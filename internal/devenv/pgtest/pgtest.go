@@ -192,8 +192,8 @@ func LockAsEdge(t testing.TB, databaseURL string) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = conn.Close(context.WithoutCancel(t.Context())) })
-	if _, err := conn.Exec(t.Context(), `begin; lock table rekall.usage, rekall.last_used, rekall.usage_flushes, rekall.spikes,
-		rekall.usage_chores, rekall.signing_keys, rekall.edges in access exclusive mode`); err != nil {
+	if _, err := conn.Exec(t.Context(), `begin; lock table rekall.usage, rekall.usage_flushes, rekall.spikes,
+		rekall.signing_keys, rekall.edges in access exclusive mode`); err != nil {
 		t.Fatal(err)
 	}
 }
