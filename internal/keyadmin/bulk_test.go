@@ -16,6 +16,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/test/eventually"
 )
 
 // fixture has keys of two accounts; those named by "manager" were made by the manager or by a key that it made.
@@ -109,6 +110,78 @@ func TestWaitThatCannotAskTheEdgesEndsAndSaysThatTheRevocationIsInForce(t *testi
 		t.Fatal(err)
 	}
 	want(context.DeadlineExceeded)
+}
+
+// TestWaitOutlivesATableOfEdgesThatIsLockedForAWhile once it has looked: the edges confirm all the same.
+func TestWaitOutlivesATableOfEdgesThatIsLockedForAWhile(t *testing.T) {
+	admin, store, databaseURL := newAdmin(t)
+	key := create(t, admin, request())
+	const confirmed, late = "0000000000000000000001", "0000000000000000000002"
+	report := func(instance, applied string) {
+		var on string
+		if err := store.Change(t.Context(), func(tx *keystore.Tx) error {
+			server, err := tx.Server(t.Context())
+			on = server.String()
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := store.ReportEdge(t.Context(), keystore.Edge{
+			Instance: instance, Name: "edge", MaxStaleness: 50 * time.Second, StartedAt: time.Now(), SyncedAt: time.Now(), Beat: 1,
+			Applied: applied, AppliedOn: on,
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	report(late, "3:3:")
+	revocation, err := admin.RevokeMany(t.Context(), operator, keyadmin.Selection{Account: key.Account}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	snap, err := store.Snapshot(t.Context(), "", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	report(confirmed, snap.Text)
+	conn, err := pgx.Connect(t.Context(), databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close(context.Background()) }()
+	exec := func(sql string, args ...any) {
+		t.Helper()
+		if _, err := conn.Exec(t.Context(), sql, args...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	looked, locked, ended := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	var instances []string
+	go func() {
+		ended <- admin.Wait(t.Context(), revocation, func(c keyadmin.Confirmation) {
+			if instances = append(instances, c.Instance); len(instances) == 1 {
+				close(looked)
+				<-locked
+			}
+		})
+	}()
+	<-looked
+	exec(`begin; lock table rekall.edges`)
+	close(locked)
+	pgtest.AwaitBlocked(t, databaseURL, 1)
+	const blocked = `select coalesce(min(pid), 0) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'`
+	blockedNow := func() (pid int) {
+		if err := conn.QueryRow(t.Context(), blocked).Scan(&pid); err != nil {
+			t.Fatal(err)
+		}
+		return pid
+	}
+	first := blockedNow()
+	eventually.True(t, "the look at the edges is given up", func() bool { return blockedNow() != first })
+	exec(`update rekall.edges l set applied = c.applied from rekall.edges c where c.instance = $1 and l.instance = $2`, confirmed, late)
+	exec(`commit`)
+	if err := <-ended; err != nil || !slices.Equal(instances, []string{confirmed, late}) {
+		t.Errorf("%v has confirmed, and the wait ends with %v", instances, err)
+	}
 }
 
 func revokedNames(t *testing.T, admin *keyadmin.Admin, keys map[string]keyadmin.Key) string {
