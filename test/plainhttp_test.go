@@ -90,6 +90,21 @@ func TestGatewayWhosePlainHTTPCaddyRedirectsIsWarnedOf(t *testing.T) {
 	}
 }
 
+// TestGatewayThatIsServedWithoutTLSIsNotSaidToBeRedirected: it stands behind what ends TLS, and Caddy redirects the hosts of others only.
+func TestGatewayThatIsServedWithoutTLSIsNotSaidToBeRedirected(t *testing.T) {
+	t.Parallel()
+	g := newRig(t).startPublic("{\n}\nhttp://api.rekall.ai {\nrekall_gateway {\nproduction {\nrespond ok\n}\n}\n}\nhttps:// {\nrespond ok\n}\n")
+	if answer, _ := g.raw(toHost("other.example", "/")); answer.StatusCode != http.StatusPermanentRedirect {
+		t.Errorf("another host is answered %d: the test shows nothing", answer.StatusCode)
+	}
+	if answer, _ := g.raw(toHost("api.rekall.ai", "/v1/memories")); answer.StatusCode != http.StatusUnauthorized {
+		t.Errorf("answer %d", answer.StatusCode)
+	}
+	if strings.Contains(g.log.String(), "go on sending keys in the clear") {
+		t.Error("the log says that it is redirected")
+	}
+}
+
 // TestConfigurationsInTheDocumentsRefusePlainHTTP where they stand by themselves; those for backends show one site.
 func TestConfigurationsInTheDocumentsRefusePlainHTTP(t *testing.T) {
 	t.Parallel()
