@@ -238,6 +238,10 @@ var edgesDesc = prometheus.NewDesc("rekall_edges",
 var canaryDesc = prometheus.NewDesc("rekall_canary_timestamp_seconds",
 	"When the last canary was refused here, or the process started; only with canary.", nil, nil)
 
+var choreDesc = prometheus.NewDesc("rekall_chore_age_seconds",
+	"How long ago this edge did what one edge of all does now and then, or began; the least of all edges is how long nobody has.",
+	[]string{"chore"}, nil)
+
 // Describe implements prometheus.Collector.
 func (*observer) Describe(descs chan<- *prometheus.Desc) {
 	for _, s := range observed {
@@ -245,6 +249,7 @@ func (*observer) Describe(descs chan<- *prometheus.Desc) {
 	}
 	descs <- edgesDesc
 	descs <- canaryDesc
+	descs <- choreDesc
 }
 
 // Collect implements prometheus.Collector.
@@ -258,6 +263,11 @@ func (w *observer) Collect(collected chan<- prometheus.Metric) {
 	}
 	if w.rt.canary != nil {
 		collected <- prometheus.MustNewConstMetric(canaryDesc, prometheus.GaugeValue, float64(o.CanaryAt.UnixMilli())/1000)
+	}
+	ages := w.rt.usage.ChoreAges()
+	ages["forget edges"] = w.rt.reporter.ForgetAge()
+	for chore, age := range ages {
+		collected <- prometheus.MustNewConstMetric(choreDesc, prometheus.GaugeValue, age.Seconds(), chore)
 	}
 	edges, holds := w.rt.reporter.Edges()
 	if !holds {

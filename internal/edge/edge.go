@@ -67,13 +67,15 @@ type Reporter struct {
 
 	forgetEvery time.Duration
 	forgetAt    time.Time // when to look for edges that went away
+	forgetting  outage.Kind
+	forgotAt    atomic.Pointer[time.Time] // at first when this edge began
 
 	countAt   time.Time // when to count the edges
 	reporting outage.Kind
 	counting  outage.Kind
 	count     atomic.Pointer[edgeCount] // nil: not counted yet
 
-	failures outage.Failures // to report, or to count the edges
+	failures outage.Failures // to report, to forget edges, or to count them
 
 	mu       sync.Mutex
 	draining bool
@@ -89,7 +91,7 @@ type edgeCount struct {
 
 // NewReporter returns a reporter for a new instance of an edge. logger is asked at each line.
 func NewReporter(store *keystore.Store, id Identity, logger func() *zap.Logger) *Reporter {
-	return &Reporter{
+	r := &Reporter{
 		store: store, failures: outage.Failures{Logger: logger}, changed: make(chan struct{}, 1), sent: make(map[uint64]keystore.Report),
 		reportTimeout: reportTimeout, forgetEvery: forgetEvery,
 		reporting: outage.Kind{
@@ -99,11 +101,16 @@ func NewReporter(store *keystore.Store, id Identity, logger func() *zap.Logger) 
 		counting: outage.Kind{
 			Begins: "edges cannot be counted; their last count is used, if there is one", Over: "edges are counted again", Level: zap.WarnLevel,
 		},
+		forgetting: outage.Kind{
+			Begins: "edges that went away cannot be taken off the list", Over: "edges that went away are taken off the list again", Level: zap.WarnLevel,
+		},
 		edge: keystore.Edge{
 			Instance: id.Instance, Name: id.Name, Region: id.Region, Version: id.Version,
 			MaxStaleness: id.MaxStaleness, StartedAt: time.Now(),
 		},
 	}
+	r.forgotAt.Store(&r.edge.StartedAt)
+	return r
 }
 
 // Changed asks for a report now. It does not block.
@@ -232,14 +239,20 @@ func (r *Reporter) report(ctx context.Context, applied keycache.Applied) (report
 	return nil, r.countEdges(ctx)
 }
 
-// forget takes edges that went away without a word off the list, now and then. If that fails, another edge does it.
+// forget takes edges that went away without a word off the list, now and then.
 func (r *Reporter) forget(ctx context.Context) {
 	if time.Now().Before(r.forgetAt) {
 		return
 	}
 	r.forgetAt = time.Now().Add(r.forgetEvery + rand.N(r.forgetEvery))
-	_ = r.store.ForgetEdges(ctx)
+	err := r.store.ForgetEdges(ctx)
+	if r.failures.Note(&r.forgetting, err); err == nil {
+		r.forgotAt.Store(new(time.Now()))
+	}
 }
+
+// ForgetAge is how long ago this edge took edges that went away off the list, if there were any, or began.
+func (r *Reporter) ForgetAge() time.Duration { return time.Since(*r.forgotAt.Load()) }
 
 // countEdges counts the edges twice in the time after which one counts as fail-closed, and not at every report: the cost of
 // that would grow with the square of the fleet. What this edge was before it was killed counts no longer.
@@ -273,7 +286,7 @@ func (r *Reporter) Edges() (n keystore.EdgeCount, holds bool) {
 	return last.EdgeCount, time.Since(last.at) < countHolds
 }
 
-// LastFailure returns the last failure to report, or to count the edges; nil: there was none.
+// LastFailure returns the last failure to report, to forget edges, or to count them; nil: there was none.
 func (r *Reporter) LastFailure() *outage.Failure { return r.failures.Last() }
 
 // remove takes the edge off the list when it stops in good order. If that fails, the others forget it.

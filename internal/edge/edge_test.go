@@ -219,6 +219,45 @@ func TestEdgesThatCannotBeCountedAreNotToldAsAnEdgeThatCannotReport(t *testing.T
 	}
 }
 
+// TestEdgesThatCannotBeForgottenAreToldOnceAndCountedNonetheless: else an alert of a dead edge stays for ever, and nothing says why.
+func TestEdgesThatCannotBeForgottenAreToldOnceAndCountedNonetheless(t *testing.T) {
+	r := newRig(t)
+	core, lines := observer.New(zap.InfoLevel)
+	r.reporter.failures.Logger = func() *zap.Logger { return zap.New(core) }
+	r.gone()
+	exec := func(sql string) {
+		t.Helper()
+		if _, err := r.conn.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	look := func() (age time.Duration) {
+		t.Helper()
+		r.reporter.forgotAt.Store(new(time.Now().Add(-time.Hour)))
+		r.reporter.forgetAt = time.Time{}
+		r.report()
+		return r.reporter.ForgetAge()
+	}
+	exec(`create table holds (instance text references rekall.edges (instance)); insert into holds select instance from rekall.edges`)
+	if first, second := look(), look(); first < time.Hour || second < time.Hour || r.reporter.LastFailure() == nil {
+		t.Errorf("they were forgotten %v and %v ago; last failure %v", first, second, r.reporter.LastFailure())
+	}
+	if n, counted := r.reporter.Edges(); !counted || n != (keystore.EdgeCount{Live: 1, FailClosed: 1}) {
+		t.Errorf("%+v, counted: %v", n, counted)
+	}
+	exec(`drop table holds`)
+	if age := look(); age > time.Hour/2 {
+		t.Errorf("they were forgotten %v ago", age)
+	}
+	var messages []string
+	for _, line := range lines.All() {
+		messages = append(messages, line.Message)
+	}
+	if want := []string{"edges that went away cannot be taken off the list", "edges that went away are taken off the list again"}; !slices.Equal(messages, want) {
+		t.Errorf("the log says %q, want %q", messages, want)
+	}
+}
+
 // TestAnEdgeThatDrainsIsWaitedForAndSharesNoLimits: its streams may go on for hours, beside those of what replaced it.
 func TestAnEdgeThatDrainsIsWaitedForAndSharesNoLimits(t *testing.T) {
 	r := newRig(t)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -16,6 +17,7 @@ type chore struct {
 	name   string
 	period time.Duration
 	do     func(context.Context) error
+	doneAt atomic.Pointer[time.Time] // by this edge; at first when it began
 
 	undone bool // this edge had its last turn in vain
 	more   bool // its last turn was too short
@@ -32,33 +34,47 @@ const (
 	forgetTurn = choreTimeout / 2 // removing them, then the other chores may be due
 )
 
-func (c *Counter) chores() []chore {
-	return []chore{
+func (c *Counter) newChores() []*chore {
+	chores := []*chore{
 		{name: "find spikes", period: time.Minute, do: c.findSpikes},
 		{name: "forget usage", period: time.Hour, do: c.forget},
 	}
+	for _, chore := range chores {
+		chore.doneAt.Store(new(time.Now()))
+	}
+	return chores
+}
+
+// ChoreAges is how long ago this edge did each chore, or began. The least of all edges tells whether anybody does it.
+func (c *Counter) ChoreAges() map[string]time.Duration {
+	ages := make(map[string]time.Duration, len(c.chores))
+	for _, chore := range c.chores {
+		ages[chore.name] = time.Since(*chore.doneAt.Load())
+	}
+	return ages
 }
 
 // doChores asks for its turn at each chore a few times in its period, so that another edge steps in when one stops.
 func (c *Counter) doChores(ctx context.Context) {
-	chores := c.chores()
-	ticker := time.NewTicker(chores[0].period / 4)
+	ticker := time.NewTicker(c.chores[0].period / 4)
 	defer ticker.Stop()
 	doing := slices.Repeat([]outage.Kind{{
 		Begins: "usage chore failed; it is tried again", Over: "usage chore works again", Level: zap.WarnLevel,
-	}}, len(chores))
+	}}, len(c.chores))
 	for {
 		select {
 		case <-ticker.C:
 		case <-ctx.Done():
 			return
 		}
-		for i := range chores {
-			chore := &chores[i]
+		for i, chore := range c.chores {
 			mine, err := c.doChore(ctx, chore)
 			if mine { // else the connection was lost, say, and there is as much left as before
 				if chore.more = errors.Is(err, errMore); chore.more {
 					err = nil
+				}
+				if err == nil {
+					chore.doneAt.Store(new(time.Now()))
 				}
 			}
 			if ctx.Err() != nil || err == nil && !mine && chore.undone { // to be told that it is not its turn shows nothing

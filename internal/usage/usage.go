@@ -60,6 +60,7 @@ type Counter struct {
 	sequence int64         // of the next flush
 	timeout  time.Duration // of the next try of a batch
 
+	chores     []*chore
 	thresholds map[string]threshold // of the spike check
 
 	failures outage.Failures // to flush, or to do a chore
@@ -94,6 +95,7 @@ func New(store Store, cfg Config) *Counter {
 		cfg.MaxBuffered = defaultMaxBuffered
 	}
 	c := &Counter{cfg: cfg, store: store, wake: make(chan struct{}, 1), sequence: 1, timeout: flushTimeout, failures: outage.Failures{Logger: cfg.Logger}}
+	c.chores = c.newChores()
 	for i := range c.shards {
 		c.shards[i].index = make(map[uint64]int32)
 	}

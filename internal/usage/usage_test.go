@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -400,6 +401,35 @@ func TestFailureOfAChoreIsLoggedOnceWhenItBeginsAndOnceWhenItEnds(t *testing.T) 
 			})
 		})
 	}
+}
+
+// TestChoreIsAsOldAsItsLastTurnThatWasNotInVain: an edge whose turn never comes is told from the others, and so is one that has it in vain.
+func TestChoreIsAsOldAsItsLastTurnThatWasNotInVain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &choreful{claimed: map[string]time.Time{}}
+		c, _ := newCounter(store, 0)
+		run(t, c)
+		aged := func(want map[string]time.Duration) {
+			t.Helper()
+			synctest.Wait()
+			if got := c.ChoreAges(); !maps.Equal(got, want) {
+				t.Errorf("%v, want %v", got, want)
+			}
+		}
+		aged(map[string]time.Duration{"find spikes": 0, "forget usage": 0})
+		<-time.After(31 * time.Minute) // each was done after a quarter of a minute
+		aged(map[string]time.Duration{"find spikes": 45 * time.Second, "forget usage": 31*time.Minute - 15*time.Second})
+		store.fails.Store(true)
+		<-time.After(2 * time.Hour)
+		aged(map[string]time.Duration{"find spikes": 2*time.Hour + 45*time.Second, "forget usage": 151*time.Minute - 15*time.Second})
+		store.old = 10_000 // more than an hour is long enough for
+		store.fails.Store(false)
+		<-time.After(time.Hour)
+		synctest.Wait()
+		if ages := c.ChoreAges(); ages["find spikes"] > 2*time.Minute || ages["forget usage"] > time.Minute {
+			t.Errorf("though they are done again: %v", ages)
+		}
+	})
 }
 
 // lossy applies flushes and loses some of the answers.

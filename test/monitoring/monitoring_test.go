@@ -215,10 +215,10 @@ func TestEveryQueryReturnsDataAndEachAlertFiresWhenItsFaultIsMade(t *testing.T) 
 	g.allowed(second) // counted, and cannot be flushed
 	p.waitFiring("RekallSyncOld", "RekallFailClosed", "RekallUnavailable", "RekallUsageNotFlushed", "RekallUsageBuffer")
 
-	fault("RekallCanarySilent") // as it is since Postgres is away; the shipped rule waits for longer
-	p.rules(strings.Replace(hastened(t), "rekall_canary_timestamp_seconds > 300", "rekall_canary_timestamp_seconds > 1", 1))
+	fault("RekallCanarySilent", "RekallChoreUndone") // as it is since Postgres is away; the shipped rules wait for longer
+	p.rules(strings.NewReplacer("rekall_canary_timestamp_seconds > 300", "rekall_canary_timestamp_seconds > 1", "> 10800", "> 1").Replace(hastened(t)))
 	p.process.Signal(t, syscall.SIGHUP)
-	p.waitFiring("RekallCanarySilent")
+	p.waitFiring("RekallCanarySilent", "RekallChoreUndone")
 
 	fault("RekallNoEdges")
 	p.configure()
