@@ -49,8 +49,10 @@ type disaster struct {
 	alerts []string // that must fire
 }
 
+const nothing = "nothing"
+
 var disasters = []disaster{
-	{"nothing", 16 * time.Second, func(*fleet) {}, func(*fleet) {}, nil},
+	{nothing, 16 * time.Second, func(*fleet) {}, func(*fleet) {}, nil},
 	{"an edge is killed", 16 * time.Second, func(f *fleet) { f.edges[0].process.Kill(f.t) }, func(f *fleet) { f.edges[0].run() },
 		[]string{"RekallEdgeDown"}},
 	{"an edge stands still, longer than the bound", 16 * time.Second, func(f *fleet) { f.signal(1, syscall.SIGSTOP) }, func(f *fleet) { f.signal(1, syscall.SIGCONT) },
@@ -161,6 +163,7 @@ func newGame(t *testing.T) *fleet {
 	f.prometheus = startPrometheus(t, strings.Replace(hastened(t), "0.000003 *", "0.5 *", 1), f.edges...) // the day has many keys
 	f.clients = &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
 	f.revoke(f.revoked)
+	eventually.Within(t, time.Minute, "no alert fires any longer that no edge was scraped", func() bool { return len(f.prometheus.firing()) == 0 })
 	return f
 }
 
@@ -365,6 +368,9 @@ func (f *fleet) play(d disaster) string {
 	}
 	eventually.Within(f.t, time.Minute, d.what+": all edges serve again, without anybody's doing", recovered)
 	refusedAfter := <-revoked
+	if d.what == nothing && len(fired) > 0 {
+		f.wrong = append(f.wrong, fmt.Sprintf("%v fired though nothing was broken", slices.Sorted(maps.Keys(fired))))
+	}
 	for _, alert := range d.alerts {
 		if _, ok := fired[alert]; !ok {
 			f.wrong = append(f.wrong, fmt.Sprintf("%s: %s did not fire", d.what, alert))

@@ -81,6 +81,11 @@ const caddyfile = `{
 	admin ADMIN
 	persist_config off
 	grace_period 1s
+	servers {
+		listener_wrappers {
+			rekall_drain
+		}
+	}
 	rekall {
 		database {env.REKALL_DATABASE_URL}
 		refresh 100ms
