@@ -23,17 +23,17 @@ import (
 
 // checkRoutes refuses a configuration in which a backend behind a gateway can be reached in another way: without a key, or
 // with a key of the other environment. It also refuses one that would run a client's text as a template, or write keys that are made or
-// sent to sign in. It runs at start: routes of all servers are provisioned by then.
+// sent to sign in, and warns of handlers of ours that no request comes to. It runs at start: routes of all servers are provisioned by then.
 //
 // It compares addresses as they are written, with the spellings of one address folded. Two names of one machine, and
 // handlers of third parties that hold routes of their own, are beyond it; the transport "rekall" is for those.
 func checkRoutes(app *caddyhttp.App, logger *zap.Logger) error {
 	c := routeCheck{servers: app.Servers, entries: map[string]bool{}, logger: logger}
 	for name, server := range app.Servers {
-		c.server, c.named, c.invoked, c.around = name, server.NamedRoutes, map[invocation]around{}, 0
+		c.server, c.named, c.invoked, c.passed = name, server.NamedRoutes, map[invocation]passed{}, passed{}
 		c.routes("server "+name, 0, server.Routes)
 		if server.Errors != nil {
-			c.around = 0
+			c.passed = passed{}
 			c.routes("server "+name+", error routes", 0, server.Errors.Routes)
 		}
 	}
@@ -52,10 +52,16 @@ type dial struct {
 type invocation struct {
 	route       string
 	environment apikey.Environment
-	around      around
+	passed      passed
 }
 
-// around is what a request has passed on its way to a handler, and its answer passes on the way back.
+// passed is what a request has passed on its way to a handler.
+type passed struct {
+	around around
+	taken  string // where a gateway answers all requests, so that none comes further
+}
+
+// around is what a request has passed and its answer passes on the way back.
 type around uint8
 
 const (
@@ -74,8 +80,8 @@ type routeCheck struct {
 
 	server  string                      // being walked
 	named   map[string]*caddyhttp.Route // its
-	invoked map[invocation]around       // with what is around what follows it: so routes which invoke each other end
-	around  around                      // the handler that is walked to
+	invoked map[invocation]passed       // with what was passed after it: so routes which invoke each other end
+	passed                              // by who comes to the handler that is walked to
 
 	lookupsKnown bool // whether what the proxies of the block being walked look up is known
 	dials        []dial
@@ -104,8 +110,12 @@ func (c *routeCheck) routes(where string, env apikey.Environment, routes caddyht
 				c.around |= added
 			}
 		}
+		taken := c.taken
 		for _, handler := range route.Handlers {
-			c.handler(where, env, handler)
+			c.handler(where+matched(route), env, handler)
+		}
+		if _, others := groups[route.Group]; others || len(route.MatcherSets) > 0 {
+			c.taken = taken // some requests do not come to this route
 		}
 		switch {
 		case route.Terminal:
@@ -121,9 +131,32 @@ func (c *routeCheck) routes(where string, env apikey.Environment, routes caddyht
 	}
 }
 
+// matched names the hosts and paths that a route is for, as far as it is easy to tell.
+func matched(route caddyhttp.Route) string {
+	var names string
+	for _, set := range route.MatcherSets {
+		for _, matcher := range set {
+			switch m := matcher.(type) {
+			case *caddyhttp.MatchHost:
+				names += " " + strings.Join(*m, " ")
+			case *caddyhttp.MatchPath:
+				names += " " + strings.Join(*m, " ")
+			}
+		}
+	}
+	return names
+}
+
 func (c *routeCheck) handler(where string, env apikey.Environment, handler any) {
-	if module, ok := handler.(caddy.Module); ok && module.CaddyModule().ID == "http.handlers.templates" {
-		c.around |= templates
+	if module, ok := handler.(caddy.Module); ok {
+		id := module.CaddyModule().ID
+		if id == "http.handlers.templates" {
+			c.around |= templates
+		}
+		if c.taken != "" && strings.HasPrefix(id.Name(), "rekall_") {
+			c.logger.Warn("no request comes to a handler, since a rekall_gateway before it answers them all: take one of them out, or put each into a handle",
+				zap.String("handler", id.Name()), zap.String("where", where), zap.String("answered", c.taken))
+		}
 	}
 	ofRequest, ofAnswer := takesBodies(handler)
 	if ofRequest || ofAnswer {
@@ -141,9 +174,13 @@ func (c *routeCheck) handler(where string, env apikey.Environment, handler any) 
 				"put it into a handle that rekall_keys is not in", where)
 		}
 	case *caddyhttp.Subroute:
+		before := c.taken
 		c.routes(where, env, h.Routes)
 		if h.Errors != nil {
+			taken := c.taken
+			c.taken = before
 			c.routes(where+", error routes", env, h.Errors.Routes)
+			c.taken = taken
 		}
 	case *caddyhttp.Invoke:
 		c.invoke(where, env, h.Name)
@@ -158,6 +195,7 @@ func (c *routeCheck) handler(where string, env apikey.Environment, handler any) 
 		}
 		c.block(where+", rekall_gateway production", apikey.Production, &h.production)
 		c.block(where+", rekall_gateway sandbox", apikey.Sandbox, &h.sandbox)
+		c.taken = where
 	case *reverseproxy.Handler:
 		c.proxy(where, env, h)
 		c.responses(where, env, h.HandleResponse)
@@ -168,33 +206,35 @@ func (c *routeCheck) block(where string, env apikey.Environment, b *block) {
 	for _, name := range b.lookedUp {
 		c.add(name, env, where)
 	}
-	known, around := c.lookupsKnown, c.around
+	known, passed := c.lookupsKnown, c.passed
 	c.lookupsKnown = true
 	c.handler(where, env, b.configured)
-	c.lookupsKnown, c.around = known, around // nothing follows a block
+	c.lookupsKnown, c.passed = known, passed // nothing follows a block
 }
 
 func (c *routeCheck) responses(where string, env apikey.Environment, handlers []caddyhttp.ResponseHandler) {
+	taken := c.taken
 	for _, h := range handlers {
 		c.routes(where+", handle_response", env, h.Routes)
+		c.taken = taken // not every answer comes to them
 	}
 }
 
 func (c *routeCheck) invoke(where string, env apikey.Environment, name string) {
-	route, use := c.named[name], invocation{name, env, c.around}
+	route, use := c.named[name], invocation{name, env, c.passed}
 	if route == nil {
 		return
 	}
-	if around, ok := c.invoked[use]; ok {
-		c.around = around
+	if passed, ok := c.invoked[use]; ok {
+		c.passed = passed
 		return
 	}
-	c.invoked[use] = c.around
+	c.invoked[use] = c.passed
 	known := c.lookupsKnown
 	c.lookupsKnown = false
 	c.routes(where+", named route "+name, env, caddyhttp.RouteList{*route})
 	c.lookupsKnown = known
-	c.invoked[use] = c.around
+	c.invoked[use] = c.passed
 }
 
 // takesBodies reports whether a handler's own options, without the routes that it holds, name a placeholder of a whole body.

@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -771,4 +772,37 @@ func http2Backend(t *testing.T, start func(*httptest.Server)) string {
 	start(backend)
 	t.Cleanup(backend.Close)
 	return backend.Listener.Addr().String()
+}
+
+// TestHandlerThatNoRequestComesToIsWarnedOf: a gateway answers all that it is given, and what stands behind it looks as if it were in force.
+func TestHandlerThatNoRequestComesToIsWarnedOf(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	some := strings.Replace(standardBlock, "rekall_gateway {", "rekall_gateway /v1/* {", 1)
+	sites, text := map[string]string{
+		"dead-keys":       "route {\n" + standardBlock + "rekall_keys\n}",
+		"dead-gateway":    standardBlock + standardBlock,
+		"dead-in-handle":  "handle /v1/* {\n" + standardBlock + standardBlock + "}",
+		"dead-in-path":    "route /v1/* {\n" + standardBlock + "rekall_jwks\n}\nrekall_keys",
+		"dead-invoked":    "route {\ninvoke g\ninvoke g\n}",
+		"dead-in-groups":  "route {\nhandle {\n" + standardBlock + "}\nrekall_keys\n}",
+		"alive":           "rekall_health\nrekall_jwks\nrekall_keys\n" + standardBlock,
+		"alive-matcher":   "route {\n" + some + "rekall_keys\n" + standardBlock + "}",
+		"alive-handles":   "handle /v1/a* {\n" + standardBlock + "}\nhandle {\n" + standardBlock + "}",
+		"alive-group":     "route {\nhandle /a {\nheader A a\n}\nhandle {\n" + standardBlock + "}\nrekall_keys\n}",
+		"alive-invoked":   "handle /v1/a* {\ninvoke g\n}\nhandle {\ninvoke g\n}",
+		"alive-responses": "route {\nintercept {\n@no status 404\nhandle_response @no {\n" + standardBlock + "}\n}\nrekall_keys\n}",
+		"alive-errors":    standardBlock + "handle_errors {\n" + standardBlock + "}",
+		"alive-in-block":  block(standardBlock, standardBlock),
+	}, "&(g) {\n"+standardBlock+"}\n"
+	for name, site := range sites {
+		text += "http://" + name + ".example:PORT {\nbind 127.0.0.1\n" + site + "\n}\n"
+	}
+	g := r.start(text)
+	for name := range sites {
+		warning := regexp.MustCompile(`"no request comes to a handler.*"where":"server srv0 ` + name + `\.example`)
+		if n, want := len(warning.FindAllString(g.log.String(), -1)), strings.Count(name, "dead"); n != want {
+			t.Errorf("%s: %d warnings, want %d\n%s", name, n, want, sites[name])
+		}
+	}
 }
