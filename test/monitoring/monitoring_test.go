@@ -148,6 +148,27 @@ func TestEveryQueryReturnsDataAndEachAlertFiresWhenItsFaultIsMade(t *testing.T) 
 		fired = append(fired, alerts...)
 	}
 
+	fault("RekallFileDescriptors") // which are few, for what it has open
+	limit := func(soft string) {
+		t.Helper()
+		if output, err := exec.Command("prlimit", "--pid", strconv.Itoa(g.process.Pid()), "--nofile="+soft+":").CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, output)
+		}
+	}
+	limit(fmt.Sprint(p.query(`round(1.2 * process_open_fds{instance="` + g.metrics + `"})`)[0].Value[1]))
+	p.waitFiring("RekallFileDescriptors")
+	limit("4096")
+
+	fault("RekallReloadRefused")
+	text := process.Read(t, g.file)
+	process.Write(t, g.file, strings.Replace(text, "max_staleness 5s", "max_staleness 1h", 1))
+	if code := give(t, g); code != http.StatusBadRequest {
+		t.Errorf("a configuration that contradicts a promise: %d", code)
+	}
+	p.waitFiring("RekallReloadRefused")
+	process.Write(t, g.file, text)
+	reload(t, g)
+
 	fault("RekallUnknownKeys", "RekallEdgeDown", "RekallEdgeSilent")
 	other.process.Kill(t)
 	end := load(8, func() { g.ask(apikey.Generate(apikey.Production)) })
@@ -432,6 +453,14 @@ func promtool(t *testing.T, input string, args ...string) {
 
 func reload(t *testing.T, g *gateway) {
 	t.Helper()
+	if code := give(t, g); code != http.StatusOK {
+		t.Fatalf("reload: %d", code)
+	}
+}
+
+// give has the gateway reload its file, and returns the status of the answer.
+func give(t *testing.T, g *gateway) int {
+	t.Helper()
 	req, err := http.NewRequest("POST", "http://"+g.admin+"/load", strings.NewReader(process.Read(t, g.file)))
 	if err != nil {
 		t.Fatal(err)
@@ -443,9 +472,7 @@ func reload(t *testing.T, g *gateway) {
 		t.Fatal(err)
 	}
 	_ = resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		t.Fatalf("reload: %s", resp.Status)
-	}
+	return resp.StatusCode
 }
 
 // text is the gateway's own metrics.
