@@ -160,3 +160,14 @@ func TestLineOfARequestSaysThatNobodyCouldTell(t *testing.T) {
 		t.Errorf("the line says %v", got)
 	}
 }
+
+// TestFullDiskOfTheAccessLogRefusesNobodyAndIsTold: a log that is lost is no reason to be away.
+func TestFullDiskOfTheAccessLogRefusesNobodyAndIsTold(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	g := r.start("http://:PORT {\nbind 127.0.0.1\nlog {\noutput file /dev/full\n}\n" + standardBlock + "}\n")
+	for range 3 {
+		g.do("GET", "/v1/memories", bearer(r.key("production", "memories:read"))).wantCode(t, 200, "")
+	}
+	eventually.True(t, "the journal tells of it", func() bool { return strings.Contains(g.log.String(), "write error: ") })
+}
