@@ -88,7 +88,7 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 	if err := t.HTTPTransport.Provision(ctx); err != nil {
 		return err
 	}
-	t.HTTPTransport.Transport.HTTP2 = &http.HTTP2Config{MaxReceiveBufferPerStream: maxUnread}
+	t.Transport.HTTP2 = &http.HTTP2Config{MaxReceiveBufferPerStream: maxUnread}
 	return nil
 }
 
