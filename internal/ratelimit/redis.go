@@ -86,6 +86,7 @@ func newClient(url string, connected func() error) (*redis.Client, error) {
 	options.OnConnect = func(context.Context, *redis.Conn) error { return connected() }
 	options.DisableIdentity = true
 	options.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
+	options.Dialer = bound(redis.NewDialer(options))
 	return redis.NewClient(options), nil
 }
 
