@@ -963,7 +963,7 @@ func TestAnswersThatNoScriptGivesAreAnOutage(t *testing.T) {
 		"an exchange of nothing":           {probe, "*0\r\n"},
 		"an exchange of two":               {probe, "*2\r\n:1\r\n:2\r\n"},
 		"an exchange of texts":             {probe, "*3\r\n$3\r\nnan\r\n$3\r\ninf\r\n$1\r\n0\r\n"},
-		"more leased than was asked for":   {probe, "*3\r\n:9000000000000000000\r\n:2\r\n:0\r\n"},
+		"more leased than was asked for":   {probe, "*3\r\n:1000000\r\n:2\r\n:0\r\n"},
 		"less than nothing leased":         {probe, "*3\r\n:-9000000000000000000\r\n:2\r\n:0\r\n"},
 		"less than nothing left":           {probe, "*3\r\n:0\r\n:-9000000000000000000\r\n:0\r\n"},
 		"more left than there is":          {probe, "*3\r\n:0\r\n:9000000000000000000\r\n:0\r\n"},
