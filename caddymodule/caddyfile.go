@@ -271,7 +271,7 @@ func parseAddressLimit(h httpcaddyfile.Helper) (*AddressLimit, error) {
 	}
 	for i, field := range []*int{&limit.PerMinute, &limit.Burst}[:len(args)] {
 		n, err := strconv.Atoi(args[i])
-		if err != nil || n < 1 { // of 0, JSON would make the default; what is too much is the gateway's to say
+		if err != nil || n < 1 || n > maxAddressRate {
 			return nil, h.Errf("%s; %q is not a number from 1 to %d", usage, args[i], maxAddressRate)
 		}
 		*field = n
@@ -348,7 +348,7 @@ func parseKeys(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 		*setting = values[0]
 		if option == "keys_per_day" {
 			var err error
-			if k.KeysPerDay, err = strconv.Atoi(values[0]); err != nil || k.KeysPerDay < 1 { // as above
+			if k.KeysPerDay, err = strconv.Atoi(values[0]); err != nil || k.KeysPerDay < 1 || k.KeysPerDay > maxKeysPerDay {
 				return nil, h.Errf("keys_per_day must be a whole number from 1 to %d", maxKeysPerDay)
 			}
 		}

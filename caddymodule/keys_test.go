@@ -138,7 +138,7 @@ func TestClientCertificateNamesAPersonOnlyIfItWasVerified(t *testing.T) {
 	}
 }
 
-// TestKeysPerDayBeyondItsBoundsAreRefused in JSON, which a Caddyfile becomes; the golden files have what only that can say.
+// TestKeysPerDayBeyondItsBoundsAreRefused in JSON too; the golden files have the Caddyfile's.
 func TestKeysPerDayBeyondItsBoundsAreRefused(t *testing.T) {
 	t.Setenv(keystore.DatabaseVariable, "postgres://h/d")
 	for _, n := range []int{-1, maxKeysPerDay + 1} {

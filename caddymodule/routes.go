@@ -195,7 +195,7 @@ func (c *routeCheck) handler(where string, env apikey.Environment, handler any) 
 		}
 		c.block(where+", rekall_gateway production", apikey.Production, &h.production)
 		c.block(where+", rekall_gateway sandbox", apikey.Sandbox, &h.sandbox)
-		c.taken = where
+		c.taken = cmp.Or(c.taken, where) // the first stays: by ever new ones, routes that invoke each other would not end
 	case *reverseproxy.Handler:
 		c.proxy(where, env, h)
 		c.responses(where, env, h.HandleResponse)

@@ -34,9 +34,9 @@ func init() { caddy.RegisterModule(Transport{}) }
 // of "http".
 //
 // What a client can bring about does not count against the backend in passive health checks, and is not tried again: how an
-// upgrade fails, a header that cannot be sent or is longer than most servers take, or a request whose body is being passed on. That a backend cannot be dialled, or does not answer in time once
-// it has the whole request (response_header_timeout), counts always. The proxy's unhealthy_latency and unhealthy_request_count
-// do count slow uploads and streams of clients: leave them out.
+// upgrade fails, a header that cannot be sent or is longer than most servers take, or a request whose body is being passed on.
+// That a backend cannot be dialled, or does not answer in time once it has the whole request (response_header_timeout), counts
+// always. The proxy's unhealthy_latency and unhealthy_request_count do count slow uploads and streams of clients: leave them out.
 //
 // To backends that speak HTTP/2, requests with more than 8,000 bytes in one header or in the target, 14,000 in all, or 96 headers are
 // not sent: they are answered 431, since common servers break off all other requests of the connection for them.
@@ -249,10 +249,10 @@ func (p *pass) fail(failed *clientError) error {
 	return failed
 }
 
-// Limits of a request's headers beyond which most servers break off. Over HTTP/2 many requests share a connection. Backends announce none,
-// but beyond theirs nginx and HAProxy end the connection with all requests on it, and Node resets the stream. These are the least of the defaults of
-// nginx's large_client_header_buffers, HAProxy's tune.bufsize less tune.maxrewrite and its tune.http.maxhdr, and Node's
-// maxHeaderListPairs, with some room.
+// Limits of a request's headers beyond which most servers break off. Over HTTP/2, where many requests share a connection, backends
+// announce none, but beyond theirs nginx and HAProxy end the connection with all requests on it, and Node resets the stream. These
+// are the least of the defaults of nginx's large_client_header_buffers, HAProxy's tune.bufsize less tune.maxrewrite and its
+// tune.http.maxhdr, and Node's maxHeaderListPairs, with some room.
 const (
 	maxFieldBytes  = 8_000
 	maxHeaderBytes = 14_000

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/net/http2"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/test/network"
 )
 
 // closeCounter is a body that knows whether it was closed.
@@ -338,39 +339,33 @@ func TestAnswerThatIsNotFinalIsAFailureOfItsBackend(t *testing.T) {
 
 // TestLittleOfAnAnswerWaitsInMemoryForAClientThatDoesNotRead: over HTTP/2 the backend sends as much as it is let, whatever the client reads.
 func TestLittleOfAnAnswerWaitsInMemoryForAClientThatDoesNotRead(t *testing.T) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = listener.Close() }()
-	windows := make(chan uint32, 1)
-	go func() {
-		defer close(windows)
-		conn, err := listener.Accept()
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		defer func() { _ = conn.Close() }()
+	settings := make(chan *http2.SettingsFrame, 1)
+	backend := network.Serve(t, func(conn net.Conn) {
 		if _, err := io.ReadFull(conn, make([]byte, len(http2.ClientPreface))); err != nil {
-			t.Error(err)
 			return
 		}
 		frame, err := http2.NewFramer(conn, conn).ReadFrame()
-		settings, ok := frame.(*http2.SettingsFrame)
+		first, ok := frame.(*http2.SettingsFrame)
 		if !ok {
 			t.Errorf("the first frame is %v, %v", frame, err)
 			return
 		}
-		window, _ := settings.Value(http2.SettingInitialWindowSize)
-		windows <- window
-	}()
+		settings <- first
+		_, _ = io.Copy(io.Discard, conn) // until the test ends
+	})
 	transport := provisioned(t, &Transport{HTTPTransport: reverseproxy.HTTPTransport{Versions: []string{"h2c"}}})
 	p := &pass{Context: context.WithValue(t.Context(), caddyhttp.VarsCtxKey, map[string]any{}), environment: apikey.Production}
+	ended := make(chan error, 1)
 	go func() {
-		_, _ = transport.RoundTrip(httptest.NewRequestWithContext(p, http.MethodGet, "http://"+listener.Addr().String()+"/v1/memories", nil))
+		_, err := transport.RoundTrip(httptest.NewRequestWithContext(p, http.MethodGet, "http://"+backend+"/v1/memories", nil))
+		ended <- err
 	}()
-	if window := <-windows; window == 0 || window > 1<<20 {
-		t.Errorf("a backend may send %d bytes that nobody reads", window)
+	select {
+	case first := <-settings:
+		if window, _ := first.Value(http2.SettingInitialWindowSize); window == 0 || window > 1<<20 {
+			t.Errorf("a backend may send %d bytes that nobody reads", window)
+		}
+	case err := <-ended:
+		t.Errorf("the request ended before there was a connection: %v", err)
 	}
 }

@@ -16,37 +16,24 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/scoperule"
+	"github.com/rekall-ai/gateway/test/network"
 )
 
 // wire is a backend that keeps the bytes of each request's head as they came, read by no HTTP library.
 type wire struct {
-	listener net.Listener
-	mu       sync.Mutex
-	heads    []string
+	address string
+	mu      sync.Mutex
+	heads   []string
 }
 
 func newWire(t *testing.T) *wire {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = listener.Close() })
-	w := &wire{listener: listener}
-	go func() {
-		for {
-			conn, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			go w.serve(conn)
-		}
-	}()
+	w := new(wire)
+	w.address = network.Serve(t, w.serve)
 	return w
 }
 
 func (w *wire) serve(conn net.Conn) {
-	defer func() { _ = conn.Close() }()
 	reader := bufio.NewReader(conn)
 	var head strings.Builder
 	for !strings.HasSuffix(head.String(), "\r\n\r\n") {
@@ -129,7 +116,7 @@ func TestBackendReceivesWhatTheKeyInUseMayDo(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	wires := map[string]*wire{"production": newWire(t), "sandbox": newWire(t)}
-	site := strings.NewReplacer("PRODUCTION", wires["production"].listener.Addr().String(), "SANDBOX", wires["sandbox"].listener.Addr().String(),
+	site := strings.NewReplacer("PRODUCTION", wires["production"].address, "SANDBOX", wires["sandbox"].address,
 		"log\n", "log\nlog_append decision {rekall.decision}\nlog_append key_id {rekall.key_id}\nlog_append environment {rekall.environment}\n"+
 			"log_append account {rekall.account}\nlog_append scopes {rekall.scopes}\n").Replace(standardSite)
 	g := r.start(site)

@@ -18,6 +18,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/test/eventually"
+	"github.com/rekall-ai/gateway/test/network"
 )
 
 // raw sends bytes over a connection of their own. It returns the first answer, or a zero reply if there is none, and
@@ -513,23 +514,10 @@ func TestRestOfABodyThatNobodyReadIsNotARequest(t *testing.T) {
 // resettingBackend reads a part of a request, and resets its connection.
 func resettingBackend(t *testing.T) string {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = listener.Close() })
-	go func() {
-		for {
-			conn, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			_, _ = io.ReadFull(conn, make([]byte, 1<<16))
-			_ = conn.(*net.TCPConn).SetLinger(0)
-			_ = conn.Close()
-		}
-	}()
-	return listener.Addr().String()
+	return network.Serve(t, func(conn net.Conn) {
+		_, _ = io.ReadFull(conn, make([]byte, 1<<16))
+		_ = conn.(*net.TCPConn).SetLinger(0)
+	})
 }
 
 // TestRefusalDoesNotWaitForABodyThatTheClientHoldsBack: a client that expects 100 sends it only when it is asked to.

@@ -427,6 +427,18 @@ func TestClientsUploadDoesNotCountAgainstTheBackend(t *testing.T) {
 	}
 }
 
+// resetConnection ends a request as a server that breaks off does.
+func resetConnection(t *testing.T, w http.ResponseWriter) {
+	t.Helper()
+	conn, _, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	_ = conn.(*net.TCPConn).SetLinger(0)
+	_ = conn.Close()
+}
+
 // uploadBackend answers requests without a body. With one it resets the connection, or reads until the gateway gives it up.
 type uploadBackend struct {
 	listener net.Listener
@@ -453,13 +465,7 @@ func newUploadBackend(t *testing.T, patient bool) *uploadBackend {
 			_, _ = io.Copy(io.Discard, r.Body)
 			return
 		}
-		conn, _, err := http.NewResponseController(w).Hijack()
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		_ = conn.(*net.TCPConn).SetLinger(0)
-		_ = conn.Close()
+		resetConnection(t, w)
 	})
 	server := &http.Server{Handler: handler, ReadHeaderTimeout: 10 * time.Second}
 	go func() { _ = server.Serve(listener) }()
@@ -608,13 +614,7 @@ func TestHeadersForWhichABackendHangsUpDoNotCountAgainstIt(t *testing.T) {
 			_, _ = io.WriteString(w, "{}")
 			return
 		}
-		conn, _, err := http.NewResponseController(w).Hijack()
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		_ = conn.(*net.TCPConn).SetLinger(0)
-		_ = conn.Close()
+		resetConnection(t, w)
 	})}
 	go func() { _ = backend.Serve(listener) }()
 	t.Cleanup(func() { _ = backend.Close() })
@@ -785,6 +785,7 @@ func TestHandlerThatNoRequestComesToIsWarnedOf(t *testing.T) {
 		"dead-in-handle":  "handle /v1/* {\n" + standardBlock + standardBlock + "}",
 		"dead-in-path":    "route /v1/* {\n" + standardBlock + "rekall_jwks\n}\nrekall_keys",
 		"dead-invoked":    "route {\ninvoke g\ninvoke g\n}",
+		"dead-in-circle":  "invoke a",
 		"dead-in-groups":  "route {\nhandle {\n" + standardBlock + "}\nrekall_keys\n}",
 		"alive":           "rekall_health\nrekall_jwks\nrekall_keys\n" + standardBlock,
 		"alive-matcher":   "route {\n" + some + "rekall_keys\n" + standardBlock + "}",
@@ -794,7 +795,7 @@ func TestHandlerThatNoRequestComesToIsWarnedOf(t *testing.T) {
 		"alive-responses": "route {\nintercept {\n@no status 404\nhandle_response @no {\n" + standardBlock + "}\n}\nrekall_keys\n}",
 		"alive-errors":    standardBlock + "handle_errors {\n" + standardBlock + "}",
 		"alive-in-block":  block(standardBlock, standardBlock),
-	}, "&(g) {\n"+standardBlock+"}\n"
+	}, "&(g) {\n"+standardBlock+"}\n&(a) {\nroute {\n"+standardBlock+"invoke b\n}\n}\n&(b) {\ninvoke a\n}\n"
 	for name, site := range sites {
 		text += "http://" + name + ".example:PORT {\nbind 127.0.0.1\n" + site + "\n}\n"
 	}

@@ -93,8 +93,10 @@ var quickChoices = map[string]func(name string) bool{
 }
 
 func (d *Dashboard) newKey(v *visit) error {
-	if form := d.State.sessions.draft(d.sessionID(v.r)); form != nil && v.r.URL.RawQuery == draftQuery {
-		return v.newKeyAgain(form)
+	if v.r.URL.RawQuery == draftQuery {
+		if form := d.State.sessions.draft(d.sessionID(v.r)); form != nil {
+			return v.newKeyAgain(form)
+		}
 	}
 	return v.showForm(http.StatusOK, createData{Environment: v.selection().Environment, Expiry: "90d", Once: apikey.RandomText(32)}, nil)
 }

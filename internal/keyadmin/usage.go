@@ -104,10 +104,10 @@ func (a *Admin) usage(ctx context.Context, actor Actor, id string, between func(
 		}
 	}
 	from, to = from.UTC().Truncate(time.Hour), to.UTC()
-	switch {
-	case !from.Before(to):
-		return Usage{}, &InvalidError{"from", "must be before to"}
-	case to.Sub(from) >= maxUsageRange+time.Hour: // the first hour may have begun before
+	if err := checkRange("from", &from, "to", &to); err != nil {
+		return Usage{}, err
+	}
+	if to.Sub(from) >= maxUsageRange+time.Hour { // the first hour may have begun before
 		return Usage{}, &InvalidError{"from", "must be at most 366 days before to"}
 	}
 	counted, err := a.store.Usage(ctx, id, from, to)

@@ -206,7 +206,7 @@ func (c *Cache) follow(ctx context.Context) error {
 // logUnknownTiers logs once that limits cannot be told, as while edges are upgraded.
 func (c *Cache) logUnknownTiers(names []string) {
 	if len(names) > 0 && !slices.Equal(names, c.unknownTiers) {
-		c.cfg.Logger().Warn("this version does not know all tiers; it holds keys of accounts with others to those of free until it is upgraded",
+		c.cfg.Logger().Warn("this version does not know all tiers; until it is upgraded, it holds keys of accounts with the others to the limits of free",
 			zap.Strings("unknown", names))
 	}
 	c.unknownTiers = names

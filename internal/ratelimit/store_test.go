@@ -31,6 +31,7 @@ import (
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/devenv/redistest"
 	"github.com/rekall-ai/gateway/test/eventually"
+	"github.com/rekall-ai/gateway/test/network"
 )
 
 // edgeUnderTest is a limiter, and what its store logs.
@@ -877,40 +878,25 @@ func TestWhatSomebodyHasWrittenIntoRedisIsReplaced(t *testing.T) {
 // answers is a Redis that somebody else runs: it says to each script what it likes.
 func answers(t *testing.T, probe, exchange string) (url string) {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = listener.Close() })
-	go func() {
+	return "redis://" + network.Serve(t, func(conn net.Conn) {
+		commands := bufio.NewReader(conn)
 		for {
-			conn, err := listener.Accept()
+			command, err := readCommand(commands)
 			if err != nil {
 				return
 			}
-			go func() {
-				defer func() { _ = conn.Close() }()
-				commands := bufio.NewReader(conn)
-				for {
-					command, err := readCommand(commands)
-					if err != nil {
-						return
-					}
-					answer := "-ERR unknown command\r\n"
-					switch {
-					case len(command) > 1 && command[1] == probeScript.Hash():
-						answer = probe
-					case len(command) > 1 && command[1] == exchangeScript.Hash():
-						answer = exchange
-					}
-					if _, err := conn.Write([]byte(answer)); err != nil {
-						return
-					}
-				}
-			}()
+			answer := "-ERR unknown command\r\n"
+			switch {
+			case len(command) > 1 && command[1] == probeScript.Hash():
+				answer = probe
+			case len(command) > 1 && command[1] == exchangeScript.Hash():
+				answer = exchange
+			}
+			if _, err := conn.Write([]byte(answer)); err != nil {
+				return
+			}
 		}
-	}()
-	return "redis://" + listener.Addr().String()
+	})
 }
 
 func readCommand(r *bufio.Reader) (command []string, err error) {

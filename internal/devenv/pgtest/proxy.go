@@ -11,6 +11,8 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/rekall-ai/gateway/test/network"
 )
 
 // Proxy stands between clients and a Postgres.
@@ -26,30 +28,16 @@ func (p *Proxy) URL(t testing.TB, databaseURL string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	network, address := pgconn.NetworkAddress(config.Host, config.Port)
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = listener.Close() })
-	go func() {
-		for {
-			client, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			go p.serve(client, network, address)
-		}
-	}()
+	server, address := pgconn.NetworkAddress(config.Host, config.Port)
+	own := network.Serve(t, func(client net.Conn) { p.serve(client, server, address) })
 	through := url.URL{
-		Scheme: "postgres", User: url.UserPassword(config.User, config.Password), Host: listener.Addr().String(),
+		Scheme: "postgres", User: url.UserPassword(config.User, config.Password), Host: own,
 		Path: "/" + config.Database, RawQuery: "sslmode=disable",
 	}
 	return through.String()
 }
 
 func (p *Proxy) serve(client net.Conn, network, address string) {
-	defer func() { _ = client.Close() }()
 	<-time.After(p.Delay)
 	server, err := net.Dial(network, address)
 	if err != nil {
