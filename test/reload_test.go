@@ -227,8 +227,8 @@ func TestReloadToADatabaseThatCannotBeReadIsRefusedWhileTheOldOneIs(t *testing.T
 // lost. The requests lost are not compared in sum, since they come in bursts: one reload on a busy machine breaks many
 // connections at once, so that a sum varies far more than a count of independent events would. The sign test assumes
 // nothing of how often and how much a reload loses, nor of the machine's load, which a pair shares: only that without a
-// difference between the systems, either is as likely to lose more. At one in a million it does not fail by bad luck,
-// and still does when the gateway loses more in 20 reloads and plain Caddy in none, or in 42 of 50.
+// difference between the systems, either is as likely to lose more. At one in ten thousand bad luck hardly fails it, and
+// it still fails when the gateway loses more in 14 reloads and plain Caddy in none, or in 39 of 50.
 func chanceOf(k, n int) float64 {
 	heads := new(big.Int)
 	for i := k; i <= n; i++ {

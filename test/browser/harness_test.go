@@ -145,8 +145,17 @@ func key(t testing.TB, account, name string, manage bool) keyadmin.Key {
 	return key
 }
 
-// call sends a request with a key to the first gateway, and returns the status.
-func call(t *testing.T, method, path, key string) int {
+// call sends a request with a key to the first gateway, again while nobody can tell whether the key is good, and returns the status.
+func call(t *testing.T, method, path, key string) (status int) {
+	t.Helper()
+	eventually.True(t, "the gateway can tell", func() bool {
+		status = callOnce(t, method, path, key)
+		return status != http.StatusServiceUnavailable
+	})
+	return status
+}
+
+func callOnce(t *testing.T, method, path, key string) int {
 	t.Helper()
 	req, err := http.NewRequest(method, world.gateway+path, nil)
 	if err != nil {
@@ -172,7 +181,7 @@ type tab struct {
 	expected bool     // whether there are to be some
 }
 
-const patience = 30 * time.Second
+const patience = time.Minute
 
 func newTab(t testing.TB) *tab {
 	t.Helper()

@@ -6,10 +6,10 @@ import (
 	"time"
 )
 
-// True waits until a condition holds, for 30 seconds at most.
+// True waits until a condition holds, for a minute at most.
 func True(t testing.TB, what string, condition func() bool) {
 	t.Helper()
-	Within(t, 30*time.Second, what, condition)
+	Within(t, time.Minute, what, condition)
 }
 
 // Within waits until a condition holds. After limit the test has failed.
