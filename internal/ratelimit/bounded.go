@@ -1,9 +1,11 @@
 package ratelimit
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"net"
+	"strconv"
 )
 
 // What our scripts answer is far below these. The client makes room for all that an answer announces, before it has come: a server that
@@ -15,17 +17,15 @@ const (
 	maxDepth    = 4       // of lists in lists
 )
 
-var errAnswerTooLarge = errors.New("an answer is larger than any of redis to us")
+var errForeignAnswer = errors.New("an answer is larger than any of redis to us, or of another kind")
 
-// bounded is a connection whose answers (RESP, version 2 or 3) are small.
+// bounded is a connection whose answers (RESP, version 2 or 3) are small, and of the kinds that our scripts and the client's greeting are
+// answered with. Of others nothing is passed on: what this takes for a line and the client for something else would hide what it announces.
 type bounded struct {
 	net.Conn
-	kind   byte // of the line that is being read; 0: it begins
-	length int  // of that line
-	number int  // in its header
-	absent bool // that number is below zero: null
-	skip   int  // bytes of a text, and of its end, that are yet to come
-	open   []int
+	line []byte // that is being read
+	skip int    // bytes of a text, and of its end, that are yet to come
+	open []int  // elements that are yet to come of each list
 }
 
 // bound has a dialler's connections be bounded.
@@ -39,7 +39,7 @@ func bound(dial func(ctx context.Context, network, address string) (net.Conn, er
 	}
 }
 
-// Read returns nothing of what came with an announcement of too much.
+// Read returns nothing of what came with an answer that is refused.
 func (b *bounded) Read(p []byte) (int, error) {
 	n, err := b.Conn.Read(p)
 	for i := 0; i < n; i++ {
@@ -49,51 +49,50 @@ func (b *bounded) Read(p []byte) (int, error) {
 			i += skipped - 1
 			continue
 		}
-		if !b.see(p[i]) {
-			return 0, errAnswerTooLarge
+		if b.line = append(b.line, p[i]); len(b.line) > maxLine {
+			return 0, errForeignAnswer
+		}
+		if p[i] == '\n' {
+			if !b.follow(b.line) {
+				return 0, errForeignAnswer
+			}
+			b.line = b.line[:0]
 		}
 	}
 	return n, err
 }
 
-// see follows a line by a byte, and reports false if too much comes.
-func (b *bounded) see(c byte) bool {
-	b.length++
-	switch {
-	case b.kind == 0:
-		b.kind, b.length, b.number, b.absent = c, 1, 0, false
-	case c == '\n':
-		kind := b.kind
-		b.kind = 0
-		return b.end(kind)
-	case c == '-':
-		b.absent = b.absent || b.length == 2
-	case c >= '0' && c <= '9' && b.number <= maxText:
-		b.number = 10*b.number + int(c-'0')
+// follow follows a line, and reports false if it is to be refused.
+func (b *bounded) follow(line []byte) bool {
+	kind, header, ended := line[0], line[1:], false
+	if header, ended = bytes.CutSuffix(header, []byte("\r\n")); !ended {
+		return false
 	}
-	return b.length <= maxLine
-}
-
-// end follows the end of a line of that kind.
-func (b *bounded) end(kind byte) bool {
 	elements := 0
 	switch kind {
-	case '$', '=', '!':
-		if b.number > maxText {
+	case '+', '-', ':', ',', '#', '_':
+	case '$', '*', '%':
+		if string(header) == "-1" { // null
+			break
+		}
+		// The client takes a sign, as in -0, and makes room for a negative number too.
+		n, err := strconv.ParseUint(string(header), 10, 32)
+		switch {
+		case err != nil:
+			return false
+		case kind == '$' && n <= maxText:
+			b.skip = int(n) + len("\r\n")
+		case kind == '*' && n <= maxElements:
+			elements = int(n)
+		case kind == '%' && n <= maxElements:
+			elements = 2 * int(n)
+		default:
 			return false
 		}
-		if !b.absent {
-			b.skip = b.number + len("\r\n")
-		}
-	case '*', '~', '>', '%':
-		if b.number > maxElements {
-			return false
-		}
-		if elements = b.number; kind == '%' {
-			elements *= 2
-		}
+	default:
+		return false
 	}
-	if elements > 0 && !b.absent {
+	if elements > 0 {
 		b.open = append(b.open, elements)
 		return len(b.open) <= maxDepth
 	}
