@@ -2,11 +2,13 @@ package caddymodule
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
+	goruntime "runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -325,9 +327,13 @@ func TestStreamFromBeforeAReloadOfCacheSizeHoldsNeitherKeysNorFilterInMemory(t *
 		s := before.cache.Status()
 		return s.Keys == 0 && s.FilterKeys == 0
 	})
-	if before.sending.Err() == nil || before.ctx.Err() != nil {
+	if before.inUse.Err() == nil || before.ctx.Err() != nil {
 		t.Error("it sends canaries, or has ended")
 	}
+	eventually.True(t, "it does no chores by its old settings", func() bool {
+		stacks := make([]byte, 16<<20)
+		return bytes.Count(stacks[:goruntime.Stack(stacks, true)], []byte(").DoChores(")) == len(runtimesInUse())
+	})
 	late := newRequestOn(t, before, store) // that other handlers held up until now
 	for _, request := range []*requestOn{stream, late} {
 		request.revoke()
@@ -371,6 +377,27 @@ func TestRuntimeThatEndsWaitsForTheGoodbyesOfRequestsThatItCuts(t *testing.T) {
 			<-said
 		}
 	}
+}
+
+// TestRuntimesEndAtTheSameTimeWhenTheProcessDoes: one after the other they would take longer than whoever stops it waits.
+func TestRuntimesEndAtTheSameTimeWhenTheProcessDoes(t *testing.T) {
+	database := migrated(t)
+	each := []*runtime{newRuntimeOn(t, database), newRuntimeOn(t, database)}
+	ends, end := context.WithCancel(t.Context())
+	defer end()
+	for _, rt := range each {
+		rt.running.Go(func() { <-ends.Done() })
+	}
+	closed := make(chan struct{})
+	go func() {
+		closeAll()
+		close(closed)
+	}()
+	eventually.True(t, "both are ending", func() bool {
+		return !slices.ContainsFunc(each, func(rt *runtime) bool { return rt.ctx.Err() == nil })
+	})
+	end()
+	<-closed
 }
 
 // TestAppStartsWithoutAnHTTPAppAndAddsNone: Caddy would range over a map that changes.

@@ -59,8 +59,8 @@ type runtime struct {
 	ctx       context.Context
 	running   sync.WaitGroup
 
-	sending     context.Context // of canaries
-	stopSending context.CancelFunc
+	inUse  context.Context // until no configuration uses it any longer
+	endUse context.CancelFunc
 
 	signer   *identitytoken.Signer // runs once a configuration asks for identity tokens
 	signOnce sync.Once
@@ -124,7 +124,7 @@ func newRuntime(s settings) (_ *runtime, err error) {
 	}
 	rt.metrics.watch(rt)
 	rt.ctx, rt.cancel = context.WithCancel(context.Background())
-	rt.sending, rt.stopSending = context.WithCancel(rt.ctx)
+	rt.inUse, rt.endUse = context.WithCancel(rt.ctx)
 	return rt, nil
 }
 
@@ -153,9 +153,10 @@ func (rt *runtime) start(logger *zap.Logger) {
 		rt.running.Go(func() { rt.cache.Run(rt.ctx) })
 		rt.running.Go(func() { rt.reporter.Run(rt.ctx, rt.cache.Applied) })
 		if rt.canary != nil {
-			rt.running.Go(func() { rt.canary.Run(rt.sending, 2*rt.refresh) })
+			rt.running.Go(func() { rt.canary.Run(rt.inUse, 2*rt.refresh) })
 		}
 		rt.running.Go(func() { rt.usage.Run(rt.ctx) })
+		rt.running.Go(func() { rt.usage.DoChores(rt.inUse) })
 	})
 	rt.usage.Wake() // a reload shows what was counted until then
 }
@@ -229,9 +230,11 @@ func closeAll() {
 	alive.mu.Lock()
 	all := slices.Collect(maps.Keys(alive.runtimes))
 	alive.mu.Unlock()
+	var closing sync.WaitGroup
 	for _, rt := range all {
-		rt.close()
+		closing.Go(rt.close)
 	}
+	closing.Wait()
 }
 
 // startSigner begins to make keys for identity tokens and to publish them. start comes first.
@@ -278,14 +281,17 @@ const drainPoll = time.Second
 
 // Destruct ends the runtime when no configuration uses it any longer. Requests of the last one may still be decided or in
 // flight: they are counted, followed, and cut when their key ends, until the last is done. That may take days, and until then it holds
-// no more than they need.
+// and does no more than they need: it must not forget usage by a retention that was since prolonged.
 func (rt *runtime) Destruct() error {
+	if caddy.Exiting() {
+		closeAll() // here already, so that it takes as long as one
+	}
 	if caddy.Exiting() || !rt.started.Load() {
 		rt.close()
 		return nil
 	}
 	rt.reporter.Drain()
-	rt.stopSending()
+	rt.endUse()
 	go func() {
 		poll := time.NewTicker(drainPoll)
 		defer poll.Stop()

@@ -54,8 +54,9 @@ func (c *Counter) ChoreAges() map[string]time.Duration {
 	return ages
 }
 
-// doChores asks for its turn at each chore a few times in its period, so that another edge steps in when one stops.
-func (c *Counter) doChores(ctx context.Context) {
+// DoChores does what one edge does for all, until ctx is done: it finds spikes and forgets what is past its retention. It asks for its
+// turn at each chore a few times in its period, so that another edge steps in when one stops. It must run once.
+func (c *Counter) DoChores(ctx context.Context) {
 	ticker := time.NewTicker(c.chores[0].period / 4)
 	defer ticker.Stop()
 	doing := slices.Repeat([]outage.Kind{{

@@ -8,7 +8,6 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -33,8 +32,6 @@ const (
 
 // Run flushes until ctx is done, and then once more. It must run once.
 func (c *Counter) Run(ctx context.Context) {
-	var wg sync.WaitGroup
-	wg.Go(func() { c.doChores(ctx) })
 	flushing := outage.Kind{Begins: "usage cannot be flushed; counts are kept in memory", Over: "usage is flushed again", Level: zap.WarnLevel}
 	var drops drops
 	for c.waitForFlush(ctx) {
@@ -43,7 +40,6 @@ func (c *Counter) Run(ctx context.Context) {
 			drops.report(c, err)
 		}
 	}
-	wg.Wait()
 	c.flushLast(context.WithoutCancel(ctx))
 }
 

@@ -44,18 +44,16 @@ func newCounter(store usage.Store, maxBuffered int) (*usage.Counter, *observer.O
 	}), logs
 }
 
-// run starts the counter's loop, and returns what stops it and waits for its end.
+// run starts the counter's loops, and returns what stops them and waits for their end.
 func run(t *testing.T, c *usage.Counter) (stop func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		c.Run(ctx)
-	}()
+	var running sync.WaitGroup
+	running.Go(func() { c.Run(ctx) })
+	running.Go(func() { c.DoChores(ctx) })
 	stop = func() {
 		cancel()
-		<-done
+		running.Wait()
 	}
 	t.Cleanup(stop)
 	return stop
@@ -360,12 +358,9 @@ func TestManyCountsPastTheirRetentionAreForgottenWithinHours(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				store := &choreful{claimed: map[string]time.Time{}, old: 3000, loses: loses}
 				c, logs := newCounter(store, 0)
-				ctx, stop := context.WithCancel(t.Context())
-				var running sync.WaitGroup
-				running.Go(func() { c.Run(ctx) })
+				stop := run(t, c)
 				<-time.After(3 * time.Hour)
 				stop()
-				running.Wait()
 				if store.old > 0 || loses == 0 && logs.Len() > 0 {
 					t.Errorf("%d batches are left; log: %v", store.old, logs.All())
 				}
@@ -384,14 +379,11 @@ func TestFailureOfAChoreIsLoggedOnceWhenItBeginsAndOnceWhenItEnds(t *testing.T) 
 			synctest.Test(t, func(t *testing.T) {
 				tc.fails.Store(true)
 				c, logs := newCounter(tc.store, 0)
-				ctx, stop := context.WithCancel(t.Context())
-				var running sync.WaitGroup
-				running.Go(func() { c.Run(ctx) })
+				stop := run(t, c)
 				<-time.After(2 * time.Hour)
 				tc.fails.Store(false)
 				<-time.After(2 * time.Hour)
 				stop()
-				running.Wait()
 				const chores = 2
 				for _, line := range []string{"usage chore failed; it is tried again", "usage chore works again"} {
 					if n := logs.FilterMessage(line).Len(); n != chores {
