@@ -6,11 +6,11 @@ import "time"
 func (s *State) SetClock(now func() time.Time) { s.sessions.now = now }
 
 // SignIn begins a session.
-func (s *State) SignIn(keyID string) (id string) { return s.sessions.begin(keyID, nil) }
+func (s *State) SignIn(keyID string) (id string) { return s.sessions.begin(keyID, "acme", nil) }
 
 // SignedIn reports whether a session goes on.
 func (s *State) SignedIn(id string) bool {
-	_, ok := s.sessions.keyID(id, true)
+	_, _, ok := s.sessions.key(id, true)
 	return ok
 }
 

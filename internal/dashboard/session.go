@@ -46,7 +46,7 @@ type sessions struct {
 }
 
 type session struct {
-	keyID          string
+	keyID, account string
 	began, lastUse time.Time
 	draft          url.Values // of a new key, sent when the session before had ended; nil: none
 }
@@ -56,7 +56,7 @@ func (s *session) ended(now time.Time) bool {
 }
 
 // begin signs the holder of a key in and returns the session's id.
-func (s *sessions) begin(keyID string, draft url.Values) string {
+func (s *sessions) begin(keyID, account string, draft url.Values) string {
 	id, now := rand.Text(), s.now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -65,7 +65,7 @@ func (s *sessions) begin(keyID string, draft url.Values) string {
 	} else if len(s.byID) >= maxSessions {
 		s.makeRoom(now)
 	}
-	hash, began := sha256.Sum256([]byte(id)), &session{keyID, now, now, draft}
+	hash, began := sha256.Sum256([]byte(id)), &session{keyID, account, now, now, draft}
 	if s.ofKey[keyID] == nil {
 		s.ofKey[keyID] = map[[sha256.Size]byte]*session{}
 	}
@@ -133,33 +133,33 @@ func (s *sessions) draft(id string) url.Values {
 	return nil
 }
 
-// keyID returns the key that a session was begun with. The session is used, unless it is polled.
-func (s *sessions) keyID(id string, polled bool) (string, bool) {
+// key returns the key that a session was begun with, and its account. The session is used, unless it is polled.
+func (s *sessions) key(id string, polled bool) (keyID, account string, ok bool) {
 	hash, now := sha256.Sum256([]byte(id)), s.now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	session, ok := s.byID[hash]
 	if !ok {
-		return "", false
+		return "", "", false
 	}
 	if session.ended(now) {
 		s.remove(hash)
-		return "", false
+		return "", "", false
 	}
 	if !polled {
 		session.lastUse = now
 	}
-	return session.keyID, true
+	return session.keyID, session.account, true
 }
 
 // actor is whose session a request belongs to. Postgres is asked each time: a key that was revoked or has expired is signed
 // out at once, also where the edge has not heard of it.
 func (s *sessions) actor(r *http.Request, id string, admin *keyadmin.Admin) (keyadmin.Actor, error) {
-	keyID, ok := s.keyID(id, r.Header.Get(pollHeader) != "")
+	keyID, account, ok := s.key(id, r.Header.Get(pollHeader) != "")
 	if !ok {
 		return keyadmin.Actor{}, errSignedOut
 	}
-	actor, err := admin.Manager(r.Context(), keyID)
+	actor, err := admin.Manager(r.Context(), keyID, account)
 	if _, forbidden := errors.AsType[*keyadmin.ForbiddenError](err); forbidden {
 		s.end(id)
 		return keyadmin.Actor{}, errSignedOut
@@ -289,7 +289,7 @@ func (d *Dashboard) signIn(w http.ResponseWriter, r *http.Request) {
 		v.fail(err)
 	default:
 		d.State.sessions.end(d.sessionID(r))
-		d.setCookie(w, r, d.State.sessions.begin(actor.KeyID(), draft), int(maxSession.Seconds()))
+		d.setCookie(w, r, d.State.sessions.begin(actor.KeyID(), actor.Account(), draft), int(maxSession.Seconds()))
 		_ = v.redirect(next, "")
 	}
 }

@@ -17,10 +17,10 @@ func (a *Admin) Ready(ctx context.Context) error {
 	})
 }
 
-// Manager returns the actor "key:<id>" with the rights that the key has in Postgres now: whoever signed in with a key asks
+// Manager returns the actor "key:<id>" with the rights that the account's key has in Postgres now: whoever signed in with a key asks
 // as long as it is active only. It is a *ForbiddenError if the key has ended or may not manage keys.
-func (a *Admin) Manager(ctx context.Context, id string) (Actor, error) {
-	end, err := a.turns.take(ctx, line{ofActor, "key:" + id})
+func (a *Admin) Manager(ctx context.Context, id, account string) (Actor, error) {
+	end, err := a.turn(ctx, Actor{name: "key:" + id, account: account, rank: key})
 	if err != nil {
 		return Actor{}, err
 	}

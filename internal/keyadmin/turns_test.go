@@ -54,6 +54,12 @@ func TestRequestsOfOneActorLeaveOthersTheirTurn(t *testing.T) {
 			if _, err := admin.Get(late, stranger, stolen.ID); err == nil || errors.Is(err, keyadmin.ErrCrowded) {
 				t.Errorf("one that has no more time, and nobody of its own before it: %v", err)
 			}
+			if _, err := admin.Manager(late, good.ID, "acme"); errors.Is(err, keyadmin.ErrCrowded) != (tc.asking == 3) {
+				t.Errorf("a session of its account, of which %d ask, is let through with %v", tc.asking, err)
+			}
+			if _, err := admin.Manager(late, good.ID, "other"); err == nil || errors.Is(err, keyadmin.ErrCrowded) {
+				t.Errorf("a session of another account: %v", err)
+			}
 			stop()
 			requests.Wait()
 			other.release()
