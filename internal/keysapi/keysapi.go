@@ -54,6 +54,7 @@ type API struct {
 	Config
 	mux     *http.ServeMux
 	finders *ratelimit.Addresses // that report leaks
+	sites   *ratelimit.Addresses // of finders
 	reports *rate.Limiter        // of all their reports
 
 	longReports chan struct{} // a place for each that is read
@@ -63,6 +64,7 @@ type API struct {
 func New(config Config) *API {
 	a := &API{
 		Config: config, mux: http.NewServeMux(), finders: ratelimit.NewAddresses(leaksOfOne, leaksOfOne),
+		sites:   ratelimit.NewAddresses(leaksOfSite, leaksOfSite),
 		reports: rate.NewLimiter(rate.Every(time.Minute/leaksOfAll), leaksOfAll), longReports: make(chan struct{}, longReports),
 	}
 	if a.GitHub != nil {

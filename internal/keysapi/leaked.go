@@ -29,6 +29,10 @@ const (
 // leaksOfOne is how often one address may report, at once and per minute: a finder has one key, or all in one report.
 const leaksOfOne = 10
 
+// leaksOfSite is how often the addresses of an IPv6 site, a /48 (RFC 6177), may report together. Whoever has one has 65,536 of what counts
+// as an address, and could use up what all may report.
+const leaksOfSite = 30
+
 // leaksOfAll bounds what all addresses together can write into the audit: so many reports at once, and per minute.
 const leaksOfAll = 300
 
@@ -73,6 +77,12 @@ func (a *API) report(ctx context.Context, reporter string, keys []string) (answe
 func (a *API) admit(client netip.Addr) error {
 	if verdict := a.finders.Take(client); !verdict.Allowed {
 		return errTooOften.Later(verdict.RetryAfter)
+	}
+	if client.Is6() && !client.Is4In6() {
+		site, _ := client.Prefix(48) // of 128 bits
+		if verdict := a.sites.Take(site.Addr()); !verdict.Allowed {
+			return errTooOften.Later(verdict.RetryAfter)
+		}
 	}
 	if !a.reports.Allow() {
 		return errTooOften.Later(time.Minute / leaksOfAll)

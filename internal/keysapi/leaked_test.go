@@ -224,6 +224,23 @@ func TestAnAddressOverItsLimitTakesNothingOfTheLimitOfAll(t *testing.T) {
 	}
 }
 
+// TestReportsOfOneSiteLeaveRoomForThoseOfOthers: else a line at home would keep finders from reporting.
+func TestReportsOfOneSiteLeaveRoomForThoseOfOthers(t *testing.T) {
+	r := newRig(t)
+	accepted := 0
+	for i := range 1000 {
+		if !r.limited(fmt.Sprintf("2001:db8:0:%x::1", i)) {
+			accepted++
+		}
+	}
+	if accepted < 30 || accepted > 200 {
+		t.Errorf("%d reports of one site were accepted", accepted)
+	}
+	if r.limited("2001:db8:1::1") || r.limited("192.0.2.1") {
+		t.Error("another site is limited too")
+	}
+}
+
 func TestReportsOfAllNetworksTogetherAreLimited(t *testing.T) {
 	r := newRig(t)
 	var mu sync.Mutex
