@@ -282,6 +282,23 @@ func TestRowsOfEdgesAreReadUpToABound(t *testing.T) {
 	}
 }
 
+// TestSigningKeysAreReadUpToABound: all edges encode them for anybody who asks.
+func TestSigningKeysAreReadUpToABound(t *testing.T) {
+	databaseURL := pgtest.Migrated(t)
+	store, conn := open(t, databaseURL, keystore.Options{}), connect(t, databaseURL)
+	const most, made = 10_000, `
+		insert into rekall.signing_keys (id, public_key, instance, expires_at)
+		select lpad(n::text, 43, '0'), sha256(n::text::bytea), lpad('x', 22, 'x'), now() + interval '1 year' from generate_series($1::int, $2::int) n`
+	exec(t, conn, made, 1, most)
+	if keys, err := store.SigningKeys(t.Context()); err != nil || len(keys) != most || keys[0].ID > keys[1].ID {
+		t.Errorf("%d keys, %v", len(keys), err)
+	}
+	exec(t, conn, made, most+1, most+1)
+	if keys, err := store.SigningKeys(t.Context()); !errors.Is(err, keystore.ErrTooManySigningKeys) || len(keys) != 0 {
+		t.Errorf("%d keys, %v, want %v", len(keys), err, keystore.ErrTooManySigningKeys)
+	}
+}
+
 // TestMigrationLeavesNothingThatKeepsEdgesFromForgetting: last uses are changed then, and a check would refuse that of one that was made up.
 func TestMigrationLeavesNothingThatKeepsEdgesFromForgetting(t *testing.T) {
 	databaseURL := pgtest.URL(t)

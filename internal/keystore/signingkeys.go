@@ -14,6 +14,13 @@ type SigningKey struct {
 	PublicKey [32]byte
 }
 
+// maxSigningKeys bounds what is read, encoded and sent to anybody who asks for the key set. An edge has two.
+const maxSigningKeys = 10_000
+
+// ErrTooManySigningKeys says that there are more of them than are read.
+var ErrTooManySigningKeys = errors.New("table rekall.signing_keys has more than 10000 rows, which can hardly be of edges: lock the database " +
+	"user out that has written them, and remove them (see \"After a break-in at an edge\" in SECURITY.md)")
+
 var errBadSigningKey = errors.New("stored public key does not have 32 bytes")
 
 // PublishSigningKeys writes the public keys of an edge, or renews them, so that SigningKeys returns them for the time of
@@ -37,7 +44,9 @@ on conflict (id) do update set expires_at = excluded.expires_at`, instance, ids,
 // SigningKeys returns the published keys of all edges, oldest first.
 func (s *Store) SigningKeys(ctx context.Context) ([]SigningKey, error) {
 	rows, _ := s.pool.Query(ctx, `
-select id, public_key from rekall.signing_keys where expires_at > now() order by created_at, id`) // CollectRows returns its error
+select id, public_key from (
+	select id, public_key, created_at from rekall.signing_keys where expires_at > now() limit $1
+) first order by created_at, id`, maxSigningKeys+1) // CollectRows returns its error
 	keys, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (SigningKey, error) {
 		var key SigningKey
 		var public []byte
@@ -49,6 +58,9 @@ select id, public_key from rekall.signing_keys where expires_at > now() order by
 		}
 		return key, nil
 	})
+	if err == nil && len(keys) > maxSigningKeys {
+		err = ErrTooManySigningKeys
+	}
 	if err != nil {
 		return nil, failedAtEdge("read signing keys", err)
 	}
