@@ -3,6 +3,7 @@ package keycache
 import (
 	"encoding/binary"
 	"math/bits"
+	"math/rand/v2"
 	"sync/atomic"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
@@ -29,6 +30,10 @@ type filter struct {
 	blocks   [][filterWords]atomic.Uint64
 	keys     atomic.Int64 // that were added, save the few that looked known
 	capacity int64        // beyond which too many unknown keys look known
+
+	// Which unknown keys look known is another matter in each filter: one that a stranger has found out, by how long its answer took,
+	// costs the other edges no lookups, nor this one once it has built another.
+	seeds [2]uint64
 }
 
 // newFilter returns an empty filter with room for that many keys and an eighth more.
@@ -37,14 +42,17 @@ func newFilter(origin uint64, keys int) *filter {
 	return &filter{
 		origin: origin, capacity: int64(capacity),
 		blocks: make([][filterWords]atomic.Uint64, (capacity+filterBlockKeys-1)/filterBlockKeys),
+		seeds:  [2]uint64{rand.Uint64() | 1, rand.Uint64() | 1},
 	}
 }
 
-// at returns the block of a digest and what selects a bit in each of its words. Digests are uniform: they need no hashing,
-// and nobody can choose them.
+// at returns the block of a digest and what selects a bit in each of its words. Digests are uniform, and nobody can choose them: they
+// need no hashing but by the seeds.
 func (f *filter) at(prefix []byte) (*[filterWords]atomic.Uint64, uint64) {
-	block, _ := bits.Mul64(binary.LittleEndian.Uint64(prefix), uint64(len(f.blocks)))
-	return &f.blocks[block], binary.LittleEndian.Uint64(prefix[8:])
+	first, second := binary.LittleEndian.Uint64(prefix), binary.LittleEndian.Uint64(prefix[8:])
+	block, _ := bits.Mul64(first*f.seeds[0], uint64(len(f.blocks)))
+	high, low := bits.Mul64(first^second, f.seeds[1])
+	return &f.blocks[block], high ^ low
 }
 
 // add takes the first keystore.HashPrefix bytes of a digest, or more.

@@ -47,6 +47,32 @@ func TestFilterHasAllThatWasAddedAtOnceFromSeveralSides(t *testing.T) {
 	}
 }
 
+// TestUnknownKeyThatLooksKnownAtOneEdgeIsRuledOutAtOthers: whoever has collected such keys would have all edges look them up.
+func TestUnknownKeyThatLooksKnownAtOneEdgeIsRuledOutAtOthers(t *testing.T) {
+	here, there := newFilter(1, 0), newFilter(1, 0)
+	for n := range minFilterKeys {
+		d := numbered(n)
+		here.add(d[:])
+		there.add(d[:])
+	}
+	const strangers = 500_000
+	looks, both := 0, 0
+	for n := range strangers {
+		if d := numbered(minFilterKeys + n); here.has(&d) {
+			looks++
+			if there.has(&d) {
+				both++
+			}
+		}
+	}
+	if looks < strangers/5000 || looks > strangers/500 {
+		t.Errorf("%d of %d unknown keys look known, want about one in 1000", looks, strangers)
+	}
+	if both > looks/20 {
+		t.Errorf("%d of them look known at the other edge too", both)
+	}
+}
+
 func BenchmarkFilterHas(b *testing.B) {
 	f := newFilter(1, 10_000_000)
 	var digests [1 << 12]apikey.Digest
