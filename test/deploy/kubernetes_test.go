@@ -144,7 +144,8 @@ type (
 	disruptionBudget struct {
 		object `yaml:",inline"`
 		Spec   struct {
-			MaxUnavailable int `yaml:"maxUnavailable"`
+			MaxUnavailable int    `yaml:"maxUnavailable"`
+			UnhealthyPods  string `yaml:"unhealthyPodEvictionPolicy"`
 			Selector       selector
 		}
 	}
@@ -266,6 +267,9 @@ func TestManifestFitsTogether(t *testing.T) {
 	}
 	if u := m.deployment.Spec.Strategy.RollingUpdate.MaxUnavailable; u == nil || *u != 0 || m.deployment.Spec.Replicas <= m.budget.Spec.MaxUnavailable {
 		t.Error("an update takes edges away before others are ready")
+	}
+	if p := m.budget.Spec.UnhealthyPods; p != "AlwaysAllow" {
+		t.Errorf("eviction policy %q: no node can be drained while Postgres is away", p)
 	}
 	migrate := m.job.Spec.Template.Spec.Containers[0]
 	if migrate.Image != c.Image || migrate.Env[0].Name != "REKALL_DATABASE_URL" || migrate.Args[0] != "migrate" {
