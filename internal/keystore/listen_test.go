@@ -154,8 +154,8 @@ func TestListenReportsAServerThatIsAway(t *testing.T) {
 	}
 }
 
-// TestListenThatIsRefusedLeavesNoConnection: a standby refuses it, and an edge tries again every few seconds.
-func TestListenThatIsRefusedLeavesNoConnection(t *testing.T) {
+// TestListenThatAStandbyRefusesLeavesNoConnection: an edge tries again every few seconds.
+func TestListenThatAStandbyRefusesLeavesNoConnection(t *testing.T) {
 	primary := pgtest.Server(t)
 	standby, err := primary.StartStandby(t.Context())
 	if err != nil {
@@ -176,14 +176,20 @@ func TestListenThatIsRefusedLeavesNoConnection(t *testing.T) {
 	})
 }
 
+// pgVersion is the server's version, as 150004 for 15.4.
+func pgVersion(t *testing.T, databaseURL string) (version int) {
+	t.Helper()
+	if err := connect(t, databaseURL).QueryRow(t.Context(), `select current_setting('server_version_num')::int`).Scan(&version); err != nil {
+		t.Fatal(err)
+	}
+	return version
+}
+
 // TestRevocationIsCommittedThoughAnotherUserHasFilledTheQueueOfNotifications: any user of the database can, and what notifies would fail
 // at its commit. Before PostgreSQL 17 the queue has 8 GB, and is not filled here.
 func TestRevocationIsCommittedThoughAnotherUserHasFilledTheQueueOfNotifications(t *testing.T) {
 	server := pgtest.Server(t)
-	var small bool
-	if err := connect(t, server.URL()).QueryRow(t.Context(), `select current_setting('server_version_num')::int >= 170000`).Scan(&small); err != nil {
-		t.Fatal(err)
-	}
+	small := pgVersion(t, server.URL()) >= 170000
 	if small {
 		pgtest.Exec(t, server.URL(), `alter system set max_notify_queue_pages = 64`)
 		server.Kill()
