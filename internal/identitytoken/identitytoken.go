@@ -93,7 +93,7 @@ func NewIssuer(signer *Signer, size int, options Options) (*Issuer, error) {
 	if slices.Contains(options.Audience, "") {
 		return nil, errors.New("audience must not be empty")
 	}
-	i := &Issuer{signer: signer, options: options, limit: 2*size/shards + 1} // twice the share: shards fill unevenly
+	i := &Issuer{signer: signer, options: options, limit: (size+size/8)/shards + 1} // an eighth more than the share: shards fill unevenly
 	for n := range i.shards {
 		i.shards[n].slots = make(map[apikey.Digest]*slot)
 	}
