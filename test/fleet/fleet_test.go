@@ -248,7 +248,7 @@ func newFleet(t *testing.T, s size, disturbed bool) *fleet {
 func startPostgres(t *testing.T, s size) string {
 	t.Helper()
 	const (
-		perGateway = 5 // the store's four and the listener
+		perGateway = 7 // the store's four, the listener and two for usage
 		perLoop    = 3
 		others     = 50 // among them those of killed edges, which Postgres has not noticed yet
 	)
