@@ -23,15 +23,10 @@ import (
 func tlsPostgres(t *testing.T, ca *authority) *devenv.Postgres {
 	t.Helper()
 	certificate, key := ca.issue("localhost")
-	server, err := devenv.StartPostgres(t.Context(), devenv.PostgresOptions{
+	return pgtest.ServerWith(t, devenv.PostgresOptions{
 		Settings: map[string]string{"ssl": "on", "ssl_cert_file": "server.crt", "ssl_key_file": "server.key"},
 		Files:    map[string][]byte{"server.crt": certificate, "server.key": key},
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = server.Stop(t.Context()) })
-	return server
 }
 
 // verifiedURL is the server's URL with TLS that checks the server's name and authority.

@@ -253,18 +253,9 @@ func startPostgres(t *testing.T, s size) string {
 		others     = 50 // among them those of killed edges, which Postgres has not noticed yet
 	)
 	connections := s.gateways*perGateway + s.loops*perLoop + others
-	server, err := devenv.StartPostgres(t.Context(), devenv.PostgresOptions{
+	return pgtest.ServerWith(t, devenv.PostgresOptions{
 		Settings: map[string]string{"max_connections": strconv.Itoa(connections)},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := server.Stop(context.Background()); err != nil {
-			t.Error(err)
-		}
-	})
-	return server.URL()
+	}).URL()
 }
 
 // addGateway adds a gateway. Where there are to be faults, the first three get one each.

@@ -26,6 +26,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/devenv/redistest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/test/eventually"
@@ -139,12 +140,9 @@ key that was revoked before the day was never allowed. On %d CPUs (%s/%s), all o
 
 func newGame(t *testing.T) *fleet {
 	t.Helper()
-	primary, err := devenv.StartPostgres(t.Context(), devenv.PostgresOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = primary.Stop(context.Background()) })
+	primary := pgtest.Server(t)
 	f := &fleet{rig: newRig(t, primary.URL()), primary: primary, redis: redistest.Server(t, devenv.RedisOptions{}), answers: map[int]int{}}
+	var err error
 	if f.standby, err = primary.StartStandby(t.Context()); err != nil {
 		t.Fatal(err)
 	}

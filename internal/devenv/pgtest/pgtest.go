@@ -128,9 +128,15 @@ func withDatabase(t testing.TB, server, name string) string {
 // Server starts a server of the test's own, to be paused or killed, and stops it when the test ends.
 func Server(t testing.TB) *devenv.Postgres {
 	t.Helper()
+	return ServerWith(t, devenv.PostgresOptions{})
+}
+
+// ServerWith is Server with options.
+func ServerWith(t testing.TB, options devenv.PostgresOptions) *devenv.Postgres {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	server, err := devenv.StartPostgres(ctx, devenv.PostgresOptions{})
+	server, err := devenv.StartPostgres(ctx, options)
 	if err != nil {
 		t.Fatal(err)
 	}

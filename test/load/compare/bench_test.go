@@ -22,7 +22,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv"
-	"github.com/rekall-ai/gateway/internal/keystore"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
@@ -112,14 +112,7 @@ func newBench(t *testing.T) *bench {
 		Timeout: 30 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 64},
 	}}
 	t.Cleanup(b.client.CloseIdleConnections)
-	if b.postgres, err = devenv.StartPostgres(t.Context(), devenv.PostgresOptions{}); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := b.postgres.Stop(context.Background()); err != nil {
-			t.Error(err)
-		}
-	})
+	b.postgres = pgtest.Server(t)
 	b.database = b.postgres.URL()
 	b.makeKeys()
 	b.startBackend()
@@ -136,9 +129,7 @@ func (b *bench) of(t *testing.T) *bench {
 // makeKeys puts the keys into Postgres and, for the other systems, into files.
 func (b *bench) makeKeys() {
 	b.t.Helper()
-	if _, _, err := keystore.Migrate(b.t.Context(), b.database); err != nil {
-		b.t.Fatal(err)
-	}
+	pgtest.Migrate(b.t, b.database)
 	conn, err := pgx.Connect(b.t.Context(), b.database)
 	if err != nil {
 		b.t.Fatal(err)

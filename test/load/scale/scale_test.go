@@ -20,6 +20,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/garbage"
 	"github.com/rekall-ai/gateway/internal/keycache"
 	"github.com/rekall-ai/gateway/internal/keystore"
@@ -94,20 +95,10 @@ func measure(t *testing.T, keys int) costs {
 
 func newDatabase(t *testing.T, keys int) *database {
 	t.Helper()
-	server, err := devenv.StartPostgres(t.Context(), devenv.PostgresOptions{Settings: map[string]string{
+	server := pgtest.ServerWith(t, devenv.PostgresOptions{Settings: map[string]string{
 		"shared_buffers": "1GB", "maintenance_work_mem": "1GB", "max_wal_size": "16GB",
 	}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := server.Stop(context.Background()); err != nil {
-			t.Error(err)
-		}
-	})
-	if _, _, err := keystore.Migrate(t.Context(), server.URL()); err != nil {
-		t.Fatal(err)
-	}
+	pgtest.Migrate(t, server.URL())
 	pool, err := pgxpool.New(t.Context(), server.URL())
 	if err != nil {
 		t.Fatal(err)
