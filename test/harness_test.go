@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/internal/devenv/backendtest"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/test/eventually"
@@ -48,18 +49,8 @@ func newRigOn(t *testing.T, database string) *rig {
 	t.Helper()
 	pgtest.Migrate(t, database)
 	r := &rig{t: t, database: database, admin: keyadmin.New(pgtest.Store(t, database))}
-	r.production, r.sandbox = r.backend("production"), r.backend("sandbox")
+	r.production, r.sandbox = backendtest.Start(t, "production"), backendtest.Start(t, "sandbox")
 	return r
-}
-
-func (r *rig) backend(name string) *devenv.Backend {
-	r.t.Helper()
-	b, err := devenv.StartBackend(context.Background(), name, "127.0.0.1:0")
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	r.t.Cleanup(func() { _ = b.Stop(context.Background()) })
-	return b
 }
 
 // key creates a key; environment is "production" or "sandbox".

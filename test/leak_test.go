@@ -23,6 +23,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/dashboard"
+	"github.com/rekall-ai/gateway/internal/devenv/backendtest"
 	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
 )
@@ -361,7 +362,7 @@ func TestNoKeyIsInAnySink(t *testing.T) {
 	if password, ok := database.User.Password(); ok {
 		hidden.add("database password", password)
 	}
-	other, traces := r.backend("other"), newCollector(t)
+	other, traces := backendtest.Start(t, "other"), newCollector(t)
 	g := r.prepare(strings.ReplaceAll(leakSites, "OTHER", other.Address()))
 	g.program = filepath.Join(t.TempDir(), "panicking")
 	if err := process.Build(g.program, "./panicking", raceFlag...); err != nil {

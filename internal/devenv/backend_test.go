@@ -11,18 +11,9 @@ import (
 	"testing"
 
 	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/internal/devenv/backendtest"
 	"github.com/rekall-ai/gateway/test/eventually"
 )
-
-func startBackend(t *testing.T) *devenv.Backend {
-	t.Helper()
-	backend, err := devenv.StartBackend(t.Context(), "demo", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = backend.Stop(context.WithoutCancel(t.Context())) })
-	return backend
-}
 
 // client returns one that speaks HTTP/1.1 only, or cleartext HTTP/2 only.
 func client(t *testing.T, http2 bool) *http.Client {
@@ -63,7 +54,7 @@ func newRequest(t *testing.T, ctx context.Context, method, target string, body i
 
 func TestEchoTellsWhatTheBackendReceived(t *testing.T) {
 	eachProtocol(t, func(t *testing.T, client *http.Client) {
-		backend := startBackend(t)
+		backend := backendtest.Start(t, "demo")
 		const body = "0123456789"
 		// A body of unknown length is sent in chunks, which trailers need.
 		r := newRequest(t, t.Context(), "PATCH", backend.URL()+"/v1/a%2Fb/%41%20c;d?q=1&q=%32&api_key=", io.MultiReader(strings.NewReader(body)))
@@ -96,7 +87,7 @@ func TestEchoTellsWhatTheBackendReceived(t *testing.T) {
 func TestStreamsRunUntilTheClientGoes(t *testing.T) {
 	eachProtocol(t, func(t *testing.T, client *http.Client) {
 		for demo, contentType := range map[string]string{"sse": "text/event-stream", "download": "application/octet-stream"} {
-			backend := startBackend(t)
+			backend := backendtest.Start(t, "demo")
 			ctx, leave := context.WithCancel(t.Context())
 			defer leave()
 			r := newRequest(t, ctx, "GET", backend.URL(), nil)
@@ -132,7 +123,7 @@ func TestStreamsRunUntilTheClientGoes(t *testing.T) {
 
 func TestHangLastsUntilTheClientGoes(t *testing.T) {
 	eachProtocol(t, func(t *testing.T, client *http.Client) {
-		backend := startBackend(t)
+		backend := backendtest.Start(t, "demo")
 		ctx, leave := context.WithCancel(t.Context())
 		defer leave()
 		r := newRequest(t, ctx, "GET", backend.URL(), nil)
@@ -161,7 +152,7 @@ func TestHangLastsUntilTheClientGoes(t *testing.T) {
 
 func TestStopEndsStreamsAndFreesTheAddress(t *testing.T) {
 	eachProtocol(t, func(t *testing.T, client *http.Client) {
-		backend := startBackend(t)
+		backend := backendtest.Start(t, "demo")
 		r := newRequest(t, t.Context(), "GET", backend.URL(), nil)
 		r.Header.Set("X-Demo", "sse")
 		response := send(t, client, r)
@@ -181,7 +172,7 @@ func TestStopEndsStreamsAndFreesTheAddress(t *testing.T) {
 }
 
 func TestAddressInUseIsAnError(t *testing.T) {
-	backend := startBackend(t)
+	backend := backendtest.Start(t, "demo")
 	if second, err := devenv.StartBackend(t.Context(), "second", backend.Address()); err == nil {
 		_ = second.Stop(t.Context())
 		t.Error("two backends at one address")

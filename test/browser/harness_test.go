@@ -25,7 +25,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/dashboard"
-	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/internal/devenv/backendtest"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/test/eventually"
@@ -89,15 +89,7 @@ func start(t testing.TB) {
 	}
 	world.database = pgtest.Migrated(t)
 	world.admin = keyadmin.New(pgtest.Store(t, world.database))
-	var backends []any
-	for _, name := range []string{"production", "sandbox"} {
-		backend, err := devenv.StartBackend(context.Background(), name, "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { _ = backend.Stop(context.Background()) })
-		backends = append(backends, backend.Address())
-	}
+	backends := []any{backendtest.Start(t, "production").Address(), backendtest.Start(t, "sandbox").Address()}
 	startGateway(t, program, dir, "south", backends)
 	world.gateway = startGateway(t, program, dir, "north", backends)
 	options := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(chromium), chromedp.NoSandbox, chromedp.DisableGPU,

@@ -1,7 +1,6 @@
 package deploy
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -17,6 +16,7 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/internal/devenv/backendtest"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/test/eventually"
@@ -61,7 +61,8 @@ type rig struct {
 // newRig has a database without a schema.
 func newRig(t *testing.T) *rig {
 	t.Helper()
-	r := &rig{t: t, database: pgtest.URL(t), production: backend(t, "production"), sandbox: backend(t, "sandbox")}
+	r := &rig{t: t, database: pgtest.URL(t)}
+	r.production, r.sandbox = backendtest.Start(t, "production"), backendtest.Start(t, "sandbox")
 	r.admin = keyadmin.New(pgtest.Store(t, r.database))
 	return r
 }
@@ -69,16 +70,6 @@ func newRig(t *testing.T) *rig {
 func (r *rig) migrate() {
 	r.t.Helper()
 	pgtest.Migrate(r.t, r.database)
-}
-
-func backend(t *testing.T, name string) *devenv.Backend {
-	t.Helper()
-	b, err := devenv.StartBackend(context.Background(), name, "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = b.Stop(context.Background()) })
-	return b
 }
 
 func (r *rig) key(environment string, scopes ...string) keyadmin.Key {

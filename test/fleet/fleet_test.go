@@ -15,6 +15,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/internal/devenv/backendtest"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keystore"
@@ -225,10 +226,7 @@ func newFleet(t *testing.T, s size, disturbed bool) *fleet {
 	t.Cleanup(f.pool.Close)
 	f.store = pgtest.Store(t, f.database)
 	f.admin = keyadmin.New(f.store)
-	if f.backend, err = devenv.StartBackend(t.Context(), "production", "127.0.0.1:0"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = f.backend.Stop(context.Background()) })
+	f.backend = backendtest.Start(t, "production")
 	var starts []func()
 	for i := range s.gateways {
 		starts = append(starts, func() { f.addGateway(i, disturbed) })

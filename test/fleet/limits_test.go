@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/internal/devenv/backendtest"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/devenv/redistest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
@@ -82,11 +83,7 @@ func TestEdgesHoldKeysToTheirLimits(t *testing.T) {
 	database := startPostgres(t, size{gateways: limitedEdges * len(phases)})
 	pgtest.Migrate(t, database)
 	store := pgtest.Store(t, database)
-	backend, err := devenv.StartBackend(context.Background(), "production", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = backend.Stop(context.Background()) })
+	backend := backendtest.Start(t, "production")
 	redis := redistest.Server(t, devenv.RedisOptions{})
 	var rows strings.Builder
 	for _, p := range phases {

@@ -1,7 +1,6 @@
 package monitoring
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -14,6 +13,7 @@ import (
 	"time"
 
 	"github.com/rekall-ai/gateway/internal/devenv"
+	"github.com/rekall-ai/gateway/internal/devenv/backendtest"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/test/eventually"
@@ -50,12 +50,7 @@ func newRig(t *testing.T, database string) *rig {
 // startBackend starts the backend, for the first time or again.
 func (r *rig) startBackend(address string) {
 	r.t.Helper()
-	backend, err := devenv.StartBackend(context.Background(), "production", address)
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	r.backend = backend
-	r.t.Cleanup(func() { _ = backend.Stop(context.Background()) })
+	r.backend = backendtest.StartAt(r.t, "production", address)
 }
 
 func (r *rig) key() keyadmin.Key {
