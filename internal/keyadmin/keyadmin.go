@@ -186,14 +186,8 @@ func generate(key *keystore.NewKey) string {
 
 // insert writes a new key and its line in the audit.
 func (a *Admin) insert(ctx context.Context, tx *keystore.Tx, actor Actor, key keystore.NewKey) (keystore.Row, error) {
-	if a.keysPerDay > 0 && actor.rank != operator {
-		wait, err := tx.FullFor(ctx, key.Account, a.keysPerDay)
-		if err != nil {
-			return keystore.Row{}, err
-		}
-		if wait > 0 {
-			return keystore.Row{}, &TooManyError{KeyCreated, wait}
-		}
+	if err := a.checkQuota(ctx, actor, KeyCreated, key.Account, tx.FullFor); err != nil {
+		return keystore.Row{}, err
 	}
 	row, err := tx.Insert(ctx, key)
 	if err != nil {
@@ -204,6 +198,23 @@ func (a *Admin) insert(ctx context.Context, tx *keystore.Tx, actor Actor, key ke
 		details["predecessor"] = row.Predecessor
 	}
 	return row, tx.Audit(ctx, entry(actor, KeyCreated, row, details))
+}
+
+// checkQuota refuses an action of which the account has had as many in 24 hours as it may; wait counts them.
+func (a *Admin) checkQuota(
+	ctx context.Context, actor Actor, done Action, account string, wait func(context.Context, string, int) (time.Duration, error),
+) error {
+	if a.keysPerDay <= 0 || actor.rank == operator {
+		return nil
+	}
+	retryAfter, err := wait(ctx, account, a.keysPerDay)
+	if err != nil {
+		return err
+	}
+	if retryAfter > 0 {
+		return &TooManyError{done, retryAfter}
+	}
+	return nil
 }
 
 // claim notes which key a request makes, if it has an idempotency key. If the same request came before, claim returns the key
@@ -334,14 +345,8 @@ func (a *Admin) Rename(ctx context.Context, actor Actor, id, name string) (Key, 
 		if err != nil || before == name {
 			return row, err
 		}
-		if a.keysPerDay > 0 && actor.rank != operator {
-			wait, err := tx.RenamedFor(ctx, row.Account, a.keysPerDay)
-			if err != nil {
-				return row, err
-			}
-			if wait > 0 {
-				return row, &TooManyError{KeyRenamed, wait}
-			}
+		if err := a.checkQuota(ctx, actor, KeyRenamed, row.Account, tx.RenamedFor); err != nil {
+			return row, err
 		}
 		return row, tx.Audit(ctx, entry(actor, KeyRenamed, row, map[string]any{"from": before, "to": name}))
 	})

@@ -139,18 +139,23 @@ returning `+rowColumns, key.ID, key.Account, key.Name, key.Environment.String(),
 // all. It looks at the account's newest only, ten times as many: a large import takes no longer to count. Others who ask for the
 // same account wait until the transaction ends, and then count what it has made. Keys made while Postgres's clock was ahead do not count
 // until it is there: an account would be locked out for as long as it was ahead. No account can set that clock back.
-func (t *Tx) FullFor(ctx context.Context, account string, limit int) (wait time.Duration, err error) {
+func (t *Tx) FullFor(ctx context.Context, account string, limit int) (time.Duration, error) {
 	const doing = "count new keys"
 	if err := t.exec(ctx, doing, `select pg_advisory_xact_lock(hashtextextended('rekall: keys made by ' || $1, 0))`, account); err != nil {
 		return 0, err
 	}
-	err = t.tx.QueryRow(ctx, `
+	return t.waitOf(ctx, doing, `
 select created_at + interval '24 hours' - statement_timestamp() from (
 	select id, created_by, created_at from rekall.api_keys
 	where account = $1 and created_at > statement_timestamp() - interval '24 hours' and created_at <= statement_timestamp()
 	order by created_at desc, id desc limit 10 * $2::bigint
 ) newest where split_part(created_by, ':', 1) in ('key', 'user')
-order by created_at desc, id desc offset $2::bigint - 1 limit 1`, account, limit).Scan(&wait)
+order by created_at desc, id desc offset $2::bigint - 1 limit 1`, account, limit)
+}
+
+// waitOf runs a statement that returns how long to wait, or no row: not at all.
+func (t *Tx) waitOf(ctx context.Context, doing, sql string, args ...any) (wait time.Duration, err error) {
+	err = t.tx.QueryRow(ctx, sql, args...).Scan(&wait)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return 0, nil
 	}

@@ -3,7 +3,6 @@ package keystore
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -39,20 +38,13 @@ values ($1, $2, nullif($3, ''), nullif($4, ''), nullif($5, ''), $6::jsonb)`,
 
 // RenamedFor is FullFor for renaming keys, whose lines in the audit are never deleted. It looks at the account's newest lines only, ten times
 // limit. Nobody waits for others: those who rename at the same moment may go beyond limit together, once in 24 hours.
-func (t *Tx) RenamedFor(ctx context.Context, account string, limit int) (wait time.Duration, err error) {
-	err = t.tx.QueryRow(ctx, `
+func (t *Tx) RenamedFor(ctx context.Context, account string, limit int) (time.Duration, error) {
+	return t.waitOf(ctx, "count new names", `
 select at + interval '24 hours' - statement_timestamp() from (
 	select id, at, actor, action from rekall.audit where account = $1 order by id desc limit 10 * $2::bigint
 ) newest where action = 'key.renamed' and split_part(actor, ':', 1) in ('key', 'user')
 	and at > statement_timestamp() - interval '24 hours' and at <= statement_timestamp()
-order by id desc offset $2::bigint - 1 limit 1`, account, limit).Scan(&wait)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return 0, nil
-	}
-	if err != nil {
-		return 0, failed("count new names", err)
-	}
-	return wait, nil
+order by id desc offset $2::bigint - 1 limit 1`, account, limit)
 }
 
 // AuditFilter selects entries of the audit. The zero value selects all.
