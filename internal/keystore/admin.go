@@ -184,9 +184,9 @@ func (t *Tx) Lock(ctx context.Context, reach Reach, id string) (Row, error) {
 	return t.Get(ctx, reach, id)
 }
 
-// Find returns the key with this digest, or an error that wraps ErrNoRow.
-func (r Reader) Find(ctx context.Context, reach Reach, digest apikey.Digest) (Row, error) {
-	return readRow(ctx, r.db, "find key", `select `+usedRowColumns+` from rekall.api_keys k
+// Find returns the key with this digest and its last use, or an error that wraps ErrNoRow.
+func (s *Store) Find(ctx context.Context, reach Reach, digest apikey.Digest) (Row, error) {
+	return readRow(ctx, s.pool, "find key", `select `+usedRowColumns+` from rekall.api_keys k
 where k.key_hash = $1 and ($2::boolean or k.account = $3) and ($4 = '' or k.environment = $4)`, digest[:], reach.all, reach.account, reach.environment)
 }
 
