@@ -98,12 +98,11 @@ type App struct {
 	// Default: none, each edge holds keys to their limits by itself: N edges together let through up to N times as much.
 	RateLimitStore string `json:"rate_limit_store,omitempty"`
 
-	ctx      caddy.Context
-	runtime  *runtime
-	poolKey  string
-	database string                  // Database, or its default, without placeholders
-	issuers  []*identitytoken.Issuer // of the gateways of this configuration that send identity tokens
-	limits   bool                    // a gateway of this configuration holds keys to their limits
+	ctx     caddy.Context
+	inUse   settings                // under which runtime is in the pool
+	runtime *runtime                // nil: none was taken
+	issuers []*identitytoken.Issuer // of the gateways of this configuration that send identity tokens
+	limits  bool                    // a gateway of this configuration holds keys to their limits
 
 	addresses    *ratelimit.Addresses // of the gateway of this configuration with the strictest address_limit; nil: none has one
 	addressLimit AddressLimit         // its settings
@@ -126,13 +125,11 @@ func (a *App) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
-	a.poolKey, a.database = fmt.Sprintf("%+v", s), s.database
-	value, _, err := runtimes.LoadOrNew(a.poolKey, func() (caddy.Destructor, error) { return newRuntime(s) })
+	value, _, err := runtimes.LoadOrNew(s, func() (caddy.Destructor, error) { return newRuntime(s) })
 	if err != nil {
-		a.poolKey = ""
 		return err
 	}
-	a.runtime = value.(*runtime)
+	a.inUse, a.runtime = s, value.(*runtime)
 	return a.runtime.metrics.register(ctx.GetMetricsRegistry())
 }
 
@@ -268,11 +265,11 @@ func (a *App) Stop() error { return nil }
 // Cleanup gives the runtime back. Unlike Stop it also runs when provisioning failed, and whatever it is that kept the configuration from
 // starting.
 func (a *App) Cleanup() error {
-	if a.poolKey == "" {
+	if a.runtime == nil {
 		return nil
 	}
 	a.runtime.unfollow(a)
-	_, err := runtimes.Delete(a.poolKey)
+	_, err := runtimes.Delete(a.inUse)
 	return err
 }
 

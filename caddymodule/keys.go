@@ -191,7 +191,7 @@ func (k *Keys) gitHub() (*keysapi.GitHub, error) {
 }
 
 func (k *Keys) management(app *App) (*management, error) {
-	database := app.database
+	database := app.inUse.database
 	if k.Database != "" {
 		var err error
 		if database, err = withoutPlaceholders(k.Database, false); err != nil { // a password may have braces

@@ -400,6 +400,32 @@ func TestRuntimesEndAtTheSameTimeWhenTheProcessDoes(t *testing.T) {
 	<-closed
 }
 
+// TestEdgesWhoseNamesAndRegionsReadAlikeAreNotTakenForOne: a reload would keep the name and the region from before it.
+func TestEdgesWhoseNamesAndRegionsReadAlikeAreNotTakenForOne(t *testing.T) {
+	provision := func(name, region string) *runtime {
+		t.Helper()
+		ctx, cancel := caddy.NewContext(caddy.Context{Context: t.Context()})
+		t.Cleanup(cancel)
+		a := &App{Database: "postgres://rekall@127.0.0.1:1/none", EdgeName: name, EdgeRegion: region}
+		if err := a.Provision(ctx); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := a.Cleanup(); err != nil {
+				t.Error(err)
+			}
+		})
+		return a.runtime
+	}
+	one := provision("a edgeRegion:b", "c")
+	if provision("a edgeRegion:b", "c") != one {
+		t.Error("the same settings have another runtime")
+	}
+	if provision("a", "b edgeRegion:c") == one {
+		t.Error("another edge's settings have the same runtime")
+	}
+}
+
 // TestAppStartsWithoutAnHTTPAppAndAddsNone: Caddy would range over a map that changes.
 func TestAppStartsWithoutAnHTTPAppAndAddsNone(t *testing.T) {
 	run(t, migrated(t), filepath.Join(t.TempDir(), "log"))
