@@ -160,7 +160,7 @@ exec setpriv --no-new-privs chroot --userspec=` + im.user + ` "$root" /usr/local
 	}
 	p := run(t, nil, "unshare", append(args, container.Args...)...)
 	health := "http://127.0.0.1:" + healthPort
-	eventually.Within(t, time.Minute, "the readiness probe passes", func() bool {
+	eventually.True(t, "the readiness probe passes", func() bool {
 		p.MustRun(t)
 		got, err := ask("GET", health+container.ReadinessProbe.HTTPGet.Path, "")
 		return err == nil && got.status == http.StatusOK
@@ -199,7 +199,7 @@ exec setpriv --no-new-privs chroot --userspec=` + im.user + ` "$root" /usr/local
 	caddyfile := strings.ReplaceAll(reload[1], "/etc/rekall", filepath.Join(root, "etc/rekall"))
 	command(t, program, r.database, append(strings.Fields(caddyfile), "--address", admin)...)
 	secure.Transport.(*http.Transport).TLSClientConfig = &tls.Config{RootCAs: pool(t, renewed), MinVersion: tls.VersionTLS12}
-	eventually.Within(t, time.Minute, "the renewed certificate is served", func() bool {
+	eventually.True(t, "the renewed certificate is served", func() bool {
 		got, err := askBy(secure, "GET", site, allowed)
 		return err == nil && got.status == http.StatusOK
 	})

@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/rekall-ai/gateway/test/eventually"
 	"github.com/rekall-ai/gateway/test/process"
@@ -80,7 +79,7 @@ func TestConfigurationOfTheGuideServesOnSystemdsSockets(t *testing.T) {
 			t.Fatal(err)
 		}
 		req.Host = "api.rekall.ai"
-		eventually.Within(t, time.Minute, "the site has its certificate", func() bool {
+		eventually.True(t, "the site has its certificate", func() bool {
 			resp, err := client.Do(req)
 			if err != nil {
 				return false

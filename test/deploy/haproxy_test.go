@@ -16,7 +16,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/rekall-ai/gateway/internal/devenv"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
@@ -112,7 +111,7 @@ func (b *balanced) server(i int) map[string]string {
 
 func (b *balanced) waitFor(i int, status string) {
 	b.t.Helper()
-	eventually.Within(b.t, time.Minute, fmt.Sprintf("HAProxy sees edge %d %s", i+1, status), func() bool {
+	eventually.True(b.t, fmt.Sprintf("HAProxy sees edge %d %s", i+1, status), func() bool {
 		b.haproxy.MustRun(b.t)
 		return b.server(i)["status"] == status
 	})

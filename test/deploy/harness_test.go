@@ -152,7 +152,7 @@ func (g *gateway) startReady() {
 
 func (g *gateway) waitReady() {
 	g.t.Helper()
-	eventually.Within(g.t, time.Minute, "the gateway is ready", func() bool {
+	eventually.True(g.t, "the gateway is ready", func() bool {
 		g.process.MustRun(g.t)
 		answer, err := ask("GET", g.admin+"/rekall/ready", "")
 		return err == nil && answer.status == http.StatusOK
@@ -254,7 +254,7 @@ func (l *load) note(got answer, err error) {
 func (l *load) waitMore(n int64) {
 	l.t.Helper()
 	from := l.good.Load()
-	eventually.Within(l.t, time.Minute, "requests are answered", func() bool { return l.good.Load() >= from+n || l.failed() > 0 })
+	eventually.True(l.t, "requests are answered", func() bool { return l.good.Load() >= from+n || l.failed() > 0 })
 }
 
 func (l *load) failed() int {

@@ -47,7 +47,7 @@ func startLoop(t *testing.T, database, name string, refresh, maxStaleness time.D
 		cache.Close()
 		store.Close()
 	})
-	eventually.Within(t, time.Minute, "the loop has synced", func() bool { return cache.Status().Fresh })
+	eventually.True(t, "the loop has synced", func() bool { return cache.Status().Fresh })
 	return &loop{cache}
 }
 

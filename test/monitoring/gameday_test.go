@@ -161,7 +161,7 @@ func newGame(t *testing.T) *fleet {
 	f.prometheus = startPrometheus(t, strings.Replace(hastened(t), "0.000003 *", "0.5 *", 1), f.edges...) // the day has many keys
 	f.clients = &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
 	f.revoke(f.revoked)
-	eventually.Within(t, time.Minute, "no alert fires any longer that no edge was scraped", func() bool { return len(f.prometheus.firing()) == 0 })
+	eventually.True(t, "no alert fires any longer that no edge was scraped", func() bool { return len(f.prometheus.firing()) == 0 })
 	return f
 }
 
@@ -215,7 +215,7 @@ backend edges
 		f.t.Fatalf("%v\n%s", err, output)
 	}
 	process.Start(f.t, process.Options{}, "haproxy", "-db", "-f", file)
-	eventually.Within(f.t, time.Minute, "HAProxy serves", func() bool { return status("http://"+f.front+"/v1/memories") == http.StatusUnauthorized })
+	eventually.True(f.t, "HAProxy serves", func() bool { return status("http://"+f.front+"/v1/memories") == http.StatusUnauthorized })
 }
 
 func (f *fleet) signal(edge int, signal syscall.Signal) {
@@ -243,7 +243,7 @@ func (f *fleet) restartEdges() {
 // waitForHAProxy waits until it has an edge's status.
 func (f *fleet) waitForHAProxy(edge int, status string) {
 	f.t.Helper()
-	eventually.Within(f.t, time.Minute, fmt.Sprintf("HAProxy sees edge %d %s", edge, status), func() bool {
+	eventually.True(f.t, fmt.Sprintf("HAProxy sees edge %d %s", edge, status), func() bool {
 		conn, err := net.Dial("unix", f.haproxy)
 		if err != nil {
 			return false
@@ -329,7 +329,7 @@ func (f *fleet) revoke(key keyadmin.Key) time.Time {
 func (f *fleet) play(d disaster) string {
 	key := f.keyAtPrimary()
 	for _, g := range f.edges {
-		eventually.Within(f.t, time.Minute, "the edge has the key", func() bool { return f.send(g.http, key) == http.StatusOK })
+		eventually.True(f.t, "the edge has the key", func() bool { return f.send(g.http, key) == http.StatusOK })
 	}
 	stream := f.openStream()
 	f.mu.Lock()
@@ -364,7 +364,7 @@ func (f *fleet) play(d disaster) string {
 		}
 		return f.send(f.front, f.good) == http.StatusOK
 	}
-	eventually.Within(f.t, time.Minute, d.what+": all edges serve again, without anybody's doing", recovered)
+	eventually.True(f.t, d.what+": all edges serve again, without anybody's doing", recovered)
 	refusedAfter := <-revoked
 	if d.what == nothing && len(fired) > 0 {
 		f.wrong = append(f.wrong, fmt.Sprintf("%v fired though nothing was broken", slices.Sorted(maps.Keys(fired))))
@@ -385,7 +385,7 @@ func (f *fleet) play(d disaster) string {
 	for _, alert := range slices.Sorted(maps.Keys(fired)) {
 		alerts = append(alerts, fmt.Sprintf("%s %s", alert, fired[alert]))
 	}
-	eventually.Within(f.t, time.Minute, "all alerts are over", func() bool { return len(f.prometheus.firing()) == 0 })
+	eventually.True(f.t, "all alerts are over", func() bool { return len(f.prometheus.firing()) == 0 })
 	return fmt.Sprintf("| %s | %s | %s | %s | %s | %s | %s |\n", d.what, broken.Round(time.Second), strings.Join(answers, ", "), gap,
 		stream(), refusedAfter.Round(time.Millisecond), strings.Join(alerts, ", "))
 }

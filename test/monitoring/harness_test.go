@@ -125,7 +125,7 @@ func (g *gateway) run() {
 	g.t.Helper()
 	g.process = process.Start(g.t, process.Options{Env: []string{"REKALL_DATABASE_URL=" + g.database, "HOME=" + filepath.Dir(g.file)}},
 		program, "run", "--config", g.file, "--adapter", "caddyfile")
-	eventually.Within(g.t, time.Minute, "the gateway is ready", func() bool { return status("http://"+g.admin+"/rekall/ready") == http.StatusOK })
+	eventually.True(g.t, "the gateway is ready", func() bool { return status("http://"+g.admin+"/rekall/ready") == http.StatusOK })
 }
 
 // ask sends a request with a key and returns the status.
@@ -192,9 +192,9 @@ func startPrometheus(t *testing.T, rules string, gateways ...*gateway) *promethe
 	p.configure(gateways...)
 	p.process = process.Start(t, process.Options{}, "prometheus", "--config.file="+filepath.Join(p.dir, "prometheus.yml"),
 		"--storage.tsdb.path="+filepath.Join(p.dir, "data"), "--web.listen-address="+p.address, "--log.level=warn")
-	eventually.Within(t, time.Minute, "Prometheus is ready", func() bool { return status("http://"+p.address+"/-/ready") == http.StatusOK })
+	eventually.True(t, "Prometheus is ready", func() bool { return status("http://"+p.address+"/-/ready") == http.StatusOK })
 	// Seconds later. What a counter shows at first is no increase of it.
-	eventually.Within(t, time.Minute, "Prometheus has scraped", func() bool { return len(p.query("rekall_keys_trusted")) == len(gateways) })
+	eventually.True(t, "Prometheus has scraped", func() bool { return len(p.query("rekall_keys_trusted")) == len(gateways) })
 	return p
 }
 
@@ -257,7 +257,7 @@ func (p *prometheus) firing() map[string]bool {
 func (p *prometheus) waitFiring(alerts ...string) {
 	p.t.Helper()
 	seen := make(map[string]bool)
-	eventually.Within(p.t, time.Minute, fmt.Sprintf("%v have fired", alerts), func() bool {
+	eventually.True(p.t, fmt.Sprintf("%v have fired", alerts), func() bool {
 		for alert := range p.firing() {
 			seen[alert] = true
 		}

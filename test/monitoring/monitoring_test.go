@@ -133,10 +133,10 @@ func TestEveryQueryReturnsDataAndEachAlertFiresWhenItsFaultIsMade(t *testing.T) 
 
 	for title, queries := range panels(t) {
 		for _, query := range queries {
-			eventually.Within(t, time.Minute, title+" has data: "+query, func() bool { return hasNumber(p.query(query)) })
+			eventually.True(t, title+" has data: "+query, func() bool { return hasNumber(p.query(query)) })
 		}
 	}
-	eventually.Within(t, time.Minute, "no alert fires while all is well", func() bool { return len(p.firing()) == 0 })
+	eventually.True(t, "no alert fires while all is well", func() bool { return len(p.firing()) == 0 })
 	fired := []string{"RekallRevocationSlow"}
 	fault := func(alerts ...string) {
 		t.Helper()
@@ -178,7 +178,7 @@ func TestEveryQueryReturnsDataAndEachAlertFiresWhenItsFaultIsMade(t *testing.T) 
 	fault("RekallEdgeRestarts")
 	for starts := range 3 {
 		other.run()
-		eventually.Within(t, time.Minute, "Prometheus has seen the start", func() bool {
+		eventually.True(t, "Prometheus has seen the start", func() bool {
 			return len(p.query(fmt.Sprintf("changes(process_start_time_seconds[15m]) > %d", starts))) == 1
 		})
 		other.process.Kill(t)
@@ -203,7 +203,7 @@ func TestEveryQueryReturnsDataAndEachAlertFiresWhenItsFaultIsMade(t *testing.T) 
 
 	fault("RekallCannotReport") // of an edge that could before: a minute later it counts as one that cannot
 	other.run()
-	eventually.Within(t, time.Minute, "the edge has counted the edges", func() bool { return strings.Contains(other.text(), "\nrekall_edges{") })
+	eventually.True(t, "the edge has counted the edges", func() bool { return strings.Contains(other.text(), "\nrekall_edges{") })
 	pgtest.Exec(t, r.database, "alter table rekall.edges add constraint unwelcome check (name <> 'other') not valid")
 
 	fault("RekallCannotManageKeys") // of nothing else is the audit a part
@@ -322,7 +322,7 @@ func TestMetricsFollowConventionsAndSurviveReloads(t *testing.T) {
 	for range 200 { // of which about one in 16 is timed
 		g.allowed(key)
 	}
-	eventually.Within(t, time.Minute, "usage is flushed", func() bool { return g.metric("rekall_usage_flushed_total") == 200 })
+	eventually.True(t, "usage is flushed", func() bool { return g.metric("rekall_usage_flushed_total") == 200 })
 	before := g.counters()
 	promtool(t, g.text(), "check", "metrics")
 

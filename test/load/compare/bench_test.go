@@ -207,7 +207,7 @@ func (b *bench) startBackend() {
 	b.fill("nginx-common.conf", "", "")
 	p := b.startNginx("backend", b.fill("backend.conf", "", ""))
 	for _, address := range b.backends {
-		eventually.Within(b.t, time.Minute, "the backend answers", func() bool {
+		eventually.True(b.t, "the backend answers", func() bool {
 			p.running()
 			status, body, err := b.ask("http://"+address, "")
 			return err == nil && status == http.StatusOK && body == answer
@@ -232,7 +232,7 @@ func (b *bench) startAuth() *program {
 	if b.auth == nil {
 		b.address = process.FreeAddress(b.t)
 		b.auth = startProgram(b.t, b.path("auth.log"), nil, authProgram, b.address, b.path("digests"))
-		eventually.Within(b.t, time.Minute, "the auth service answers", func() bool {
+		eventually.True(b.t, "the auth service answers", func() bool {
 			b.auth.running()
 			status, _, err := b.ask("http://"+b.address+"/auth", b.keys[0])
 			return err == nil && status == http.StatusOK
@@ -271,7 +271,7 @@ func (b *bench) ask(url, key string) (status int, body string, err error) {
 func (b *bench) prove(s *system) {
 	b.t.Helper()
 	url := s.url + "/v1/memories"
-	eventually.Within(b.t, time.Minute, s.name+" answers", func() bool {
+	eventually.True(b.t, s.name+" answers", func() bool {
 		s.own.running()
 		status, _, err := b.ask(url, b.keys[0])
 		return err == nil && status == http.StatusOK
