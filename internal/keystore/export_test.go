@@ -17,9 +17,9 @@ const (
 var (
 	FeedSQL = feedSQL
 
-	MigrateTo  = migrateTo
-	TakeTurn   = takeTurn
-	Migrations = migrations
+	MigrateTo      = migrateTo
+	TakeTurn       = takeTurn
+	MigrationFiles = migrationFiles
 )
 
 // Insert is Tx.Insert in a transaction of its own.

@@ -15,6 +15,9 @@ import (
 //go:embed migrations/*.sql
 var migrations embed.FS
 
+// migrationFiles are this binary's migrations.
+var migrationFiles, _ = fs.Sub(migrations, "migrations") // the name is a good one
+
 const (
 	versionTable = "rekall.schema_version"
 
@@ -60,11 +63,7 @@ func MigrateAndGrant(ctx context.Context, url string, roles Roles) (from, to int
 		return 0, 0, err
 	}
 	defer end()
-	files, err := fs.Sub(migrations, "migrations")
-	if err != nil {
-		return 0, 0, fmt.Errorf("migrate: %w", err)
-	}
-	if from, to, err = migrateTo(ctx, conn, files, lockPatience); err != nil {
+	if from, to, err = migrateTo(ctx, conn, migrationFiles, lockPatience); err != nil {
 		return from, from, fmt.Errorf("migrate: %w", byOwner(err))
 	}
 	if err = grantTo(ctx, conn, roles); err != nil {
@@ -150,15 +149,11 @@ func schemaVersion(ctx context.Context, tx pgx.Tx) (version int32, err error) {
 
 // known returns this binary's migrations, read by the migrator that would run them. It needs no connection for that.
 func known(ctx context.Context) ([]Migration, error) {
-	files, err := fs.Sub(migrations, "migrations")
-	if err != nil {
-		return nil, err
-	}
 	migrator, err := migrate.NewMigrator(ctx, nil, versionTable)
 	if err != nil {
 		return nil, err
 	}
-	if err := migrator.LoadMigrations(files); err != nil {
+	if err := migrator.LoadMigrations(migrationFiles); err != nil {
 		return nil, err
 	}
 	all := make([]Migration, 0, len(migrator.Migrations))

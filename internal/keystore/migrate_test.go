@@ -53,7 +53,7 @@ func TestPlanShowsWhatMigrateRunsAndChangesNothing(t *testing.T) {
 		t.Fatalf("from %d, %d migrations, %v", from, len(pending), err)
 	}
 	for i, m := range pending {
-		file, err := fs.ReadFile(keystore.Migrations, "migrations/"+m.Name)
+		file, err := fs.ReadFile(keystore.MigrationFiles, m.Name)
 		if err != nil || m.Version != int32(i+1) || strings.TrimSpace(m.SQL) != strings.TrimSpace(string(file)) {
 			t.Errorf("migration %d: version %d, %s is not its file: %v", i+1, m.Version, m.Name, err)
 		}
@@ -63,13 +63,9 @@ func TestPlanShowsWhatMigrateRunsAndChangesNothing(t *testing.T) {
 	}
 
 	// From every version on, the plan is what is left.
-	files, err := fs.Sub(keystore.Migrations, "migrations")
-	if err != nil {
-		t.Fatal(err)
-	}
 	some, conn := fstest.MapFS{}, connect(t, databaseURL) // one, which holds the lock of migrations until it is closed
 	for i, m := range pending {
-		text, err := fs.ReadFile(files, m.Name)
+		text, err := fs.ReadFile(keystore.MigrationFiles, m.Name)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -118,10 +114,6 @@ func TestDatabaseThatIsNotInUTF8IsRefusedUntouched(t *testing.T) {
 
 func TestMigrationsAtOnceRunOnce(t *testing.T) {
 	databaseURL := pgtest.URL(t)
-	files, err := fs.Sub(keystore.Migrations, "migrations")
-	if err != nil {
-		t.Fatal(err)
-	}
 	const processes = 8
 	var wg sync.WaitGroup
 	start := make(chan struct{})
@@ -134,7 +126,7 @@ func TestMigrationsAtOnceRunOnce(t *testing.T) {
 		wg.Go(func() {
 			defer func() { _ = conn.Close(context.WithoutCancel(t.Context())) }()
 			<-start // connecting takes longer than migrating, and would put them in a row
-			from, _, err := keystore.MigrateTo(t.Context(), conn, files, 0)
+			from, _, err := keystore.MigrateTo(t.Context(), conn, keystore.MigrationFiles, 0)
 			if err != nil {
 				t.Error(err)
 			}
@@ -195,7 +187,7 @@ func TestNewerSchemaIsRefusedUntouched(t *testing.T) {
 
 func TestFailedMigrationLeavesNothingHalfDone(t *testing.T) {
 	databaseURL := database(t)
-	first, err := fs.ReadFile(keystore.Migrations, "migrations/001_api_keys.sql")
+	first, err := fs.ReadFile(keystore.MigrationFiles, "001_api_keys.sql")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"path"
 	"strings"
 	"testing"
 	"testing/fstest"
@@ -212,17 +211,17 @@ func TestWhatAnEdgeWritesCanBeReadWhereverKeysAreManaged(t *testing.T) {
 func migratedBefore(t *testing.T, databaseURL, number string) {
 	t.Helper()
 	earlier := fstest.MapFS{}
-	files, err := fs.Glob(keystore.Migrations, "migrations/*.sql")
+	files, err := fs.Glob(keystore.MigrationFiles, "*.sql")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, name := range files {
-		if name < "migrations/"+number {
-			text, err := fs.ReadFile(keystore.Migrations, name)
+		if name < number {
+			text, err := fs.ReadFile(keystore.MigrationFiles, name)
 			if err != nil {
 				t.Fatal(err)
 			}
-			earlier[path.Base(name)] = &fstest.MapFile{Data: text}
+			earlier[name] = &fstest.MapFile{Data: text}
 		}
 	}
 	migrating := connect(t, databaseURL)

@@ -16,9 +16,6 @@ func (s *Store) SchemaVersion(ctx context.Context) (int32, error) {
 
 // KnownSchemaVersion is the newest version of the schema that this binary knows: the number of its migrations.
 func KnownSchemaVersion() int32 {
-	files, err := fs.Glob(migrations, "migrations/*.sql")
-	if err != nil {
-		panic(err) // the pattern is a good one
-	}
+	files, _ := fs.Glob(migrationFiles, "*.sql") // the pattern is a good one
 	return int32(len(files))
 }
