@@ -19,6 +19,8 @@ var (
 
 	MigrateTo      = migrateTo
 	TakeTurn       = takeTurn
+	Migrating      = migrating
+	InUse          = inUse
 	MigrationFiles = migrationFiles
 )
 

@@ -3,7 +3,6 @@ package keystore
 import (
 	"context"
 	"embed"
-	"errors"
 	"fmt"
 	"io/fs"
 	"time"
@@ -195,7 +194,7 @@ func migrateTo(ctx context.Context, conn *pgx.Conn, files fs.FS, patience time.D
 			return from, to, err
 		}
 		if time.Now().After(deadline) {
-			return from, to, inUse(ctx, conn)
+			return from, to, inUse(ctx, conn, err)
 		}
 		select {
 		case <-ctx.Done():
@@ -239,13 +238,13 @@ func takeTurn(ctx context.Context, conn *pgx.Conn, patience time.Duration) error
 		return err
 	})
 	if hasState(err, lockNotAvailable) {
-		return migrating(ctx, conn)
+		return migrating(ctx, conn, err)
 	}
 	return err
 }
 
-// migrating says who has the lock of migrations.
-func migrating(ctx context.Context, conn *pgx.Conn) error {
+// migrating says who has the lock of migrations, or if nobody can tell, what came of waiting for it.
+func migrating(ctx context.Context, conn *pgx.Conn, waited error) error {
 	var application string
 	var pid int
 	err := conn.QueryRow(ctx, `select l.pid, coalesce(a.application_name, '')
@@ -253,14 +252,14 @@ func migrating(ctx context.Context, conn *pgx.Conn) error {
 		where l.locktype = 'advisory' and l.granted and l.objsubid = 1 and (l.classid::bigint << 32) | l.objid::bigint = $1
 			and l.database = (select oid from pg_database where datname = current_database())`, migrateLock).Scan(&pid, &application)
 	if err != nil {
-		return errors.New("another migration took too long: run migrate again")
+		return fmt.Errorf("another migration took too long: run migrate again: %w", waited)
 	}
 	return fmt.Errorf("the lock of migrations is held by Postgres process %d (%q): "+
 		"run migrate again when that has ended, or end it with pg_terminate_backend(%[1]d)", pid, application)
 }
 
-// inUse says who has used a table of ours longest.
-func inUse(ctx context.Context, conn *pgx.Conn) error {
+// inUse says who has used a table of ours longest, or if nobody can tell, what came of waiting for one.
+func inUse(ctx context.Context, conn *pgx.Conn, waited error) error {
 	var table, application string
 	var pid int
 	err := conn.QueryRow(ctx, `select l.relation::regclass::text, l.pid, coalesce(a.application_name, '')
@@ -269,7 +268,7 @@ func inUse(ctx context.Context, conn *pgx.Conn) error {
 			and l.database = (select oid from pg_database where datname = current_database())
 		order by a.xact_start limit 1`).Scan(&table, &pid, &application)
 	if err != nil {
-		return errors.New("a table was in use for too long: run migrate again when no long transaction, such as pg_dump's, uses it")
+		return fmt.Errorf("a table was in use for too long: run migrate again when no long transaction, such as pg_dump's, uses it: %w", waited)
 	}
 	return fmt.Errorf("table %s is in use by Postgres process %d (%q): run migrate again when its transaction has ended, or end it with pg_terminate_backend(%[2]d)",
 		table, pid, application)

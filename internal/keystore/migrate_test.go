@@ -270,6 +270,16 @@ func TestMigrationThatCannotHaveATableSaysWhoUsesItAndChangesNothing(t *testing.
 	}
 }
 
+func TestMigrationThatCannotSayWhoIsInItsWaySaysWhatItMet(t *testing.T) {
+	databaseURL := pgtest.URL(t)
+	waited := errors.New("canceling statement due to lock timeout")
+	for name, say := range map[string]func(context.Context, *pgx.Conn, error) error{"turn": keystore.Migrating, "table": keystore.InUse} {
+		if err := say(t.Context(), connect(t, databaseURL), waited); !errors.Is(err, waited) { // nobody is, any longer
+			t.Errorf("%s: the error is %v", name, err)
+		}
+	}
+}
+
 func TestMigrateNeedsNoRightToCreateSchemasWhereOneIsGiven(t *testing.T) {
 	databaseURL := pgtest.URL(t)
 	role := "gateway_" + strings.ToLower(apikey.RandomText(8))
