@@ -38,8 +38,8 @@ func init() { caddy.RegisterModule(Transport{}) }
 // That a backend cannot be dialled, or does not answer in time once it has the whole request (response_header_timeout), counts
 // always. The proxy's unhealthy_latency and unhealthy_request_count do count slow uploads and streams of clients: leave them out.
 //
-// To backends that speak HTTP/2, requests with more than 8,000 bytes in one header or in the target, 14,000 in all, or 96 headers are
-// not sent: they are answered 431, since common servers break off all other requests of the connection for them.
+// To backends that speak HTTP/2, requests with more than 8,000 bytes in one header or in the target, 14,000 in all, or 92 headers beside
+// Host are not sent: they are answered 431, since common servers break off all other requests of the connection for them.
 //
 // It takes all options of the transport "http", except that keepalive_idle_conns_per_host defaults to 512, and is configured
 // like it:
