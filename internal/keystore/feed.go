@@ -88,7 +88,7 @@ const MaxChanges = 50_000
 // keyColumns are what a record has of a key named k.
 const keyColumns = `k.id, k.account, k.key_hash, k.environment, k.scopes, k.manage_keys, k.expires_at, k.revoked_at`
 
-// recordColumns are what a row receives, of a key named k and its limits, which one of the joins below adds.
+// recordColumns are what a recordRow receives, of a key named k and its limits, which one of the joins below adds.
 const recordColumns = keyColumns + `,
 	a.tier, coalesce(o.requests_per_minute, a.requests_per_minute), coalesce(o.burst, a.burst),
 	coalesce(o.concurrent_requests, a.concurrent_requests)`

@@ -23,7 +23,7 @@ type recordRow struct {
 	decoded map[string]apikey.Scopes // few sets of scopes serve most keys; to decode an array takes longer than all the rest
 }
 
-// maxDecoded bounds row.decoded.
+// maxDecoded bounds recordRow.decoded.
 const maxDecoded = 1000
 
 func (r *recordRow) targets() []any {
