@@ -117,6 +117,45 @@ func TestKeyIsRenamedRotatedAndRestoredFromTheCommandLine(t *testing.T) {
 	}
 }
 
+// TestListThatIsCutSaysSoBesideIt: in an incident, the newest entries would be taken for all that there are.
+func TestListThatIsCutSaysSoBesideIt(t *testing.T) {
+	t.Parallel()
+	k := newKeysCLI(t)
+	const keys = 101 // one more than the audit shows, and than a page has
+	var file strings.Builder
+	file.WriteString("hash,account,name,environment,scopes\n")
+	for i := range keys {
+		fmt.Fprintf(&file, "%064x,acme,Backend,sandbox,memories:read\n", i)
+	}
+	if _, stderr, code := k.try(file.String(), "import", "-", "--format", "csv"); code != 0 {
+		t.Fatalf("import: exit %d, %s", code, stderr)
+	}
+	k.run("revoke", "--account", "acme", "--yes") // which the audit has for each key
+	for _, list := range []struct {
+		args string
+		want int // shown; all of them are no cut
+	}{
+		{"audit --action key.revoked", 100}, {"audit --action key.revoked --limit 0", keys}, {"audit --action key.revoked --limit 7", 7},
+		{"audit --action key.revoked --limit 100", 100}, {"audit --action key.revoked --limit 101", keys},
+		{"list", keys}, {"list --limit 0", keys}, {"list --limit 7", 7}, {"list --limit 100", 100}, {"list --limit 101", keys},
+	} {
+		want := ""
+		if list.want < keys {
+			want = fmt.Sprintf("The newest %d; --limit 0 shows all.\n", list.want)
+		}
+		for _, more := range []string{"", " --json"} {
+			stdout, stderr, code := k.try("", strings.Fields(list.args+more)...)
+			shown := strings.Count(stdout, "\n") - 1 // of its head
+			if more != "" {
+				shown = len(decoded[[]any](k, stdout))
+			}
+			if code != 0 || shown != list.want || stderr != want {
+				t.Errorf("%s: exit %d, %d shown, %q; want %d and %q", list.args+more, code, shown, stderr, list.want, want)
+			}
+		}
+	}
+}
+
 func TestRevokeNamesTheSuccessorThatLivesOn(t *testing.T) {
 	t.Parallel()
 	k := newKeysCLI(t)

@@ -109,7 +109,7 @@ func listKeys(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadm
 	if err != nil {
 		return err
 	}
-	keys, err := pages(limit, func(cursor string) ([]keyadmin.Key, string, error) {
+	keys, cut, err := pages(limit, func(cursor string) ([]keyadmin.Key, string, error) {
 		request.Cursor = cursor
 		page, err := admin.List(ctx, operator(), request)
 		return page.Keys, page.NextCursor, err
@@ -117,7 +117,7 @@ func listKeys(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadm
 	if err != nil {
 		return err
 	}
-	return show(cmd, keys, func(w io.Writer) {
+	err = show(cmd, keys, func(w io.Writer) {
 		if len(keys) == 0 {
 			if filtered {
 				fmt.Fprintln(w, "No key matches.")
@@ -128,20 +128,29 @@ func listKeys(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadm
 		}
 		keyTable(w, keys)
 	})
+	tellCut(cmd, len(keys), cut && err == nil)
+	return err
 }
 
-// pages returns up to limit of what next returns, page by page; never null.
-func pages[T any](limit int, next func(cursor string) (page []T, nextCursor string, err error)) ([]T, error) {
-	all := []T{}
+// pages returns up to limit of what next returns, page by page, and whether there is more; never null.
+func pages[T any](limit int, next func(cursor string) (page []T, nextCursor string, err error)) (all []T, cut bool, err error) {
+	all = []T{}
 	for cursor := ""; ; {
 		page, nextCursor, err := next(cursor)
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
 		all = append(all, page...)
 		if cursor = nextCursor; cursor == "" || len(all) >= limit {
-			return all[:min(len(all), limit)], nil
+			return all[:min(len(all), limit)], cursor != "" || len(all) > limit, nil
 		}
+	}
+}
+
+// tellCut says that a list is not the whole: in an incident, it would be taken for all that happened.
+func tellCut(cmd *cobra.Command, shown int, cut bool) {
+	if cut {
+		fmt.Fprintf(cmd.ErrOrStderr(), "The newest %d; --limit 0 shows all.\n", shown)
 	}
 }
 
@@ -252,7 +261,7 @@ func showAudit(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyad
 			return err
 		}
 	}
-	entries, err := pages(limit, func(cursor string) ([]keyadmin.AuditEntry, string, error) {
+	entries, cut, err := pages(limit, func(cursor string) ([]keyadmin.AuditEntry, string, error) {
 		request.Cursor = cursor
 		page, err := admin.Audit(ctx, operator(), request)
 		return page.Entries, page.NextCursor, err
@@ -260,7 +269,7 @@ func showAudit(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyad
 	if err != nil {
 		return err
 	}
-	return show(cmd, entries, func(w io.Writer) {
+	err = show(cmd, entries, func(w io.Writer) {
 		if len(entries) == 0 {
 			if filtered {
 				fmt.Fprintln(w, "No entry matches.")
@@ -276,6 +285,8 @@ func showAudit(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyad
 		}
 		t.print(w)
 	})
+	tellCut(cmd, len(entries), cut && err == nil)
+	return err
 }
 
 func keysCheckCommand() *cobra.Command {
