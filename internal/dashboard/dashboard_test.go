@@ -1106,6 +1106,25 @@ func TestRotationIsMadeOnceThoughItsFormIsSentAgain(t *testing.T) {
 	}
 }
 
+// TestSuccessorThatNobodyCopiedIsNotSaidToBeReplacedByAnother: revoked, it would leave the old key without the end that its first use sets.
+func TestSuccessorThatNobodyCopiedIsNotSaidToBeReplacedByAnother(t *testing.T) {
+	r := newRig(t)
+	b := r.browser("ann@acme")
+	key := r.key("acme", "Created", false)
+	old := r.key("acme", "Old", false)
+	next, _, err := r.admin.Rotate(t.Context(), operator, old.ID, keyadmin.RotateRequest{Overlap: keyadmin.Overlap{For: time.Hour, OnFirstUse: true}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const another, undo = "If you did not copy it, revoke it and create another.", "If you did not copy it, undo the rotation of the older key"
+	b.do("/"+key.ID+"?done=existing", nil).want(t, http.StatusOK, another)
+	page := b.do("/"+next.ID+"?done=existing", nil)
+	page.want(t, http.StatusOK, undo, "If the older key has ended, revoke this one and create another.", `href="`+dashboard.Root+"/"+old.ID+`"`)
+	if strings.Contains(page.body, another) {
+		t.Error("the page has a successor revoked that the old key waits for")
+	}
+}
+
 func TestLinkMakesThePageClaimNothingThatIsNotSo(t *testing.T) {
 	r := newRig(t)
 	key := r.key("acme", "Leaked", false)

@@ -140,7 +140,7 @@ func (k keyData) notice(done string) string {
 		"revoked": {k.Key.Status == keyadmin.Revoked, "The key is revoked, for good."},
 		"existing": {
 			k.Key.LastUsedAt == nil && !k.Key.LastUseUnknown,
-			"That form was sent before: the key exists already, and was shown then. If you did not copy it, revoke it and create another.",
+			"That form was sent before: the key exists already, and was shown then. If you did not copy it, " + k.insteadOf(),
 		},
 		"rotated": {k.Rotation != nil, "This key is being rotated already. Its successor was shown when it was made."},
 		"awaited": {
@@ -155,6 +155,16 @@ func (k keyData) notice(done string) string {
 		return ""
 	}
 	return notice.text
+}
+
+// insteadOf is what to do about a key that nobody has copied. A successor that is revoked would leave the older key without an end, if
+// that ends by its first use.
+func (k keyData) insteadOf() string {
+	if k.Key.Predecessor == nil {
+		return "revoke it and create another."
+	}
+	return "undo the rotation of the older key that it replaces, and rotate that again. " +
+		"If the older key has ended, revoke this one and create another."
 }
 
 // addUsage adds what the key was used for in the range that was asked for, and its marks.
