@@ -154,11 +154,7 @@ func (v *visit) showForm(status int, data createData, scopes []string) error {
 	grants := v.actor.Grants()
 	data.Groups, data.Narrow = groups(grants, scopes), len(grants) < len(apikey.ScopeNames())
 	data.Production = v.actor.Manages(apikey.Production.String())
-	title := "Create New Key"
-	if data.Problem != "" {
-		title = "Error: " + title
-	}
-	return v.show(status, "new", layout{Title: title, Data: data})
+	return v.show(status, "new", layout{Title: titled("Create New Key", data.Problem), Data: data})
 }
 
 // form reads what was sent. A body that cannot be read is the client's mistake.

@@ -184,9 +184,23 @@ type layout struct {
 	Title    string
 	Account  string // empty: nobody is signed in
 	CanLeave bool   // whether there is a session to end
-	Notice   string
+	Notice   notice
 	Live     string // address of a page that shows what changes by itself; empty: it does not
 	Data     any
+}
+
+// notice is what is said above a page; empty: nothing.
+type notice struct {
+	Text  string
+	Warns bool // it says what was not done
+}
+
+// titled is the title of a page with this problem, which who does not see the page hears first.
+func titled(title, problem string) string {
+	if problem != "" {
+		return "Error: " + title
+	}
+	return title
 }
 
 // show writes a page as a whole or, if its template fails, not at all.

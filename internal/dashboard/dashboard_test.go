@@ -1131,7 +1131,7 @@ func TestLinkMakesThePageClaimNothingThatIsNotSo(t *testing.T) {
 	b := r.browser("ann@acme")
 	for _, word := range []string{"revoked", "undone", "rotated", "awaited", "ended"} {
 		for _, page := range []reply{b.do("/"+key.ID+"?done="+word, nil), b.do("?done="+word, nil), r.browser("").do("?done="+word, nil)} {
-			if strings.Contains(page.body, `class="notice"`) {
+			if strings.Contains(page.body, `class="notice"`) || strings.Contains(page.body, `class="warning"`) {
 				t.Errorf("%s has a notice", page.Request.URL)
 			}
 		}
@@ -1141,6 +1141,71 @@ func TestLinkMakesThePageClaimNothingThatIsNotSo(t *testing.T) {
 	}
 	b.do("/"+key.ID+"?done=revoked", nil).want(t, http.StatusOK, "The key is revoked, for good.")
 	b.do("/"+key.ID+"?done=ended", nil).want(t, http.StatusOK, "This key has ended.")
+}
+
+// TestFormThatChangedNothingIsAnsweredWithAWarning: in the colors of what was done, a refusal looks like success.
+func TestFormThatChangedNothingIsAnsweredWithAWarning(t *testing.T) {
+	r := newRig(t)
+	b := r.browser("ann@acme")
+	once := apikey.RandomText(32)
+	rotate, at := url.Values{"overlap": {"on-first-use"}, "once": {once}}, url.Values{"overlap": {"0"}}
+	old, free, ended := r.key("acme", "Old", false), r.key("acme", "Free", false), r.key("acme", "Ended", false)
+	b.do("/"+old.ID+"/rotate", rotate).want(t, http.StatusCreated)
+	rotated, err := r.admin.Get(t.Context(), operator, old.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.admin.Revoke(t.Context(), operator, ended.ID); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		path string
+		form url.Values
+		said string
+	}{
+		{"/" + old.ID + "/rotate", rotate, `<p class="warning" role="alert">That form was sent before`},
+		{"/" + old.ID + "/rotate", at, `<p class="warning" role="alert">This key is being rotated already.`},
+		{"/" + *rotated.Successor + "/rotate", at, `<p class="warning" role="alert">This key was not used yet`},
+		{"/" + ended.ID + "/rotate", at, `<p class="warning" role="alert">This key has ended.`},
+		{"/" + free.ID + "/rotate/undo", url.Values{}, `<p class="warning" role="alert">This key is not being rotated`},
+		{"/" + free.ID + "/rename", url.Values{"name": {"Free, still"}}, `<p class="notice" role="status">The key has its new name.`},
+		{"/" + old.ID + "/rotate/undo", url.Values{}, `<p class="notice" role="status">The rotation is undone.`},
+		{"/" + free.ID + "/revoke", url.Values{"name": {free.ID}}, `<p class="notice" role="status">The key is revoked`},
+	} {
+		done := b.do(test.path, test.form)
+		done.want(t, http.StatusSeeOther)
+		b.do(strings.TrimPrefix(done.Header.Get("Location"), dashboard.Root), nil).want(t, http.StatusOK, test.said)
+	}
+}
+
+// TestTitleOfAFormThatComesBackSaysThatItHasAProblem: who hears the page hears its title first.
+func TestTitleOfAFormThatComesBackSaysThatItHasAProblem(t *testing.T) {
+	r := newRig(t)
+	b := r.browser("ann@acme")
+	key, old := r.key("acme", "Mine", false), r.key("acme", "Old", false)
+	next, _, err := r.admin.Rotate(t.Context(), operator, old.ID, keyadmin.RotateRequest{Overlap: keyadmin.Overlap{For: time.Hour}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pgtest.Exec(t, r.database, `insert into rekall.last_used (key_id, first_used_at, last_used_at) values ($1, now(), now())`, next.ID)
+	for _, test := range []struct {
+		b           *browser
+		path, title string
+		form        url.Values
+		status      int
+	}{
+		{b, "/" + key.ID + "/revoke", "Revoke key", url.Values{"name": {"other"}}, http.StatusUnprocessableEntity},
+		{b, "/" + old.ID + "/rotate/undo", "Undo rotation", url.Values{"name": {"other"}}, http.StatusUnprocessableEntity},
+		{b, "/" + key.ID + "/rename", "Mine", url.Values{"name": {""}}, http.StatusUnprocessableEntity},
+		{b, "/new", "Create New Key", createForm(""), http.StatusUnprocessableEntity},
+		{r.browser(""), "/sign-in", "Sign in", url.Values{"key": {"rk_none"}}, http.StatusUnauthorized},
+	} {
+		test.b.do(test.path, test.form).want(t, test.status, "<title>Error: "+test.title+" ")
+	}
+	r.browser("").do("", nil).want(t, http.StatusUnauthorized, "<title>Sign in ")
+	for path, title := range map[string]string{"/" + key.ID + "/revoke": "Revoke key", "/" + old.ID + "/rotate/undo": "Undo rotation", "/new": "Create New Key"} {
+		b.do(path, nil).want(t, http.StatusOK, "<title>"+title+" ")
+	}
 }
 
 func TestPageClaimsNothingOfEdgesThatDoNotReport(t *testing.T) {

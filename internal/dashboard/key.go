@@ -110,11 +110,8 @@ func (d *Dashboard) showKeyPage(v *visit, status int, newName, problem string) e
 	}
 	data.Edges = d.edgesOf(ctx, key)
 	done := v.r.URL.Query().Get("done")
-	page := layout{Title: key.Name, Notice: data.notice(done)}
-	if problem != "" {
-		page.Title = "Error: " + key.Name
-	}
-	if done == "undone" && page.Notice != "" {
+	page := layout{Title: titled(key.Name, problem), Notice: data.notice(done)}
+	if done == "undone" && page.Notice.Text != "" {
 		if data.Heir, err = d.heir(ctx, v.actor, data.History); err != nil {
 			return err
 		}
@@ -128,33 +125,33 @@ func (d *Dashboard) showKeyPage(v *visit, status int, newName, problem string) e
 
 // notice is what a key's page says after a form was sent, by the word in its address. Anybody can make a link with any word, so
 // it is said only of a key that is so.
-func (k keyData) notice(done string) string {
+func (k keyData) notice(done string) notice {
 	active := k.Key.Status == keyadmin.Active
 	undone := slices.ContainsFunc(k.History, func(e keyadmin.AuditEntry) bool { return e.Action == keyadmin.KeyRotationUndone })
-	notice := map[string]struct {
-		holds bool
-		text  string
+	said := map[string]struct {
+		holds, warns bool
+		text         string
 	}{
-		"renamed": {true, "The key has its new name."},
-		"undone":  {undone && k.Rotation == nil, "The rotation is undone. The successor is revoked, and this key has its old expiry again."},
-		"revoked": {k.Key.Status == keyadmin.Revoked, "The key is revoked, for good."},
+		"renamed": {true, false, "The key has its new name."},
+		"undone":  {undone && k.Rotation == nil, false, "The rotation is undone. The successor is revoked, and this key has its old expiry again."},
+		"revoked": {k.Key.Status == keyadmin.Revoked, false, "The key is revoked, for good."},
 		"existing": {
-			k.Key.LastUsedAt == nil && !k.Key.LastUseUnknown,
+			k.Key.LastUsedAt == nil && !k.Key.LastUseUnknown, true,
 			"That form was sent before: the key exists already, and was shown then. If you did not copy it, " + k.insteadOf(),
 		},
-		"rotated": {k.Rotation != nil, "This key is being rotated already. Its successor was shown when it was made."},
+		"rotated": {k.Rotation != nil, true, "This key is being rotated already. Its successor was shown when it was made."},
 		"awaited": {
-			active && k.Key.OverlapOnFirstUse != nil,
+			active && k.Key.OverlapOnFirstUse != nil, true,
 			"This key was not used yet, and the older key that it replaces lives on until then. " +
 				"Use it first, or undo the rotation of the older key.",
 		},
-		"ended":      {!active, "This key has ended. Create a new one."},
-		"norotation": {k.Rotation == nil && !k.Key.GraceStarted, "This key is not being rotated: there is nothing to undo."},
+		"ended":      {!active, true, "This key has ended. Create a new one."},
+		"norotation": {k.Rotation == nil && !k.Key.GraceStarted, true, "This key is not being rotated: there is nothing to undo."},
 	}[done]
-	if !notice.holds {
-		return ""
+	if !said.holds {
+		return notice{}
 	}
-	return notice.text
+	return notice{said.text, said.warns}
 }
 
 // insteadOf is what to do about a key that nobody has copied. A successor that is revoked would leave the older key without an end, if
@@ -383,7 +380,7 @@ func (d *Dashboard) undoRotation(v *visit) error {
 		if data.Typed == "" {
 			data.Problem = "The successor is in use. Nothing was undone."
 		}
-		return v.show(http.StatusUnprocessableEntity, "undo", layout{Title: "Undo rotation", Data: data})
+		return v.show(http.StatusUnprocessableEntity, "undo", layout{Title: titled("Undo rotation", data.Problem), Data: data})
 	}
 	id := data.Key.ID
 	_, _, err = d.Admin.UndoRotation(v.r.Context(), v.actor, id)
@@ -422,7 +419,7 @@ func (d *Dashboard) revoke(v *visit) error {
 	data.Typed = strings.TrimSpace(form.Get("name"))
 	if data.Typed != data.Key.Name && data.Typed != data.Key.ID {
 		data.Problem = "That is not the key's name. Nothing was revoked."
-		return v.show(http.StatusUnprocessableEntity, "revoke", layout{Title: "Revoke key", Data: data})
+		return v.show(http.StatusUnprocessableEntity, "revoke", layout{Title: titled("Revoke key", data.Problem), Data: data})
 	}
 	_, err = d.Admin.Revoke(v.r.Context(), v.actor, data.Key.ID)
 	if err != nil && !errors.Is(err, keyadmin.ErrAlreadyRevoked) {

@@ -224,7 +224,7 @@ type signInData struct {
 }
 
 func (v *visit) showSignIn(status int, data signInData) {
-	if err := v.show(status, "sign-in", layout{Title: "Sign in", Data: data}); err != nil {
+	if err := v.show(status, "sign-in", layout{Title: titled("Sign in", data.Problem), Data: data}); err != nil {
 		http.Error(v.w, "Sign in.", status)
 	}
 }
