@@ -1178,6 +1178,39 @@ func TestFormThatChangedNothingIsAnsweredWithAWarning(t *testing.T) {
 	}
 }
 
+// TestEachFormThatChangesAKeyIsSentOnce: a second click loses what the answer to the first says.
+func TestEachFormThatChangesAKeyIsSentOnce(t *testing.T) {
+	r := newRig(t)
+	b := r.browser("ann@acme")
+	rotate := func(key keyadmin.Key) keyadmin.Key {
+		next, _, err := r.admin.Rotate(t.Context(), operator, key.ID, keyadmin.RotateRequest{Overlap: keyadmin.Overlap{For: time.Hour}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return next
+	}
+	rotated, alone := r.key("acme", "Rotated", false), r.key("acme", "Alone", false)
+	rotate(rotated)
+	if _, err := r.admin.Revoke(t.Context(), operator, rotate(alone).ID); err != nil {
+		t.Fatal(err)
+	}
+	undo := func(key keyadmin.Key) string { return `action="` + dashboard.Root + "/" + key.ID + `/rotate/undo"` }
+	for path, form := range map[string]string{
+		"/new": `action="` + dashboard.Root + `/new"`, "/" + rotated.ID: undo(rotated), "/" + alone.ID: undo(alone),
+		"/" + rotated.ID + "/revoke": "/revoke", "/" + rotated.ID + "/rotate": "/rotate",
+	} {
+		forms := regexp.MustCompile(`<form method="post"[^>]*>`).FindAllString(b.do(path, nil).body, -1)
+		if !strings.Contains(strings.Join(forms, ""), form) {
+			t.Errorf("%s has no form with %s", path, form)
+		}
+		for _, form := range forms {
+			if !strings.Contains(form, " data-once") {
+				t.Errorf("%s can be sent twice: %s", path, form)
+			}
+		}
+	}
+}
+
 // TestTitleOfAFormThatComesBackSaysThatItHasAProblem: who hears the page hears its title first.
 func TestTitleOfAFormThatComesBackSaysThatItHasAProblem(t *testing.T) {
 	r := newRig(t)
