@@ -22,7 +22,6 @@ type size struct{ Width, Height float64 }
 var (
 	sparkline = size{112, 28}
 	wide      = size{960, 180}
-	line      = size{960, 14}
 )
 
 // bar is one hour or day: what was denied stands upon what was allowed.
@@ -96,9 +95,4 @@ func draw(points []point, s size, unit string) chart {
 		c.Bars = append(c.Bars, b)
 	}
 	return c
-}
-
-// meter draws a share of 100 as a line.
-func meter(percent int64) chart {
-	return chart{size: line, Bars: []bar{{Width: line.Width * float64(percent) / 100}}}
 }

@@ -988,7 +988,7 @@ func TestPageShowsNoNegativeNumberOfCountsThatAnEdgeMadeUp(t *testing.T) {
 			t.Errorf("%q shows %s", path, negative)
 		}
 	}
-	b.do("/"+old.ID, nil).want(t, http.StatusOK, "(50 %)")
+	b.do("/"+old.ID, nil).want(t, http.StatusOK, "(50 %)", `class="new" width="50"`)
 }
 
 func TestUndoingARotationWhoseSuccessorIsInUseAsksForItsName(t *testing.T) {

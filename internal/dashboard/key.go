@@ -62,7 +62,6 @@ type rotation struct {
 	Share              int64 // of the successor, in percent
 	Quiet              bool  // nobody used either
 	Moved              bool  // nobody used the old key
-	Chart              chart
 }
 
 // edges is how a revocation arrives.
@@ -215,7 +214,6 @@ func (d *Dashboard) rotationOf(v *visit, old keyadmin.Key, known bool) (*rotatio
 		r.Share = r.NewCount * 100 / sum
 	}
 	r.Quiet, r.Moved = r.OldCount+r.NewCount == 0, r.OldCount == 0 && r.NewCount > 0
-	r.Chart = meter(r.Share)
 	return r, nil
 }
 
@@ -327,9 +325,7 @@ func (d *Dashboard) rotate(v *visit) error {
 	switch {
 	case replayed:
 		return v.redirect(Root+"/"+successor.ID, "existing")
-	case errors.Is(err, keyadmin.ErrIdempotencyMismatch): // the form made a successor, and was sent with another choice
-		return v.redirect(Root+"/"+id, "rotated")
-	case errors.Is(err, keyadmin.ErrAlreadyRotated):
+	case errors.Is(err, keyadmin.ErrAlreadyRotated), errors.Is(err, keyadmin.ErrIdempotencyMismatch): // the latter: sent again with another choice
 		return v.redirect(Root+"/"+id, "rotated")
 	case errors.Is(err, keyadmin.ErrAwaited):
 		return v.redirect(Root+"/"+id, "awaited")

@@ -236,5 +236,5 @@ func marks(key keyadmin.Key, usage keyadmin.Usage) []mark {
 	if key.LastUsedAt == nil && !key.LastUseUnknown && usage.FirstUsedAt == nil {
 		marks = append(marks, mark{"quiet", "Never used", "No request was allowed with this key so far"})
 	}
-	return slices.Clip(marks)
+	return marks
 }
