@@ -97,7 +97,8 @@ func TestForwardedKeyCannotBeWrittenIntoTheLogs(t *testing.T) {
 	}
 }
 
-// TestCommandsInTheGuidesWork runs each line of each shell block, as it is written but for addresses and ids.
+// TestCommandsInTheGuidesWork runs each line of each shell block, as it is written but for addresses and ids. Those that use the API show
+// the code of an error as well.
 func TestCommandsInTheGuidesWork(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
@@ -130,6 +131,16 @@ func TestCommandsInTheGuidesWork(t *testing.T) {
 	}
 	if commands < 6 {
 		t.Errorf("only %d commands found", commands)
+	}
+	for line := range strings.Lines(strings.Join(blocksOf(t, guides[1], "sh"), "")) {
+		if line = strings.TrimSpace(line); line == "" {
+			continue
+		}
+		cmd := exec.Command("bash", "-c", real.Replace(line))
+		cmd.Env = append(os.Environ(), "REKALL_API_KEY=rk_none", "REKALL_MANAGING_KEY=rk_none")
+		if output, err := cmd.Output(); err == nil || !strings.Contains(string(output), `"API_KEY_INVALID"`) {
+			t.Errorf("%s: %v, and no code to decide by: %s", line, err, output)
+		}
 	}
 	for _, part := range []string{`"backend": "production"`, `"ready": true`, `"predecessor":"` + key.ID, `"status":"revoked"`} {
 		if !strings.Contains(outputs, part) {
