@@ -2,6 +2,7 @@ package caddymodule
 
 import (
 	"errors"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -72,13 +73,13 @@ func parseApp(d *caddyfile.Dispenser, existing any) (any, error) {
 			continue
 		}
 		if option == "edge" {
-			switch args := d.RemainingArgs(); len(args) {
-			case 2:
-				app.EdgeName, app.EdgeRegion = args[0], args[1]
-			case 1:
-				app.EdgeName = args[0]
-			default:
-				return nil, d.Err("edge takes a name and, if you like, a region")
+			args := d.RemainingArgs()
+			if len(args) < 1 || len(args) > 2 || slices.Contains(args, "") { // an empty name would be the host's
+				return nil, d.Err("edge takes a name and, if you like, a region: see that each {$VARIABLE} in them is set")
+			}
+			app.EdgeName = args[0]
+			if len(args) == 2 {
+				app.EdgeRegion = args[1]
 			}
 			continue
 		}
@@ -293,10 +294,10 @@ func parseIdentityToken(h httpcaddyfile.Helper) (*IdentityToken, error) {
 		switch {
 		case option != "issuer" && option != "audience" && option != "lifetime":
 			return nil, h.Errf("unknown identity_token option %q: use issuer, audience or lifetime", option)
-		case len(values) == 0:
+		case option == "audience" && len(values) == 0:
 			return nil, h.Errf("%s needs a value", option)
-		case len(values) > 1 && option != "audience":
-			return nil, h.Errf("%s takes one value", option)
+		case option != "audience" && (len(values) != 1 || values[0] == ""):
+			return nil, h.Errf(takesOneValue, option)
 		}
 		switch option {
 		case "issuer":
