@@ -120,11 +120,10 @@ func (d *drains) Handle(ctx context.Context, _ caddy.Event) error {
 func (d *Drain) UnmarshalCaddyfile(in *caddyfile.Dispenser) error {
 	in.Next()
 	if in.NextArg() {
-		delay, err := caddy.ParseDuration(in.Val())
-		if err != nil || delay <= 0 {
-			return in.Errf("rekall_drain takes a duration, such as 500ms, not %q", in.Val())
+		var err error
+		if d.Delay, err = parseDuration(in.Val()); err != nil {
+			return in.Errf("rekall_drain: %q is not usable: %v", in.Val(), err)
 		}
-		d.Delay = caddy.Duration(delay)
 	}
 	if in.NextArg() || in.NextBlock(0) {
 		return in.Err("rekall_drain takes one argument at most, and no block")

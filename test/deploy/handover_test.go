@@ -102,8 +102,8 @@ func TestDrainRefusesWhatContradictsIt(t *testing.T) {
 	t.Parallel()
 	for name, tc := range map[string]struct{ options, wrapper, want string }{
 		"shutdown_delay":       {"shutdown_delay 5s", "rekall_drain", "remove shutdown_delay or rekall_drain"},
-		"no duration":          {"", "rekall_drain soon", "takes a duration"},
-		"a negative one":       {"", "rekall_drain -1s", "takes a duration"},
+		"no duration":          {"", "rekall_drain soon", "must be a duration"},
+		"a negative one":       {"", "rekall_drain -1s", "must be more than 0"},
 		"a second argument":    {"", "rekall_drain 1s 2s", "one argument at most"},
 		"a block of its own":   {"", "rekall_drain {\n1s\n}", "no block"},
 		"nothing wrong at all": {"", "rekall_drain 1s", "Valid configuration"},
