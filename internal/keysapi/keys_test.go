@@ -330,6 +330,28 @@ func TestDescriptionHasEveryPathAndMethod(t *testing.T) {
 	}
 }
 
+func TestDocumentSaysWhichIdempotencyKeysAreTaken(t *testing.T) {
+	r := newRig(t)
+	manager := by(r.manager("acme", "sandbox"))
+	text, err := os.ReadFile("openapi.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	document, err := openapi3.NewLoader().LoadFromData(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	schema := document.Components.Parameters["IdempotencyKey"].Value.Schema.Value
+	for key, status := range map[string]int{
+		"!": 201, "~": 201, "a-1": 201, strings.Repeat("a", 255): 201, "a b": 422, "a\tb": 422, "ü": 422, strings.Repeat("a", 256): 422,
+	} {
+		answer := r.bad("POST", path, with(manager, "Idempotency-Key", key), `{"name": "a", "scopes": ["hives:read"]}`)
+		if err := schema.VisitJSON(key); answer.StatusCode != status || (err == nil) != (status == 201) {
+			t.Errorf("%q: %d, want %d, and by the document %v", key, answer.StatusCode, status, err)
+		}
+	}
+}
+
 func TestDocumentHasEveryActionAndActorOfTheAudit(t *testing.T) {
 	r := newRig(t)
 	ann := person("ann@acme")
