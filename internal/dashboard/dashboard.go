@@ -231,7 +231,6 @@ var (
 	errForm        = refusal(http.StatusBadRequest, "The form could not be read, so nothing was changed. Go back and send it again.")
 	errTooMany     = refusal(http.StatusTooManyRequests, "This account has made as many keys as it may in 24 hours. Use those that it has, or ask the operator for more.")
 	errRenamed     = refusal(http.StatusTooManyRequests, "This account has renamed keys as often as it may in 24 hours. Leave their names, or ask the operator for more.")
-	errForbidden   = refusal(http.StatusForbidden, "You may not manage these keys.")
 	errCrowded     = refusal(http.StatusServiceUnavailable, "Requests of yours or of your account that came before this one took too long. Try again shortly, with fewer at a time.")
 	errUnavailable = refusal(http.StatusServiceUnavailable, "Keys cannot be managed right now. Try again shortly.")
 )
@@ -278,10 +277,7 @@ func explain(err error) *apierror.Error {
 	case errors.As(err, &malformed):
 		return refusal(http.StatusBadRequest, sentence(malformed.Field, malformed.Reason))
 	case errors.As(err, &forbidden):
-		if forbidden.Field != "" {
-			return refusal(http.StatusForbidden, sentence(forbidden.Field, forbidden.Reason))
-		}
-		return errForbidden
+		return refusal(http.StatusForbidden, sentence(forbidden.Field, forbidden.Reason))
 	case errors.Is(err, keyadmin.ErrNotFound):
 		return errNoPage
 	case errors.Is(err, keyadmin.ErrCrowded):
@@ -294,10 +290,10 @@ func explain(err error) *apierror.Error {
 	return errUnavailable
 }
 
-// sentence says what a field must be.
+// sentence says what a field must be, or without one what is so.
 func sentence(field, reason string) string {
-	field = strings.ReplaceAll(field, "_", " ")
-	return strings.ToUpper(field[:1]) + field[1:] + " " + reason + "."
+	text := strings.TrimSpace(strings.ReplaceAll(field, "_", " ") + " " + reason)
+	return strings.ToUpper(text[:1]) + text[1:] + "."
 }
 
 //go:embed assets

@@ -710,6 +710,14 @@ func (r *rig) narrow(environment string) *browser {
 	return b
 }
 
+func TestPageNamesTheScopesForWhichAKeyCannotBeRotated(t *testing.T) {
+	r := newRig(t)
+	wide := r.key("acme", "Wide", false)
+	b := r.narrow("production")
+	page := b.do("/"+wide.ID+"/rotate", url.Values{"overlap": {"0"}})
+	page.want(t, http.StatusForbidden, "The key has scopes that yours does not have (memories:read ", "so you cannot be handed its successor.")
+}
+
 func TestQuickChoicesOfANarrowManagerMakeAKey(t *testing.T) {
 	r := newRig(t)
 	for _, environment := range []string{"production", "sandbox"} {

@@ -72,7 +72,7 @@ func ManagingKey(record *apikey.Record) (Actor, error) {
 	}, nil
 }
 
-var errNoManager = &ForbiddenError{"", "the key may not manage keys: that takes one made with manage_keys"}
+var errNoManager = &ForbiddenError{"", "this API key may not manage keys: use one made with manage_keys"}
 
 // The key that asks has ended, though it was taken for good a moment ago. Both are a *ForbiddenError too.
 var (

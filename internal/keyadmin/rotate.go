@@ -204,7 +204,12 @@ func successorOf(old keystore.Row, actor Actor, overlap Overlap) (keystore.NewKe
 	if overlap.OnFirstUse {
 		next.OverlapOnFirstUse = &overlap.For
 	}
-	return next, actor.mayHold(next.Account, next.Environment, next.Scopes)
+	err = actor.mayHold(next.Account, next.Environment, next.Scopes)
+	if forbidden, ok := errors.AsType[*ForbiddenError](err); ok && forbidden.Field == "scopes" { // which who rotates has not written
+		err = &ForbiddenError{"", "the key has scopes that yours does not have (" + (next.Scopes &^ actor.scopes).String() + "), " +
+			"so you cannot be handed its successor"}
+	}
+	return next, err
 }
 
 // ownExpiry is when a key would end if it were not being rotated; nil: never.

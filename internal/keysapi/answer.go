@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/http"
 	"strconv"
+	"strings"
 
 	"go.uber.org/zap"
 
@@ -171,7 +172,7 @@ func explain(err error) *apierror.Error {
 
 func forbiddenError(forbidden *keyadmin.ForbiddenError) *apierror.Error {
 	if forbidden.Field == "" {
-		return apierror.New(http.StatusForbidden, "PERMISSION_DENIED", "This API key may not manage keys. Use one made with manage_keys.")
+		return apierror.New(http.StatusForbidden, "PERMISSION_DENIED", strings.ToUpper(forbidden.Reason[:1])+forbidden.Reason[1:]+".")
 	}
 	return apierror.New(http.StatusForbidden, "PERMISSION_DENIED", forbidden.Field+" "+forbidden.Reason+".").
 		With(map[string]any{"field": forbidden.Field})

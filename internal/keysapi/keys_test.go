@@ -352,6 +352,26 @@ func TestDocumentSaysWhichIdempotencyKeysAreTaken(t *testing.T) {
 	}
 }
 
+// TestKeyWithMoreScopesThanTheOneThatAsksIsNotRotatedAndTheyAreNamed: a request to rotate has no field scopes that could be changed.
+func TestKeyWithMoreScopesThanTheOneThatAsksIsNotRotatedAndTheyAreNamed(t *testing.T) {
+	r := newRig(t)
+	narrow := by(r.manager("acme", "production", "memories:read"))
+	wide := r.manager("acme", "production", "memories:read", "memories:write", "hives:read")
+	answer := r.call("POST", path+"/"+wide.ID+"/rotate", narrow, "")
+	answer.refused(t, 403, "PERMISSION_DENIED", "")
+	const want = "The key has scopes that yours does not have (memories:write hives:read), so you cannot be handed its successor."
+	if !strings.Contains(answer.body, want) {
+		t.Errorf("answer %s", answer.body)
+	}
+	r.call("POST", path, narrow, `{"name": "a", "scopes": ["hives:read"]}`).refused(t, 403, "PERMISSION_DENIED", "scopes")
+	reader := r.call("POST", path, narrow, `{"name": "a", "scopes": ["memories:read"]}`)
+	answer = r.call("GET", path, http.Header{"Authorization": {"Bearer " + reader.object(t, http.StatusCreated).Key.Key.Reveal()}}, "")
+	answer.refused(t, 403, "PERMISSION_DENIED", "")
+	if !strings.Contains(answer.body, "This API key may not manage keys: use one made with manage_keys.") {
+		t.Errorf("answer to no manager %s", answer.body)
+	}
+}
+
 func TestDocumentHasEveryActionAndActorOfTheAudit(t *testing.T) {
 	r := newRig(t)
 	ann := person("ann@acme")
