@@ -146,7 +146,7 @@ func (x *exchange) refuseBeyond(kind limitKind, e *apierror.Error) error {
 
 // addressLimited is RateLimited where no key is to blame.
 var addressLimited = apierror.New(http.StatusTooManyRequests, "RATE_LIMIT_EXCEEDED",
-	"Too many requests without a valid API key came from your address. Check the key, and try again after the time in Retry-After.")
+	"Too many requests without a good API key came from your address. Check the key, and try again after the time in Retry-After.")
 
 // apiRequest is what a request to the API of keys holds while it runs. It travels in the request's context, since keysapi finds out who
 // asks.

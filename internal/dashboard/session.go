@@ -10,6 +10,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dustin/go-humanize/english"
+
 	"github.com/rekall-ai/gateway/internal/apierror"
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
@@ -281,7 +283,12 @@ func (d *Dashboard) signIn(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case errors.As(err, &answer):
 		answer.SetRetryAfter(w.Header())
-		v.showSignIn(answer.Status, signInData{answer.Message, next, draft})
+		problem := answer.Message
+		if answer.Status == http.StatusTooManyRequests { // whose message names a header, which no browser shows
+			seconds := english.Plural(int((answer.RetryAfter+time.Second-1)/time.Second), "second", "")
+			problem = "Too many attempts from your address. Try again in " + seconds + "."
+		}
+		v.showSignIn(answer.Status, signInData{problem, next, draft})
 	case errors.As(err, &forbidden):
 		const problem = "This key is good, but may not manage keys. Use one that was created with “manage keys”."
 		v.showSignIn(http.StatusForbidden, signInData{problem, next, draft})
