@@ -1,14 +1,12 @@
 package test
 
 import (
-	"encoding/json"
 	"os"
 	"os/exec"
 	"strings"
 	"testing"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
-	"github.com/rekall-ai/gateway/internal/keyadmin"
 )
 
 // limits runs the binary's "limits" command.
@@ -26,20 +24,21 @@ func (k *keysCLI) limits(args ...string) (output string, ok bool) {
 func TestLimitsAreSetAndShownByCommand(t *testing.T) {
 	t.Parallel()
 	k := newKeysCLI(t)
-	var key keyadmin.Key
-	if err := json.Unmarshal([]byte(k.run("create", "--name", "n", "--account", "acme", "--scopes", "memories:read", "--environment", "production", "--json")), &key); err != nil {
-		t.Fatal(err)
-	}
+	key := k.create("n", "--account", "acme")
+	sandbox := k.create("n", "--account", "acme", "--environment", "sandbox") // which an account's limits are not for
 	for _, tc := range []struct {
 		args string
 		want string
 	}{
 		{"show", "pro         1000                 1500          25\n"},
-		{"account acme --tier enterprise", "Account acme, tier enterprise: unlimited requests per minute, unlimited in 15 seconds, unlimited at a time.\n"},
-		{"account acme --requests-per-minute 2000", "Account acme, tier enterprise: 2000 requests per minute, 3000 in 15 seconds, unlimited at a time.\n"},
-		{"show --account acme", "Account acme, tier enterprise: 2000 requests per minute, 3000 in 15 seconds, unlimited at a time.\n"},
+		{"account acme --tier enterprise", "Production keys of account acme, tier enterprise: unlimited requests per minute, unlimited in 15 seconds, unlimited at a time.\n"},
+		{"account acme --requests-per-minute 2000", "Production keys of account acme, tier enterprise: 2000 requests per minute, 3000 in 15 seconds, unlimited at a time.\n"},
+		{"show --account acme", "Production keys of account acme, tier enterprise: 2000 requests per minute, 3000 in 15 seconds, unlimited at a time.\n"},
 		{"key " + key.ID + " --concurrent-requests 3", "Key " + key.ID + " of acme (production), tier enterprise: 2000 requests per minute, 3000 in 15 seconds, 3 at a time.\n"},
 		{"show --key " + key.ID, "2000 requests per minute, 3000 in 15 seconds, 3 at a time.\n"},
+		{"show --key " + sandbox.ID, "Key " + sandbox.ID + " of acme (sandbox), tier sandbox: "},
+		{"account --help", "Sets the tier and the limits of an account's production keys"},
+		{"key --help", "0: as keys without limits of their own"},
 		{"tier free --burst 175", "Tier free: 100 requests per minute, 175 in 15 seconds, 5 at a time.\n"},
 		{"show --key " + key.ID + " --json", `"tier": "enterprise"`},
 	} {

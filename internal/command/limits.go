@@ -21,7 +21,8 @@ func limitsCommand() Command {
 		Long: `Shows and sets the rate limits of tiers, accounts and keys in Postgres. Gateways that have rate_limits follow within their refresh.
 
 A production key has the limits of its account's tier, free unless you say otherwise; a sandbox key has those of the tier
-sandbox. What an account has of its own comes before its tier, and what a key has of its own before both.
+sandbox. What an account has of its own is for its production keys and comes before its tier; what a key has of its own comes
+before all.
 
 Exit codes: 3 where there is no such key, 1 for whatever else failed.`,
 		Add: func(cmd *cobra.Command) {
@@ -35,9 +36,10 @@ Exit codes: 3 where there is no such key, 1 for whatever else failed.`,
 
 func limitsShowCommand() *cobra.Command {
 	cmd := subcommand(&cobra.Command{
-		Use: "show [--account <account> | --key <id>]", Short: "Shows the limits of all tiers, of an account or of a key", Args: noArgs,
+		Use: "show [--account <account> | --key <id>]", Short: "Shows the limits of all tiers, of an account's production keys or of a key",
+		Args: noArgs,
 	}, showLimits)
-	cmd.Flags().String("account", "", "The account")
+	cmd.Flags().String("account", "", "The account, of whose production keys the limits are")
 	cmd.Flags().String("key", "", "The id of the key")
 	exclusive(cmd, "account", "key")
 	return cmd
@@ -119,7 +121,8 @@ func limitsTierCommand() *cobra.Command {
 
 func limitsAccountCommand() *cobra.Command {
 	cmd := subcommand(&cobra.Command{
-		Use: "account <account> [--tier <tier>] [flags]", Short: "Sets the tier and the limits of an account", Args: arguments("an account"),
+		Use: "account <account> [--tier <tier>] [flags]", Short: "Sets the tier and the limits of an account's production keys",
+		Args: arguments("an account"),
 		Example: `  rekall-gateway limits account acme --tier pro
   rekall-gateway limits account globex --tier enterprise --requests-per-minute 20000 --concurrent-requests 400`,
 	}, func(ctx context.Context, cmd *cobra.Command, args []string, admin *keyadmin.Admin) error {
@@ -157,13 +160,13 @@ func limitsKeyCommand() *cobra.Command {
 		}
 		return showKeyLimits(cmd, limits)
 	})
-	limitFlags(cmd, "as the account's keys")
+	limitFlags(cmd, "as keys without limits of their own")
 	return cmd
 }
 
 func showAccountLimits(cmd *cobra.Command, limits keyadmin.AccountLimits) error {
 	return show(cmd, limits, func(w io.Writer) {
-		fmt.Fprintf(w, "Account %s, tier %s: %s.\n", limits.Account, limits.Tier, limitsText(limits.Effective))
+		fmt.Fprintf(w, "Production keys of account %s, tier %s: %s.\n", limits.Account, limits.Tier, limitsText(limits.Effective))
 	})
 }
 

@@ -184,7 +184,7 @@ type KeyLimits struct {
 	Account     string `json:"account"`
 	Environment string `json:"environment"`
 	Tier        string `json:"tier"`
-	Own         Limits `json:"own"` // in place of the account's; 0: the account's
+	Own         Limits `json:"own"` // 0: as keys without limits of their own
 	Effective   Limits `json:"effective"`
 }
 
