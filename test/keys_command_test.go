@@ -281,7 +281,7 @@ func TestWrongUseOfACommandIsToldInItsOwnWords(t *testing.T) {
 		"limits tier":                           "give a tier",
 		"keys rotate a --undo --overlap 1h":     "--undo and --overlap exclude each other",
 		"keys revoke a --yes --dry-run":         "--yes and --dry-run exclude each other",
-		"limits show --account a --key b":       "--account and --key exclude each other",
+		"limits show --account a --key-id b":    "--account and --key-id exclude each other",
 		create + "--expires-in 1d --expires-at": "flag needs an argument: --expires-at",
 		create + "--expires-in 1d --expires-at 2030-12-31T23:59:59Z": "--expires-in and --expires-at exclude each other",
 		"keys list acme":   `unexpected "acme": give everything with flags`,
@@ -517,7 +517,7 @@ func TestExitCodesStandInTheHelpOfTheCommandsThatUseThem(t *testing.T) {
 	for _, test := range []struct {
 		args string
 		code int
-	}{{"keys show " + unknown, 3}, {"keys revoke " + ended, 4}, {"limits show --key " + unknown, 3}, {"limits key " + unknown + " --burst 1", 3}} {
+	}{{"keys show " + unknown, 3}, {"keys revoke " + ended, 4}, {"limits show --key-id " + unknown, 3}, {"limits key " + unknown + " --burst 1", 3}} {
 		group, _, _ := strings.Cut(test.args, " ")
 		_, stderr, code := cli(t, k.database, strings.Fields(test.args)...)
 		help, _, _ := cli(t, "", group, "--help")

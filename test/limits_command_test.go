@@ -35,8 +35,9 @@ func TestLimitsAreSetAndShownByCommand(t *testing.T) {
 		{"account acme --requests-per-minute 2000", "Production keys of account acme, tier enterprise: 2000 requests per minute, 3000 in 15 seconds, unlimited at a time.\n"},
 		{"show --account acme", "Production keys of account acme, tier enterprise: 2000 requests per minute, 3000 in 15 seconds, unlimited at a time.\n"},
 		{"key " + key.ID + " --concurrent-requests 3", "Key " + key.ID + " of acme (production), tier enterprise: 2000 requests per minute, 3000 in 15 seconds, 3 at a time.\n"},
-		{"show --key " + key.ID, "2000 requests per minute, 3000 in 15 seconds, 3 at a time.\n"},
+		{"show --key-id " + key.ID, "2000 requests per minute, 3000 in 15 seconds, 3 at a time.\n"},
 		{"show --key " + sandbox.ID, "Key " + sandbox.ID + " of acme (sandbox), tier sandbox: "},
+		{"show --help", "--key-id string"},
 		{"account --help", "Sets the tier and the limits of an account's production keys"},
 		{"key --help", "0: as keys without limits of their own"},
 		{"tier free --burst 175", "Tier free: 100 requests per minute, 175 in 15 seconds, 5 at a time.\n"},
@@ -47,16 +48,17 @@ func TestLimitsAreSetAndShownByCommand(t *testing.T) {
 		}
 	}
 	for args, want := range map[string]string{
-		"":                                 "Error: say what to do with limits: show, tier, account or key (see --help)\n",
-		"tier free":                        "Error: say what to change: --requests-per-minute, --burst, --concurrent-requests, or --tier of an account (\"rekall-gateway limits show\" tells what they are)\n",
-		"tier gold --burst 5":              "Error: tier must be free, pro, team, enterprise or sandbox\n",
-		"account acme --tier sandbox":      "Error: --tier must be free, pro, team or enterprise: sandbox is that of sandbox keys, whatever their account's\n",
-		"account acme --tier=":             "Error: --tier must not be empty\n",
-		"tier free --burst 5":              "Error: --burst must be at least a quarter of the requests per minute, and at most 10000000\n",
-		"show --key " + key.Key.Reveal():   "an argument is a key itself",
-		"key " + key.Key.Reveal():          "an argument is a key itself",
-		"show --account a --key " + key.ID: "--account and --key exclude each other",
-		"account initech --burst 100":      "--burst needs --requests-per-minute beside it",
+		"":                                    "Error: say what to do with limits: show, tier, account or key (see --help)\n",
+		"tier free":                           "Error: say what to change: --requests-per-minute, --burst, --concurrent-requests, or --tier of an account (\"rekall-gateway limits show\" tells what they are)\n",
+		"tier gold --burst 5":                 "Error: tier must be free, pro, team, enterprise or sandbox\n",
+		"account acme --tier sandbox":         "Error: --tier must be free, pro, team or enterprise: sandbox is that of sandbox keys, whatever their account's\n",
+		"account acme --tier=":                "Error: --tier must not be empty\n",
+		"tier free --burst 5":                 "Error: --burst must be at least a quarter of the requests per minute, and at most 10000000\n",
+		"show --key-id " + key.Key.Reveal():   "an argument is a key itself",
+		"show --key " + key.Key.Reveal():      "an argument is a key itself",
+		"key " + key.Key.Reveal():             "an argument is a key itself",
+		"show --account a --key-id " + key.ID: "--account and --key-id exclude each other",
+		"account initech --burst 100":         "--burst needs --requests-per-minute beside it",
 	} {
 		if out, ok := k.limits(strings.Fields(args)...); ok || !strings.Contains(out, want) {
 			t.Errorf("limits %s:\n%s", args, out)

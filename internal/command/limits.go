@@ -8,6 +8,7 @@ import (
 	"strconv"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
@@ -36,17 +37,23 @@ Exit codes: 3 where there is no such key, 1 for whatever else failed.`,
 
 func limitsShowCommand() *cobra.Command {
 	cmd := subcommand(&cobra.Command{
-		Use: "show [--account <account> | --key <id>]", Short: "Shows the limits of all tiers, of an account's production keys or of a key",
+		Use: "show [--account <account> | --key-id <id>]", Short: "Shows the limits of all tiers, of an account's production keys or of a key",
 		Args: noArgs,
 	}, showLimits)
 	cmd.Flags().String("account", "", "The account, of whose production keys the limits are")
-	cmd.Flags().String("key", "", "The id of the key")
-	exclusive(cmd, "account", "key")
+	cmd.Flags().String("key-id", "", "The id of the key")
+	cmd.Flags().SetNormalizeFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
+		if name == "key" { // which scripts may have: the flag had that name
+			name = "key-id"
+		}
+		return pflag.NormalizedName(name)
+	})
+	exclusive(cmd, "account", "key-id")
 	return cmd
 }
 
 func showLimits(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyadmin.Admin) error {
-	if err := NotEmpty(cmd, "account", "key"); err != nil {
+	if err := NotEmpty(cmd, "account", "key-id"); err != nil {
 		return err
 	}
 	switch {
@@ -56,8 +63,8 @@ func showLimits(ctx context.Context, cmd *cobra.Command, _ []string, admin *keya
 			return err
 		}
 		return showAccountLimits(cmd, limits)
-	case cmd.Flags().Changed("key"):
-		limits, err := admin.KeyLimits(ctx, operator(), text(cmd, "key"))
+	case cmd.Flags().Changed("key-id"):
+		limits, err := admin.KeyLimits(ctx, operator(), text(cmd, "key-id"))
 		if err != nil {
 			return err
 		}
