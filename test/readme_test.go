@@ -98,6 +98,7 @@ func TestGuideNamesEveryFieldThatCommandsPrintAsJSON(t *testing.T) {
 	eventually.True(t, "its use is counted", func() bool { return len(r.usage(key)) == 1 })
 	eventually.True(t, "the edge is listed", func() bool { return len(r.edges()) == 1 })
 	k := &keysCLI{t, r.database}
+	k.create("Old", "--account", "globex")
 	print := func(stdin, command string) map[string]bool {
 		t.Helper()
 		cmd := exec.Command(program, append(strings.Fields(command), "--json")...)
@@ -110,19 +111,22 @@ func TestGuideNamesEveryFieldThatCommandsPrintAsJSON(t *testing.T) {
 		return fieldsOf(decoded[any](k, string(output)))
 	}
 	printed := map[string]map[string]bool{
-		"keys show":             print("", "keys show "+key.ID),
-		"keys usage":            print("", "keys usage "+key.ID),
-		"keys audit":            print("", "keys audit"),
-		"keys import":           print("hash,account,name,environment,scopes\n", "keys import - --format csv"),
-		"keys check":            print(key.Key.Reveal(), "keys check"),
-		"edges list":            print("", "edges list"),
-		"limits show":           print("", "limits show"),
-		"limits tier":           print("", "limits tier free --burst 150"),
-		"limits account":        print("", "limits account acme --tier pro"),
-		"limits key":            print("", "limits key "+key.ID+" --concurrent-requests 1"),
-		"keys revoke --wait":    print("", "keys revoke "+revoked.ID+" --wait"),
-		"migrate":               print("", "migrate"),
-		"keys revoke --account": print("", "keys revoke --account acme --yes --wait"),
+		"keys show":                print("", "keys show "+key.ID),
+		"keys usage":               print("", "keys usage "+key.ID),
+		"keys audit":               print("", "keys audit"),
+		"keys import":              print("hash,account,name,environment,scopes\n", "keys import - --format csv"),
+		"keys rotate --older-than": print("", "keys rotate --older-than 0s --account globex --yes"),
+		"keys check":               print(key.Key.Reveal(), "keys check"),
+		"edges list":               print("", "edges list"),
+		"limits show":              print("", "limits show"),
+		"limits show --account":    print("", "limits show --account acme"),
+		"limits show --key-id":     print("", "limits show --key-id "+key.ID),
+		"limits tier":              print("", "limits tier free --burst 150"),
+		"limits account":           print("", "limits account acme --tier pro"),
+		"limits key":               print("", "limits key "+key.ID+" --concurrent-requests 1"),
+		"keys revoke --wait":       print("", "keys revoke "+revoked.ID+" --wait"),
+		"migrate":                  print("", "migrate"),
+		"keys revoke --account":    print("", "keys revoke --account acme --yes --wait"),
 	}
 	k.database = empty
 	printed["migrate --plan"] = print("", "migrate --plan")

@@ -16,9 +16,9 @@ func keysRotateCommand() *cobra.Command {
 	cmd := subcommand(&cobra.Command{
 		Use:   "rotate <id> | rotate --older-than <age>",
 		Short: "Replaces a key, or all that are old, by a new one with the same rights",
-		Long: `Makes a successor with the same name, account, environment, scopes and time to live, and shows it once. The old key works
-on for the overlap, so that both do while the new one is deployed. Until the old key has ended, --undo restores it and
-revokes its successor.
+		Long: `Makes a successor with the same name, account, environment, scopes, manage_keys, limits and time to live, and shows it once.
+The old key works on for the overlap, so that both do while the new one is deployed. Until the old key has ended, --undo
+restores it and revokes its successor.
 
 With --older-than it rotates every key of that age, each in a transaction of its own, and prints each successor as it is
 made: with --json, one object a line. A successor that nobody reads within three seconds ends the run and is not in force.
