@@ -165,6 +165,7 @@ func (t *Transport) roundTrip(r *http.Request, p *pass) (*http.Response, error) 
 		delete(r.Header, "Connection")
 		delete(r.Header, "Upgrade")
 	}
+	t.SetScheme(r) // which is empty until the request is sent
 	if (t.cannotUpgrade || t.http2 && r.URL.Scheme == "https") && beyondMost(r) {
 		if r.Body != nil {
 			_ = r.Body.Close()

@@ -544,29 +544,53 @@ func TestProxyThatTakesSlowClientsForFailuresOfItsBackendsIsWarnedOf(t *testing.
 func TestNoHeadersOfOneClientBreakAnothersStreamOnAnHTTP2Backend(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
-	address, config := process.FreeAddress(t), filepath.Join(t.TempDir(), "haproxy.cfg")
-	process.Write(t, config, `defaults
+	certificate, key := newAuthority(t).issue("127.0.0.1")
+	pem := filepath.Join(t.TempDir(), "backend.pem")
+	process.Write(t, pem, string(certificate)+string(key))
+	for name, tc := range map[string]struct{ bind, proxy string }{
+		"h2c": {"proto h2", "h2c://%s {\n"},
+		"TLS": {"ssl crt " + pem + " alpn h2", "https://%s {\n transport http {\n tls_insecure_skip_verify\n }\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := r.of(t)
+			address := r.haproxy(tc.bind)
+			g := r.start("http://:PORT {\nbind 127.0.0.1\n" +
+				block("reverse_proxy "+fmt.Sprintf(tc.proxy, address)+" fail_duration 1h\n max_fails 1\n}", "respond 418") + "}\n")
+			wantHeadersOfOneClientBreakNoStream(t, r, g)
+		})
+	}
+}
+
+// haproxy runs one in front of the production backend, and returns its address.
+func (r *rig) haproxy(bind string) (address string) {
+	r.t.Helper()
+	address, config := process.FreeAddress(r.t), filepath.Join(r.t.TempDir(), "haproxy.cfg")
+	process.Write(r.t, config, `defaults
 	mode http
 	timeout connect 20s
 	timeout client 1h
 	timeout server 1h
 frontend front
-	bind `+address+` proto h2
+	bind `+address+" "+bind+`
 	default_backend back
 backend back
 	server one `+r.production.Address()+`
 `)
-	process.Start(t, process.Options{}, "haproxy", "-db", "-f", config)
-	g := r.start("http://:PORT {\nbind 127.0.0.1\n" +
-		block("reverse_proxy h2c://"+address+" {\n fail_duration 1h\n max_fails 1\n}", "respond 418") + "}\n")
-	mine, other := r.key("production", "memories:read"), r.key("production", "memories:read")
-	eventually.True(t, "HAProxy serves", func() bool {
+	process.Start(r.t, process.Options{}, "haproxy", "-db", "-f", config)
+	eventually.True(r.t, "HAProxy serves", func() bool {
 		connection, err := net.Dial("tcp", address)
 		if err == nil {
 			_ = connection.Close()
 		}
 		return err == nil
 	})
+	return address
+}
+
+func wantHeadersOfOneClientBreakNoStream(t *testing.T, r *rig, g *gateway) {
+	t.Helper()
+	mine, other := r.key("production", "memories:read"), r.key("production", "memories:read")
 	stream := follow(g.open("GET", "/v1/memories", demo(other, "sse"), nil))
 	many := bearer(mine)
 	for i := range 160 {
