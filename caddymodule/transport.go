@@ -176,7 +176,9 @@ func (t *Transport) roundTrip(r *http.Request, p *pass) (*http.Response, error) 
 	if !t.debug {
 		sent = r.WithContext(r.Context())
 	}
+	p.awaiting = true
 	res, err := t.HTTPTransport.RoundTrip(sent)
+	p.awaiting = false
 	if err == nil && !final(r, res) {
 		_ = res.Body.Close()
 		err = errNotFinal
@@ -325,6 +327,7 @@ type pass struct {
 	failed      atomic.Pointer[clientError] // the first error that the client caused, of whatever part of the request
 	begun       atomic.Bool                 // to read the body, which is when there is a connection to the backend
 	environment apikey.Environment
+	awaiting    bool // the answer of a backend: what comes before it is none
 	withheld    bool // a part of the answer, after a cut
 }
 

@@ -2,6 +2,7 @@ package test
 
 import (
 	"bufio"
+	"bytes"
 	"fmt"
 	"io"
 	"net"
@@ -15,9 +16,13 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/test/eventually"
+	"github.com/rekall-ai/gateway/test/network"
 	"github.com/rekall-ai/gateway/test/process"
 )
 
@@ -559,6 +564,38 @@ func TestNoHeadersOfOneClientBreakAnothersStreamOnAnHTTP2Backend(t *testing.T) {
 				block("reverse_proxy "+fmt.Sprintf(tc.proxy, address)+" fail_duration 1h\n max_fails 1\n}", "respond 418") + "}\n")
 			wantHeadersOfOneClientBreakNoStream(t, r, g)
 		})
+	}
+}
+
+// TestSwitchOfProtocolsOverHTTP2IsNoAnswer: to net/http's client it is information, and to its server an answer.
+func TestSwitchOfProtocolsOverHTTP2IsNoAnswer(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	backend := network.Serve(t, func(conn net.Conn) {
+		if _, err := io.ReadFull(conn, make([]byte, len(http2.ClientPreface))); err != nil {
+			return
+		}
+		framer := http2.NewFramer(conn, conn)
+		_ = framer.WriteSettings()
+		for {
+			frame, err := framer.ReadFrame()
+			if err != nil {
+				return
+			}
+			if request, ok := frame.(*http2.HeadersFrame); ok {
+				for _, status := range []string{"101", "204"} {
+					var block bytes.Buffer
+					_ = hpack.NewEncoder(&block).WriteField(hpack.HeaderField{Name: ":status", Value: status})
+					_ = framer.WriteHeaders(http2.HeadersFrameParam{
+						StreamID: request.StreamID, BlockFragment: block.Bytes(), EndHeaders: true, EndStream: status == "204",
+					})
+				}
+			}
+		}
+	})
+	g := r.start("http://:PORT {\nbind 127.0.0.1\n" + block("reverse_proxy h2c://"+backend, "respond 418") + "}\n")
+	if answer := g.do("GET", "/v1/memories", bearer(r.key("production", "memories:read"))); answer.StatusCode != http.StatusNoContent {
+		t.Errorf("the answer of the backend is %d", answer.StatusCode)
 	}
 }
 
