@@ -261,9 +261,14 @@ func (c *routeCheck) proxy(where string, env apikey.Environment, h *reverseproxy
 			c.err = fmt.Errorf("a reverse_proxy for %s stands where only requests of the other environment come (%s): move it", t.environment, where)
 		}
 		env = t.environment
-	} else if _, ok := h.Transport.(*reverseproxy.HTTPTransport); ok && env != 0 && countsFailures(h) {
-		c.logger.Warn("a reverse_proxy of a named route counts errors of clients as failures of its backends; give it the transport rekall",
-			zap.String("transport", "rekall "+env.String()), zap.String("where", where))
+	} else if env != 0 && countsFailures(h) {
+		if _, ok := h.Transport.(*reverseproxy.HTTPTransport); ok {
+			c.logger.Warn("a reverse_proxy of a named route counts errors of clients as failures of its backends; give it the transport rekall",
+				zap.String("transport", "rekall "+env.String()), zap.String("where", where))
+		} else { // such as fastcgi, which fails at an upload without a length
+			c.logger.Warn("a reverse_proxy with a transport of its own counts errors of clients as failures of its backends; leave fail_duration out",
+				zap.String("where", where))
+		}
 	}
 	if env != 0 {
 		c.answers(where)

@@ -506,11 +506,11 @@ func TestBackendThatFailsByItselfIsTakenAwayWhateverItWasSent(t *testing.T) {
 	}
 }
 
-func TestProxyOfANamedRouteThatCountsErrorsOfClientsIsWarnedOf(t *testing.T) {
+func TestProxyWithoutOurTransportThatCountsErrorsOfClientsIsWarnedOf(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
 	const warning = "counts errors of clients as failures of its backends"
-	for transport, warned := range map[string]bool{"http": true, "rekall production": false} {
+	for transport, warned := range map[string]bool{"http": true, "rekall production": false, "fastcgi": true} {
 		g := r.start("&(proxy) {\n reverse_proxy PRODUCTION {\n fail_duration 1h\n transport " + transport + "\n}\n}\n" +
 			"http://:PORT {\nbind 127.0.0.1\n" + block("invoke proxy", "reverse_proxy SANDBOX {\n fail_duration 1h\n}") + "}\n")
 		if warned {
