@@ -15,10 +15,12 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/jackc/pgx/v5"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
+	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/identitytoken"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
 	"github.com/rekall-ai/gateway/internal/keycache"
@@ -341,6 +343,34 @@ func TestStreamFromBeforeAReloadOfCacheSizeHoldsNeitherKeysNorFilterInMemory(t *
 		before.cache.Untrack(&request.flight)
 	}
 	before.close()
+}
+
+// TestUseFromBeforeAReloadIsCountedOncePostgresTakesIt: what keeps it from being written may be what the reload is to mend.
+func TestUseFromBeforeAReloadIsCountedOncePostgresTakesIt(t *testing.T) {
+	database, log := migrated(t), filepath.Join(t.TempDir(), "log")
+	before := run(t, database, log)
+	pgtest.Exec(t, database, `alter table rekall.usage rename to locked_away`)
+	before.usage.Count(&apikey.Record{ID: "key_0000000000000000000001"}, apikey.Allowed, time.Now())
+	config := configure(t, database, log, map[string]any{}, map[string]any{})
+	if err := caddy.Load(bytes.Replace(config, []byte(`"edge_name"`), []byte(`"cache_size": 200, "edge_name"`), 1), true); err != nil {
+		t.Fatal(err)
+	}
+	eventually.True(t, "it is tried again and again", func() bool { return before.usage.Status().FlushErrors >= 4 })
+	if before.ctx.Err() != nil {
+		t.Error("the runtime has ended, and what it counted is lost")
+	}
+	pgtest.Exec(t, database, `alter table rekall.locked_away rename to usage`)
+	<-before.ctx.Done()
+	before.close() // returns when it has
+	conn, err := pgx.Connect(t.Context(), database)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var counted int
+	defer func() { _ = conn.Close(context.WithoutCancel(t.Context())) }()
+	if err := conn.QueryRow(t.Context(), `select coalesce(sum(count), 0) from rekall.usage`).Scan(&counted); err != nil || counted != 1 {
+		t.Errorf("%d requests are counted, %v", counted, err)
+	}
 }
 
 // TestRuntimeThatEndsWaitsForTheGoodbyesOfRequestsThatItCuts: their clients would take a stream that is cut for one that is complete. It does

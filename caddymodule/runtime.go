@@ -279,9 +279,12 @@ func (rt *runtime) startLimiter() {
 // refused by the cache that has stopped: 503.
 const drainPoll = time.Second
 
+// lateCounts is how long a runtime that nothing else keeps tries to write what it has counted, where Postgres does not take it.
+const lateCounts = time.Hour
+
 // Destruct ends the runtime when no configuration uses it any longer. Requests of the last one may still be decided or in
-// flight: they are counted, followed, and cut when their key ends, until the last is done. That may take days, and until then it holds
-// and does no more than they need: it must not forget usage by a retention that was since prolonged.
+// flight: they are counted, followed, and cut when their key ends, until the last is done and all are counted in Postgres. That may take
+// days, and until then it holds and does no more than they need: it must not forget usage by a retention that was since prolonged.
 func (rt *runtime) Destruct() error {
 	if caddy.Exiting() {
 		closeAll() // here already, so that it takes as long as one
@@ -297,6 +300,9 @@ func (rt *runtime) Destruct() error {
 		defer poll.Stop()
 		for <-poll.C; rt.cache.InFlight() > 0; <-poll.C {
 			rt.cache.Shrink()
+		}
+		for giveUp := time.Now().Add(lateCounts); rt.usage.Status().Buffered > 0 && time.Now().Before(giveUp); <-poll.C {
+			rt.usage.Wake()
 		}
 		rt.close()
 	}()
