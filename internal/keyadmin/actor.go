@@ -168,10 +168,21 @@ func (a Actor) mayHold(account string, environment apikey.Environment, scopes ap
 // must not make itself a successor at an edge that has not heard of it; its row stays locked, so that it is not revoked
 // meanwhile either.
 func (a *Admin) change(ctx context.Context, actor Actor, do func(*keystore.Tx, Actor) error) error {
+	return a.changeIn(ctx, actor, a.turn, do)
+}
+
+// makeKey is change for a new key: those of an account are counted one after another.
+func (a *Admin) makeKey(ctx context.Context, actor Actor, do func(*keystore.Tx, Actor) error) error {
+	return a.changeIn(ctx, actor, a.turnBehindLocks, do)
+}
+
+func (a *Admin) changeIn(
+	ctx context.Context, actor Actor, turn func(context.Context, Actor) (end func(), err error), do func(*keystore.Tx, Actor) error,
+) error {
 	if actor.rank == nobody {
 		return errNoManager
 	}
-	end, err := a.turn(ctx, actor)
+	end, err := turn(ctx, actor)
 	if err != nil {
 		return err
 	}

@@ -130,8 +130,13 @@ func (a *Admin) Leaked(ctx context.Context, source string, keys []string) (Revoc
 	if _, err := netip.ParseAddr(source); err == nil {
 		told = "leak:report" // who found the key may have reason to fear its owner, who reads this
 	}
+	end, err := a.turnBehindLocks(ctx, Actor{})
+	if err != nil {
+		return Revocation{}, err
+	}
+	defer end()
 	var revocation Revocation
-	err := a.store.Change(ctx, func(tx *keystore.Tx) (err error) {
+	err = a.store.Change(ctx, func(tx *keystore.Tx) (err error) {
 		revocation, err = revokeMany(ctx, tx, told, keystore.Everything(), selected, map[string]any{"reason": "leaked"})
 		if err != nil {
 			return err

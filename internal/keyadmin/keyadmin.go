@@ -122,7 +122,7 @@ func (a *Admin) Create(ctx context.Context, actor Actor, request CreateRequest) 
 	secret := generate(&key)
 	key.ID, key.CreatedBy = newID(), actor.String()
 	var handed handedOut
-	err = a.change(ctx, actor, func(tx *keystore.Tx, actor Actor) error {
+	err = a.makeKey(ctx, actor, func(tx *keystore.Tx, actor Actor) error {
 		if err := actor.mayHold(key.Account, key.Environment, key.Scopes); err != nil {
 			return err
 		}

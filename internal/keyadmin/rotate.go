@@ -90,7 +90,7 @@ func (a *Admin) Rotate(ctx context.Context, actor Actor, id string, request Rota
 		return Key{}, false, err
 	}
 	var handed handedOut
-	err = a.change(ctx, actor, func(tx *keystore.Tx, actor Actor) error {
+	err = a.makeKey(ctx, actor, func(tx *keystore.Tx, actor Actor) error {
 		old, err := tx.Lock(ctx, actor.reach(), id)
 		if err != nil {
 			return err

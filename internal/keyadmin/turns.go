@@ -20,7 +20,7 @@ const (
 	ofAccount
 	readsOfActor
 	readsOfAccount
-	reads // of all
+	behindLocks // of all
 	answersOfActor
 	answersOfAccount
 	pagesOfActor
@@ -32,12 +32,13 @@ const (
 // say, and with others that it made those of other accounts.
 //
 // Reads are those of what edges write: an edge's role can lock it, and they all wait. They leave a place to change keys with to each actor
-// and each account, and a connection to all.
+// and each account. Behind locks are all that others may hold up: reads, new keys, by the lock under which those of an account are counted,
+// and reports of leaked keys, which may be of a rotation that an edge has locked. They leave a connection to those who revoke.
 //
 // Answers are the long ones of the API, and pages those of the dashboard: a client that does not read has them held in memory. Changes of
 // keys make none, and whoever crowds the API out keeps nobody from seeing on the dashboard what to revoke.
 var places = [...]int{
-	ofActor: 2, ofAccount: 3, readsOfActor: 1, readsOfAccount: 2, reads: 3,
+	ofActor: 2, ofAccount: 3, readsOfActor: 1, readsOfAccount: 2, behindLocks: 3,
 	answersOfActor: 4, answersOfAccount: 8, pagesOfActor: 4, pagesOfAccount: 8,
 }
 
@@ -85,8 +86,8 @@ func (t *turns) takeOne(ctx context.Context, l line) (end func(), err error) {
 	case <-ctx.Done():
 	}
 	t.leave(l, q)
-	if l.kind == reads { // which is not the actor's doing
-		return nil, fmt.Errorf("wait to read what edges write: %w", ctx.Err())
+	if l.kind == behindLocks { // which is not the actor's doing
+		return nil, fmt.Errorf("wait for those whom locks hold up: %w", ctx.Err())
 	}
 	return nil, fmt.Errorf("%w: %w", ErrCrowded, ctx.Err())
 }
@@ -119,7 +120,12 @@ func (a *Admin) turn(ctx context.Context, actor Actor) (end func(), err error) {
 // turnToRead is turn for what edges write.
 func (a *Admin) turnToRead(ctx context.Context, actor Actor) (end func(), err error) {
 	lines := append(actor.lines(readsOfActor, readsOfAccount), actor.lines(ofActor, ofAccount)...)
-	return a.turns.take(ctx, append(lines, line{kind: reads})...)
+	return a.turns.take(ctx, append(lines, line{kind: behindLocks})...)
+}
+
+// turnBehindLocks is turn for what a lock of others may hold up.
+func (a *Admin) turnBehindLocks(ctx context.Context, actor Actor) (end func(), err error) {
+	return a.turns.take(ctx, append(actor.lines(ofActor, ofAccount), line{kind: behindLocks})...)
 }
 
 // TurnToAnswer waits for a turn to make a long answer, whose end must be told once its client has read it. It comes before turns at the

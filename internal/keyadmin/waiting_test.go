@@ -270,6 +270,36 @@ func TestWhoeverReadsWhatAnEdgeThatWasTakenOverHasLockedLeavesAConnection(t *tes
 	}
 }
 
+// TestNewKeysAndReportsThatWaitForLocksLeaveAConnection to those who revoke: any user of the database can take the lock under which the new
+// keys of an account are counted, and an edge's role that of a rotation.
+func TestNewKeysAndReportsThatWaitForLocksLeaveAConnection(t *testing.T) {
+	admin, _, databaseURL := newAdmin(t)
+	limited := admin.Limited(10)
+	locked, key := create(t, admin, request()), create(t, admin, request())
+	lock := hold(t, databaseURL, locked.ID)
+	lock.exec(`select pg_advisory_xact_lock(hashtextextended('rekall: keys made by account' || n, 0)) from generate_series(0, 3) n`)
+	flood, stop := context.WithCancel(t.Context())
+	var requests sync.WaitGroup
+	defer requests.Wait()
+	defer stop()
+	for n := range 4 {
+		r := request()
+		r.Account = fmt.Sprint("account", n)
+		customer := must(keyadmin.Person("ann", r.Account))
+		requests.Go(func() { _, _, _ = limited.Create(flood, customer, r) })
+		requests.Go(func() { _, _ = limited.Leaked(flood, "192.0.2.1", []string{locked.Key.Reveal()}) })
+	}
+	pgtest.AwaitBlocked(t, databaseURL, 3)
+	ctx, cancel := context.WithTimeout(t.Context(), keyadmin.AnswerWithin)
+	defer cancel()
+	if _, err := limited.Revoke(ctx, must(keyadmin.Person("bob", "acme")), key.ID); err != nil {
+		t.Error(err)
+	}
+	stop()
+	requests.Wait()
+	lock.release()
+}
+
 // TestReadsThatWaitForALockLeaveTheirActorAndItsAccountATurnToRevoke, and another account one to read.
 func TestReadsThatWaitForALockLeaveTheirActorAndItsAccountATurnToRevoke(t *testing.T) {
 	admin, _, databaseURL := newAdmin(t)
