@@ -180,12 +180,6 @@ func TestWhatEdgesWriteDoesNotFailForWaitingWhateverIsolationIsTheDefault(t *tes
 				},
 			},
 			{
-				"create a canary", `insert into rekall.api_keys (id, account, name, environment, key_hash, scopes, created_at, revoked_at)
-					values ('key_0123456789abcdefABCDEF', 'rekall:canary', 'Canary', 'sandbox', sha256(''), '{}', now() - interval '1 day', now() - interval '1 day')`,
-				`delete from rekall.api_keys`,
-				func(ctx context.Context) error { return second(store.CreateCanary(ctx)) },
-			},
-			{
 				"publish signing keys", ``,
 				`insert into rekall.signing_keys (id, public_key, instance, expires_at) values (repeat('a', 43), sha256(''), repeat('a', 22), now())`,
 				func(ctx context.Context) error {
@@ -204,6 +198,38 @@ func TestWhatEdgesWriteDoesNotFailForWaitingWhateverIsolationIsTheDefault(t *tes
 				t.Errorf("%s, %s: %s: %v", level, mode, write.name, err)
 			}
 		}
+	}
+}
+
+// TestCanaryIsMadeThoughAnotherEdgeLeavesItsOwnOpen: it may have been taken over, and all others' measurements would end.
+func TestCanaryIsMadeThoughAnotherEdgeLeavesItsOwnOpen(t *testing.T) {
+	databaseURL := pgtest.Migrated(t)
+	store, other := open(t, databaseURL, keystore.Options{}), connect(t, databaseURL)
+	exec(t, other, `insert into rekall.api_keys (id, account, name, environment, key_hash, scopes, created_at, revoked_at)
+		select 'key_' || lpad(n::text, 22, '0'), 'rekall:canary', 'Canary', 'sandbox', sha256(n::text::bytea), '{}', now() - interval '1 day',
+			case n when 1 then now() - interval '1 day' end from generate_series(1, 2) n`)
+	exec(t, other, `begin`)
+	exec(t, other, `select rekall.create_canary()`)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	id, err := store.CreateCanary(ctx)
+	if err != nil || id == "" {
+		t.Fatalf("%q, %v", id, err)
+	}
+	exec(t, other, `rollback`)
+	if err := store.RevokeCanary(ctx, id); err != nil {
+		t.Error(err)
+	}
+	if _, err := store.CreateCanary(ctx); err != nil {
+		t.Error(err)
+	}
+	var left, alive int
+	if err := other.QueryRow(t.Context(), `select count(*) filter (where created_at < now() - interval '1 hour'),
+		count(*) filter (where created_at < now() - interval '1 hour' and revoked_at is null) from rekall.api_keys`).Scan(&left, &alive); err != nil {
+		t.Fatal(err)
+	}
+	if left != 1 || alive != 0 {
+		t.Errorf("%d old canaries are left, of which %d are alive, once nobody locks them", left, alive)
 	}
 }
 
