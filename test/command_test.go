@@ -156,16 +156,12 @@ func TestKeyThatCouldNotBePrintedIsAnErrorAndNoKey(t *testing.T) {
 	if _, stderr, code := cli(t, database, "migrate"); code != 0 {
 		t.Fatal(stderr)
 	}
-	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = full.Close() }()
-	cmd := exec.Command(program, "keys", "create", "--name", "n", "--scopes", "memories:read", "--environment", "production")
-	cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+database)
-	cmd.Stdout = full
-	if err := cmd.Run(); err == nil {
-		t.Error("the only copy of a key was lost, and the command said that all was well")
+	for name, to := range map[string]string{"full": ">/dev/full", "closed": ">&-", "thrown away": ">/dev/null"} {
+		cmd := exec.Command("sh", "-c", `"$0" keys create --name n --scopes memories:read --environment production `+to, program)
+		cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+database)
+		if err := cmd.Run(); err == nil {
+			t.Errorf("%s: the only copy of a key was lost, and the command said that all was well", name)
+		}
 	}
 	if stdout, stderr, _ := cli(t, database, "keys", "list", "--json"); strings.TrimSpace(stdout) != "[]" {
 		t.Errorf("a key that nobody saw is in force: %s%s", stdout, stderr)

@@ -352,7 +352,7 @@ func TestIncidentSwitchCountsBeforeItActs(t *testing.T) {
 	}
 	leaked := k.create("Leaked")
 	hash := fmt.Sprintf("%x\n\n%x\n", sha256.Sum256([]byte(leaked.Key.Reveal())), sha256.Sum256([]byte("unknown")))
-	if stdout, stderr, code := k.try(hash, "revoke", "--hashes", "-", "--yes"); code != 0 || !strings.Contains(stdout, "Revoked 1 key. ") {
+	if stdout, stderr, code := k.try("\ufeff"+hash, "revoke", "--hashes", "-", "--yes"); code != 0 || !strings.Contains(stdout, "Revoked 1 key. ") {
 		t.Errorf("hashes: %d %s %s", code, stdout, stderr)
 	}
 	if stdout, stderr, code := k.try(leaked.Key.Reveal()+"\n", "revoke", "--hashes", "-", "--yes"); code != 1 || stdout != "" || !strings.Contains(stderr, "--hashes line 1") {
@@ -396,15 +396,12 @@ func TestSuccessorThatCouldNotBePrintedIsNoSuccessor(t *testing.T) {
 	t.Parallel()
 	k := newKeysCLI(t)
 	key := k.create("One")
-	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = full.Close() }()
-	for _, args := range [][]string{{"--older-than", "0s", "--yes"}, {key.ID, "--overlap", "0"}, {key.ID, "--json"}} {
-		cmd := exec.Command(program, append([]string{"keys", "rotate"}, args...)...)
+	for _, args := range []string{
+		"--older-than 0s --yes >/dev/full", key.ID + " --overlap 0 >/dev/full", key.ID + " --json >/dev/full",
+		"--older-than 0s --yes --json >&-", key.ID + " >&-",
+	} {
+		cmd := exec.Command("sh", "-c", `"$0" keys rotate `+args, program)
 		cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+k.database)
-		cmd.Stdout = full
 		if err := cmd.Run(); err == nil {
 			t.Errorf("%v: all was well", args)
 		}
@@ -555,14 +552,15 @@ func TestCheckReadsTheKeyFromItsInputAndNeverShowsIt(t *testing.T) {
 		code  int
 		say   string
 	}{
-		"active":    {active.Key.Reveal() + "\n", 0, active.ID},
-		"revoked":   {"  " + revoked.Key.Reveal() + " ", 4, revoked.ID},
-		"unknown":   {apikey.Generate(apikey.Sandbox), 3, "well-formed sandbox key"},
-		"malformed": {"rk_short", 1, ""},
-		"nothing":   {"", 1, ""},
-		"blanks":    {"\n" + active.Key.Reveal() + "\r\n \n", 0, active.ID},
-		"two keys":  {active.Key.Reveal() + "\n" + revoked.Key.Reveal() + "\n", 1, ""},
-		"a file":    {active.Key.Reveal() + "\n" + strings.Repeat("\n", 2000), 1, ""},
+		"active":       {active.Key.Reveal() + "\n", 0, active.ID},
+		"revoked":      {"  " + revoked.Key.Reveal() + " ", 4, revoked.ID},
+		"unknown":      {apikey.Generate(apikey.Sandbox), 3, "well-formed sandbox key"},
+		"malformed":    {"rk_short", 1, ""},
+		"nothing":      {"", 1, ""},
+		"PowerShell's": {"\ufeff" + active.Key.Reveal() + "\r\n", 0, active.ID},
+		"blanks":       {"\n" + active.Key.Reveal() + "\r\n \n", 0, active.ID},
+		"two keys":     {active.Key.Reveal() + "\n" + revoked.Key.Reveal() + "\n", 1, ""},
+		"a file":       {active.Key.Reveal() + "\n" + strings.Repeat("\n", 2000), 1, ""},
 	} {
 		stdout, stderr, code := k.try(test.input, "check")
 		if code != test.code || !strings.Contains(stdout, test.say) || (stderr == "") != (code == 0) || apikey.ContainsKey(stdout) {

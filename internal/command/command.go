@@ -90,6 +90,7 @@ func run(do func(context.Context, *cobra.Command, []string) error) func(*cobra.C
 	return func(cmd *cobra.Command, args []string) error {
 		ctx, stop := signal.NotifyContext(context.Background(), endings()...)
 		defer stop()
+		context.AfterFunc(ctx, stop) // a second signal ends what waits for somebody to read its output
 		err := do(ctx, cmd, args)
 		if err != nil {
 			if ctx.Err() != nil {
@@ -160,6 +161,22 @@ func interruptible(ctx context.Context, input io.Reader) io.Reader {
 		to.CloseWithError(err)
 	}()
 	return from
+}
+
+// checkRead demands that somebody can read a new key. In place of an output that is closed Go opens the null device, which takes all.
+func checkRead(cmd *cobra.Command) error {
+	out, ok := cmd.OutOrStdout().(*os.File)
+	if !ok {
+		return nil
+	}
+	to, err := out.Stat()
+	if err != nil {
+		return fmt.Errorf("look at the output: %w", err)
+	}
+	if null, err := os.Stat(os.DevNull); err == nil && os.SameFile(to, null) {
+		return errors.New("no key was made: it is shown once only, and the output is closed or " + os.DevNull)
+	}
+	return nil
 }
 
 // show prints a result: JSON for programs, text for people. A key that could not be printed is lost, so it says if it failed.

@@ -65,6 +65,9 @@ func createKey(ctx context.Context, cmd *cobra.Command, _ []string, admin *keyad
 			scopes = append(scopes, strings.TrimSpace(scope)) // of spaces after a comma, as in a file to import
 		}
 	}
+	if err := checkRead(cmd); err != nil {
+		return err
+	}
 	shown := false // else there is none, whatever became of the transaction
 	_, _, err := admin.Create(ctx, operator(), keyadmin.CreateRequest{
 		Name: text(cmd, "name"), Account: text(cmd, "account"), Environment: text(cmd, "environment"), Scopes: scopes,
@@ -345,7 +348,7 @@ func readSecret(ctx context.Context, cmd *cobra.Command) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("read the key: %w", err)
 	}
-	secret := strings.TrimSpace(string(input))
+	secret := strings.TrimSpace(keyadmin.WithoutByteOrderMark(string(input)))
 	if len(input) > maxSecret || strings.ContainsAny(secret, "\r\n") {
 		return "", errors.New("give one key, and nothing besides")
 	}

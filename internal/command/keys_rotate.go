@@ -63,6 +63,9 @@ func rotateKeys(ctx context.Context, cmd *cobra.Command, args []string, admin *k
 	if is(cmd, "undo") {
 		return undoRotation(ctx, cmd, args[0], admin)
 	}
+	if err := checkRead(cmd); err != nil {
+		return err
+	}
 	_, _, err = admin.Rotate(ctx, operator(), args[0], keyadmin.RotateRequest{Overlap: overlap, HandOut: func(key keyadmin.Key) error {
 		return show(cmd, key, func(w io.Writer) {
 			fmt.Fprintf(w, "Rotated %s. Its successor is %s (%s).\n\n  %s\n\nThis is the only time the key is shown. Store it now.\n%s\n",
@@ -98,6 +101,9 @@ func undoRotation(ctx context.Context, cmd *cobra.Command, id string, admin *key
 func rotateDue(ctx context.Context, cmd *cobra.Command, admin *keyadmin.Admin, overlap keyadmin.Overlap) error {
 	request := keyadmin.RotateDueRequest{Account: text(cmd, "account"), OlderThan: text(cmd, "older-than"), Overlap: overlap}
 	asJSON, dryRun := is(cmd, "json"), !is(cmd, "yes")
+	if err := checkRead(cmd); err != nil && !dryRun {
+		return err
+	}
 	out := cmd.OutOrStdout()
 	rotated, err := admin.RotateDue(ctx, operator(), request, dryRun, func(key keyadmin.Key) error {
 		var err error

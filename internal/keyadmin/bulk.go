@@ -65,6 +65,7 @@ func revokeMany(ctx context.Context, tx *keystore.Tx, actor string, reach keysto
 	if r.At, err = tx.Now(ctx); err != nil {
 		return Revocation{}, err
 	}
+	r.At = r.At.UTC()
 	if r.xid, err = tx.Xid(ctx); err != nil {
 		return Revocation{}, err
 	}

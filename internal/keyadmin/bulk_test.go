@@ -226,7 +226,7 @@ func TestIncidentSwitchRevokesTheSelectionAndNothingElse(t *testing.T) {
 				t.Errorf("dry run %+v, %v, revoked %s", dry, err, revokedNames(t, admin, keys))
 			}
 			done, err := admin.RevokeMany(t.Context(), operator, selection, false)
-			if got := revokedNames(t, admin, keys); err != nil || done.Count != count || got != test.want {
+			if got := revokedNames(t, admin, keys); err != nil || done.Count != count || got != test.want || done.At.Location() != time.UTC {
 				t.Errorf("%+v, %v, revoked %q, want %q", done, err, got, test.want)
 			}
 			if again, err := admin.RevokeMany(t.Context(), operator, selection, false); err != nil || again.Count != 0 {

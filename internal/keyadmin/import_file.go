@@ -258,12 +258,15 @@ func parseHash(s string) (apikey.Digest, error) {
 
 var errHash = &InvalidError{"hash", "must be 64 hexadecimal digits: the SHA-256 of the whole key"}
 
+// WithoutByteOrderMark leaves out what some editors and shells begin a file with.
+func WithoutByteOrderMark(text string) string { return strings.TrimPrefix(text, byteOrderMark) }
+
 // ParseHashes reads SHA-256 hashes of keys, one a line, in hexadecimal. What is none is an *InvalidError.
 func ParseHashes(file io.Reader) ([]apikey.Digest, error) {
 	hashes := []apikey.Digest{}
 	scanner := bufio.NewScanner(file)
 	for number := int64(1); scanner.Scan(); number++ {
-		text := strings.TrimSpace(scanner.Text())
+		text := strings.TrimSpace(WithoutByteOrderMark(scanner.Text()))
 		if text == "" {
 			continue
 		}

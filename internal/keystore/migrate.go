@@ -117,18 +117,29 @@ func connectToMigrate(ctx context.Context, url, doing string) (conn *pgx.Conn, e
 		defer cancel()
 		_ = conn.Close(ctx)
 	}
-	if err = checkEncoding(ctx, conn); err != nil {
+	if err = checkServer(ctx, conn); err != nil {
 		end()
 		return nil, nil, fmt.Errorf("%s: %w", doing, err)
 	}
 	return conn, end, nil
 }
 
-// checkEncoding demands UTF8: in any other encoding Postgres counts the characters of names wrongly, or cannot take all of them.
-func checkEncoding(ctx context.Context, conn *pgx.Conn) error {
-	var encoding string
-	if err := conn.QueryRow(ctx, "show server_encoding").Scan(&encoding); err != nil {
+// oldestServer is the least server_version_num that has all that the feed needs.
+const oldestServer = 140000
+
+// checkServer demands a version that takes all migrations, or it would keep the first of them, and UTF8: in any other encoding Postgres
+// counts the characters of names wrongly, or cannot take all of them.
+func checkServer(ctx context.Context, conn *pgx.Conn) error {
+	var (
+		version  int
+		encoding string
+	)
+	err := conn.QueryRow(ctx, "select current_setting('server_version_num')::int, current_setting('server_encoding')").Scan(&version, &encoding)
+	if err != nil {
 		return err
+	}
+	if version < oldestServer {
+		return fmt.Errorf("the server is PostgreSQL %d, which is too old: use %d or newer", version/10000, oldestServer/10000)
 	}
 	if encoding != "UTF8" {
 		return fmt.Errorf("the database's encoding is %s, which cannot hold every name of a key: "+
