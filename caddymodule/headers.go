@@ -33,10 +33,12 @@ func (x *exchange) identify(r *http.Request) {
 	x.set(h, "X-Request-Id", requestIDValue, x.requestID)
 }
 
+const identityTokenHeader = "X-Rekall-Identity-Token"
+
 // addCredentials adds what only the backend is to have.
 func (x *exchange) addCredentials(h http.Header, cred *credential.Credential) {
 	if token := x.values[tokenValue]; token != "" {
-		x.set(h, "X-Rekall-Identity-Token", tokenValue, token)
+		x.set(h, identityTokenHeader, tokenValue, token)
 	}
 	if x.gateway.ForwardCredential {
 		h["Authorization"] = []string{"Bearer " + cred.Reveal()}

@@ -185,7 +185,9 @@ func (c *routeCheck) handler(where string, env apikey.Environment, handler any) 
 	case *caddyhttp.Invoke:
 		c.invoke(where, env, h.Name)
 	case *intercept.Intercept:
+		around := c.around
 		c.responses(where, env, h.HandleResponse)
+		c.around = around | c.around&bodies // what they answer with templates is their own, not what comes from behind
 	case *Gateway:
 		c.answers(where + ", rekall_gateway")
 		c.gateway, c.entries[c.server] = true, true
@@ -332,8 +334,8 @@ func countsSlowness(h *reverseproxy.Handler) bool {
 }
 
 func (c *routeCheck) add(upstream string, env apikey.Environment, where string) {
-	if strings.Contains(normalize(upstream), "{") {
-		c.open = fmt.Sprintf("upstream %s depends on the request (%s)", upstream, where)
+	if strings.Contains(known(upstream), "{") {
+		c.open = fmt.Sprintf("upstream %s depends on the request or on a file (%s)", upstream, where)
 		return
 	}
 	c.dials = append(c.dials, dial{upstream, env, where, c.server})
@@ -403,10 +405,13 @@ func (c *routeCheck) compare() {
 	}
 }
 
+// known is an upstream with what does not change later in it: what the environment says, and not what a file does.
+func known(upstream string) string { return caddy.NewReplacer().WithoutFile().ReplaceKnown(upstream, "") }
+
 // normalize folds the spellings of one address: case, a dot at the end, the ways to write an IP address, and those to name
 // this machine.
 func normalize(upstream string) string {
-	upstream = caddy.NewReplacer().ReplaceKnown(upstream, "") // what the environment and files say does not change later
+	upstream = known(upstream)
 	address, err := caddy.ParseNetworkAddress(upstream)
 	if err != nil {
 		return strings.ToLower(upstream)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -186,8 +187,13 @@ func (t *Transport) roundTrip(r *http.Request, p *pass) (*http.Response, error) 
 	if err != nil {
 		return nil, p.excuse(r, err)
 	}
-	if !t.debug && res.StatusCode/100 == 2 && res.ProtoMajor == 1 {
+	switch {
+	case t.debug || res.StatusCode/100 != 2:
+	case res.ProtoMajor == 1:
 		r.Header, r.TLS = nil, nil
+	case r.Header[identityTokenHeader] != nil: // the proxy logs the request if the answer breaks off
+		r.Header = maps.Clone(r.Header)
+		delete(r.Header, identityTokenHeader)
 	}
 	return res, nil
 }

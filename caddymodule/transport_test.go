@@ -337,6 +337,37 @@ func TestAnswerThatIsNotFinalIsAFailureOfItsBackend(t *testing.T) {
 	}
 }
 
+// TestProxyIsLeftNoIdentityTokenToLog: it logs the request when its answer breaks off, which a client brings about by leaving.
+func TestProxyIsLeftNoIdentityTokenToLog(t *testing.T) {
+	received := make(chan string, 1)
+	backend := httptest.NewUnstartedServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		received <- r.Header.Get(identityTokenHeader)
+	}))
+	backend.Config.Protocols = new(http.Protocols)
+	backend.Config.Protocols.SetUnencryptedHTTP2(true)
+	backend.Config.Protocols.SetHTTP1(true)
+	backend.Start()
+	defer backend.Close()
+	for _, versions := range [][]string{nil, {"h2c"}} {
+		transport := provisioned(t, &Transport{HTTPTransport: reverseproxy.HTTPTransport{Versions: versions}})
+		transport.debug = false
+		p := &pass{Context: context.WithValue(t.Context(), caddyhttp.VarsCtxKey, map[string]any{}), environment: apikey.Production}
+		r := httptest.NewRequestWithContext(p, http.MethodGet, backend.URL+"/v1/memories", nil)
+		r.Header.Set(identityTokenHeader, "token")
+		answer, err := transport.RoundTrip(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = answer.Body.Close()
+		if token := <-received; token != "token" {
+			t.Errorf("versions %v: the backend receives %q", versions, token)
+		}
+		if token := r.Header.Get(identityTokenHeader); token != "" {
+			t.Errorf("versions %v: the proxy may log %q", versions, token)
+		}
+	}
+}
+
 // TestLittleOfAnAnswerWaitsInMemoryForAClientThatDoesNotRead: over HTTP/2 the backend sends as much as it is let, whatever the client reads.
 func TestLittleOfAnAnswerWaitsInMemoryForAClientThatDoesNotRead(t *testing.T) {
 	settings := make(chan *http2.SettingsFrame, 1)
