@@ -57,7 +57,7 @@ func (k *keysCLI) start(input *os.File, stderr io.Writer, args ...string) (*exec
 	k.t.Helper()
 	cmd := exec.Command(program, append([]string{"keys"}, args...)...)
 	cmd.Env = append(os.Environ(), "REKALL_DATABASE_URL="+k.database)
-	cmd.Stdin, cmd.Stderr = input, stderr
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = input, io.MultiWriter(), stderr // no null device, on which no key is made
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if _, err := unix.IoctlGetTermios(int(input.Fd()), unix.TCGETS); err == nil {
 		cmd.SysProcAttr.Setctty = true
