@@ -94,6 +94,7 @@ type routeCheck struct {
 // verdict returns the first error. An open proxy is one only where there is something to protect from it.
 func (c *routeCheck) verdict() error {
 	c.follow()
+	c.front()
 	c.compare()
 	if c.err == nil && c.gateway && c.open != "" {
 		return fmt.Errorf("%s: it could lead to a backend of a rekall_gateway; name the addresses", c.open)
@@ -364,6 +365,18 @@ func (c *routeCheck) follow() {
 				if behind[name] == 0 {
 					behind[name], found = d.environment, true
 				}
+			}
+		}
+	}
+}
+
+// front refuses a server in front of a gateway's: keys come through it, and its logs and the errors of its proxy would show them.
+func (c *routeCheck) front() {
+	for _, d := range c.dials {
+		for _, name := range c.dialled(d.upstream) {
+			if c.err == nil && d.environment == 0 && c.entries[name] {
+				c.err = fmt.Errorf("upstream %s is a server of this configuration with a rekall_gateway (%s; server %s): keys would stand in the logs "+
+					"of the server in front; put the rekall_gateway into that one", d.upstream, d.where, name)
 			}
 		}
 	}

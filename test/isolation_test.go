@@ -250,6 +250,7 @@ func TestConfigurationWithAWayPastTheGatewayIsRefused(t *testing.T) {
 		{name: "several sources of a named route", before: "&(proxy) {\n " + several + "\n}\n", site: block("invoke proxy", "respond 418"), reason: "takes its upstreams from"},
 		{name: "upstream that the client chooses", site: standardBlock, after: "http://other.example:PORT {\nreverse_proxy {header.X-Backend}\n}", reason: "depends on the request"},
 		{name: "upstream that a file names, which may change", site: block("reverse_proxy {file./etc/hostname}:80", "respond 418"), reason: "or on a file"},
+		{name: "another server in front, whose logs show keys", site: standardBlock, after: "http://:" + inner + " {\nbind 127.0.0.1\nreverse_proxy 127.0.0.1:PORT\n}\n", reason: "in the logs of the server in front"},
 		{name: "upstream that the client chooses by a name with a slash", site: block("reverse_proxy {query.a/b}:80", "respond 418"), reason: "depends on the request"},
 		{name: "upstream that the client chooses within", site: block("reverse_proxy PRODUCTION", "reverse_proxy {header.X-Backend}"), reason: "depends on the request"},
 		{name: "upstreams that cannot be known", site: standardBlock,
