@@ -84,7 +84,7 @@ func (s *store) acquire(ctx context.Context, b *Bucket, limit Limit) (Verdict, b
 	if verdict.Allowed || !ok || verdict.Remaining == 0 {
 		return verdict, ok
 	}
-	timeout := time.NewTimer(patience)
+	timeout := time.NewTimer(s.patience)
 	defer timeout.Stop()
 	for {
 		exchanged := b.lease.nextExchange() // before the look at what there is: an exchange may come in between

@@ -45,6 +45,7 @@ type store struct {
 	count     func() int
 	logger    func() *zap.Logger
 	start     time.Time
+	patience  time.Duration // what the constant says, but in tests
 
 	edges    atomic.Int64
 	fallback atomic.Bool
@@ -69,7 +70,7 @@ type store struct {
 // returns how many edges share the limits now, this one included; it must not block. logger is asked at each line.
 func NewShared(url string, edges func() int, logger func() *zap.Logger) (*Limiter, error) {
 	l := New()
-	s := &store{count: edges, logger: logger, start: l.start, wake: make(chan struct{}, 1), all: l.leases}
+	s := &store{count: edges, logger: logger, start: l.start, patience: patience, wake: make(chan struct{}, 1), all: l.leases}
 	s.edges.Store(int64(max(1, edges())))
 	var err error
 	if s.client, err = newClient(url, s.connect); err != nil {
@@ -257,7 +258,7 @@ func (s *store) exchange(ctx context.Context, batch []settlement) bool {
 	// Not cut short when the gateway ends: what is sent counts.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), exchangeTimeout)
 	defer cancel()
-	slow := time.AfterFunc(patience, func() { s.fall(errSlow) })
+	slow := time.AfterFunc(s.patience, func() { s.fall(errSlow) })
 	err := s.trade(ctx, batch)
 	inTime := slow.Stop()
 	if err != nil {
@@ -360,7 +361,7 @@ func (s *store) fall(err error) bool {
 func (s *store) probe(ctx context.Context) {
 	probe, cancel := context.WithTimeout(ctx, exchangeTimeout)
 	defer cancel()
-	slow := time.AfterFunc(patience, func() { s.fall(errSlow) })
+	slow := time.AfterFunc(s.patience, func() { s.fall(errSlow) })
 	data, err := s.nameOfData(probe)
 	inTime := slow.Stop()
 	switch {
