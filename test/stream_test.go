@@ -424,7 +424,7 @@ func (g *gateway) openWebSocket(header http.Header) (net.Conn, *bufio.Reader, *h
 	if err := req.Write(conn); err != nil {
 		g.t.Fatal(err)
 	}
-	_ = conn.SetReadDeadline(time.Now().Add(20 * time.Second))
+	_ = conn.SetReadDeadline(time.Now().Add(2 * time.Minute)) // for all that the test reads
 	reader := bufio.NewReader(conn)
 	resp, err := http.ReadResponse(reader, req)
 	if err != nil {

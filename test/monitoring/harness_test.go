@@ -270,7 +270,7 @@ func (p *prometheus) waitFiring(alerts ...string) {
 	})
 }
 
-var client = &http.Client{Timeout: 10 * time.Second}
+var client = &http.Client{Timeout: time.Minute}
 
 // status is that of an answer; 0: there is none.
 func status(url string) int {

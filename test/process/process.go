@@ -19,7 +19,7 @@ import (
 )
 
 // endsWithin is how long a process may take to end, unless its Options say otherwise.
-const endsWithin = 20 * time.Second
+const endsWithin = time.Minute
 
 // Log collects what a process prints. It can be read meanwhile, and serve a process that is started again.
 type Log struct {
@@ -54,7 +54,7 @@ type Options struct {
 	Log    *Log       // nil: one of its own
 	Killed bool       // at the end of the test, in place of being asked to end
 
-	EndsWithin time.Duration // when it is asked to; 0: 20 s
+	EndsWithin time.Duration // when it is asked to; 0: a minute
 }
 
 // Process is a program that was started.
