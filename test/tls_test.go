@@ -108,7 +108,7 @@ func TestPostgresThatCannotBeVerifiedIsNotAskedAndTheLogSaysWhy(t *testing.T) {
 				_, err := client.Get(g.http)
 				return err == nil
 			})
-			g.do("GET", "/v1/memories", bearer(key)).wantCode(t, 503, "AUTH_UNAVAILABLE")
+			g.doOnce("GET", "/v1/memories", bearer(key)).wantCode(t, 503, "AUTH_UNAVAILABLE")
 			eventually.True(t, "the log says why", func() bool { return strings.Contains(g.log.String(), tc.why) })
 			if password, _ := mustParse(t, tc.url).User.Password(); strings.Contains(g.log.String(), password) {
 				t.Error("the log shows the password")
