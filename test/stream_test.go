@@ -86,15 +86,21 @@ func follow(resp *http.Response) *follower {
 // goesOn waits for what is sent from now on.
 func (f *follower) goesOn(t *testing.T) {
 	t.Helper()
+	if !f.survives(t) {
+		t.Fatalf("the stream ended: %v", <-f.ended)
+	}
+}
+
+// survives waits for what is sent from now on, and reports false if the stream ends.
+func (f *follower) survives(t *testing.T) (survives bool) {
+	t.Helper()
 	before := f.read.Load()
-	eventually.True(t, "the stream goes on", func() bool {
-		select {
-		case err := <-f.ended:
-			t.Fatalf("the stream ended: %v", err)
-		default:
-		}
-		return f.read.Load() > before+64
+	eventually.True(t, "the stream goes on or ends", func() bool {
+		ended := len(f.ended) > 0
+		survives = !ended && f.read.Load() > before+64
+		return survives || ended
 	})
+	return survives
 }
 
 // ends waits until the stream ends, which must not look like a good end.
