@@ -5,10 +5,12 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"math"
 	"net/http"
 	"net/url"
 	"os"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -146,7 +148,7 @@ func (f *faultRig) stopPastTheBound(good *follower) (survives bool) {
 	t.Helper()
 	revoked := f.rig.key("production", "memories:read")
 	revokedStream := f.openStream(revoked)
-	stops := f.logged("process stood still")
+	stops := f.logged(stoodStill)
 	f.network.Stall()
 	eventually.True(t, "a sync hangs", func() bool { return f.g.status().SyncAgeSeconds > 0.3 })
 	f.g.process.Signal(t, syscall.SIGSTOP)
@@ -171,7 +173,7 @@ func (f *faultRig) stopPastTheBound(good *follower) (survives bool) {
 	eventually.True(t, "the refusal is certain", func() bool { return f.goodKeyWorks() && f.g.ask(revoked) == "API_KEY_REVOKED" })
 	revokedStream.ends(t)
 	survives = good.survives(t)
-	eventually.True(t, "the log says what happened", func() bool { return f.logged("process stood still") > stops })
+	eventually.True(t, "the log says what happened", func() bool { return f.logged(stoodStill) > stops })
 	return survives
 }
 
@@ -199,14 +201,13 @@ func TestOutageNeverTurnsAGoodKeyAwayAsBadNorLetsARevokedOneIn(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := newFaultRig(t)
-			fault.begin(t, f)
-			f.g.doOnce("GET", "/v1/memories", bearer(f.key)).wantCode(t, 200, "") // a short outage passes unnoticed
-			cold := f.g.doOnce("GET", "/v1/memories", bearer(f.cold))
-			cold.wantCode(t, 503, "AUTH_UNAVAILABLE")
-			if cold.Header.Get("Retry-After") == "" {
-				t.Error("503 without Retry-After")
+			for slow := 1; !f.shortOutagePassesUnnoticed(t, fault.begin); slow++ {
+				fault.end(t, f)
+				if slow == 5 {
+					t.Fatal("no outage was short enough")
+				}
+				f = newFaultRig(t)
 			}
-			f.g.doOnce("GET", "/v1/memories", bearer(f.revoked)).wantCode(t, 401, "API_KEY_REVOKED")
 			eventually.True(t, "the bound has passed", func() bool {
 				code := f.g.ask(f.key)
 				if code != "" && code != "AUTH_UNAVAILABLE" && code != "cut" {
@@ -230,6 +231,27 @@ func TestOutageNeverTurnsAGoodKeyAwayAsBadNorLetsARevokedOneIn(t *testing.T) {
 			f.wantLogged("edge cannot report", "edge reports again")
 		})
 	}
+}
+
+// shortOutagePassesUnnoticed begins an outage. It reports false if the machine was too slow for one that is short.
+func (f *faultRig) shortOutagePassesUnnoticed(t *testing.T, begin func(*testing.T, *faultRig)) bool {
+	t.Helper()
+	f.mark()
+	began := time.Now()
+	begin(t, f)
+	known := f.g.doOnce("GET", "/v1/memories", bearer(f.key))
+	cold := f.g.doOnce("GET", "/v1/memories", bearer(f.cold))
+	revoked := f.g.doOnce("GET", "/v1/memories", bearer(f.revoked))
+	if (known.cannotTell() || revoked.cannotTell()) && time.Since(began) > faultBound-time.Second {
+		return false
+	}
+	known.wantCode(t, 200, "")
+	cold.wantCode(t, 503, "AUTH_UNAVAILABLE")
+	if cold.Header.Get("Retry-After") == "" {
+		t.Error("503 without Retry-After")
+	}
+	revoked.wantCode(t, 401, "API_KEY_REVOKED")
+	return true
 }
 
 // TestAnswerToARequestThatWasCutSaysThatItMayHaveBeenCarriedOut: whoever repeats a request that was refused must not do it twice.
@@ -266,6 +288,7 @@ func TestRestartOfPostgresWithinTheBoundEndsNoStreamOfAGoodKey(t *testing.T) {
 	f := newFaultRig(t, "refresh 100ms", "max_staleness 50s")
 	later := f.rig.key("production", "memories:read")
 	laterStream := f.openStream(later)
+	f.mark()
 	f.server.Kill()
 	if err := f.server.Restart(t.Context()); err != nil {
 		t.Fatal(err)
@@ -284,15 +307,92 @@ func TestRestartOfPostgresWithinTheBoundEndsNoStreamOfAGoodKey(t *testing.T) {
 	f.wantLogged("key sync failed", "key sync works again")
 }
 
-// wantLogged waits until the log says what happened and that it is over, each once.
+// outages are how the log tells that something begins to fail, and that it works again.
+var outages = [][2]string{
+	{"key sync failed", "key sync works again"},
+	{"cached keys are not trusted any longer", "cached keys are trusted again"},
+	{"listening for changes failed", "listening for changes again"},
+	{"edge cannot report", "edge reports again"},
+}
+
+// mark notes where in the log a fault begins, once all works: a busy machine may have been late for a moment.
+func (f *faultRig) mark() {
+	f.t.Helper()
+	eventually.True(f.t, "all works", func() bool {
+		log := f.g.log.String()
+		f.marked = len(log)
+		return !slices.ContainsFunc(outages, func(o [2]string) bool { return strings.Count(log, o[0]) != strings.Count(log, o[1]) })
+	})
+}
+
+// wantLogged waits until the log says what happened and that it is over, each once in the fault that was marked. Before and after, it may
+// tell of the same only because the process stood still.
 func (f *faultRig) wantLogged(happened, over string) {
 	f.t.Helper()
-	eventually.True(f.t, "the log says that it is over: "+over, func() bool { return f.logged(over) > 0 })
-	for _, message := range []string{happened, over} {
-		if n := f.logged(message); n != 1 {
-			f.t.Errorf("the log says %d times %q, want once", n, message)
+	at := -1
+	eventually.True(f.t, "the log says that it is over: "+over, func() bool {
+		at = strings.Index(f.g.log.String()[f.marked:], over)
+		return at >= 0
+	})
+	log, end := f.g.log.String(), f.marked+at+len(over)
+	if n := strings.Count(log[f.marked:end], happened); n != 1 {
+		f.t.Errorf("the log says %d times %q before %q, want once", n, happened, over)
+	}
+	f.wantNoneLogged(log, log[:f.marked]+log[end:], happened, over)
+}
+
+// wantNoneLogged requires that a part of the log does not say what happened, unless beside it the process stood still.
+func (f *faultRig) wantNoneLogged(log, part, happened, over string) {
+	f.t.Helper()
+	stops := linesOf(log, stoodStill)
+	for _, line := range logLines(part) {
+		if strings.Contains(line.Msg, happened) && !line.beside(stops) {
+			f.t.Errorf("the log says another time %q", happened)
 		}
 	}
+	if strings.Count(part, over) > strings.Count(part, happened) {
+		f.t.Errorf("the log says more often %q than %q", over, happened)
+	}
+}
+
+type logLine struct {
+	Msg    string
+	TS, By float64 // seconds
+}
+
+// logLines are those of a gateway's own log, whatever else stands between them.
+func logLines(log string) (lines []logLine) {
+	for text := range strings.Lines(log) {
+		if !strings.Contains(text, `"level"`) {
+			continue
+		}
+		var line logLine
+		if err := json.Unmarshal([]byte(text), &line); err != nil {
+			line.Msg = text
+		}
+		lines = append(lines, line)
+	}
+	return lines
+}
+
+// Lines that say that the process, or the machine, stood still. What failed then is nobody's fault.
+const stoodStill, clockSet = "process stood still", "wall clock was set"
+
+// linesOf are those with one of the messages, or what these begin with.
+func linesOf(log string, messages ...string) []logLine {
+	return slices.DeleteFunc(logLines(log), func(line logLine) bool {
+		return !slices.ContainsFunc(messages, func(message string) bool { return strings.HasPrefix(line.Msg, message) })
+	})
+}
+
+// isOutage reports whether a line tells that something begins to fail, or works again.
+func (l logLine) isOutage() bool {
+	return slices.ContainsFunc(outages, func(o [2]string) bool { return strings.HasPrefix(l.Msg, o[0]) || l.Msg == o[1] })
+}
+
+// beside reports whether a line was written within a few seconds of one of the others.
+func (l logLine) beside(others []logLine) bool {
+	return slices.ContainsFunc(others, func(other logLine) bool { return math.Abs(l.TS-other.TS) < 5 })
 }
 
 // faultBound is the max_staleness under faults: long enough for a few requests on a busy machine.
@@ -306,6 +406,7 @@ type faultRig struct {
 	g                  *gateway
 	key, revoked, cold keyadmin.Key // cold has never been used
 	stream             *follower
+	marked             int // where in the log the fault begins
 }
 
 // newFaultRig takes options of the rekall block in place of its own.
@@ -405,6 +506,7 @@ func TestPartitionedEdgeStopsAtTheBoundWhileOthersRefuseAtOnce(t *testing.T) {
 	f := newFaultRig(t)
 	r := f.rig
 	other := r.start(standardSite, "refresh 100ms", "max_staleness "+faultBound.String()) // reaches Postgres directly
+	f.mark()
 	f.network.Stall()
 	r.revoke(f.key.ID)
 	revoked := time.Now()
@@ -516,6 +618,7 @@ func (f *faultRig) logged(message string) int { return strings.Count(f.g.log.Str
 func TestReadOnlyDatabaseDoesNotDisturbRequests(t *testing.T) {
 	t.Parallel()
 	f := newFaultRig(t)
+	f.mark()
 	pgtest.Exec(t, f.server.URL(), "alter system set default_transaction_read_only = on")
 	pgtest.Exec(t, f.server.URL(), "select pg_reload_conf()")
 	epoch := f.g.status().Epoch
