@@ -3,6 +3,8 @@ package test
 import (
 	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -248,22 +250,36 @@ func TestRemainingFallsByOneWithEachRequest(t *testing.T) {
 	r := newRig(t)
 	r.limitAccount("free", 4, 301, 5) // 300 at once, and hardly more while the test runs
 	g := r.start(heldSite)
-	key := r.key("production", "memories:read")
-	eventually.True(t, "the limit is known", func() bool { return g.get(key).Header.Get("X-RateLimit-Limit") == "4" })
-	for range 400 {
-		if answer := g.get(key); answer.StatusCode == http.StatusTooManyRequests {
-			return // Remaining is at most the limit: the last four tell it
-		} else if left, _ := strconv.Atoi(answer.Header.Get("X-RateLimit-Remaining")); left < 4 {
-			for want := left - 1; want >= 0; want-- {
-				if got := g.get(key).Header.Get("X-RateLimit-Remaining"); got != strconv.Itoa(want) {
-					t.Errorf("remaining %s, want %d", got, want)
-				}
-			}
-			g.get(key).wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
+	var err error
+	for range 3 { // one more request is let through each 15 s, and it may come between the last ones
+		if err = g.useUp(r.key("production", "memories:read")); err == nil {
 			return
 		}
 	}
-	t.Error("400 requests were not limited")
+	t.Error(err)
+}
+
+// useUp asks with a key until it is limited, which the last answers must tell: Remaining is at most the limit, 4.
+func (g *gateway) useUp(key keyadmin.Key) error {
+	g.t.Helper()
+	eventually.True(g.t, "the limit is known", func() bool { return g.get(key).Header.Get("X-RateLimit-Limit") == "4" })
+	told := 4
+	for range 400 {
+		answer := g.get(key)
+		remaining := answer.Header.Get("X-RateLimit-Remaining")
+		switch left, err := strconv.Atoi(remaining); {
+		case answer.StatusCode == http.StatusTooManyRequests && told > 0:
+			return fmt.Errorf("limited when %d were said to remain", told)
+		case answer.StatusCode == http.StatusTooManyRequests:
+			answer.wantCode(g.t, 429, "RATE_LIMIT_EXCEEDED")
+			return nil
+		case err != nil || left != told-1 && (told < 4 || left != 4):
+			return fmt.Errorf("remaining %q after %d", remaining, told)
+		default:
+			told = left
+		}
+	}
+	return errors.New("400 requests were not limited")
 }
 
 func TestRequestsAtATimeAreCountedAndGivenBackOnEveryWayOut(t *testing.T) {
@@ -502,13 +518,20 @@ func TestKeysAreLimitedWhereTheyAreManagedToo(t *testing.T) {
 	r := newRig(t)
 	r.limitAccount("free", 4, 13, 2) // 12 at once
 	g := r.start(strings.Replace(managedSite, "rekall_gateway {", "rekall_gateway {\n\t\trate_limits", 1))
-	key, busy := r.manager("acme"), r.manager("acme")
-	var limited reply
-	eventually.True(t, "the key is limited", func() bool {
-		limited = g.do("GET", keysPath, bearer(key))
-		wantLimits(t, "managing", limited.Header, 4)
-		return limited.StatusCode != http.StatusOK
-	})
+	busy := r.manager("acme")
+	var limited, elsewhere reply
+	for range 3 { // one more request is let through each 15 s, and it may be the next one
+		key := r.manager("acme")
+		eventually.True(t, "the key is limited", func() bool {
+			limited = g.do("GET", keysPath, bearer(key))
+			wantLimits(t, "managing", limited.Header, 4)
+			return limited.StatusCode != http.StatusOK
+		})
+		if elsewhere = g.get(key); elsewhere.StatusCode != http.StatusOK {
+			break
+		}
+	}
+	elsewhere.wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
 	limited.wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
 	if limited.Header.Get("Retry-After") == "" {
 		t.Error("no Retry-After")
@@ -527,7 +550,6 @@ func TestKeysAreLimitedWhereTheyAreManagedToo(t *testing.T) {
 	if d := said.Error.Details; d.Limit != 4 || d.Remaining != 0 || strconv.FormatInt(d.ResetAt, 10) != limited.Header.Get("X-Ratelimit-Reset") {
 		t.Errorf("details %+v beside %v", d, limited.Header)
 	}
-	g.get(key).wantCode(t, 429, "RATE_LIMIT_EXCEEDED")
 
 	for range 2 {
 		g.open("GET", "/v1/memories", demo(busy, "sse"), nil)
