@@ -346,11 +346,15 @@ func TestGoBackendInTheManualServesOnlyWhatCameThroughTheGateway(t *testing.T) {
 		}
 	}
 	sandboxToken := g.token(r.key("sandbox", "memories:read"), nil)
+	token := r.start(signingSite).token(key, nil) // by an edge whose backend tells what it gets
+	if answer := do(t, "GET", "http://"+address+"/v1/memories", http.Header{tokenHeader: {token}}, nil); answer.StatusCode != http.StatusOK {
+		t.Errorf("a good token: %d %s", answer.StatusCode, answer.body)
+	}
 	for name, header := range map[string]http.Header{
 		"no token":                     {"X-Rekall-Key-Id": {key.ID}, "X-Rekall-Account": {"acme"}},
 		"a token for the sandbox":      {tokenHeader: {sandboxToken}},
 		"a token that nobody signed":   {tokenHeader: {unsigned(t, key.ID)}},
-		"a token with a signature cut": {tokenHeader: {sandboxToken[:len(sandboxToken)-4]}},
+		"a token with a signature cut": {tokenHeader: {token[:len(token)-4]}},
 	} {
 		if answer := do(t, "GET", "http://"+address+"/v1/memories", header, nil); answer.StatusCode != http.StatusUnauthorized {
 			t.Errorf("%s: %d %s", name, answer.StatusCode, answer.body)
