@@ -354,8 +354,8 @@ func TestUploadOverFastCGIEndsWithItsKey(t *testing.T) {
 	eventually.True(t, "the backend is rid of it", func() bool { return g.status().InFlight == 0 })
 	select {
 	case whole := <-whole:
-		if whole && received.Load() == size {
-			t.Error("the backend received all of it")
+		if whole {
+			t.Error("the backend takes what it received for all of it")
 		}
 	case <-time.After(30 * time.Second):
 		t.Error("the backend goes on receiving")
