@@ -777,7 +777,13 @@ func TestInterleavingIsNeverWrong(t *testing.T) {
 			committed := pending
 			pending = nil
 			pendingMu.Unlock()
-			if err := c.sync(context.Background()); err != nil {
+			switch err := c.sync(context.Background()); {
+			case errors.Is(err, context.DeadlineExceeded): // the machine is busy, and the next one applies them
+				pendingMu.Lock()
+				pending = append(committed, pending...)
+				pendingMu.Unlock()
+				continue
+			case err != nil:
 				t.Error(err)
 				return
 			}
@@ -802,7 +808,7 @@ func TestInterleavingIsNeverWrong(t *testing.T) {
 	wg.Go(func() { // presents unknown keys
 		for ctx.Err() == nil {
 			got := outcome(t, c, apikey.Hash(apikey.Generate(apikey.Production)))
-			if got != apikey.Unknown && ctx.Err() == nil { // the syncs have ended
+			if got != apikey.Unknown && got != apikey.Unavailable { // the latter of a busy machine, or when the syncs have ended
 				t.Errorf("an unknown key is %v", got)
 			}
 		}
@@ -840,6 +846,9 @@ func TestInterleavingIsNeverWrong(t *testing.T) {
 	}
 	if wrong.Load() > 0 {
 		t.Errorf("%d finds allowed a key whose end the feed had applied", wrong.Load())
+	}
+	if st.Proofs == 0 {
+		t.Error("no key was proved absent: the test showed little")
 	}
 	if ends.Load() < 10 {
 		t.Errorf("only %d keys ended: the test showed little", ends.Load())
