@@ -124,7 +124,7 @@ func reloadUnderLoad(t *testing.T, options string) (worse, better int) {
 func TestStreamFromBeforeAReloadOfOtherSettingsIsSeenAndWaitedForAndIsNoFurtherEdge(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
-	g := r.start(standardSite, "max_staleness 3s", "usage_flush 1m")
+	g := r.start(standardSite, "usage_flush 1m")
 	key, other, third := r.key("production", "memories:read"), r.key("production", "memories:read"), r.key("production", "memories:read")
 	series := func(when, name string, want float64) {
 		t.Helper()
