@@ -43,7 +43,7 @@ func newRig(t *testing.T, database string) *rig {
 	t.Helper()
 	pgtest.Migrate(t, database)
 	r := &rig{t: t, database: database, admin: keyadmin.New(pgtest.Store(t, database))}
-	r.startBackend("127.0.0.1:0")
+	r.startBackend(process.FreeAddress(r.t)) // which it has again when it is back
 	return r
 }
 
