@@ -29,6 +29,7 @@ func TestDashboard(t *testing.T) {
 		for name, walk := range map[string]func(*testing.T){
 			"a key is created, copied and never shown again":   createAndCopy,
 			"a form that was stopped can be sent again":        stopAndSend,
+			"a form of a live page is sent once":               sendOnceLive,
 			"a form outlives its session":                      formOutlivesSession,
 			"a key is used, rotated and revoked at every edge": useRotateRevoke,
 			"a live page is no use of its session":             livePage,
@@ -69,12 +70,45 @@ func stopAndSend(t *testing.T) {
 	b.click("button[@id='generate']", "Generate")
 	<-sent.Done()
 	b.run(page.StopLoading(), fetch.Disable())
-	eventually.True(t, "the form is ready again", func() (ready bool) {
-		b.run(chromedp.Evaluate(`!document.querySelector("form[data-once]").dataset.sent`, &ready))
-		return ready
-	})
+	b.holds("the form is ready again", `!sent.has(document.querySelector("form[data-once]"))`)
 	b.click("button[@id='generate']", "Generate")
 	b.secret()
+}
+
+// sendOnceLive presses a button again once its page has changed by itself, of a form that stood there and of one that came by then.
+func sendOnceLive(t *testing.T) {
+	b := newTab(t)
+	b.signIn(key(t, "hasty", "Manager", true))
+	for _, came := range []bool{false, true} {
+		old := key(t, "hasty", "Old", false)
+		rotation := keyadmin.RotateRequest{Overlap: keyadmin.Overlap{For: time.Hour}}
+		successor, _, err := world.admin.Rotate(t.Context(), keyadmin.Operator("test"), old.ID, rotation)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.open("/" + old.ID)
+		b.see("h2", "Being rotated")
+		if came {
+			if _, err := world.admin.Revoke(t.Context(), keyadmin.Operator("test"), successor.ID); err != nil {
+				t.Fatal(err)
+			}
+			b.see("h2", "Nothing takes over")
+		}
+		// The page stays, as it does until a slow answer comes.
+		b.run(chromedp.Evaluate(`window.stopped = []; addEventListener("submit", (event) => { stopped.push(event.defaultPrevented); event.preventDefault(); })`, nil))
+		b.click("button", "Undo rotation")
+		b.holds("the form is sent", `stopped.join() === "false"`)
+		if !came {
+			call(t, "GET", "/v1/memories", old.Key.Reveal())
+			b.see("p", "Old key 1")
+		}
+		b.click("button", "Undo rotation")
+		b.holds("the form is submitted again", `stopped.length === 2`)
+		var stopped []bool
+		if b.run(chromedp.Evaluate(`stopped`, &stopped)); !stopped[1] {
+			t.Errorf("a form is sent twice; it came by itself: %t", came)
+		}
+	}
 }
 
 func formOutlivesSession(t *testing.T) {

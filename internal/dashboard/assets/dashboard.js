@@ -1,15 +1,16 @@
 // What the pages do beyond forms and links: copy, quick choices, live views. All of it works without, by hand.
 "use strict";
 
-// A form is sent once, however often its button is pressed.
-for (const form of document.querySelectorAll("form[data-once]")) {
-  form.addEventListener("submit", (event) => {
-    if (form.dataset.sent) event.preventDefault();
-    else if (!event.submitter?.name) form.dataset.sent = "yes";
-  });
-  // A navigation that was stopped brings no page: the form can be sent again.
-  window.navigation?.addEventListener("navigateerror", () => delete form.dataset.sent);
-}
+// A form is sent once, however often its button is pressed. That is not noted in the form, where a live view would undo it, and
+// the document listens, for the forms that come with one.
+let sent = new WeakSet();
+document.addEventListener("submit", (event) => {
+  if (!event.target.matches("form[data-once]")) return;
+  if (sent.has(event.target)) event.preventDefault();
+  else if (!event.submitter?.name) sent.add(event.target);
+});
+// A navigation that was stopped brings no page: the form can be sent again.
+window.navigation?.addEventListener("navigateerror", () => (sent = new WeakSet()));
 
 // Scopes are chosen without a round trip.
 const chooses = { read: (name) => name.endsWith(":read"), all: () => true, none: () => false };
