@@ -35,6 +35,7 @@ func TestDashboard(t *testing.T) {
 			"a live page is no use of its session":             livePage,
 			"a live page keeps the focus and what is typed":    livePageInUse,
 			"an order is applied when it is asked for":         order,
+			"a spike of denied requests alone is marked":       deniedSpike,
 			"another account sees nothing":                     anotherAccount,
 			"errors say what to do":                            errorStates,
 			"the policy stops an injected script":              injectedScript,
@@ -322,6 +323,26 @@ func order(t *testing.T) {
 	b.run(chromedp.Focus("select[name=sort]", chromedp.ByQuery), chromedp.KeyEvent(kb.ArrowDown), chromedp.KeyEvent(kb.ArrowDown))
 	b.click("button", "Apply")
 	eventually.True(t, "the list is in the order that was chosen", func() bool { return strings.Contains(b.location(), "sort=last-used") })
+}
+
+func deniedSpike(t *testing.T) {
+	b := newTab(t)
+	attacked := key(t, "attacked", "Attacked", false)
+	pgtest.Exec(t, world.database, `
+with counted as (
+	insert into rekall.usage (key_id, hour, outcome, count)
+	select $1, date_trunc('hour', now()) - interval '1 hour' * n, 'scope_insufficient', 500 from generate_series(1, 2) n returning key_id, hour)
+insert into rekall.spikes (key_id, hour, threshold) select key_id, max(hour), 300 from counted group by key_id`, attacked.ID)
+	b.signIn(key(t, "attacked", "Manager", true))
+	b.open("/" + attacked.ID)
+	for _, scheme := range []string{"light", "dark"} {
+		b.run(emulation.SetEmulatedMedia().WithFeatures([]*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: scheme}}))
+		var colours []string
+		b.run(chromedp.Evaluate(`[...document.querySelectorAll(".chart rect")].map((bar) => getComputedStyle(bar).fill)`, &colours))
+		if len(colours) != 2 || colours[0] == colours[1] {
+			t.Errorf("%s: the bars of a usual hour and of a spike are %v", scheme, colours)
+		}
+	}
 }
 
 func anotherAccount(t *testing.T) {
