@@ -36,6 +36,7 @@ func TestDashboard(t *testing.T) {
 			"a live page keeps the focus and what is typed":    livePageInUse,
 			"an order is applied when it is asked for":         order,
 			"a spike of denied requests alone is marked":       deniedSpike,
+			"forced colours keep what colours say":             forcedColours,
 			"another account sees nothing":                     anotherAccount,
 			"errors say what to do":                            errorStates,
 			"the policy stops an injected script":              injectedScript,
@@ -341,6 +342,28 @@ insert into rekall.spikes (key_id, hour, threshold) select key_id, max(hour), 30
 		b.run(chromedp.Evaluate(`[...document.querySelectorAll(".chart rect")].map((bar) => getComputedStyle(bar).fill)`, &colours))
 		if len(colours) != 2 || colours[0] == colours[1] {
 			t.Errorf("%s: the bars of a usual hour and of a spike are %v", scheme, colours)
+		}
+	}
+}
+
+func forcedColours(t *testing.T) {
+	b := newTab(t)
+	used := key(t, "contrast", "Used", false)
+	pgtest.Exec(t, world.database, `
+insert into rekall.usage (key_id, hour, outcome, count)
+select $1, date_trunc('hour', now()), outcome, 500 from unnest(array['allowed', 'scope_insufficient']) outcome`, used.ID)
+	b.signIn(key(t, "contrast", "Manager", true))
+	b.run(emulation.SetEmulatedMedia().WithFeatures([]*emulation.MediaFeature{{Name: "forced-colors", Value: "active"}}))
+	b.open("/" + used.ID)
+	b.run(chromedp.Evaluate(`window.style = (selector) => getComputedStyle(document.querySelector(selector))`, nil))
+	for what, is := range map[string]string{
+		"the legend has the colour of what was allowed": `style("i.key-new").backgroundColor === style(".chart .allowed").fill`,
+		"the legend has the colour of what was denied":  `style("i.key-denied").backgroundColor === style(".chart .denied").fill`,
+		"the range that is shown is marked":             `style(".switch a[aria-current]").borderStyle === "solid"`,
+	} {
+		var holds bool
+		if b.run(chromedp.Evaluate(is, &holds)); !holds {
+			t.Errorf("not so: %s", what)
 		}
 	}
 }
