@@ -1,6 +1,7 @@
 package caddymodule
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -92,10 +95,12 @@ func (d *dev) check() error {
 	if host == "" {
 		d.listen = net.JoinHostPort("127.0.0.1", port) // keys travel without TLS here
 	}
-	for flag, value := range map[string]string{"--production": d.production, "--sandbox": d.sandbox} {
-		u, err := url.Parse(value)
-		if value != "" && (err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || u.Path != "" && u.Path != "/") {
-			return fmt.Errorf("%s %q is not the URL of a backend: write it as http://127.0.0.1:3000", flag, value)
+	for flag, backend := range map[string]*string{"--production": &d.production, "--sandbox": &d.sandbox} {
+		if *backend == "" {
+			continue // a demo backend is started
+		}
+		if *backend, err = backendURL(*backend); err != nil {
+			return fmt.Errorf("%s %w", flag, err)
 		}
 	}
 	if d.data != "" && d.database != "" {
@@ -107,6 +112,21 @@ func (d *dev) check() error {
 		return fmt.Errorf("cannot listen on %s, choose another with --listen: %w", d.listen, err)
 	}
 	return listener.Close()
+}
+
+// backendURL is a URL as Caddy takes it for a backend, which it does not with a slash at its end.
+func backendURL(text string) (string, error) {
+	u, err := url.Parse(strings.TrimSuffix(text, "/"))
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || *u != (url.URL{Scheme: u.Scheme, Host: u.Host}) {
+		return "", fmt.Errorf("%q is not the URL of a backend: write it as http://127.0.0.1:3000", text)
+	}
+	if u.Scheme == "http" && u.Port() == "443" || u.Scheme == "https" && u.Port() == "80" {
+		return "", fmt.Errorf("%q has the port of the other scheme: write https with 443, http with 80, or use another port", text)
+	}
+	if _, err := strconv.ParseUint(cmp.Or(u.Port(), "80"), 10, 16); err != nil {
+		return "", fmt.Errorf("%q has a port that does not exist: the highest is 65535", text)
+	}
+	return u.String(), nil
 }
 
 // devKeys are the keys of one run.

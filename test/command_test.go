@@ -286,6 +286,22 @@ func TestDevRefusesWrongFlagsBeforeItStartsAnything(t *testing.T) {
 	}
 }
 
+func TestDevRefusesBackendsThatCaddyRefusesBeforeItChangesTheDatabase(t *testing.T) {
+	t.Parallel()
+	database := pgtest.URL(t)
+	for _, backend := range []string{
+		"http://127.0.0.1:3000?a=b", "http://127.0.0.1:3000/#a", "http://127.0.0.1:443", "https://127.0.0.1:80/", "http://127.0.0.1:65536",
+	} {
+		_, stderr, code := cli(t, "", "dev", "--database", database, "--sandbox", backend)
+		if code == 0 || strings.Count(strings.TrimSpace(stderr), "\n") != 0 || !strings.Contains(stderr, fmt.Sprintf("--sandbox %q", backend)) {
+			t.Errorf("exit %d, %q", code, stderr)
+		}
+	}
+	if err := pgtest.TryExec(database, "select from rekall.api_keys"); err == nil {
+		t.Error("dev changed a database for a gateway that it could not start")
+	}
+}
+
 func TestDevSaysWhyItCannotListen(t *testing.T) {
 	t.Parallel()
 	for address, why := range map[string]string{
@@ -312,7 +328,7 @@ func TestDevKeepsItsDataAndWhatItCountedAndFrontsYourBackends(t *testing.T) {
 	for run := range 2 {
 		out := new(process.Log)
 		port := process.FreePort(t)
-		cmd := exec.Command(program, "dev", "--data", data, "--listen", fmt.Sprintf("127.0.0.1:%d", port), "--production", r.production.URL())
+		cmd := exec.Command(program, "dev", "--data", data, "--listen", fmt.Sprintf("127.0.0.1:%d", port), "--production", r.production.URL()+"/")
 		cmd.Stdout, cmd.Stderr = out, out
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
