@@ -111,6 +111,10 @@ func (d *dev) check() error {
 	if err != nil {
 		return fmt.Errorf("cannot listen on %s, choose another with --listen: %w", d.listen, err)
 	}
+	// Caddy knows no names of ports, and what is printed needs the one that port 0 has become.
+	host, _, _ = net.SplitHostPort(d.listen)
+	_, port, _ = net.SplitHostPort(listener.Addr().String())
+	d.listen = net.JoinHostPort(host, port)
 	return listener.Close()
 }
 
