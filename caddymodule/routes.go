@@ -419,7 +419,9 @@ func (c *routeCheck) compare() {
 }
 
 // known is an upstream with what does not change later in it: what the environment says, and not what a file does.
-func known(upstream string) string { return caddy.NewReplacer().WithoutFile().ReplaceKnown(upstream, "") }
+func known(upstream string) string {
+	return caddy.NewReplacer().WithoutFile().ReplaceKnown(upstream, "")
+}
 
 // normalize folds the spellings of one address: case, a dot at the end, the ways to write an IP address, and those to name
 // this machine.
