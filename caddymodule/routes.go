@@ -112,6 +112,7 @@ func (c *routeCheck) routes(where string, env apikey.Environment, routes caddyht
 			}
 		}
 		taken := c.taken
+		c.matchers(where, env, route.MatcherSets)
 		for _, handler := range route.Handlers {
 			c.handler(where+matched(route), env, handler)
 		}
@@ -129,6 +130,30 @@ func (c *routeCheck) routes(where string, env apikey.Environment, routes caddyht
 	c.around = before
 	for _, added := range groups {
 		c.around |= added
+	}
+}
+
+func (c *routeCheck) matchers(where string, env apikey.Environment, sets caddyhttp.MatcherSets) {
+	for _, set := range sets {
+		for _, matcher := range set {
+			if not, ok := matcher.(*caddyhttp.MatchNot); ok {
+				c.matchers(where, env, not.MatcherSets)
+				continue
+			}
+			c.bodies(where+", matcher", env, matcher)
+		}
+	}
+}
+
+// bodies notes what a handler or a matcher takes of bodies.
+func (c *routeCheck) bodies(where string, env apikey.Environment, module any) {
+	ofRequest, ofAnswer := takesBodies(module)
+	if ofRequest || ofAnswer {
+		c.around |= bodies
+	}
+	if ofRequest && env != 0 && c.err == nil { // Caddy reads it from the request that came, of which the gateway passes a copy on
+		c.err = fmt.Errorf("what stands behind a rekall_gateway takes {http.request.body}, and would leave nothing of it to the backend (%s): "+
+			"take the placeholder out", where)
 	}
 }
 
@@ -159,14 +184,7 @@ func (c *routeCheck) handler(where string, env apikey.Environment, handler any) 
 				zap.String("handler", id.Name()), zap.String("where", where), zap.String("answered", c.taken))
 		}
 	}
-	ofRequest, ofAnswer := takesBodies(handler)
-	if ofRequest || ofAnswer {
-		c.around |= bodies
-	}
-	if ofRequest && env != 0 && c.err == nil { // Caddy reads it from the request that came, of which the gateway passes a copy on
-		c.err = fmt.Errorf("a handler behind a rekall_gateway takes {http.request.body}, and would leave nothing of it to the backend (%s): "+
-			"take the placeholder out", where)
-	}
+	c.bodies(where, env, handler)
 	switch h := handler.(type) {
 	case *Keys:
 		c.answers(where + ", rekall_keys")

@@ -288,6 +288,11 @@ func TestConfigurationWithAWayPastTheGatewayIsRefused(t *testing.T) {
 		{name: "bodies in variables", site: "vars asked {http.request.body}\nrekall_keys", reason: bodies},
 		{name: "bodies by way of a map", site: "map {http.request.body} {asked} {\ndefault {http.request.body}\n}\nrekall_keys", reason: bodies},
 		{name: "bodies behind the gateway", site: block("header X-Asked {http.request.body}\nreverse_proxy PRODUCTION", "reverse_proxy SANDBOX"), reason: "leave nothing of it to the backend"},
+		{name: "bodies in a matcher behind the gateway", reason: "leave nothing of it to the backend", site: block(
+			"@mutation expression {http.request.body}.contains(\"mutation\")\nreverse_proxy @mutation PRODUCTION\nrespond 418", "reverse_proxy SANDBOX")},
+		{name: "bodies in a matcher of what does not match", reason: "leave nothing of it to the backend", site: block(
+			"@other not vars {http.request.body} a\nreverse_proxy @other PRODUCTION\nrespond 418", "reverse_proxy SANDBOX")},
+		{name: "bodies by way of a matcher", site: "@asked vars_regexp b {http.request.body} (.*)\nlog_append @asked asked {http.regexp.b.1}\nrekall_keys", reason: bodies},
 		{name: "templates within", site: block("templates\nreverse_proxy PRODUCTION", "reverse_proxy SANDBOX"), reason: templates},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
