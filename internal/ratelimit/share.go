@@ -202,7 +202,8 @@ func (s *store) peek(b *Bucket, limit Limit, now int64) Verdict {
 // remaining is how many requests would pass, as far as this edge knows: what it holds, what Redis had left and what has come
 // since. A key that Redis was never asked about is as one that nobody has used.
 func (l *lease) remaining(limit Limit, held, now int64) int64 {
-	left, next := l.left.Load(), l.next.Load()
+	next := l.next.Load() // before what is left: of an answer that is being booked, that is written first
+	left := l.left.Load()
 	switch {
 	case next == 0:
 		left = limit.depth()

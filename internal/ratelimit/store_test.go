@@ -447,6 +447,30 @@ func TestAKeyWithAWholeBucketIsNotRefusedForWhatThisEdgeHasNotLeasedYet(t *testi
 	}
 }
 
+// TestWhatRemainsIsNotTakenForNothingWhileTheFirstAnswerIsBooked: a key that has its whole burst would be refused.
+func TestWhatRemainsIsNotTakenForNothingWhileTheFirstAnswerIsBooked(t *testing.T) {
+	l, _ := newShared(t, "redis://127.0.0.1:1", 3)
+	limit := Limit{PerMinute: 100, Burst: 150}
+	for range 20_000 {
+		b := newLease(l.store, digest(1), nil)
+		b.minute.Store(int64(limit.PerMinute))
+		b.depth.Store(limit.depth())
+		looking := make(chan struct{})
+		var booking sync.WaitGroup
+		booking.Go(func() {
+			<-looking
+			_ = l.store.book(settlement{lease: b, want: 1, answer: redis.NewCmdResult([]any{int64(1), limit.depth() - 1, int64(0)}, nil)})
+		})
+		close(looking)
+		for range 50 {
+			if left := b.remaining(limit, -1, l.store.now()); left <= 0 {
+				t.Fatalf("%d requests remain", left)
+			}
+		}
+		booking.Wait()
+	}
+}
+
 // TestARequestWaitsForAnExchangeNoLongerThanItsClientDoes: and no longer than patience, if nobody answers.
 func TestARequestWaitsForAnExchangeNoLongerThanItsClientDoes(t *testing.T) {
 	l, _ := newShared(t, "redis://127.0.0.1:1", 3)
