@@ -197,7 +197,7 @@ const statusClientClosed = 499
 // WriteHeader passes the answer's header on, unless the request was cut, or failed through its client's fault, before there was an
 // answer. Then the client gets the refusal, and nothing from a handler that ignores the request's context.
 func (x *exchange) WriteHeader(status int) {
-	if status == http.StatusSwitchingProtocols && x.pass.awaiting { // over HTTP/2 it switches nothing, and the server would end the answer
+	if status == http.StatusSwitchingProtocols && x.pass.asked && !x.pass.switched { // over HTTP/2 it switches nothing, and the server would end the answer
 		return
 	}
 	if status >= 200 && !x.wroteHeader {

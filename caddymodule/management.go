@@ -48,7 +48,7 @@ const (
 
 func newManagement(database string) (*management, error) {
 	store, err := keystore.Open(database, keystore.Options{
-		ApplicationName: "rekall-gateway keys", ConnectTimeout: connectTimeout, Asked: asks,
+		MaxConns: keyadmin.Connections, ApplicationName: "rekall-gateway keys", ConnectTimeout: connectTimeout, Asked: asks,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("database: %w", err)

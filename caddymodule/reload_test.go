@@ -347,8 +347,11 @@ func TestStreamFromBeforeAReloadOfCacheSizeHoldsNeitherKeysNorFilterInMemory(t *
 
 // TestUseFromBeforeAReloadIsCountedOncePostgresTakesIt: what keeps it from being written may be what the reload is to mend.
 func TestUseFromBeforeAReloadIsCountedOncePostgresTakesIt(t *testing.T) {
-	database, log := migrated(t), filepath.Join(t.TempDir(), "log")
+	database, store := openStore(t)
+	log := filepath.Join(t.TempDir(), "log")
 	before := run(t, database, log)
+	request := newRequestOn(t, before, store) // whose key is in memory
+	before.cache.Untrack(&request.flight)
 	pgtest.Exec(t, database, `alter table rekall.usage rename to locked_away`)
 	before.usage.Count(&apikey.Record{ID: "key_0000000000000000000001"}, apikey.Allowed, time.Now())
 	config := configure(t, database, log, map[string]any{}, map[string]any{})
@@ -359,6 +362,7 @@ func TestUseFromBeforeAReloadIsCountedOncePostgresTakesIt(t *testing.T) {
 	if before.ctx.Err() != nil {
 		t.Error("the runtime has ended, and what it counted is lost")
 	}
+	eventually.True(t, "it holds no keys meanwhile", func() bool { return before.cache.Status().Keys == 0 })
 	pgtest.Exec(t, database, `alter table rekall.locked_away rename to usage`)
 	<-before.ctx.Done()
 	before.close() // returns when it has

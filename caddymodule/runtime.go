@@ -302,6 +302,7 @@ func (rt *runtime) Destruct() error {
 			rt.cache.Shrink()
 		}
 		for giveUp := time.Now().Add(lateCounts); rt.usage.Status().Buffered > 0 && time.Now().Before(giveUp); <-poll.C {
+			rt.cache.Shrink()
 			rt.usage.Wake()
 		}
 		rt.close()

@@ -177,15 +177,17 @@ func (t *Transport) roundTrip(r *http.Request, p *pass) (*http.Response, error) 
 	if !t.debug {
 		sent = r.WithContext(r.Context())
 	}
-	p.awaiting = true
+	p.asked = true
 	res, err := t.HTTPTransport.RoundTrip(sent)
-	p.awaiting = false
 	if err == nil && !final(r, res) {
 		_ = res.Body.Close()
 		err = errNotFinal
 	}
 	if err != nil {
 		return nil, p.excuse(r, err)
+	}
+	if res.StatusCode == http.StatusSwitchingProtocols {
+		p.switched = true
 	}
 	switch {
 	case t.debug || res.StatusCode/100 != 2:
@@ -333,7 +335,8 @@ type pass struct {
 	failed      atomic.Pointer[clientError] // the first error that the client caused, of whatever part of the request
 	begun       atomic.Bool                 // to read the body, which is when there is a connection to the backend
 	environment apikey.Environment
-	awaiting    bool // the answer of a backend: what comes before it is none
+	asked       bool // a backend; neither this nor the next is ever taken back, which the goroutine that reads its answer could meet
+	switched    bool // by its final answer
 	withheld    bool // a part of the answer, after a cut
 }
 

@@ -173,7 +173,7 @@ func (a *Admin) change(ctx context.Context, actor Actor, do func(*keystore.Tx, A
 
 // makeKey is change for a new key: those of an account are counted one after another.
 func (a *Admin) makeKey(ctx context.Context, actor Actor, do func(*keystore.Tx, Actor) error) error {
-	return a.changeIn(ctx, actor, a.turnBehindLocks, do)
+	return a.changeIn(ctx, actor, a.turnToMake, do)
 }
 
 func (a *Admin) changeIn(

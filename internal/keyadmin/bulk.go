@@ -131,7 +131,7 @@ func (a *Admin) Leaked(ctx context.Context, source string, keys []string) (Revoc
 	if _, err := netip.ParseAddr(source); err == nil {
 		told = "leak:report" // who found the key may have reason to fear its owner, who reads this
 	}
-	end, err := a.turnBehindLocks(ctx, Actor{})
+	end, err := a.turns.take(ctx, line{kind: leaks})
 	if err != nil {
 		return Revocation{}, err
 	}

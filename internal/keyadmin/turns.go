@@ -20,25 +20,32 @@ const (
 	ofAccount
 	readsOfActor
 	readsOfAccount
-	behindLocks // of all
+	reads   // of all
+	newKeys // of all
+	leaks   // of all
 	answersOfActor
 	answersOfAccount
 	pagesOfActor
 	pagesOfAccount
 )
 
-// places are how many requests of a line ask the database at once. A store has four connections, which are given in the order in which they
-// are asked for. Whoever holds a key could keep the owners of all others from revoking theirs, by requests that queue for its row,
+// Connections are what the store of those who come by the network needs: as many as the lines of all have places, and one to revoke by.
+const Connections = 3 + 3 + 1 + 1
+
+// places are how many requests of a line ask the database at once. Its connections are given in the order in which they are asked for. Whoever holds a key could keep the owners of all others from revoking theirs, by requests that queue for its row,
 // say, and with others that it made those of other accounts.
 //
 // Reads are those of what edges write: an edge's role can lock it, and they all wait. They leave a place to change keys with to each actor
-// and each account. Behind locks are all that others may hold up: reads, new keys, by the lock under which those of an account are counted,
-// and reports of leaked keys, which may be of a rotation that an edge has locked. They leave a connection to those who revoke.
+// and each account.
+//
+// In a line of all wait those whom locks of others may hold up: reads; new keys, by the lock under which those of an account are counted,
+// which any user of the database can take; and reports of leaked keys, which may be of a rotation that an edge has locked. None of the
+// three waits for another, and they leave a connection to those who revoke.
 //
 // Answers are the long ones of the API, and pages those of the dashboard: a client that does not read has them held in memory. Changes of
 // keys make none, and whoever crowds the API out keeps nobody from seeing on the dashboard what to revoke.
 var places = [...]int{
-	ofActor: 2, ofAccount: 3, readsOfActor: 1, readsOfAccount: 2, behindLocks: 3,
+	ofActor: 2, ofAccount: 3, readsOfActor: 1, readsOfAccount: 2, reads: 3, newKeys: 3, leaks: 1,
 	answersOfActor: 4, answersOfAccount: 8, pagesOfActor: 4, pagesOfAccount: 8,
 }
 
@@ -86,7 +93,7 @@ func (t *turns) takeOne(ctx context.Context, l line) (end func(), err error) {
 	case <-ctx.Done():
 	}
 	t.leave(l, q)
-	if l.kind == behindLocks { // which is not the actor's doing
+	if l.whose == "" { // a line of all, which is not the actor's doing
 		return nil, fmt.Errorf("wait for those whom locks hold up: %w", ctx.Err())
 	}
 	return nil, fmt.Errorf("%w: %w", ErrCrowded, ctx.Err())
@@ -120,12 +127,12 @@ func (a *Admin) turn(ctx context.Context, actor Actor) (end func(), err error) {
 // turnToRead is turn for what edges write.
 func (a *Admin) turnToRead(ctx context.Context, actor Actor) (end func(), err error) {
 	lines := append(actor.lines(readsOfActor, readsOfAccount), actor.lines(ofActor, ofAccount)...)
-	return a.turns.take(ctx, append(lines, line{kind: behindLocks})...)
+	return a.turns.take(ctx, append(lines, line{kind: reads})...)
 }
 
-// turnBehindLocks is turn for what a lock of others may hold up.
-func (a *Admin) turnBehindLocks(ctx context.Context, actor Actor) (end func(), err error) {
-	return a.turns.take(ctx, append(actor.lines(ofActor, ofAccount), line{kind: behindLocks})...)
+// turnToMake is turn for a new key.
+func (a *Admin) turnToMake(ctx context.Context, actor Actor) (end func(), err error) {
+	return a.turns.take(ctx, append(actor.lines(ofActor, ofAccount), line{kind: newKeys})...)
 }
 
 // TurnToAnswer waits for a turn to make a long answer, whose end must be told once its client has read it. It comes before turns at the

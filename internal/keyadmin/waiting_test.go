@@ -12,6 +12,7 @@ import (
 
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
 	"github.com/rekall-ai/gateway/internal/keyadmin"
+	"github.com/rekall-ai/gateway/internal/keystore"
 )
 
 // held is a key that another transaction holds, as a slow reader of a rotation's output does.
@@ -270,26 +271,44 @@ func TestWhoeverReadsWhatAnEdgeThatWasTakenOverHasLockedLeavesAConnection(t *tes
 	}
 }
 
-// TestNewKeysAndReportsThatWaitForLocksLeaveAConnection to those who revoke: any user of the database can take the lock under which the new
-// keys of an account are counted, and an edge's role that of a rotation.
-func TestNewKeysAndReportsThatWaitForLocksLeaveAConnection(t *testing.T) {
+// TestReadsNewKeysAndReportsThatWaitForLocksLeaveAConnection to those who revoke, and each a place to the others: any user of the database can
+// take the lock under which the new keys of an account are counted, and an edge's role that of a rotation and those of its tables.
+func TestReadsNewKeysAndReportsThatWaitForLocksLeaveAConnection(t *testing.T) {
 	admin, _, databaseURL := newAdmin(t)
-	limited := admin.Limited(10)
+	store, err := keystore.Open(databaseURL, keystore.Options{MaxConns: keyadmin.Connections, ConnectTimeout: pgtest.ConnectTimeout})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(store.Close)
+	limited := keyadmin.New(store).Limited(10)
 	locked, key := create(t, admin, request()), create(t, admin, request())
+	pgtest.LockAsEdge(t, databaseURL)
 	lock := hold(t, databaseURL, locked.ID)
 	lock.exec(`select pg_advisory_xact_lock(hashtextextended('rekall: keys made by account' || n, 0)) from generate_series(0, 3) n`)
 	flood, stop := context.WithCancel(t.Context())
 	var requests sync.WaitGroup
 	defer requests.Wait()
 	defer stop()
-	for n := range 4 {
-		r := request()
-		r.Account = fmt.Sprint("account", n)
-		customer := must(keyadmin.Person("ann", r.Account))
-		requests.Go(func() { _, _, _ = limited.Create(flood, customer, r) })
-		requests.Go(func() { _, _ = limited.Leaked(flood, "192.0.2.1", []string{locked.Key.Reveal()}) })
+	blocked := 0
+	for _, kind := range []struct {
+		places int
+		ask    func(customer keyadmin.Actor, account string)
+	}{
+		{3, func(customer keyadmin.Actor, _ string) { _, _ = limited.List(flood, customer, keyadmin.ListRequest{}) }},
+		{3, func(customer keyadmin.Actor, account string) {
+			r := request()
+			r.Account = account
+			_, _, _ = limited.Create(flood, customer, r)
+		}},
+		{1, func(keyadmin.Actor, string) { _, _ = limited.Leaked(flood, "192.0.2.1", []string{locked.Key.Reveal()}) }},
+	} {
+		for n := range 4 {
+			account := fmt.Sprint("account", n)
+			requests.Go(func() { kind.ask(must(keyadmin.Person("ann", account)), account) })
+		}
+		blocked += kind.places
+		pgtest.AwaitBlocked(t, databaseURL, blocked)
 	}
-	pgtest.AwaitBlocked(t, databaseURL, 3)
 	ctx, cancel := context.WithTimeout(t.Context(), keyadmin.AnswerWithin)
 	defer cancel()
 	if _, err := limited.Revoke(ctx, must(keyadmin.Person("bob", "acme")), key.ID); err != nil {

@@ -5,13 +5,10 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
-	"os"
 	"slices"
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/getkin/kin-openapi/openapi3"
 
 	"github.com/rekall-ai/gateway/internal/apikey"
 	"github.com/rekall-ai/gateway/internal/devenv/pgtest"
@@ -333,14 +330,7 @@ func TestDescriptionHasEveryPathAndMethod(t *testing.T) {
 func TestDocumentSaysWhichIdempotencyKeysAreTaken(t *testing.T) {
 	r := newRig(t)
 	manager := by(r.manager("acme", "sandbox"))
-	text, err := os.ReadFile("openapi.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	document, err := openapi3.NewLoader().LoadFromData(text)
-	if err != nil {
-		t.Fatal(err)
-	}
+	document := openAPI(t)
 	schema := document.Components.Parameters["IdempotencyKey"].Value.Schema.Value
 	for key, status := range map[string]int{
 		"!": 201, "~": 201, "a-1": 201, strings.Repeat("a", 255): 201, "a b": 422, "a\tb": 422, "ü": 422, strings.Repeat("a", 256): 422,
@@ -375,14 +365,7 @@ func TestKeyWithMoreScopesThanTheOneThatAsksIsNotRotatedAndTheyAreNamed(t *testi
 func TestDocumentHasEveryActionAndActorOfTheAudit(t *testing.T) {
 	r := newRig(t)
 	ann := person("ann@acme")
-	text, err := os.ReadFile("openapi.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	document, err := openapi3.NewLoader().LoadFromData(text)
-	if err != nil {
-		t.Fatal(err)
-	}
+	document := openAPI(t)
 	var documented []string
 	for _, action := range document.Components.Schemas["Action"].Value.Enum {
 		documented = append(documented, action.(string))

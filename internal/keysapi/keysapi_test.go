@@ -100,18 +100,24 @@ func (r *rig) actor(req *http.Request) (keyadmin.Actor, error) {
 	return keyadmin.ManagingKey(found.Records[0])
 }
 
-// document is openapi.json, valid by itself, as a router that knows what each request and answer must look like.
-func document(t *testing.T) routers.Router {
+// openAPI is the API's document.
+func openAPI(t *testing.T) *openapi3.T {
 	t.Helper()
 	text, err := os.ReadFile("openapi.json")
 	if err != nil {
 		t.Fatal(err)
 	}
-	doc, err := openapi3.NewLoader().LoadFromData(text)
+	document, err := openapi3.NewLoader().LoadFromData(text)
 	if err != nil {
 		t.Fatal(err)
 	}
-	router, err := legacy.NewRouter(doc) // which validates it
+	return document
+}
+
+// document is openapi.json, valid by itself, as a router that knows what each request and answer must look like.
+func document(t *testing.T) routers.Router {
+	t.Helper()
+	router, err := legacy.NewRouter(openAPI(t)) // which validates it
 	if err != nil {
 		t.Fatal(err)
 	}
